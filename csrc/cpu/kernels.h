@@ -1,0 +1,454 @@
+// The CPU kernels, written once over Vec and compiled once for each instruction set (see isa_*.cpp).
+//
+// A row is the contiguous run of the walk (drsn_kernels/planes.py): the L elements of one (n, c), or in channels_last
+// the C elements of one (n, l). Row functions work on contiguous memory, 64 elements (one plane word) a step; an operand
+// whose rows are strided is staged through a buffer of 512 elements, so no layout ever needs a copy of the tensor.
+// In the row walk tau, dA and the sums are one scalar a row; in channels_last they are vectors along C.
+//
+// Everything lives in an anonymous namespace and nothing from the C++ standard library is instantiated: a template that
+// two instruction sets share would be merged by the linker, and the portable build could run AVX-512 code.
+#pragma once
+
+#include <cstdlib>
+
+#include "api.h"
+
+namespace drsn {
+namespace {
+
+template <class T> struct Compute {
+  using type = float;
+};
+template <> struct Compute<double> {
+  using type = double;
+};
+
+constexpr int64_t kSegment = 32768;  // elements that one sum runs over before partial sums take over; fixed, so that
+                                     // results do not depend on the number of threads
+constexpr int64_t kGrain = 16384;    // elements worth waking a second thread for (torch uses 32768)
+constexpr int kChunk = 512;          // elements of a staging buffer, a multiple of 64
+constexpr int kFlush = 64;           // channels_last rows summed in float before they go to double
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class S> struct Scratch {  // zero-filled memory
+  S* data;
+  explicit Scratch(int64_t n) : data(static_cast<S*>(std::calloc(size_t(n ? n : 1), sizeof(S)))) {
+    if (!data) std::abort();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
+  const int64_t grain = max64(1, kGrain / max64(1, elements_per_task));
+  if (!parallel_for || tasks <= grain) return f(int64_t(0), tasks);
+  const int32_t error = parallel_for(
+      0, tasks, grain, [](int64_t b, int64_t e, void* c) { (*static_cast<const F*>(c))(b, e); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+  if (error) f(int64_t(0), tasks);  // nothing has run: torch reports before it starts
+}
+
+// ---- plane words -----------------------------------------------------------------------------------------------------
+
+inline uint64_t get_word(const uint8_t* p, int64_t bytes) {
+  if (bytes >= 8) {
+    uint64_t w;
+    std::memcpy(&w, p, 8);
+    return w;
+  }
+  uint64_t w = p[0];
+  if (bytes >= 2) w |= uint64_t(p[1]) << 8;
+  if (bytes >= 4) w |= uint64_t(p[2]) << 16 | uint64_t(p[3]) << 24;
+  return w;
+}
+
+inline void put_word(uint8_t* p, int64_t bytes, uint64_t w) {
+  if (bytes >= 8) {
+    std::memcpy(p, &w, 8);
+  } else if (bytes == 4) {
+    std::memcpy(p, &w, 4);
+  } else if (bytes == 2) {
+    std::memcpy(p, &w, 2);
+  } else {
+    std::memcpy(p, &w, 1);
+  }
+}
+
+// Calls step(v, first element, lanes) for the vectors of a block of up to 64 elements; lanes is W but for the last.
+template <class V, class F> inline __attribute__((always_inline)) void each_vector(int count, const F& step) {
+  if (count == 64) {
+#pragma GCC unroll 16
+    for (int v = 0; v < 64 / V::W; ++v) step(v, v * V::W, V::W);
+  } else {
+    for (int v = 0; v * V::W < count; ++v) step(v, v * V::W, count - v * V::W < V::W ? count - v * V::W : V::W);
+  }
+}
+
+template <class V, class T> inline __attribute__((always_inline)) V load(const T* p, int lanes) {
+  return lanes == V::W ? V::load(p) : V::load(p, lanes);
+}
+template <class V, class T> inline __attribute__((always_inline)) void store(V v, T* p, int lanes) {
+  if (lanes == V::W) {
+    v.store(p);
+  } else {
+    v.store(p, lanes);
+  }
+}
+
+// The per-row scalar of the row walk, or the vector along C of channels_last.
+template <bool CL, class V, class S> inline __attribute__((always_inline)) V coefficient(const S* p, int64_t i, int lanes) {
+  if constexpr (CL) return load<V>(p + i, lanes);
+  return V::set(*p);
+}
+
+// Sums: several independent accumulators in the row walk, an array along C in channels_last.
+template <bool CL, class V, class S> struct Sums {
+  static constexpr int kLanes = 4;
+  V acc[kLanes];
+  S* out;
+  explicit Sums(S* p) : out(p) {
+    for (auto& a : acc) a = V::set(0);
+  }
+  inline __attribute__((always_inline)) void add(int v, int64_t i, int lanes, V value) {
+    if constexpr (CL) {
+      store(load<V>(out + i, lanes) + value, out + i, lanes);
+    } else {
+      acc[v % kLanes] = acc[v % kLanes] + value;
+    }
+  }
+  void finish() {
+    if constexpr (!CL) *out += ((acc[0] + acc[1]) + (acc[2] + acc[3])).sum();
+  }
+};
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+
+template <class T, bool CL, bool PLANES>
+void reduce_row(const T* x, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {
+  using V = Vec<typename Compute<T>::type>;
+  Sums<CL, V, typename Compute<T>::type> total(sums);
+  for (int64_t i = 0; i < n; i += 64) {
+    uint64_t s = 0, z = 0;
+    each_vector<V>(int(min64(64, n - i)), [&](int v, int j, int lanes) __attribute__((always_inline)) {
+      const V a = load<V>(x + i + j, lanes);
+      total.add(v, i + j, lanes, a.abs());
+      if constexpr (PLANES) {
+        s |= V::bits(a.negative()) << j;
+        z |= V::bits(a.nonzero()) << j;
+      }
+    });
+    if constexpr (PLANES) {
+      put_word(sign + i / 8, bytes - i / 8, s);
+      put_word(nonzero + i / 8, bytes - i / 8, z);
+    }
+  }
+  total.finish();
+}
+
+template <class T, bool CL, bool RESIDUAL>
+void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* residual, int64_t n, uint8_t* kept,
+               uint8_t* sign, int64_t bytes) {
+  using S = typename Compute<T>::type;
+  using V = Vec<S>;
+  for (int64_t i = 0; i < n; i += 64) {
+    uint64_t k = 0, s = 0;
+    each_vector<V>(int(min64(64, n - i)), [&](int, int j, int lanes) __attribute__((always_inline)) {
+      const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(tau, i + j, lanes);
+      const V magnitude = a.abs(), excess = magnitude - t;
+      const auto nonzero = a.nonzero();
+      k |= V::bits(V::both(V::not_le(magnitude, t), nonzero)) << j;
+      s |= V::bits(a.negative()) << j;
+      // sign(x) is multiplied in: 0 * excess is NaN where tau is NaN or -inf, as in eager PyTorch
+      V out = V::set(1).keep(nonzero).negate(a.negative()) * excess.keep(V::not_le(excess, V::set(0)));
+      if constexpr (RESIDUAL) out = out + load<V>(residual + i + j, lanes);
+      store(out, y + i + j, lanes);
+    });
+    if (kept) put_word(kept + i / 8, bytes - i / 8, k);
+    if (sign) put_word(sign + i / 8, bytes - i / 8, s);
+  }
+}
+
+template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU>
+void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename Compute<T>::type* dtau, int64_t n,
+              const uint8_t* kept, const uint8_t* sign, const uint8_t* nonzero, int64_t bytes) {
+  using S = typename Compute<T>::type;
+  using V = Vec<S>;
+  Sums<CL, V, S> total(dtau);
+  for (int64_t i = 0; i < n; i += 64) {
+    const int64_t left = bytes - i / 8;
+    const uint64_t k = G ? get_word(kept + i / 8, left) : 0;
+    const uint64_t s = DA || DTAU ? get_word(sign + i / 8, left) : 0;
+    const uint64_t z = DA ? get_word(nonzero + i / 8, left) : 0;
+    each_vector<V>(int(min64(64, n - i)), [&](int v, int j, int lanes) __attribute__((always_inline)) {
+      const auto negative = V::mask(s >> j);
+      V out = V::set(0);
+      if constexpr (G) {
+        out = load<V>(g + i + j, lanes).keep(V::mask(k >> j));
+        if constexpr (DTAU) total.add(v, i + j, lanes, out.negate(negative));
+      }
+      if constexpr (DA) {
+        const V direct = coefficient<CL, V>(da, i + j, lanes).keep(V::mask(z >> j)).negate(negative);
+        out = G ? out + direct : direct;
+      }
+      if constexpr (DX) store(out, dx + i + j, lanes);
+    });
+  }
+  if constexpr (DTAU) total.finish();
+}
+
+// ---- walking ---------------------------------------------------------------------------------------------------------
+
+// One operand's rows: where row (n, j) starts (j is c, or l in channels_last), and how its elements are spaced.
+template <class T> struct Rows {
+  T* base = nullptr;
+  Strides st;
+  bool channels_last = false, contiguous = true;
+
+  Rows() = default;
+  Rows(T* p, const Strides& strides, const Walk& w) : base(p), st(strides), channels_last(w.channels_last) {
+    contiguous = !p || (channels_last ? st.c == 1 : st.dims == 0 || (st.dims == 1 && st.stride[0] == 1));
+  }
+  int64_t spatial(int64_t l) const {
+    if (st.dims == 1) return l * st.stride[0];
+    int64_t offset = 0;
+    for (int d = st.dims - 1; d >= 0; --d) {
+      offset += l % st.size[d] * st.stride[d];
+      l /= st.size[d];
+    }
+    return offset;
+  }
+  T* row(int64_t n, int64_t j) const { return base + n * st.n + (channels_last ? spatial(j) : j * st.c); }
+
+  // Calls f(element pointer, index) for `count` elements of a strided row from `start` on.
+  template <class F> void each(T* row, int64_t start, int64_t count, const F& f) const {
+    if (channels_last) {
+      for (int64_t i = 0; i < count; ++i) f(row + (start + i) * st.c, i);
+      return;
+    }
+    const int last = st.dims - 1;
+    for (int64_t i = 0; i < count;) {
+      T* p = row + spatial(start + i);
+      const int64_t run = min64(count - i, st.size[last] - (start + i) % st.size[last]);
+      for (int64_t r = 0; r < run; ++r) f(p + r * st.stride[last], i + r);
+      i += run;
+    }
+  }
+  // A contiguous view of elements [start, start + count) of a row: the row itself, or the buffer, filled.
+  const T* fetch(T* row, int64_t start, int64_t count, T* buffer) const {
+    if (!base) return nullptr;
+    if (contiguous) return row + start;
+    each(row, start, count, [&](const T* p, int64_t i) { buffer[i] = *p; });
+    return buffer;
+  }
+  T* target(T* row, int64_t start, T* buffer) const { return contiguous ? row + start : buffer; }
+  void put(T* row, int64_t start, int64_t count, const T* buffer) const {
+    if (!contiguous) each(row, start, count, [&](T* p, int64_t i) { *p = buffer[i]; });
+  }
+};
+
+template <class T> Rows<T> rows(const void* p, const Strides& st, const Walk& w) {
+  return Rows<T>(static_cast<T*>(const_cast<void*>(p)), st, w);
+}
+
+// Calls piece(start, count) over a row part: at once where every operand is contiguous, else by staging chunks.
+template <class F> inline void pieces(bool contiguous, int64_t start, int64_t count, const F& piece) {
+  if (contiguous) return piece(start, count);
+  for (int64_t i = 0; i < count; i += kChunk) piece(start + i, min64(kChunk, count - i));
+}
+
+// Runs row(n, j, start, count, plane offset in bytes) over the whole walk, long rows in segments.
+template <class F> void for_rows(const Walk& w, const F& row) {
+  const int64_t across = w.channels_last ? w.l : w.c, length = w.channels_last ? w.c : w.l;
+  const int64_t segments = max64(1, (length + kSegment - 1) / kSegment);
+  parallel(w.n * across * segments, min64(length, kSegment), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t r = t / segments, start = t % segments * kSegment;
+      row(r / across, r % across, start, min64(kSegment, length - start), r * w.row_bytes + start / 8);
+    }
+  });
+}
+
+// The same, and out (N, C) = scale * the sums that row(..., S* sums) adds up: one number in the row walk, C numbers in
+// channels_last. Single-writer partial sums over fixed segments, combined in double: the same bits for any thread count.
+template <class S, class F> void sum_rows(const Walk& w, S* out, double scale, const F& row) {
+  const int64_t samples = w.n, channels = w.c, length = w.l;
+  if (!w.channels_last) {
+    const int64_t segments = max64(1, (length + kSegment - 1) / kSegment), count = samples * channels;
+    if (segments == 1) {
+      parallel(count, length, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          S sum = 0;
+          row(r / channels, r % channels, int64_t(0), length, r * w.row_bytes, &sum);
+          out[r] = S(sum * scale);
+        }
+      });
+      return;
+    }
+    Scratch<S> partial(count * segments);
+    parallel(count * segments, kSegment, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t r = t / segments, start = t % segments * kSegment;
+        row(r / channels, r % channels, start, min64(kSegment, length - start), r * w.row_bytes + start / 8,
+            partial.data + t);
+      }
+    });
+    for (int64_t r = 0; r < count; ++r) {
+      double sum = 0;
+      for (int64_t s = 0; s < segments; ++s) sum += partial.data[r * segments + s];
+      out[r] = S(sum * scale);
+    }
+    return;
+  }
+  const int64_t per_segment = max64(1, kSegment / max64(1, channels));
+  const int64_t segments = max64(1, (length + per_segment - 1) / per_segment);
+  Scratch<double> partial(samples * segments * channels);
+  parallel(samples * segments, per_segment * channels, [&](int64_t begin, int64_t end) {
+    Scratch<S> sums(channels);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n = t / segments, first = t % segments * per_segment, last = min64(length, first + per_segment);
+      double* total = partial.data + t * channels;
+      for (int64_t l = first; l < last; ++l) {
+        row(n, l, int64_t(0), channels, (n * length + l) * w.row_bytes, sums.data);
+        if ((l - first) % kFlush == kFlush - 1 || l == last - 1) {
+          for (int64_t c = 0; c < channels; ++c) {
+            total[c] += sums.data[c];
+            sums.data[c] = 0;
+          }
+        }
+      }
+    }
+  });
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int64_t s = 0; s < segments; ++s) sum += partial.data[(n * segments + s) * channels + c];
+      out[n * channels + c] = S(sum * scale);
+    }
+  }
+}
+
+// ---- kernels ---------------------------------------------------------------------------------------------------------
+
+template <class T, bool CL, bool PLANES> void reduce_as(const ReduceArgs& a) {
+  using S = typename Compute<T>::type;
+  const auto x = rows<T>(a.x, a.xs, a.walk);
+  sum_rows(a.walk, static_cast<S*>(a.out), 1.0 / double(a.walk.l),
+           [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) {
+             T* const row = x.row(n, j);
+             alignas(64) T buffer[kChunk];
+             pieces(x.contiguous, start, count, [&](int64_t i, int64_t len) {
+               const int64_t at = plane + (i - start) / 8;
+               reduce_row<T, CL, PLANES>(x.fetch(row, i, len, buffer), len, CL ? sums + i : sums,
+                                         PLANES ? a.sign + at : nullptr, PLANES ? a.nonzero + at : nullptr,
+                                         a.walk.row_bytes - i / 8);
+             });
+           });
+}
+
+template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
+  using S = typename Compute<T>::type;
+  const auto x = rows<T>(a.x, a.xs, a.walk), y = rows<T>(a.y, a.ys, a.walk), res = rows<T>(a.residual, a.rs, a.walk);
+  const bool contiguous = x.contiguous && y.contiguous && res.contiguous;
+  // channels_last reads tau as a vector along C; where it is not one in memory, it is spread out first
+  const bool spread = CL && a.tau_c != 1;
+  Scratch<S> wide(spread ? a.walk.n * a.walk.c : 0);
+  const S* tau = static_cast<const S*>(a.tau);
+  int64_t tau_n = a.tau_n;
+  if (spread) {
+    for (int64_t n = 0; n < a.walk.n; ++n)
+      for (int64_t c = 0; c < a.walk.c; ++c) wide.data[n * a.walk.c + c] = tau[n * a.tau_n + c * a.tau_c];
+    tau = wide.data;
+    tau_n = a.walk.c;
+  }
+  for_rows(a.walk, [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane) {
+    T *const x_row = x.row(n, j), *const y_row = y.row(n, j), *const res_row = res.row(n, j);
+    const S* t = CL ? tau + n * tau_n : tau + n * tau_n + j * a.tau_c;
+    alignas(64) T x_buffer[kChunk], y_buffer[kChunk], res_buffer[kChunk];
+    pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
+      const int64_t at = plane + (i - start) / 8;
+      apply_row<T, CL, RESIDUAL>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer), CL ? t + i : t,
+                                 res.fetch(res_row, i, len, res_buffer), len, a.kept ? a.kept + at : nullptr,
+                                 a.sign ? a.sign + at : nullptr, a.walk.row_bytes - i / 8);
+      y.put(y_row, i, len, y_buffer);
+    });
+  });
+}
+
+template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(const GradArgs& a) {
+  using S = typename Compute<T>::type;
+  const auto g = rows<T>(a.g, a.gs, a.walk), dx = rows<T>(a.dx, a.ds, a.walk);
+  const bool contiguous = g.contiguous && dx.contiguous;
+  const int64_t planes = a.walk.n * a.walk.c;
+  Scratch<S> scaled(DA ? planes : 0);  // dA / L
+  if constexpr (DA) {
+    for (int64_t i = 0; i < planes; ++i) scaled.data[i] = static_cast<const S*>(a.da)[i] / S(a.walk.l);
+  }
+  const auto body = [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) {
+    T *const g_row = g.row(n, j), *const dx_row = dx.row(n, j);
+    const S* direct = scaled.data + n * a.walk.c + (CL ? 0 : j);
+    alignas(64) T g_buffer[kChunk], dx_buffer[kChunk];
+    pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
+      const int64_t at = plane + (i - start) / 8;
+      grad_row<T, CL, G, DA, DX, DTAU>(g.fetch(g_row, i, len, g_buffer), DX ? dx.target(dx_row, i, dx_buffer) : nullptr,
+                                       CL ? direct + i : direct, CL && DTAU ? sums + i : sums, len,
+                                       G ? a.kept + at : nullptr, DA || DTAU ? a.sign + at : nullptr,
+                                       DA ? a.nonzero + at : nullptr, a.walk.row_bytes - i / 8);
+      if constexpr (DX) dx.put(dx_row, i, len, dx_buffer);
+    });
+  };
+  if constexpr (DTAU) {
+    sum_rows(a.walk, static_cast<S*>(a.dtau), -1.0, body);
+  } else {
+    for_rows(a.walk, [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane) {
+      body(n, j, start, count, plane, nullptr);
+    });
+  }
+}
+
+// ---- selection -------------------------------------------------------------------------------------------------------
+
+template <class F> void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+}
+
+template <class T, bool CL> void reduce_walk(const ReduceArgs& a) {
+  a.sign ? reduce_as<T, CL, true>(a) : reduce_as<T, CL, false>(a);
+}
+template <class T, bool CL> void apply_walk(const ApplyArgs& a) {
+  a.residual ? apply_as<T, CL, true>(a) : apply_as<T, CL, false>(a);
+}
+template <class T, bool CL> void grad_walk(const GradArgs& a) {
+  if (a.dtau) return a.dx ? grad_as<T, CL, true, false, true, true>(a) : grad_as<T, CL, true, false, false, true>(a);
+  if (!a.g) return grad_as<T, CL, false, true, true, false>(a);
+  return a.da ? grad_as<T, CL, true, true, true, false>(a) : grad_as<T, CL, true, false, true, false>(a);
+}
+
+void reduce(const ReduceArgs& a) {
+  with_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    a.walk.channels_last ? reduce_walk<T, true>(a) : reduce_walk<T, false>(a);
+  });
+}
+void apply(const ApplyArgs& a) {
+  with_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    a.walk.channels_last ? apply_walk<T, true>(a) : apply_walk<T, false>(a);
+  });
+}
+void grad(const GradArgs& a) {
+  with_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    a.walk.channels_last ? grad_walk<T, true>(a) : grad_walk<T, false>(a);
+  });
+}
+
+}  // namespace
+}  // namespace drsn

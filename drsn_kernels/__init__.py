@@ -1,0 +1,22 @@
+"""Fused kernels for Deep Residual Shrinkage Networks in PyTorch.
+
+    import drsn_kernels as dk
+    y = dk.shrink(x, gate)              # any gate; abs, pooling, threshold and soft thresholding in two passes
+    module = dk.Shrinkage(64)           # drop-in for the ports' Shrinkage
+"""
+
+from ._version import __version__
+from .backends import use_backend
+from .modules import Shrinkage, SoftThreshold, record_tau
+from .ops import abs_mean, shrink, soft_threshold
+
+__all__ = [
+    "Shrinkage",
+    "SoftThreshold",
+    "__version__",
+    "abs_mean",
+    "record_tau",
+    "shrink",
+    "soft_threshold",
+    "use_backend",
+]

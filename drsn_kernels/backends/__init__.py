@@ -1,0 +1,90 @@
+"""Backends: who computes an eager call, and why.
+
+A backend is a module with a `name`, `unsupported(x)` (None, or the reason in words) and three kernels:
+
+    reduce(x, planes)                     -> A (N, C), and int32 (2, words) of sign and nonzero, or None
+    apply(x, tau, residual, out, planes)  -> y, and int32 (planes, words) of kept [and sign], or None
+    grad(...)                             -> dx and/or dtau, from the planes
+
+`torch` (pure PyTorch, any device) is the reference for all of them. A new backend joins by one line in BACKENDS and,
+in the tests, by being listed there.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from . import cpu, eager
+
+log = logging.getLogger("drsn_kernels")
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": eager}  # in order of preference
+PLANNED = ("triton", "cuda")  # public names whose kernels are not in this version
+
+
+def _checked(name: str, source: str) -> str:
+    if name in PLANNED:
+        raise ValueError(f"{source}: the {name} backend is not in this version; available: auto, {', '.join(BACKENDS)}")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+class _Choice:
+    """One choice for the process, not one a thread: autograd runs backward passes in threads of its own."""
+
+    backend: str = _checked(os.environ.get("DRSN_BACKEND", "auto"), "the environment variable DRSN_BACKEND")
+    strict: bool = False
+
+
+choice = _Choice()
+_said: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str, strict: bool = False) -> Iterator[None]:
+    """Run the operators on one backend inside the block: "torch", "cpu", or "auto" to choose by device and dtype.
+
+    A call that the backend cannot run falls back to "torch", and the logger ``drsn_kernels`` says so once; with
+    ``strict=True`` it raises RuntimeError instead. The choice is the process's, not the thread's; a backward pass uses
+    the backend of its forward pass. The environment variable DRSN_BACKEND sets it from the start.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    before = choice.backend, choice.strict
+    choice.backend, choice.strict = _checked(name, "use_backend"), strict
+    try:
+        yield
+    finally:
+        choice.backend, choice.strict = before
+
+
+def fall_back(message: str) -> None:
+    """Say once, through the logger, that a call takes a slower way; under strict raise."""
+    if choice.strict:
+        raise RuntimeError(f"strict: {message}")
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)
+
+
+def select(x: torch.Tensor) -> ModuleType:
+    """The backend for an eager call on x."""
+    if choice.backend == "auto":
+        reason = cpu.unsupported(x)
+        if reason is None:
+            return cpu
+        if choice.strict or (x.is_cpu and cpu.MISSING):  # on other devices pure PyTorch is the expected way
+            fall_back(f"running in pure PyTorch: {reason}")
+        return eager
+    backend = BACKENDS[choice.backend]
+    reason = backend.unsupported(x)
+    if reason is None:
+        return backend
+    fall_back(f"the {choice.backend} backend cannot run this call, using torch: {reason}")
+    return eager

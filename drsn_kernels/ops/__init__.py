@@ -1,0 +1,8 @@
+"""The operators, one file each: the formula, the autograd.Function with its hand-written backward, the public function."""
+
+from . import library  # noqa: F401  registers torch.ops.drsn_kernels
+from .abs_mean import abs_mean
+from .shrink import shrink
+from .soft_threshold import soft_threshold
+
+__all__ = ["abs_mean", "shrink", "soft_threshold"]

@@ -1,0 +1,72 @@
+"""Arguments checked before anything runs: one sentence with what was given and what is accepted."""
+
+import torch
+
+
+def features(x: torch.Tensor, rank: int) -> None:
+    """x is a floating-point tensor (N, C, *spatial) of at least `rank` dimensions."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a floating-point tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.dim() < rank:
+        shape = "(N, C, *spatial) with at least one spatial dimension" if rank == 3 else "(N, C, *spatial)"
+        raise ValueError(f"x must have shape {shape}, got {tuple(x.shape)}")
+
+
+def residual(r: torch.Tensor, x: torch.Tensor) -> None:
+    if not isinstance(r, torch.Tensor):
+        raise TypeError(f"residual must be a tensor of x's shape or None, got {type(r).__name__}")
+    if r.is_complex():
+        raise TypeError(f"residual must be a real tensor, got {r.dtype}")
+    if r.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(r.shape)}")
+    if r.device != x.device:
+        raise ValueError(f"residual must be on x's device {x.device}, got {r.device}")
+
+
+def inplace(x: torch.Tensor, r: torch.Tensor | None) -> None:
+    """x may be overwritten: not a leaf that wants a gradient, no element stored twice, residual is x or elsewhere."""
+    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise ValueError("inplace=True cannot overwrite x, a leaf tensor that requires grad; pass inplace=False")
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"inplace=True cannot overwrite x, an expanded tensor with strides {x.stride()} whose elements share memory"
+        )
+    if r is not None and r is not x and r.dtype != x.dtype and torch.promote_types(r.dtype, x.dtype) != x.dtype:
+        raise ValueError(f"inplace=True keeps x's dtype {x.dtype}, but adding a residual of {r.dtype} promotes it")
+
+
+def gate_output(alpha: torch.Tensor, x: torch.Tensor) -> None:
+    n, c = x.shape[0], x.shape[1]
+    if not isinstance(alpha, torch.Tensor):
+        raise TypeError(f"gate must return a tensor of shape ({n}, {c}) or ({n}, 1), got {type(alpha).__name__}")
+    if not alpha.is_floating_point():
+        raise TypeError(f"gate must return a floating-point tensor, got {alpha.dtype}")
+    if alpha.dim() != 2 or alpha.shape[0] != n or alpha.shape[1] not in (1, c):
+        raise ValueError(f"gate must return a tensor of shape ({n}, {c}) or ({n}, 1), got {tuple(alpha.shape)}")
+    if alpha.device != x.device:
+        raise ValueError(f"gate must return a tensor on x's device {x.device}, got {alpha.device}")
+
+
+def tau_tensor(tau: torch.Tensor, x: torch.Tensor) -> None:
+    """0-dim; (N, 1) or (N, C), aligned left; or x's rank and broadcastable."""
+    if not tau.is_floating_point():
+        raise TypeError(f"tau must be a number or a floating-point tensor, got {tau.dtype}")
+    if tau.device != x.device and tau.dim() > 0:
+        raise ValueError(f"tau must be on x's device {x.device}, got {tau.device}")
+    rank = tau.dim()
+    if rank == 0:
+        return
+    if rank == 2 and x.dim() > 2:
+        if tau.shape[0] == x.shape[0] and tau.shape[1] in (1, x.shape[1]):
+            return
+        n, c = x.shape[0], x.shape[1]
+        raise ValueError(
+            f"tau of two dimensions must be ({n}, 1) or ({n}, {c}) for x {tuple(x.shape)}, got {tuple(tau.shape)}"
+        )
+    if rank != x.dim() or any(t not in (1, s) for t, s in zip(tau.shape, x.shape, strict=True)):
+        raise ValueError(
+            f"tau must be a number, (N, 1), (N, C), or of x's rank and broadcastable to x {tuple(x.shape)}, "
+            f"got {tuple(tau.shape)}"
+        )

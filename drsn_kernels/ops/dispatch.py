@@ -1,0 +1,49 @@
+"""Which way a call goes.
+
+* The eager way: a backend's kernels behind an autograd.Function that keeps bit planes. For plain tensors when nothing
+  watches or transforms the call. This is the fast path, and costs no dispatcher round trip (torch.library.custom_op
+  with autograd: 14 us a forward, this: 5 us).
+* The reference: ordinary aten operations, for everything else. It is right under torch.func, forward-mode AD, export,
+  tensor subclasses (FakeTensor, DTensor) and dispatch modes, none of which can see into a raw pointer; under
+  torch.compile it fuses with what surrounds it (docs/measurements.md has the figures).
+* The registered ops (`library.py`): under torch.compile where a backend is forced; opaque to the compiler, but they
+  save bit planes instead of x.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import backends
+
+try:  # private names of torch; where one is gone, every call takes the reference, which is slower and always right
+    _transforms_active = torch._C._are_functorch_transforms_active
+    _dispatch_modes = torch._C._len_torch_dispatch_stack
+    forward_ad._current_level  # noqa: B018
+    _CAN_TELL = True
+except AttributeError:
+    _CAN_TELL = False
+    backends.log.warning("this torch does not tell whether a transform is active: running in pure PyTorch")
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_eager(*tensors: torch.Tensor | None) -> bool:
+    """True if raw pointers of these tensors may be used: nothing traces, transforms or watches this call."""
+    if torch.compiler.is_compiling() or not _CAN_TELL:
+        return False
+    if _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0:
+        return False
+    for t in tensors:
+        # x.imag of a conjugate carries a lazy minus that a raw pointer does not see
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return False
+    return True
+
+
+def use_registered_ops(x: torch.Tensor) -> bool:
+    """Under torch.compile with a forced backend: call the opaque ops. Never in an exported graph."""
+    if not torch.compiler.is_compiling() or backends.choice.backend not in ("cpu",) or not x.is_cpu:
+        return False
+    if not _CAN_TELL or _transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not torch.compiler.is_exporting()

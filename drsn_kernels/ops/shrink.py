@@ -1,0 +1,213 @@
+"""shrink: the whole shrinkage step with any gate.
+
+    A     = mean_l |x|                                          AbsMean (abs_mean.py)
+    alpha = gate(A)                                             ordinary autograd: any module, hooks, parameters
+    tau   = alpha * A | alpha * mean_c A | alpha                Apply
+    y     = sign(x) * max(|x| - tau, 0) [+ residual]            Apply
+
+Two autograd nodes with the gate between them, and no add of two gradients the size of x:
+
+    Apply.backward     reads g: dtau = -sum s * kept * g, dalpha, the direct part of dA; passes g on untouched
+    the gate's own backward: dA
+    AbsMean.backward   reads g again: dx = kept * g + s * dA / L, the only full write
+
+x -> AbsMean -> alias of x -> Apply is why it works: the alias's gradient is g itself, and it meets dA in AbsMean.
+Kept for it: the planes sign and nonzero (AbsMean), kept (Apply), alpha and A: 3 bits an element and two (N, C) tensors.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .. import backends, reference
+from ..backends import eager
+from ..planes import geometry
+from . import checks
+from .abs_mean import AbsMean, abs_mean
+from .dispatch import is_eager
+from .soft_threshold import soft_threshold
+
+AVERAGES = ("channel", "sample", None)
+
+
+class Apply(torch.autograd.Function):
+    """(x, alpha, A, residual) -> y, or (y, tau). `pool` is the AbsMean node whose alias x is, if there is one."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, pooled, residual, average, pool, backend, inplace, return_tau):
+        ctx.set_materialize_grads(False)
+        tau = reference.threshold(alpha, pooled, average)
+        planes = 1 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
+        y, bits = backend.apply(x, tau, residual, x if inplace else None, planes)
+        if planes:
+            ctx.save_for_backward(bits, alpha, pooled)
+            ctx.geometry = geometry(x)
+        ctx.average, ctx.pool, ctx.backend, ctx.dtype = average, pool, backend, x.dtype
+        if inplace:
+            ctx.mark_dirty(x)
+        return (y, tau) if return_tau else y
+
+    @staticmethod
+    def backward(ctx, g, tau_grad=None):
+        want_x, want_alpha, want_pooled, want_residual = ctx.needs_input_grad[:4]
+        residual_grad = g if want_residual else None
+        if not (want_x or want_alpha or want_pooled) or (g is None and tau_grad is None):
+            return None, None, None, residual_grad, None, None, None, None, None
+        bits, alpha, pooled = ctx.saved_tensors
+        planes = ctx.pool.saved_tensors[0] if ctx.pool is not None else None
+        kept, sign = bits[0], bits[1] if planes is None else planes[0]
+        x_grad = dtau = None
+        if g is not None:
+            backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g) else eager
+            here = want_x and planes is None  # no AbsMean node on x's way: the masked gradient is written here
+            want_dtau = want_alpha or want_pooled
+            if here or want_dtau:
+                x_grad, dtau = backend.grad(
+                    ctx.geometry, ctx.dtype, g, kept, sign, want_dx=here, want_dtau=want_dtau
+                )
+        if planes is not None and want_x:
+            x_grad = g
+            ctx.pool.handed = (kept, planes)
+        alpha_grad, pooled_grad = _threshold_grad(dtau, tau_grad, alpha, pooled, ctx.average, want_alpha, want_pooled)
+        return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None
+
+
+def _threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_pooled):
+    """Gradients of alpha and A from dtau (N, C) of the kernel and tau_grad (tau's shape) of the user.
+
+    tau = alpha * M with M = A, or mean_c A: dalpha = M * dtau and dM = alpha * dtau, each summed to its shape.
+    """
+    columns = pooled.shape[1] if average == "channel" else alpha.shape[1]
+    if dtau is not None and dtau.shape[1] != columns:
+        dtau = dtau.sum(1, keepdim=True)
+    if tau_grad is not None:
+        dtau = tau_grad if dtau is None else dtau + tau_grad
+    if dtau is None:
+        return None, None
+    if average is None:
+        return dtau, None
+    mean = pooled if average == "channel" else pooled.mean(1, keepdim=True)
+    alpha_grad = pooled_grad = None
+    if want_alpha:
+        alpha_grad = mean * dtau
+        if alpha_grad.shape != alpha.shape:
+            alpha_grad = alpha_grad.sum(1, keepdim=True)
+    if want_pooled:
+        pooled_grad = alpha * dtau
+        if average == "sample":
+            pooled_grad = (pooled_grad.sum(1, keepdim=True) / pooled.shape[1]).expand_as(pooled)
+    return alpha_grad, pooled_grad
+
+
+def _first_float(module: nn.Module) -> torch.dtype | None:
+    """dtype of the module's first floating-point parameter; a plain walk, 1 us against 4 us of module.parameters()."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter.dtype
+    for child in module._modules.values():
+        if child is not None:
+            dtype = _first_float(child)
+            if dtype is not None:
+                return dtype
+    return None
+
+
+def _call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """alpha in the accumulate dtype. The gate sees A in its parameters' dtype; under autocast, torch decides."""
+    dtype = _first_float(gate) if isinstance(gate, nn.Module) else None
+    if dtype is not None and dtype != pooled.dtype and not torch.is_autocast_enabled(x.device.type):
+        alpha = gate(pooled.to(dtype))
+    else:
+        alpha = gate(pooled)
+    checks.gate_output(alpha, x)
+    return alpha if alpha.dtype == pooled.dtype else alpha.to(pooled.dtype)
+
+
+def shrink(
+    x: torch.Tensor,
+    gate: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    average: str | None = "channel",
+    residual: torch.Tensor | None = None,
+    inplace: bool = False,
+    return_tau: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""Adaptive soft thresholding: pool \|x\|, let `gate` turn it into thresholds, shrink x by them.
+
+    Args:
+        x: features (N, C, \*spatial), rank 3 or more, float32, float64, bfloat16 or float16; any strides.
+        gate: any callable (N, C) -> (N, C) or (N, 1), a module or a function. It receives A in the dtype of its first
+            floating-point parameter (float32 without one; float64 for float64 x).
+        average: "channel": tau = gate(A) * A (DRSN-CW). "sample": tau = gate(A) * mean_c A (DRSN-CS when the gate ends
+            in one neuron). None: tau = gate(A).
+        residual: added to the result in the same pass; x's shape and device, dtype by torch's promotion.
+        inplace: overwrite x and return it, in training too.
+        return_tau: return (y, tau); tau is (N, C) or (N, 1), float32 (float64 for float64 x), and differentiable.
+
+    Returns:
+        y with x's shape, dtype and memory format, or (y, tau).
+
+    Raises:
+        TypeError: x, residual or the gate's output is not a tensor of an accepted dtype, gate is not callable.
+        ValueError: a shape or device does not fit, unknown average, inplace on a leaf that requires grad or on an
+        expanded tensor. Nothing is changed then.
+
+    Source: Zhao et al. 2020, equations 3 to 11. Equivalent to::
+
+        A = x.abs().mean(dim=tuple(range(2, x.dim())))
+        alpha = gate(A)
+        tau = alpha * {"channel": A, "sample": A.mean(1, keepdim=True), None: 1}[average]
+        y = x.sign() * (x.abs() - tau.view(*tau.shape, 1, ...)).relu() + residual
+    """
+    checks.features(x, rank=3)
+    if average not in AVERAGES:
+        raise ValueError(f"average must be 'channel', 'sample' or None, got {average!r}")
+    if not callable(gate):
+        raise TypeError(f"gate must be a callable (N, C) -> (N, C) or (N, 1), got {type(gate).__name__}")
+    if residual is not None:
+        checks.residual(residual, x)
+    if inplace:
+        checks.inplace(x, residual)
+
+    if not is_eager(x, residual) or not x.numel():
+        pooled = abs_mean(x)
+        return _compose(x, pooled, _call_gate(gate, pooled, x), average, residual, inplace, return_tau)
+
+    # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
+    fused = residual if residual is None or residual.dtype == x.dtype else None
+    backend = backends.select(x)
+    recording = torch.is_grad_enabled()
+    pool, handle = None, x
+    if recording and x.requires_grad:
+        # autograd forbids a node of two outputs that overwrites a view: the two gradients are added by it then
+        alias = not (inplace and x._is_view())
+        pooled = AbsMean.apply(x, backend, alias, inplace and alias)
+        if alias:
+            pooled, handle = pooled
+            pool = pooled.grad_fn
+    else:
+        pooled = backend.reduce(x, planes=False)[0]
+    alpha = _call_gate(gate, pooled, x)
+    if not is_eager(alpha):  # a gate of tensor subclasses
+        return _compose(handle, pooled, alpha, average, residual, inplace, return_tau)
+    if recording and (x.requires_grad or alpha.requires_grad or (fused is not None and fused.requires_grad)):
+        out = Apply.apply(handle, alpha, pooled, fused, average, pool, backend, inplace, return_tau)
+        y, tau = out if return_tau else (out, None)
+    else:
+        tau = reference.threshold(alpha, pooled, average)
+        y = backend.apply(x, tau, fused, x if inplace else None, planes=0)[0]
+    if residual is not fused:
+        y = y.add_(residual) if inplace else y + residual
+    return (y, tau) if return_tau else y
+
+
+def _compose(x, pooled, alpha, average, residual, inplace, return_tau):
+    """The rest of shrink from soft_threshold and ordinary autograd: right under every transform, compiler, subclass."""
+    tau = reference.threshold(alpha, pooled, average)
+    y = soft_threshold(x, tau)
+    if residual is not None:
+        y = y + residual
+    if inplace:
+        y = x.copy_(y)
+    return (y, tau) if return_tau else y

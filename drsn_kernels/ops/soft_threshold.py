@@ -1,0 +1,92 @@
+"""soft_threshold with a given tau.
+
+    y    = sign(x) * max(|x| - tau, 0)
+    kept = not (|x| <= tau) and x != 0
+    dx   = kept * g                        dtau = -sum s * kept * g over what tau is broadcast along
+
+Forward reads x and writes y and, for a gradient, the planes kept and sign (2 bits an element). Backward reads g and the
+planes once and writes dx, with dtau summed on the way.
+"""
+
+import torch
+
+from .. import backends, reference
+from ..backends import eager
+from ..planes import geometry
+from . import checks
+from .dispatch import is_eager, use_registered_ops
+
+
+class SoftThreshold(torch.autograd.Function):
+    """x (N, C, *spatial), tau (N | 1, C | 1) in the accumulate dtype -> y."""
+
+    @staticmethod
+    def forward(ctx, x, tau, backend):
+        y, bits = backend.apply(x, tau, None, None, planes=2)
+        ctx.save_for_backward(bits)
+        ctx.backend, ctx.geometry, ctx.dtype, ctx.tau_shape = backend, geometry(x), x.dtype, tau.shape
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return None, None, None
+        kept, sign = ctx.saved_tensors[0]
+        backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g) else eager
+        want_dx, want_dtau, _ = ctx.needs_input_grad
+        dx, dtau = backend.grad(ctx.geometry, ctx.dtype, g, kept, sign, want_dx=want_dx, want_dtau=want_dtau)
+        return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None
+
+
+def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
+    r"""Soft thresholding: shrink every element towards zero by tau, and to zero within it.
+
+    Shapes:
+        x of any shape, floating point; y has x's shape, dtype and memory format.
+        tau a number or 0-dim tensor for any x; (N, 1) or (N, C) for x (N, C, \*spatial); or a tensor of x's rank that
+        broadcasts to x. A tau that varies along the spatial dimensions runs in plain PyTorch.
+
+    Raises:
+        TypeError: x or tau is not floating point. ValueError: tau has another shape or device.
+
+    The derivative is 0 where \|x\| == tau; a negative tau expands; NaN and Inf go through as in the form below.
+    Sums and tau are float32 (float64 for float64 x). Source: Zhao et al. 2020, equations 3 and 4. Equivalent to::
+
+        x.sign() * (x.abs() - tau).relu()          # tau (N, C) seen as (N, C, 1, ...)
+    """
+    checks.features(x, rank=0)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(tau, torch.Tensor):
+        checks.tau_tensor(tau, x)
+    elif isinstance(tau, (int, float)) and not isinstance(tau, bool):
+        tau = torch.full((), tau, dtype=acc, device=x.device)
+    else:
+        raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
+    if tau.dtype != acc:
+        tau = tau.to(acc)
+    if is_eager(x, tau) and x.numel() and tau.device == x.device:
+        if x.dim() < 2:
+            return soft_threshold(x.reshape(1, 1, -1), tau.reshape(1, 1, -1) if tau.dim() else tau).view(x.shape)
+        rows = _per_channel(tau)
+        if rows is None:
+            backends.fall_back("soft_threshold runs in pure PyTorch where tau varies along the spatial dimensions")
+        else:
+            backend = backends.select(x)
+            if torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad):
+                return SoftThreshold.apply(x, rows, backend)
+            return backend.apply(x, rows, None, None, planes=0)[0]
+    elif x.dim() >= 2 and use_registered_ops(x):
+        rows = _per_channel(tau)
+        if rows is not None:
+            return torch.ops.drsn_kernels.soft_threshold(x, rows)[0]
+    return reference.soft_threshold(x, tau)
+
+
+def _per_channel(tau: torch.Tensor) -> torch.Tensor | None:
+    """tau as (N | 1, C | 1), or None where it varies along the spatial dimensions."""
+    if tau.dim() == 2:
+        return tau
+    if tau.dim() == 0:
+        return tau.view(1, 1)
+    return tau.view(tau.shape[:2]) if tau.shape[2:].numel() == 1 else None

@@ -1,0 +1,45 @@
+"""The shrinkage operators in plain PyTorch: what every kernel must compute, and what runs wherever a kernel cannot.
+
+Everything here is ordinary differentiable tensor code, so it is right on every device and dtype, under torch.func,
+forward-mode AD, torch.export and tensor subclasses, and torch.compile fuses it. It keeps what autograd keeps (several
+full tensors); the operators in `drsn_kernels.ops` keep three bits an element instead.
+"""
+
+import torch
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, thresholds and gate statistics: float64 for float64, float32 for everything smaller."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def abs_mean(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, *spatial) -> (N, C), the mean of |x| over the spatial dimensions, in float32 (float64 for float64)."""
+    if x.dim() == 2:
+        return x.abs().to(accumulate_dtype(x.dtype))
+    return x.abs().mean(dim=list(range(2, x.dim())), dtype=accumulate_dtype(x.dtype))
+
+
+def align_tau(tau: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Rank 2 is (N, 1) or (N, C), aligned left; 0-dim tensors and tensors of x's rank broadcast as they are."""
+    return tau.reshape(*tau.shape, *[1] * (x.dim() - 2)) if tau.dim() == 2 and x.dim() > 2 else tau
+
+
+def soft_threshold(x: torch.Tensor, tau: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """sign(x) * relu(|x| - tau) [+ residual] in x's dtype, computed in float32 (float64 for float64), rounded once.
+
+    relu makes the derivative 0 where |x| == tau, keeps NaN, and a negative tau expands; sign makes x == 0 stay 0.
+    """
+    acc = accumulate_dtype(x.dtype)
+    wide = x.to(acc)
+    y = torch.sign(wide) * torch.relu(wide.abs() - align_tau(tau.to(acc), x))
+    return (y if residual is None else y + residual).to(x.dtype)
+
+
+def threshold(alpha: torch.Tensor, pooled: torch.Tensor, average: str | None) -> torch.Tensor:
+    """tau from the gate's alpha (N, C) or (N, 1) and the pooled |x| (N, C), both in the accumulate dtype."""
+    if average == "channel":
+        return alpha * pooled
+    if average == "sample":
+        return alpha * pooled.mean(1, keepdim=True)
+    return alpha
