@@ -19,11 +19,8 @@ from typing import NamedTuple
 import torch
 
 
-class Geometry(NamedTuple):
-    """Shape and dense strides of x: with them a plane is decoded and a gradient allocated, without x."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+# Shape and dense strides of x: with them a plane is decoded and a gradient allocated, without x.
+Geometry = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Order(NamedTuple):
@@ -36,8 +33,7 @@ class Order(NamedTuple):
 
 
 def geometry(x: torch.Tensor) -> Geometry:
-    strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
-    return Geometry(tuple(x.shape), strides)
+    return x.shape, x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
 
 
 def row_bits(length: int) -> int:
@@ -46,12 +42,13 @@ def row_bits(length: int) -> int:
 
 def order(geo: Geometry) -> Order:
     """The walk over x for planes of this geometry (rank >= 2)."""
-    n, c, *spatial = geo.shape
-    dims = sorted(range(2, len(geo.shape)), key=lambda d: (geo.shape[d] == 1, -geo.strides[d]))
+    shape, strides = geo
+    n, c, *spatial = shape
+    dims = sorted(range(2, len(shape)), key=lambda d: (shape[d] == 1, -strides[d]))
     numel = 1
     for s in spatial:
         numel *= s
-    if geo.strides[1] == 1 and c > 1:
+    if strides[1] == 1 and c > 1:
         return Order((0, *dims, 1), n * numel, c, row_bits(c))
     return Order((0, 1, *dims), n * c, numel, row_bits(numel))
 
@@ -84,6 +81,6 @@ def unpack(plane: torch.Tensor, geo: Geometry) -> torch.Tensor:
     octets = plane.view(torch.uint8)[: walk.rows * walk.row_bits // 8].reshape(walk.rows, walk.row_bits // 8)
     shifts = torch.arange(8, dtype=torch.uint8, device=plane.device)
     bits = ((octets.unsqueeze(-1) >> shifts) & 1).reshape(walk.rows, walk.row_bits)[:, : walk.length]
-    walked = bits.bool().reshape([geo.shape[d] for d in walk.permutation])
-    inverse = sorted(range(len(geo.shape)), key=walk.permutation.__getitem__)
+    walked = bits.bool().reshape([geo[0][d] for d in walk.permutation])
+    inverse = sorted(range(len(geo[0])), key=walk.permutation.__getitem__)
     return walked.permute(inverse)

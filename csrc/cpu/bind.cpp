@@ -94,9 +94,10 @@ void reduce(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t
 }
 
 void apply(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
-           const py::tuple& ys, uintptr_t tau, int64_t tau_n, int64_t tau_c, uintptr_t residual, const py::tuple& rs,
+           const py::tuple& ys, uintptr_t tau, const py::tuple& tau_shape, const py::tuple& ts, uintptr_t residual, const py::tuple& rs,
            uintptr_t kept, uintptr_t sign) {
   const Shape s(shape, dense);
+  const int64_t tau_n = item(tau_shape, 0) == 1 ? 0 : item(ts, 0), tau_c = item(tau_shape, 1) == 1 ? 0 : item(ts, 1);
   const ApplyArgs args{DType(dtype), s.walk,        pointer<void>(x),         s.strides(xs), pointer<void>(y),
                        s.strides(ys), pointer<void>(tau), tau_n,              tau_c,         pointer<void>(residual),
                        s.strides(rs), pointer<uint8_t>(kept), pointer<uint8_t>(sign)};

@@ -77,20 +77,41 @@ inline void put_word(uint8_t* p, int64_t bytes, uint64_t w) {
   }
 }
 
-// Calls step(v, first element, lanes) for the vectors of a block of up to 64 elements; lanes is W but for the last.
-template <class V, class F> inline __attribute__((always_inline)) void each_vector(int count, const F& step) {
-  if (count == 64) {
+#define DRSN_INLINE inline __attribute__((always_inline))
+#define DRSN_LAMBDA __attribute__((always_inline))
+
+// Calls block(Full or Tail, first element, elements) for the blocks of 64 elements of a row and what is left of it.
+// The two are compiled apart: the full one has no lane counts, and its accumulators stay in registers.
+struct Full {
+  static constexpr bool full = true;
+};
+struct Tail {
+  static constexpr bool full = false;
+};
+template <class F> DRSN_INLINE void each_block(int64_t n, const F& block) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) block(Full{}, i, 64);
+  if (i < n) block(Tail{}, i, int(n - i));
+}
+
+// Calls step(accumulator, first element, lanes) for the vectors of a block; lanes is W but for the last of a tail.
+template <class V, class Part, class F> DRSN_INLINE void each_vector(Part, int count, const F& step) {
+  if constexpr (Part::full) {
 #pragma GCC unroll 16
-    for (int v = 0; v < 64 / V::W; ++v) step(v, v * V::W, V::W);
+    for (int v = 0; v < 64 / V::W; ++v) step(v % 4, v * V::W, V::W);
   } else {
-    for (int v = 0; v * V::W < count; ++v) step(v, v * V::W, count - v * V::W < V::W ? count - v * V::W : V::W);
+    for (int j = 0; j < count; j += V::W) step(0, j, count - j < V::W ? count - j : V::W);
   }
 }
 
-template <class V, class T> inline __attribute__((always_inline)) V load(const T* p, int lanes) {
+template <class Part> DRSN_INLINE uint64_t word(Part, const uint8_t* p, int64_t bytes) {
+  return get_word(p, Part::full ? 8 : bytes);
+}
+
+template <class V, class T> DRSN_INLINE V load(const T* p, int lanes) {
   return lanes == V::W ? V::load(p) : V::load(p, lanes);
 }
-template <class V, class T> inline __attribute__((always_inline)) void store(V v, T* p, int lanes) {
+template <class V, class T> DRSN_INLINE void store(V v, T* p, int lanes) {
   if (lanes == V::W) {
     v.store(p);
   } else {
@@ -99,27 +120,26 @@ template <class V, class T> inline __attribute__((always_inline)) void store(V v
 }
 
 // The per-row scalar of the row walk, or the vector along C of channels_last.
-template <bool CL, class V, class S> inline __attribute__((always_inline)) V coefficient(const S* p, int64_t i, int lanes) {
+template <bool CL, class V, class S> DRSN_INLINE V coefficient(const S* p, int64_t i, int lanes) {
   if constexpr (CL) return load<V>(p + i, lanes);
   return V::set(*p);
 }
 
-// Sums: several independent accumulators in the row walk, an array along C in channels_last.
+// Sums: four independent accumulators in the row walk, an array along C in channels_last.
 template <bool CL, class V, class S> struct Sums {
-  static constexpr int kLanes = 4;
-  V acc[kLanes];
+  V acc[4];
   S* out;
-  explicit Sums(S* p) : out(p) {
+  DRSN_INLINE explicit Sums(S* p) : out(p) {
     for (auto& a : acc) a = V::set(0);
   }
-  inline __attribute__((always_inline)) void add(int v, int64_t i, int lanes, V value) {
+  DRSN_INLINE void add(int k, int64_t i, int lanes, V value) {
     if constexpr (CL) {
       store(load<V>(out + i, lanes) + value, out + i, lanes);
     } else {
-      acc[v % kLanes] = acc[v % kLanes] + value;
+      acc[k] = acc[k] + value;
     }
   }
-  void finish() {
+  DRSN_INLINE void finish() {
     if constexpr (!CL) *out += ((acc[0] + acc[1]) + (acc[2] + acc[3])).sum();
   }
 };
@@ -130,21 +150,21 @@ template <class T, bool CL, bool PLANES>
 void reduce_row(const T* x, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {
   using V = Vec<typename Compute<T>::type>;
   Sums<CL, V, typename Compute<T>::type> total(sums);
-  for (int64_t i = 0; i < n; i += 64) {
+  each_block(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     uint64_t s = 0, z = 0;
-    each_vector<V>(int(min64(64, n - i)), [&](int v, int j, int lanes) __attribute__((always_inline)) {
+    each_vector<V>(part, count, [&](int k, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes);
-      total.add(v, i + j, lanes, a.abs());
+      total.add(k, i + j, lanes, a.abs());
       if constexpr (PLANES) {
         s |= V::bits(a.negative()) << j;
         z |= V::bits(a.nonzero()) << j;
       }
     });
     if constexpr (PLANES) {
-      put_word(sign + i / 8, bytes - i / 8, s);
-      put_word(nonzero + i / 8, bytes - i / 8, z);
+      put_word(sign + i / 8, part.full ? 8 : bytes - i / 8, s);
+      put_word(nonzero + i / 8, part.full ? 8 : bytes - i / 8, z);
     }
-  }
+  });
   total.finish();
 }
 
@@ -153,9 +173,9 @@ void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* 
                uint8_t* sign, int64_t bytes) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
-  for (int64_t i = 0; i < n; i += 64) {
+  each_block(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     uint64_t k = 0, s = 0;
-    each_vector<V>(int(min64(64, n - i)), [&](int, int j, int lanes) __attribute__((always_inline)) {
+    each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(tau, i + j, lanes);
       const V magnitude = a.abs(), excess = magnitude - t;
       const auto nonzero = a.nonzero();
@@ -166,9 +186,9 @@ void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* 
       if constexpr (RESIDUAL) out = out + load<V>(residual + i + j, lanes);
       store(out, y + i + j, lanes);
     });
-    if (kept) put_word(kept + i / 8, bytes - i / 8, k);
-    if (sign) put_word(sign + i / 8, bytes - i / 8, s);
-  }
+    if (kept) put_word(kept + i / 8, part.full ? 8 : bytes - i / 8, k);
+    if (sign) put_word(sign + i / 8, part.full ? 8 : bytes - i / 8, s);
+  });
 }
 
 template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU>
@@ -177,17 +197,17 @@ void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename C
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   Sums<CL, V, S> total(dtau);
-  for (int64_t i = 0; i < n; i += 64) {
+  each_block(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     const int64_t left = bytes - i / 8;
-    const uint64_t k = G ? get_word(kept + i / 8, left) : 0;
-    const uint64_t s = DA || DTAU ? get_word(sign + i / 8, left) : 0;
-    const uint64_t z = DA ? get_word(nonzero + i / 8, left) : 0;
-    each_vector<V>(int(min64(64, n - i)), [&](int v, int j, int lanes) __attribute__((always_inline)) {
+    const uint64_t k = G ? word(part, kept + i / 8, left) : 0;
+    const uint64_t s = DA || DTAU ? word(part, sign + i / 8, left) : 0;
+    const uint64_t z = DA ? word(part, nonzero + i / 8, left) : 0;
+    each_vector<V>(part, count, [&](int a, int j, int lanes) DRSN_LAMBDA {
       const auto negative = V::mask(s >> j);
       V out = V::set(0);
       if constexpr (G) {
         out = load<V>(g + i + j, lanes).keep(V::mask(k >> j));
-        if constexpr (DTAU) total.add(v, i + j, lanes, out.negate(negative));
+        if constexpr (DTAU) total.add(a, i + j, lanes, out.negate(negative));
       }
       if constexpr (DA) {
         const V direct = coefficient<CL, V>(da, i + j, lanes).keep(V::mask(z >> j)).negate(negative);
@@ -195,7 +215,7 @@ void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename C
       }
       if constexpr (DX) store(out, dx + i + j, lanes);
     });
-  }
+  });
   if constexpr (DTAU) total.finish();
 }
 
@@ -264,9 +284,13 @@ template <class F> void for_rows(const Walk& w, const F& row) {
   const int64_t across = w.channels_last ? w.l : w.c, length = w.channels_last ? w.c : w.l;
   const int64_t segments = max64(1, (length + kSegment - 1) / kSegment);
   parallel(w.n * across * segments, min64(length, kSegment), [&](int64_t begin, int64_t end) {
+    int64_t r = begin / segments, segment = begin % segments, n = r / across, j = r % across;
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t r = t / segments, start = t % segments * kSegment;
-      row(r / across, r % across, start, min64(kSegment, length - start), r * w.row_bytes + start / 8);
+      const int64_t start = segment * kSegment;
+      row(n, j, start, min64(kSegment, length - start), r * w.row_bytes + start / 8);
+      if (++segment < segments) continue;
+      segment = 0, ++r;
+      if (++j == across) j = 0, ++n;
     }
   });
 }
@@ -279,10 +303,12 @@ template <class S, class F> void sum_rows(const Walk& w, S* out, double scale, c
     const int64_t segments = max64(1, (length + kSegment - 1) / kSegment), count = samples * channels;
     if (segments == 1) {
       parallel(count, length, [&](int64_t begin, int64_t end) {
+        int64_t n = begin / channels, c = begin % channels;  // counted on: a division a row costs as much as 32 elements
         for (int64_t r = begin; r < end; ++r) {
           S sum = 0;
-          row(r / channels, r % channels, int64_t(0), length, r * w.row_bytes, &sum);
+          row(n, c, int64_t(0), length, r * w.row_bytes, &sum);
           out[r] = S(sum * scale);
+          if (++c == channels) c = 0, ++n;
         }
       });
       return;

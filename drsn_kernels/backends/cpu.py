@@ -6,7 +6,6 @@ import os
 import torch
 
 from ..planes import Geometry
-from ..reference import accumulate_dtype
 
 name = "cpu"
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/cpu/api.h
@@ -50,40 +49,53 @@ def unsupported(x: torch.Tensor) -> str | None:
     return f"x has {x.dim()} dimensions, the cpu kernels take at most 8"
 
 
-def _dense_strides(x: torch.Tensor) -> tuple[int, ...]:
-    return x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
+# torch.empty_strided parses its arguments in 0.8 us, torch.empty in 1.3 us (2.1 us with a torch.Size)
+def _pooled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    n, c = shape[0], shape[1]
+    return torch.empty_strided((n, c), (c, 1), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def reduce(x: torch.Tensor, planes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    shape, strides, dense = x.shape, x.stride(), _dense_strides(x)
-    out = torch.empty((shape[0], shape[1]), dtype=accumulate_dtype(x.dtype))
-    if not planes:
-        _cpu.reduce(_DTYPES[x.dtype], shape, dense, x.data_ptr(), strides, out.data_ptr(), 0, 0)
-        return out, None
-    count = _cpu.plane_words(shape, dense)
-    bits = torch.empty((2, count), dtype=torch.int32)
-    at = bits.data_ptr()
-    _cpu.reduce(_DTYPES[x.dtype], shape, dense, x.data_ptr(), strides, out.data_ptr(), at, at + 4 * count)
+def _planes(planes: int, words: int) -> torch.Tensor:
+    return torch.empty_strided((planes, words), (words, 1), dtype=torch.int32)
+
+
+def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    shape, dense = geo
+    out = _pooled(shape, x.dtype)
+    bits, sign, nonzero = None, 0, 0
+    if planes:
+        count = _cpu.plane_words(shape, dense)
+        bits = _planes(2, count)
+        sign = bits.data_ptr()
+        nonzero = sign + 4 * count
+    _cpu.reduce(_DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), out.data_ptr(), sign, nonzero)
     return out, bits
 
 
 def apply(
-    x: torch.Tensor, tau: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor | None, planes: int
+    x: torch.Tensor,
+    geo: Geometry,
+    tau: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+    planes: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    shape, strides, dense = x.shape, x.stride(), _dense_strides(x)
-    y = torch.empty_like(x) if out is None else out
-    rows, columns = tau.shape
-    tau_n, tau_c = tau.stride()
+    shape, dense = geo
+    strides = x.stride()
+    if out is None:
+        y, y_strides = torch.empty_like(x), dense
+    else:
+        y, y_strides = out, out.stride()
     bits, kept, sign = None, 0, 0
     if planes:
         count = _cpu.plane_words(shape, dense)
-        bits = torch.empty((planes, count), dtype=torch.int32)
+        bits = _planes(planes, count)
         kept = bits.data_ptr()
         sign = kept + 4 * count if planes == 2 else 0
     added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
     _cpu.apply(
-        _DTYPES[x.dtype], shape, dense, x.data_ptr(), strides, y.data_ptr(), y.stride(),
-        tau.data_ptr(), tau_n if rows > 1 else 0, tau_c if columns > 1 else 0, added, added_strides, kept, sign,
+        _DTYPES[x.dtype], shape, dense, x.data_ptr(), strides, y.data_ptr(), y_strides,
+        tau.data_ptr(), tau.shape, tau.stride(), added, added_strides, kept, sign,
     )  # fmt: skip
     return y, bits
 
@@ -101,7 +113,7 @@ def grad(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     shape, dense = geo
     dx = torch.empty_strided(shape, dense, dtype=dtype) if want_dx else None
-    dtau = torch.empty((shape[0], shape[1]), dtype=accumulate_dtype(dtype)) if want_dtau else None
+    dtau = _pooled(shape, dtype) if want_dtau else None
     if pooled_grad is not None:
         pooled_grad = pooled_grad.contiguous()  # (N, C)-sized
     _cpu.grad(

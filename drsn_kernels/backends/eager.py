@@ -5,7 +5,7 @@ It keeps the same bit planes as the compiled backends, so it saves the same memo
 
 import torch
 
-from ..planes import Geometry, geometry, pack, unpack
+from ..planes import Geometry, pack, unpack
 from ..reference import abs_mean, accumulate_dtype, soft_threshold
 
 name = "torch"
@@ -15,23 +15,26 @@ def unsupported(x: torch.Tensor) -> str | None:
     return None
 
 
-def reduce(x: torch.Tensor, planes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A = mean |x| over the spatial dimensions; with `planes` also the planes sign and nonzero."""
     pooled = abs_mean(x)
     if not planes:
         return pooled, None
-    geo = geometry(x)
     return pooled, torch.stack([pack(torch.signbit(x), geo), pack(x != 0, geo)])
 
 
 def apply(
-    x: torch.Tensor, tau: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor | None, planes: int
+    x: torch.Tensor,
+    geo: Geometry,
+    tau: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+    planes: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y = sign(x) relu(|x| - tau) [+ residual], tau (N | 1, C | 1); `planes`: 0, 1 (kept) or 2 (kept, sign)."""
     tau = tau.reshape(*tau.shape, *[1] * (x.dim() - 2))
     bits = None
     if planes:
-        geo = geometry(x)
         bits = torch.stack(
             [
                 pack(~(x.abs().to(tau.dtype) <= tau) & (x != 0), geo),
@@ -58,7 +61,8 @@ def grad(
     Written with differentiable operations on g and dA: the second and higher derivatives run through this function.
     """
     acc = accumulate_dtype(dtype)
-    spatial = list(range(2, len(geo.shape)))
+    shape = geo[0]
+    spatial = list(range(2, len(shape)))
     signs = None if sign is None else torch.where(unpack(sign, geo), -1.0, 1.0).to(acc)
     masked = None if g is None else torch.where(unpack(kept, geo), g.to(acc), 0.0)
     dx = dtau = None
@@ -70,7 +74,7 @@ def grad(
         if pooled_grad is not None:
             length = 1
             for d in spatial:
-                length *= geo.shape[d]
+                length *= shape[d]
             share = (pooled_grad / length).reshape(*pooled_grad.shape, *[1] * len(spatial))
             direct = torch.where(unpack(nonzero, geo), signs * share, 0.0)
             dx = direct if dx is None else dx + direct

@@ -11,7 +11,7 @@ from .. import backends, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .dispatch import is_eager, use_registered_ops
+from .dispatch import direct_apply, is_eager, use_registered_ops
 
 
 class AbsMean(torch.autograd.Function):
@@ -23,10 +23,10 @@ class AbsMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, backend, alias, inplace):
-        pooled, bits = backend.reduce(x, planes=True)
+    def forward(ctx, x, geo, backend, alias, inplace):
+        pooled, bits = backend.reduce(x, geo, planes=True)
         ctx.save_for_backward(bits)
-        ctx.backend, ctx.geometry, ctx.dtype, ctx.handed = backend, geometry(x), x.dtype, None
+        ctx.backend, ctx.geometry, ctx.dtype, ctx.handed = backend, geo, x.dtype, None
         ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(x)
@@ -36,14 +36,17 @@ class AbsMean(torch.autograd.Function):
     def backward(ctx, pooled_grad, g=None):
         handed, ctx.handed = ctx.handed, None
         if pooled_grad is None and g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         kept, bits = handed if handed is not None else (None, ctx.saved_tensors[0])
         sign, nonzero = bits
         backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g, pooled_grad) else eager
         dx, _ = backend.grad(
             ctx.geometry, ctx.dtype, g, kept, sign if pooled_grad is not None else None, nonzero, pooled_grad
         )
-        return dx, None, None, None
+        return dx, None, None, None, None
+
+
+apply_abs_mean = direct_apply(AbsMean)
 
 
 def abs_mean(x: torch.Tensor) -> torch.Tensor:
@@ -63,8 +66,8 @@ def abs_mean(x: torch.Tensor) -> torch.Tensor:
     if is_eager(x) and x.numel():
         backend = backends.select(x)
         if x.requires_grad and torch.is_grad_enabled():
-            return AbsMean.apply(x, backend, False, False)
-        return backend.reduce(x, planes=False)[0]
+            return apply_abs_mean(x, geometry(x), backend, False, False)
+        return backend.reduce(x, geometry(x), planes=False)[0]
     if use_registered_ops(x):
         return torch.ops.drsn_kernels.abs_mean(x)[0]
     return reference.abs_mean(x)

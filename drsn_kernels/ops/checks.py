@@ -53,20 +53,18 @@ def tau_tensor(tau: torch.Tensor, x: torch.Tensor) -> None:
     """0-dim; (N, 1) or (N, C), aligned left; or x's rank and broadcastable."""
     if not tau.is_floating_point():
         raise TypeError(f"tau must be a number or a floating-point tensor, got {tau.dtype}")
-    if tau.device != x.device and tau.dim() > 0:
-        raise ValueError(f"tau must be on x's device {x.device}, got {tau.device}")
-    rank = tau.dim()
-    if rank == 0:
+    given, shape = tau.shape, x.shape
+    if len(given) == 0:
         return
-    if rank == 2 and x.dim() > 2:
-        if tau.shape[0] == x.shape[0] and tau.shape[1] in (1, x.shape[1]):
+    if tau.device != x.device:
+        raise ValueError(f"tau must be on x's device {x.device}, got {tau.device}")
+    if len(given) == 2 and len(shape) > 2:
+        if given[0] == shape[0] and (given[1] == shape[1] or given[1] == 1):
             return
-        n, c = x.shape[0], x.shape[1]
+        n, c = shape[:2]
+        raise ValueError(f"tau of two dimensions must be ({n}, 1) or ({n}, {c}) for x {tuple(shape)}, got {tuple(given)}")
+    if len(given) != len(shape) or any(t not in (1, s) for t, s in zip(given, shape, strict=True)):
         raise ValueError(
-            f"tau of two dimensions must be ({n}, 1) or ({n}, {c}) for x {tuple(x.shape)}, got {tuple(tau.shape)}"
-        )
-    if rank != x.dim() or any(t not in (1, s) for t, s in zip(tau.shape, x.shape, strict=True)):
-        raise ValueError(
-            f"tau must be a number, (N, 1), (N, C), or of x's rank and broadcastable to x {tuple(x.shape)}, "
-            f"got {tuple(tau.shape)}"
+            f"tau must be a number, (N, 1), (N, C), or of x's rank and broadcastable to x {tuple(shape)}, "
+            f"got {tuple(given)}"
         )

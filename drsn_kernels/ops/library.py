@@ -8,7 +8,7 @@ import torch
 from torch.library import Library, register_autograd, register_fake
 
 from .. import backends
-from ..planes import Geometry, geometry, words
+from ..planes import geometry, words
 from ..reference import accumulate_dtype
 
 _lib = Library("drsn_kernels", "DEF")
@@ -25,22 +25,22 @@ _lib.define(f"soft_threshold_grad(Tensor g, Tensor planes, {_META}) -> (Tensor, 
 
 
 def _abs_mean(x):
-    return backends.select(x).reduce(x, planes=True)
+    return backends.select(x).reduce(x, geometry(x), planes=True)
 
 
 def _soft_threshold(x, tau):
-    return backends.select(x).apply(x, tau.contiguous(), None, None, planes=2)
+    return backends.select(x).apply(x, geometry(x), tau, None, None, planes=2)
 
 
 def _abs_mean_grad(pooled_grad, planes, size, stride, dtype):
     backend = backends.select(pooled_grad)
     sign, nonzero = planes
-    return backend.grad(Geometry(tuple(size), tuple(stride)), dtype, None, None, sign, nonzero, pooled_grad)[0]
+    return backend.grad((tuple(size), tuple(stride)), dtype, None, None, sign, nonzero, pooled_grad)[0]
 
 
 def _soft_threshold_grad(g, planes, size, stride, dtype):
     kept, sign = planes
-    geo = Geometry(tuple(size), tuple(stride))
+    geo = (tuple(size), tuple(stride))
     return backends.select(g).grad(geo, dtype, g, kept, sign, want_dx=True, want_dtau=True)
 
 

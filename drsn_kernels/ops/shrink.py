@@ -24,8 +24,8 @@ from .. import backends, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .abs_mean import AbsMean, abs_mean
-from .dispatch import is_eager
+from .abs_mean import abs_mean, apply_abs_mean
+from .dispatch import direct_apply, is_eager
 from .soft_threshold import soft_threshold
 
 AVERAGES = ("channel", "sample", None)
@@ -35,14 +35,14 @@ class Apply(torch.autograd.Function):
     """(x, alpha, A, residual) -> y, or (y, tau). `pool` is the AbsMean node whose alias x is, if there is one."""
 
     @staticmethod
-    def forward(ctx, x, alpha, pooled, residual, average, pool, backend, inplace, return_tau):
+    def forward(ctx, x, alpha, pooled, residual, geo, average, pool, backend, inplace, return_tau):
         ctx.set_materialize_grads(False)
         tau = reference.threshold(alpha, pooled, average)
         planes = 1 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
-        y, bits = backend.apply(x, tau, residual, x if inplace else None, planes)
+        y, bits = backend.apply(x, geo, tau, residual, x if inplace else None, planes)
         if planes:
             ctx.save_for_backward(bits, alpha, pooled)
-            ctx.geometry = geometry(x)
+            ctx.geometry = geo
         ctx.average, ctx.pool, ctx.backend, ctx.dtype = average, pool, backend, x.dtype
         if inplace:
             ctx.mark_dirty(x)
@@ -53,7 +53,7 @@ class Apply(torch.autograd.Function):
         want_x, want_alpha, want_pooled, want_residual = ctx.needs_input_grad[:4]
         residual_grad = g if want_residual else None
         if not (want_x or want_alpha or want_pooled) or (g is None and tau_grad is None):
-            return None, None, None, residual_grad, None, None, None, None, None
+            return None, None, None, residual_grad, None, None, None, None, None, None
         bits, alpha, pooled = ctx.saved_tensors
         planes = ctx.pool.saved_tensors[0] if ctx.pool is not None else None
         kept, sign = bits[0], bits[1] if planes is None else planes[0]
@@ -70,7 +70,10 @@ class Apply(torch.autograd.Function):
             x_grad = g
             ctx.pool.handed = (kept, planes)
         alpha_grad, pooled_grad = _threshold_grad(dtau, tau_grad, alpha, pooled, ctx.average, want_alpha, want_pooled)
-        return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None
+        return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None, None
+
+
+_apply = direct_apply(Apply)
 
 
 def _threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_pooled):
@@ -176,27 +179,27 @@ def shrink(
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
     fused = residual if residual is None or residual.dtype == x.dtype else None
-    backend = backends.select(x)
+    backend, geo = backends.select(x), geometry(x)
     recording = torch.is_grad_enabled()
     pool, handle = None, x
     if recording and x.requires_grad:
         # autograd forbids a node of two outputs that overwrites a view: the two gradients are added by it then
         alias = not (inplace and x._is_view())
-        pooled = AbsMean.apply(x, backend, alias, inplace and alias)
+        pooled = apply_abs_mean(x, geo, backend, alias, inplace and alias)
         if alias:
             pooled, handle = pooled
             pool = pooled.grad_fn
     else:
-        pooled = backend.reduce(x, planes=False)[0]
+        pooled = backend.reduce(x, geo, planes=False)[0]
     alpha = _call_gate(gate, pooled, x)
     if not is_eager(alpha):  # a gate of tensor subclasses
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau)
     if recording and (x.requires_grad or alpha.requires_grad or (fused is not None and fused.requires_grad)):
-        out = Apply.apply(handle, alpha, pooled, fused, average, pool, backend, inplace, return_tau)
+        out = _apply(handle, alpha, pooled, fused, geo, average, pool, backend, inplace, return_tau)
         y, tau = out if return_tau else (out, None)
     else:
         tau = reference.threshold(alpha, pooled, average)
-        y = backend.apply(x, tau, fused, x if inplace else None, planes=0)[0]
+        y = backend.apply(x, geo, tau, fused, x if inplace else None, planes=0)[0]
     if residual is not fused:
         y = y.add_(residual) if inplace else y + residual
     return (y, tau) if return_tau else y

@@ -14,29 +14,32 @@ from .. import backends, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .dispatch import is_eager, use_registered_ops
+from .dispatch import direct_apply, is_eager, use_registered_ops
 
 
 class SoftThreshold(torch.autograd.Function):
     """x (N, C, *spatial), tau (N | 1, C | 1) in the accumulate dtype -> y."""
 
     @staticmethod
-    def forward(ctx, x, tau, backend):
-        y, bits = backend.apply(x, tau, None, None, planes=2)
+    def forward(ctx, x, tau, geo, backend):
+        y, bits = backend.apply(x, geo, tau, None, None, planes=2)
         ctx.save_for_backward(bits)
-        ctx.backend, ctx.geometry, ctx.dtype, ctx.tau_shape = backend, geometry(x), x.dtype, tau.shape
+        ctx.backend, ctx.geometry, ctx.dtype, ctx.tau_shape = backend, geo, x.dtype, tau.shape
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
-            return None, None, None
+            return None, None, None, None
         kept, sign = ctx.saved_tensors[0]
         backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g) else eager
-        want_dx, want_dtau, _ = ctx.needs_input_grad
+        want_dx, want_dtau = ctx.needs_input_grad[:2]
         dx, dtau = backend.grad(ctx.geometry, ctx.dtype, g, kept, sign, want_dx=want_dx, want_dtau=want_dtau)
-        return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None
+        return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None
+
+
+_apply = direct_apply(SoftThreshold)
 
 
 def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
@@ -63,9 +66,9 @@ def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
         tau = torch.full((), tau, dtype=acc, device=x.device)
     else:
         raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
-    if tau.dtype != acc:
-        tau = tau.to(acc)
-    if is_eager(x, tau) and x.numel() and tau.device == x.device:
+    if tau.dtype != acc or (tau.dim() == 0 and tau.device != x.device):
+        tau = tau.to(dtype=acc, device=x.device)
+    if is_eager(x, tau) and x.numel():
         if x.dim() < 2:
             return soft_threshold(x.reshape(1, 1, -1), tau.reshape(1, 1, -1) if tau.dim() else tau).view(x.shape)
         rows = _per_channel(tau)
@@ -74,8 +77,8 @@ def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
         else:
             backend = backends.select(x)
             if torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad):
-                return SoftThreshold.apply(x, rows, backend)
-            return backend.apply(x, rows, None, None, planes=0)[0]
+                return _apply(x, rows, geometry(x), backend)
+            return backend.apply(x, geometry(x), rows, None, None, planes=0)[0]
     elif x.dim() >= 2 and use_registered_ops(x):
         rows = _per_channel(tau)
         if rows is not None:
