@@ -125,3 +125,15 @@ def grad(
         0 if nonzero is None else nonzero.data_ptr(),
     )  # fmt: skip
     return dx, dtau
+
+
+def describe() -> str:
+    """One line for `python -m drsn_kernels info`."""
+    if _cpu is None:
+        return f"not available: {MISSING}"
+    threads = (
+        "torch's thread pool"
+        if _cpu.has_parallel_for()
+        else "one thread, because torch before 2.10 does not offer its thread pool; a newer torch does"
+    )
+    return f"available: {_cpu.isa()} (of {', '.join(_cpu.available_isas())}), {threads}"

@@ -80,3 +80,7 @@ def grad(
             dx = direct if dx is None else dx + direct
         dx = dx.to(dtype)
     return dx, dtau
+
+
+def describe() -> str:
+    return "available: pure PyTorch, every device"

@@ -1,0 +1,38 @@
+"""The demo's figures. They are drawn without pyplot, so no display is needed and no global state is touched."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .._extras import require
+
+
+def _axes(title: str, xlabel: str, ylabel: str):
+    figure = require("matplotlib.figure", "demo").Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def accuracy(path: Path, snr_db: Sequence[float], curves: Mapping[str, Sequence[float]], chance: float) -> Path:
+    """Test accuracy (fractions) of each model against SNR in dB, as a PNG; returns the path."""
+    figure, axes = _axes("Test accuracy under noise", "SNR (dB)", "accuracy (%)")
+    for (label, values), marker in zip(curves.items(), "osd^"):
+        axes.plot(snr_db, [100 * value for value in values], marker=marker, label=label)
+    axes.axhline(100 * chance, color="0.5", linestyle=":", label="chance")
+    axes.set_ylim(0, 102)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def thresholds(path: Path, noise_rms: torch.Tensor, tau: torch.Tensor, rho: float | None) -> Path:
+    """Relative threshold (N,) against noise RMS (N,) of each window, as a PNG; returns the path."""
+    title = "Thresholds against noise, " + ("rank correlation undefined" if rho is None else f"Spearman {rho:+.2f}")
+    figure, axes = _axes(title, "RMS of the noise / RMS of the signal", "tau / mean tau, averaged over units")
+    axes.scatter(noise_rms.numpy(), tau.numpy(), s=6, alpha=0.4)
+    axes.set_xscale("log")
+    figure.savefig(path, dpi=150)
+    return path
