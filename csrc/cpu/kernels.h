@@ -88,16 +88,17 @@ struct Full {
 struct Tail {
   static constexpr bool full = false;
 };
-template <class F> DRSN_INLINE void each_block(int64_t n, const F& block) {
+template <bool SHORT, class F> DRSN_INLINE void each_block(int64_t n, const F& block) {
   int64_t i = 0;
-  for (; i + 64 <= n; i += 64) block(Full{}, i, 64);
+  if constexpr (!SHORT)
+    for (; i + 64 <= n; i += 64) block(Full{}, i, 64);
   if (i < n) block(Tail{}, i, int(n - i));
 }
 
 // Calls step(accumulator, first element, lanes) for the vectors of a block; lanes is W but for the last of a tail.
 template <class V, class Part, class F> DRSN_INLINE void each_vector(Part, int count, const F& step) {
   if constexpr (Part::full) {
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
     for (int v = 0; v < 64 / V::W; ++v) step(v % 4, v * V::W, V::W);
   } else {
     for (int j = 0; j < count; j += V::W) step(0, j, count - j < V::W ? count - j : V::W);
@@ -144,13 +145,13 @@ template <bool CL, class V, class S> struct Sums {
   }
 };
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// ---- rows: SHORT ones, of at most 64 elements, go inline into the walk; longer ones are called ------------------------------------------------------------------------------------------------------------
 
-template <class T, bool CL, bool PLANES>
-void reduce_row(const T* x, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {
+template <bool SHORT, class T, bool CL, bool PLANES>
+DRSN_INLINE void reduce_row(const T* x, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {
   using V = Vec<typename Compute<T>::type>;
   Sums<CL, V, typename Compute<T>::type> total(sums);
-  each_block(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
+  each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     uint64_t s = 0, z = 0;
     each_vector<V>(part, count, [&](int k, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes);
@@ -168,12 +169,12 @@ void reduce_row(const T* x, int64_t n, typename Compute<T>::type* sums, uint8_t*
   total.finish();
 }
 
-template <class T, bool CL, bool RESIDUAL>
-void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* residual, int64_t n, uint8_t* kept,
+template <bool SHORT, class T, bool CL, bool RESIDUAL>
+DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* residual, int64_t n, uint8_t* kept,
                uint8_t* sign, int64_t bytes) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
-  each_block(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
+  each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     uint64_t k = 0, s = 0;
     each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(tau, i + j, lanes);
@@ -191,13 +192,13 @@ void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* 
   });
 }
 
-template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU>
-void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename Compute<T>::type* dtau, int64_t n,
+template <bool SHORT, class T, bool CL, bool G, bool DA, bool DX, bool DTAU>
+DRSN_INLINE void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename Compute<T>::type* dtau, int64_t n,
               const uint8_t* kept, const uint8_t* sign, const uint8_t* nonzero, int64_t bytes) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   Sums<CL, V, S> total(dtau);
-  each_block(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
+  each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     const int64_t left = bytes - i / 8;
     const uint64_t k = G ? word(part, kept + i / 8, left) : 0;
     const uint64_t s = DA || DTAU ? word(part, sign + i / 8, left) : 0;
@@ -273,21 +274,22 @@ template <class T> Rows<T> rows(const void* p, const Strides& st, const Walk& w)
   return Rows<T>(static_cast<T*>(const_cast<void*>(p)), st, w);
 }
 
-// Calls piece(start, count) over a row part: at once where every operand is contiguous, else by staging chunks.
-template <class F> inline void pieces(bool contiguous, int64_t start, int64_t count, const F& piece) {
-  if (contiguous) return piece(start, count);
-  for (int64_t i = 0; i < count; i += kChunk) piece(start + i, min64(kChunk, count - i));
+// Calls piece(start, count) over a row part: at once where every operand is contiguous, else by what the buffers hold.
+template <class F> DRSN_INLINE void pieces(bool contiguous, int64_t start, int64_t count, const F& piece) {
+  const int64_t step = contiguous ? count : kChunk;
+  for (int64_t i = 0; i < count; i += step) piece(start + i, min64(step, count - i));
 }
 
-// Runs row(n, j, start, count, plane offset in bytes) over the whole walk, long rows in segments.
-template <class F> void for_rows(const Walk& w, const F& row) {
+// Runs row(n, j, start, count, plane offset in bytes) over the whole walk, long rows in segments. Indices are counted
+// on: two divisions a row cost as much as 32 elements.
+template <class F> DRSN_INLINE void for_rows(const Walk& w, const F& row) {
   const int64_t across = w.channels_last ? w.l : w.c, length = w.channels_last ? w.c : w.l;
-  const int64_t segments = max64(1, (length + kSegment - 1) / kSegment);
-  parallel(w.n * across * segments, min64(length, kSegment), [&](int64_t begin, int64_t end) {
+  const int64_t segments = max64(1, (length + kSegment - 1) / kSegment), row_bytes = w.row_bytes;
+  parallel(w.n * across * segments, min64(length, kSegment), [&, row](int64_t begin, int64_t end) {
     int64_t r = begin / segments, segment = begin % segments, n = r / across, j = r % across;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t start = segment * kSegment;
-      row(n, j, start, min64(kSegment, length - start), r * w.row_bytes + start / 8);
+      row(n, j, start, min64(kSegment, length - start), r * row_bytes + start / 8);
       if (++segment < segments) continue;
       segment = 0, ++r;
       if (++j == across) j = 0, ++n;
@@ -297,61 +299,56 @@ template <class F> void for_rows(const Walk& w, const F& row) {
 
 // The same, and out (N, C) = scale * the sums that row(..., S* sums) adds up: one number in the row walk, C numbers in
 // channels_last. Single-writer partial sums over fixed segments, combined in double: the same bits for any thread count.
-template <class S, class F> void sum_rows(const Walk& w, S* out, double scale, const F& row) {
-  const int64_t samples = w.n, channels = w.c, length = w.l;
-  if (!w.channels_last) {
-    const int64_t segments = max64(1, (length + kSegment - 1) / kSegment), count = samples * channels;
-    if (segments == 1) {
-      parallel(count, length, [&](int64_t begin, int64_t end) {
-        int64_t n = begin / channels, c = begin % channels;  // counted on: a division a row costs as much as 32 elements
-        for (int64_t r = begin; r < end; ++r) {
-          S sum = 0;
-          row(n, c, int64_t(0), length, r * w.row_bytes, &sum);
-          out[r] = S(sum * scale);
-          if (++c == channels) c = 0, ++n;
-        }
-      });
-      return;
-    }
-    Scratch<S> partial(count * segments);
-    parallel(count * segments, kSegment, [&](int64_t begin, int64_t end) {
+template <bool CL, class S, class F> DRSN_INLINE void sum_rows(const Walk& w, S* out, double scale, const F& row) {
+  const int64_t samples = w.n, channels = w.c, length = w.l, row_bytes = w.row_bytes;
+  const int64_t step = CL ? max64(1, kSegment / max64(1, channels)) : kSegment;
+  const int64_t segments = max64(1, (length + step - 1) / step);
+  if constexpr (!CL) {
+    Scratch<S> partial(segments > 1 ? samples * channels * segments : 0);
+    S* const sums = segments > 1 ? partial.data : out;
+    const S factor = segments > 1 ? S(1) : S(scale);
+    parallel(samples * channels * segments, min64(length, kSegment), [&, row](int64_t begin, int64_t end) {
+      int64_t r = begin / segments, segment = begin % segments, n = r / channels, c = r % channels;
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t r = t / segments, start = t % segments * kSegment;
-        row(r / channels, r % channels, start, min64(kSegment, length - start), r * w.row_bytes + start / 8,
-            partial.data + t);
+        const int64_t start = segment * kSegment;
+        S sum = 0;
+        row(n, c, start, min64(kSegment, length - start), r * row_bytes + start / 8, &sum);
+        sums[t] = sum * factor;
+        if (++segment < segments) continue;
+        segment = 0, ++r;
+        if (++c == channels) c = 0, ++n;
       }
     });
-    for (int64_t r = 0; r < count; ++r) {
+    if (segments == 1) return;
+    for (int64_t r = 0; r < samples * channels; ++r) {
       double sum = 0;
       for (int64_t s = 0; s < segments; ++s) sum += partial.data[r * segments + s];
       out[r] = S(sum * scale);
     }
-    return;
-  }
-  const int64_t per_segment = max64(1, kSegment / max64(1, channels));
-  const int64_t segments = max64(1, (length + per_segment - 1) / per_segment);
-  Scratch<double> partial(samples * segments * channels);
-  parallel(samples * segments, per_segment * channels, [&](int64_t begin, int64_t end) {
-    Scratch<S> sums(channels);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t n = t / segments, first = t % segments * per_segment, last = min64(length, first + per_segment);
-      double* total = partial.data + t * channels;
-      for (int64_t l = first; l < last; ++l) {
-        row(n, l, int64_t(0), channels, (n * length + l) * w.row_bytes, sums.data);
-        if ((l - first) % kFlush == kFlush - 1 || l == last - 1) {
-          for (int64_t c = 0; c < channels; ++c) {
-            total[c] += sums.data[c];
-            sums.data[c] = 0;
+  } else {
+    Scratch<double> partial(samples * segments * channels);
+    parallel(samples * segments, step * channels, [&, row](int64_t begin, int64_t end) {
+      Scratch<S> sums(channels);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t n = t / segments, first = t % segments * step, last = min64(length, first + step);
+        double* total = partial.data + t * channels;
+        for (int64_t l = first; l < last; ++l) {
+          row(n, l, int64_t(0), channels, (n * length + l) * row_bytes, sums.data);
+          if ((l - first) % kFlush == kFlush - 1 || l == last - 1) {
+            for (int64_t c = 0; c < channels; ++c) {
+              total[c] += sums.data[c];
+              sums.data[c] = 0;
+            }
           }
         }
       }
-    }
-  });
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0;
-      for (int64_t s = 0; s < segments; ++s) sum += partial.data[(n * segments + s) * channels + c];
-      out[n * channels + c] = S(sum * scale);
+    });
+    for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t c = 0; c < channels; ++c) {
+        double sum = 0;
+        for (int64_t s = 0; s < segments; ++s) sum += partial.data[(n * segments + s) * channels + c];
+        out[n * channels + c] = S(sum * scale);
+      }
     }
   }
 }
@@ -361,17 +358,22 @@ template <class S, class F> void sum_rows(const Walk& w, S* out, double scale, c
 template <class T, bool CL, bool PLANES> void reduce_as(const ReduceArgs& a) {
   using S = typename Compute<T>::type;
   const auto x = rows<T>(a.x, a.xs, a.walk);
-  sum_rows(a.walk, static_cast<S*>(a.out), 1.0 / double(a.walk.l),
-           [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) {
-             T* const row = x.row(n, j);
-             alignas(64) T buffer[kChunk];
-             pieces(x.contiguous, start, count, [&](int64_t i, int64_t len) {
-               const int64_t at = plane + (i - start) / 8;
-               reduce_row<T, CL, PLANES>(x.fetch(row, i, len, buffer), len, CL ? sums + i : sums,
-                                         PLANES ? a.sign + at : nullptr, PLANES ? a.nonzero + at : nullptr,
-                                         a.walk.row_bytes - i / 8);
-             });
-           });
+  uint8_t *const sign = a.sign, *const nonzero = a.nonzero;
+  const int64_t bytes = a.walk.row_bytes;
+  const auto any = [&](T* row, int64_t start, int64_t count, int64_t plane, S* sums) __attribute__((noinline)) {
+    alignas(64) T buffer[kChunk];
+    pieces(x.contiguous, start, count, [&](int64_t i, int64_t len) {
+      const int64_t at = plane + (i - start) / 8;
+      reduce_row<false, T, CL, PLANES>(x.fetch(row, i, len, buffer), len, CL ? sums + i : sums, sign + at, nonzero + at,
+                                       bytes - i / 8);
+    });
+  };
+  sum_rows<CL>(a.walk, static_cast<S*>(a.out), 1.0 / double(a.walk.l),
+               [=, &x, &any](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) DRSN_LAMBDA {
+                 T* const row = x.row(n, j);
+                 if (count > 64 || !x.contiguous) return any(row, start, count, plane, sums);
+                 reduce_row<true, T, CL, PLANES>(row, count, sums, sign + plane, nonzero + plane, bytes);
+               });
 }
 
 template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
@@ -383,23 +385,32 @@ template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
   Scratch<S> wide(spread ? a.walk.n * a.walk.c : 0);
   const S* tau = static_cast<const S*>(a.tau);
   int64_t tau_n = a.tau_n;
+  const int64_t tau_c = a.tau_c, bytes = a.walk.row_bytes;
   if (spread) {
     for (int64_t n = 0; n < a.walk.n; ++n)
-      for (int64_t c = 0; c < a.walk.c; ++c) wide.data[n * a.walk.c + c] = tau[n * a.tau_n + c * a.tau_c];
+      for (int64_t c = 0; c < a.walk.c; ++c) wide.data[n * a.walk.c + c] = tau[n * tau_n + c * tau_c];
     tau = wide.data;
     tau_n = a.walk.c;
   }
-  for_rows(a.walk, [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane) {
-    T *const x_row = x.row(n, j), *const y_row = y.row(n, j), *const res_row = res.row(n, j);
-    const S* t = CL ? tau + n * tau_n : tau + n * tau_n + j * a.tau_c;
+  uint8_t *const kept = a.kept, *const sign = a.sign;
+  const auto any = [&](T* x_row, T* y_row, T* res_row, const S* t, int64_t start, int64_t count,
+                       int64_t plane) __attribute__((noinline)) {
     alignas(64) T x_buffer[kChunk], y_buffer[kChunk], res_buffer[kChunk];
     pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
-      apply_row<T, CL, RESIDUAL>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer), CL ? t + i : t,
-                                 res.fetch(res_row, i, len, res_buffer), len, a.kept ? a.kept + at : nullptr,
-                                 a.sign ? a.sign + at : nullptr, a.walk.row_bytes - i / 8);
+      apply_row<false, T, CL, RESIDUAL>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer), CL ? t + i : t,
+                                 res.fetch(res_row, i, len, res_buffer), len, kept ? kept + at : nullptr,
+                                 sign ? sign + at : nullptr, bytes - i / 8);
       y.put(y_row, i, len, y_buffer);
     });
+  };
+  for_rows(a.walk, [=, &x, &y, &res, &any](int64_t n, int64_t j, int64_t start, int64_t count,
+                                           int64_t plane) DRSN_LAMBDA {
+    const S* t = CL ? tau + n * tau_n : tau + n * tau_n + j * tau_c;
+    T *const x_row = x.row(n, j), *const y_row = y.row(n, j), *const res_row = RESIDUAL ? res.row(n, j) : nullptr;
+    if (count > 64 || !contiguous) return any(x_row, y_row, res_row, t, start, count, plane);
+    apply_row<true, T, CL, RESIDUAL>(x_row, y_row, t, res_row, count, kept ? kept + plane : nullptr,
+                                     sign ? sign + plane : nullptr, bytes);
   });
 }
 
@@ -407,29 +418,39 @@ template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(co
   using S = typename Compute<T>::type;
   const auto g = rows<T>(a.g, a.gs, a.walk), dx = rows<T>(a.dx, a.ds, a.walk);
   const bool contiguous = g.contiguous && dx.contiguous;
-  const int64_t planes = a.walk.n * a.walk.c;
-  Scratch<S> scaled(DA ? planes : 0);  // dA / L
-  if constexpr (DA) {
-    for (int64_t i = 0; i < planes; ++i) scaled.data[i] = static_cast<const S*>(a.da)[i] / S(a.walk.l);
+  const int64_t channels = a.walk.c, bytes = a.walk.row_bytes;
+  const S *const da = static_cast<const S*>(a.da), length = S(a.walk.l);
+  Scratch<S> scaled(DA && CL ? a.walk.n * channels : 0);  // dA / L, in the row walk divided a row at a time
+  if constexpr (DA && CL) {
+    for (int64_t i = 0; i < a.walk.n * channels; ++i) scaled.data[i] = da[i] / length;
   }
-  const auto body = [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) {
-    T *const g_row = g.row(n, j), *const dx_row = dx.row(n, j);
-    const S* direct = scaled.data + n * a.walk.c + (CL ? 0 : j);
+  const S* const share = scaled.data;
+  const uint8_t *const kept = a.kept, *const sign = a.sign, *const nonzero = a.nonzero;
+  const auto any = [&](T* g_row, T* dx_row, const S* direct, int64_t start, int64_t count, int64_t plane,
+                       S* sums) __attribute__((noinline)) {
     alignas(64) T g_buffer[kChunk], dx_buffer[kChunk];
     pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
-      grad_row<T, CL, G, DA, DX, DTAU>(g.fetch(g_row, i, len, g_buffer), DX ? dx.target(dx_row, i, dx_buffer) : nullptr,
-                                       CL ? direct + i : direct, CL && DTAU ? sums + i : sums, len,
-                                       G ? a.kept + at : nullptr, DA || DTAU ? a.sign + at : nullptr,
-                                       DA ? a.nonzero + at : nullptr, a.walk.row_bytes - i / 8);
+      grad_row<false, T, CL, G, DA, DX, DTAU>(g.fetch(g_row, i, len, g_buffer), DX ? dx.target(dx_row, i, dx_buffer) : nullptr,
+                                       CL ? direct + i : direct, CL && DTAU ? sums + i : sums, len, kept + at,
+                                       sign + at, nonzero + at, bytes - i / 8);
       if constexpr (DX) dx.put(dx_row, i, len, dx_buffer);
     });
   };
+  const auto row = [=, &g, &dx, &any](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane,
+                                      S* sums) DRSN_LAMBDA {
+    T *const g_row = G ? g.row(n, j) : nullptr, *const dx_row = DX ? dx.row(n, j) : nullptr;
+    const S one = DA && !CL ? da[n * channels + j] / length : S(0);
+    const S* direct = DA && CL ? share + n * channels : &one;
+    if (count > 64 || !contiguous) return any(g_row, dx_row, direct, start, count, plane, sums);
+    grad_row<true, T, CL, G, DA, DX, DTAU>(g_row, dx_row, direct, sums, count, kept + plane, sign + plane,
+                                           nonzero + plane, bytes);
+  };
   if constexpr (DTAU) {
-    sum_rows(a.walk, static_cast<S*>(a.dtau), -1.0, body);
+    sum_rows<CL>(a.walk, static_cast<S*>(a.dtau), -1.0, row);
   } else {
-    for_rows(a.walk, [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane) {
-      body(n, j, start, count, plane, nullptr);
+    for_rows(a.walk, [row](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane) DRSN_LAMBDA {
+      row(n, j, start, count, plane, nullptr);
     });
   }
 }

@@ -8,6 +8,8 @@
 namespace drsn {
 namespace {
 
+constexpr int kUnroll = 16;  // whole blocks of 64 elements
+
 template <class Scalar> struct Vec;
 
 template <> struct Vec<float> {

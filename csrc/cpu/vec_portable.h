@@ -6,6 +6,8 @@
 namespace drsn {
 namespace {
 
+constexpr int kUnroll = 1;  // a loop of loops: unrolled, this file would take a minute to compile
+
 template <class Scalar> struct Vec {
   static constexpr int W = 32 / sizeof(Scalar);
   using Mask = uint32_t;

@@ -33,6 +33,5 @@ def thresholds(path: Path, noise_rms: torch.Tensor, tau: torch.Tensor, rho: floa
     title = "Thresholds against noise, " + ("rank correlation undefined" if rho is None else f"Spearman {rho:+.2f}")
     figure, axes = _axes(title, "RMS of the noise / RMS of the signal", "tau / mean tau, averaged over units")
     axes.scatter(noise_rms.numpy(), tau.numpy(), s=6, alpha=0.4)
-    axes.set_xscale("log")
     figure.savefig(path, dpi=150)
     return path

@@ -1,0 +1,192 @@
+"""What every test file shares: poisoned memory, the list of backends that all tests run on, and the markers."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import drsn_kernels as dk
+from drsn_kernels.backends import cpu
+
+try:
+    from drsn_kernels import _build  # noqa: F401  written at installation
+except ImportError as error:
+    raise pytest.UsageError(
+        f"the tests run on an installed drsn_kernels, not on the source tree ({dk.__file__}); "
+        "install it and start pytest so that the repository is not first in sys.path (pytest, or python -P -m pytest)"
+    ) from error
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running the operators: a backend, an instruction set of it, or a compiler around it."""
+
+    name: str
+    backend: str
+    isa: str | None = None
+    compiled: bool = False
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def unavailable(self) -> str | None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        if self.backend == "cpu" and cpu._cpu is None:
+            return f"no compiled CPU kernels: {cpu.MISSING}"
+        if self.isa is not None and self.isa not in cpu._cpu.available_isas():
+            return f"this CPU or build has no {self.isa}"
+        return None
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator["Variant"]:
+        """Every call inside runs on this variant; where it cannot, that is an error and not a silent fallback."""
+        isa = cpu._cpu.isa() if self.isa else None
+        try:
+            if self.isa:
+                cpu._cpu.set_isa(self.isa)
+            with dk.use_backend(self.backend, strict=self.backend != "auto"):
+                yield self
+        finally:
+            if isa:
+                cpu._cpu.set_isa(isa)
+
+    def _call(self, op: Callable) -> Callable:
+        if self.compiled:
+            return torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=False)
+        return op
+
+    @functools.cached_property
+    def abs_mean(self) -> Callable:
+        return self._call(dk.abs_mean)
+
+    @functools.cached_property
+    def soft_threshold(self) -> Callable:
+        return self._call(dk.soft_threshold)
+
+    @functools.cached_property
+    def shrink(self) -> Callable:
+        return self._call(dk.shrink)
+
+
+# A new backend joins the suite here, by one line.
+KERNELS = [
+    Variant("torch", "torch"),
+    Variant("cpu-portable", "cpu", isa="portable"),
+    Variant("cpu-avx2", "cpu", isa="avx2"),
+    Variant("cpu-avx512", "cpu", isa="avx512"),
+]
+COMPILED = [
+    Variant("compiled", "auto", compiled=True),
+    Variant("compiled-cpu", "cpu", compiled=True),
+]
+
+
+def _variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
+    variant: Variant = request.param
+    reason = variant.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    if variant.compiled:
+        torch._dynamo.reset()
+    with variant.use():
+        yield variant
+
+
+def _params(variants: list[Variant]) -> list:
+    return [pytest.param(v, id=v.name, marks=[pytest.mark.gpu] if v.device == "cuda" else []) for v in variants]
+
+
+@pytest.fixture(params=_params(KERNELS + COMPILED))
+def backend(request: pytest.FixtureRequest) -> Iterator[Variant]:
+    """Every variant, the compiled ones too."""
+    yield from _variant(request)
+
+
+@pytest.fixture(params=_params(KERNELS))
+def kernels(request: pytest.FixtureRequest) -> Iterator[Variant]:
+    """Every variant that runs eagerly."""
+    yield from _variant(request)
+
+
+@pytest.fixture(params=_params(COMPILED))
+def compiled(request: pytest.FixtureRequest) -> Iterator[Variant]:
+    """Every variant under torch.compile."""
+    yield from _variant(request)
+
+
+# ---- poisoned memory -------------------------------------------------------------------------------------------------
+
+_clean_empty = torch.empty
+_FACTORIES = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+_FACTORIES += [(torch, "empty_permuted"), (torch.Tensor, "new_empty_strided")]
+
+
+def poison(t: torch.Tensor) -> torch.Tensor:
+    """Fill a fresh tensor, gaps between its rows included: NaN, or a bit pattern that no result has."""
+    storage = t.untyped_storage()
+    if storage.nbytes():
+        flat = _clean_empty(0, dtype=t.dtype, device=t.device).set_(storage)
+        flat.fill_(float("nan") if t.is_floating_point() or t.is_complex() else 1 if t.dtype is torch.bool else 0x55)
+    return t
+
+
+def _poisoning(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        t = factory(*args, **kwargs)
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(t) is not torch.Tensor
+        if watched or t.layout != torch.strided or t.device.type == "meta" or t.is_quantized or kwargs.get("out") is t:
+            return t
+        with torch.no_grad():
+            return poison(t)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that an element which a kernel forgets to write is seen. Off: marker unpoisoned."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for owner, name in _FACTORIES:
+        monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def isolated() -> Iterator[None]:
+    """Seeded random numbers, and the number of threads as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- markers ---------------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="a machine without a CUDA device is an error")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    isas = ", ".join(cpu._cpu.available_isas()) if cpu._cpu else cpu.MISSING
+    return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    if config.getoption("--require-gpu"):
+        raise pytest.UsageError("--require-gpu: there is no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,159 @@
+"""What the operators are compared with: float64 forms written from the paper, gates, and the rule for tolerances.
+
+Written apart from drsn_kernels.reference, so that the two check each other. Nothing here rounds to x's dtype: `exact`
+computes in float64, `plain` the same formula in the dtype of sums (float32, float64 for float64), which is how a
+PyTorch user would write it. `close` allows twice the error of the plain form and a small floor.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+AVERAGES = ["channel", "sample", None]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, averages and thresholds."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def aligned(tau: torch.Tensor, rank: int) -> torch.Tensor:
+    """(N, 1) or (N, C) seen from the left; anything else as it is."""
+    return tau[(...,) + (None,) * (rank - 2)] if tau.dim() == 2 and rank > 2 else tau
+
+
+def soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    return x.sign() * torch.relu(x.abs() - aligned(tau, x.dim()))
+
+
+def abs_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().flatten(2).mean(2)
+
+
+def shrink(x, gate: Callable, average: str | None, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, tau), every step in x's dtype."""
+    pooled = abs_mean(x)
+    scale = {"channel": lambda: pooled, "sample": lambda: pooled.mean(1, keepdim=True), None: lambda: 1.0}[average]()
+    tau = gate(pooled) * scale
+    y = soft_threshold(x, tau)
+    return (y if residual is None else y + residual), tau
+
+
+class Evaluated:
+    """Outputs and gradients of one function of tensors, in one dtype, for random output gradients."""
+
+    def __init__(self, fn: Callable, inputs: Sequence[torch.Tensor], gs: Sequence[torch.Tensor | None]):
+        outputs = fn(*inputs)
+        self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        reached = [(o, g) for o, g in zip(self.outputs, gs, strict=True) if g is not None]
+        self.grads = ()
+        if wanted:
+            self.grads = torch.autograd.grad([o for o, _ in reached], wanted, [g for _, g in reached])
+
+
+def cast(tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Fresh leaves of another dtype, requiring gradients as the originals do."""
+    return [None if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad) for t in tensors]
+
+
+def cast_gate(gate: Callable, dtype: torch.dtype) -> Callable:
+    return copy.deepcopy(gate).to(dtype) if isinstance(gate, nn.Module) else gate
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def smooth_gate(channels: int, out: int | None = None, norm: bool = False) -> nn.Sequential:
+    """A gate without kinks, so that a rounding difference never flips one of its units."""
+    layers = [nn.Linear(channels, 5), *([nn.BatchNorm1d(5)] if norm else []), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(5, out or channels), nn.Sigmoid())
+
+
+def features(shape: Sequence[int], dtype=torch.float32, device="cpu", zeros: bool = True) -> torch.Tensor:
+    """Random x with every 17th element 0, as after a ReLU."""
+    x = torch.randn(shape, dtype=torch.float64)
+    if zeros:
+        x.view(-1)[::17] = 0
+    return x.to(device, dtype)
+
+
+def blank(*shape: int) -> torch.Tensor:
+    return torch.randn(shape)
+
+
+# (N, C, H, W) -> a float32 tensor of that shape, in memory as the name says.
+LAYOUTS: dict[str, Callable[..., torch.Tensor]] = {
+    "contiguous": blank,
+    "channels_last": lambda n, c, h, w: blank(n, h, w, c).permute(0, 3, 1, 2),
+    "channels_last transposed": lambda n, c, h, w: blank(n, w, h, c).permute(0, 3, 2, 1),
+    "batch innermost": lambda n, c, h, w: blank(c, h, w, n).permute(3, 0, 1, 2),
+    "channel outermost": lambda n, c, h, w: blank(c, n, h, w).transpose(0, 1),
+    "image transposed": lambda n, c, h, w: blank(n, c, w, h).transpose(2, 3),
+    "image outermost": lambda n, c, h, w: blank(h, w, n, c).permute(2, 3, 0, 1),
+    "sliced": lambda n, c, h, w: blank(n, c + 2, h, 2 * w)[:, 1:-1, :, ::2],
+    "sliced channels_last": lambda n, c, h, w: blank(n, h, w, c + 3)[..., 1:-2].permute(0, 3, 1, 2),
+    "padded rows": lambda n, c, h, w: blank(n, c, h, w + 3)[..., 1:-2],
+    "offset": lambda n, c, h, w: blank(n * c * h * w + 1)[1:].view(n, c, h, w),
+    "expanded batch": lambda n, c, h, w: blank(1, c, h, w).expand(n, c, h, w),
+    "expanded channels": lambda n, c, h, w: blank(n, 1, h, w).expand(n, c, h, w),
+    "expanded space": lambda n, c, h, w: blank(n, c, 1, 1).expand(n, c, h, w),
+    "expanded width": lambda n, c, h, w: blank(n, c, h, 1).expand(n, c, h, w),
+    "scalar": lambda n, c, h, w: blank(1, 1, 1, 1).expand(n, c, h, w),
+}
+
+
+def without_ties(g: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """g, but 0 where |x| is so near to tau that rounding decides which side it is on; sums are then free of it too."""
+    tau = aligned(tau.detach().double(), x.dim())
+    near = (x.detach().double().abs() - tau).abs() < 1e-4 * tau.abs().clamp(min=1e-3)
+    return torch.where(near, torch.zeros((), dtype=g.dtype), g)
+
+
+# ---- tolerances ------------------------------------------------------------------------------------------------------
+
+
+def close(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "result") -> None:
+    """|actual - exact| <= 2 * the plain form's worst error + rounding to actual's dtype + a few units of the scale."""
+    assert actual.shape == exact.shape == plain.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(exact.shape)}"
+    if not actual.numel():
+        return
+    assert torch.isfinite(actual).all(), f"{what} is not finite: {actual}"
+    unit, computed = torch.finfo(actual.dtype), torch.finfo(plain.dtype)
+    exact = exact.detach()
+    scale = exact.abs().max()
+    # in float64 the plain form is the exact one; what remains is the order of the additions
+    floor = (1000 if computed.eps < 1e-12 else 16) * computed.eps * scale + unit.smallest_normal * unit.eps
+    allowed = 2 * (plain.detach().double() - exact).abs().max() + floor
+    if unit.eps > computed.eps:  # the last step rounds to actual's dtype, to nearest
+        allowed = allowed + (unit.eps / 2 * exact.abs() * (1 + 1e-3)).clamp(min=unit.smallest_normal * unit.eps)
+    error = (actual.detach().double() - exact).abs()
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), (
+        f"{what}: {error.flatten()[worst]:.3e} from the exact {exact.flatten()[worst]:.6e} at flat index {int(worst)}, "
+        f"allowed {allowed.flatten()[worst if allowed.dim() else 0]:.3e}, scale {scale:.3e}"
+    )
+
+
+def check(fn: Callable, formula: Callable, inputs: dict[str, torch.Tensor | None], gs: Sequence) -> None:
+    """fn's outputs and gradients against the formula in float64 and in the dtype of sums.
+
+    `formula(dtype, *inputs)` evaluates in that dtype; gs are the output gradients, None where there is no loss.
+    """
+    tensors = list(inputs.values())
+    ours = Evaluated(fn, tensors, gs)
+    exact, plain = (
+        Evaluated(lambda *t, d=d: formula(d, *t), cast(tensors, d), cast(gs, d))
+        for d in (torch.float64, wide(tensors[0].dtype))
+    )
+    labels = [f"output {i}" for i in range(len(ours.outputs))]
+    labels += [f"gradient of {name}" for name, t in inputs.items() if t is not None and t.requires_grad]
+    results = ((*e.outputs, *e.grads) for e in (ours, exact, plain))
+    for label, actual, right, simple in zip(labels, *results, strict=True):
+        close(actual, right, simple, label)

@@ -1,0 +1,353 @@
+"""What a forward pass keeps (three bits an element), when it is freed, and backward passes of every sort."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from oracle import AVERAGES, cast_gate, shrink, smooth_gate, soft_threshold
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import drsn_kernels as dk
+from drsn_kernels.planes import row_bits
+
+
+class Saved:
+    """Context: every tensor that autograd saves inside, and their bytes, each storage once and parameters not at all."""
+
+    class Box:
+        def __init__(self, tensor: torch.Tensor):
+            self.tensor = tensor
+
+    def __init__(self, module: nn.Module | None = None):
+        owned = [] if module is None else [*module.parameters(), *module.buffers()]
+        self.owned = {t.untyped_storage().data_ptr() for t in owned}
+
+    def __enter__(self) -> "Saved":
+        self.storages: dict[int, int] = {}
+        self.boxes: list[weakref.ref] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda box: box.tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._hooks.__exit__(*exc)
+
+    def _pack(self, tensor: torch.Tensor) -> "Saved.Box":
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.owned:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        box = Saved.Box(tensor.detach())  # a tensor with its grad_fn would make a cycle of its own
+        self.boxes.append(weakref.ref(box))
+        return box
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+    @property
+    def alive(self) -> int:
+        return sum(box() is not None for box in self.boxes)
+
+
+def plane_bytes(n: int, c: int, length: int, channels_last: bool = False) -> int:
+    rows, row = (n * length, c) if channels_last else (n * c, length)
+    return (rows * row_bits(row) + 31) // 32 * 4
+
+
+SHAPES = [(4, 8, 999), (4, 8, 1024), (16, 16, 49), (2, 4, 56, 56), (64, 32, 7), (2, 64, 3001), (3, 70, 30, 34)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_saved_bytes_of_shrink(kernels, shape, average, channels_last, dtype):
+    if channels_last and len(shape) == 3:
+        x = torch.randn(shape[0], shape[2], shape[1]).transpose(1, 2).to(dtype).requires_grad_()
+    else:
+        x = torch.randn(shape).to(dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        x.requires_grad_()
+    n, c, length = x.shape[0], x.shape[1], x[0, 0].numel()
+    unit = 8 if dtype is torch.float64 else 4
+    with Saved() as saved:
+        y = kernels.shrink(x, nn.Sigmoid(), average=average, residual=torch.zeros_like(x))
+    budget = 3 * plane_bytes(n, c, length, channels_last) + 8 * n * c * unit
+    assert saved.bytes <= budget
+    if length >= 999 and unit == 4 and not channels_last:
+        assert saved.bytes < 0.42 * x.numel()
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert dx.any() and saved.alive == 0
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("shape", [(16, 8, 999), (16, 8, 5000), (8, 16, 34, 31)], ids=str)
+def test_saved_bytes_of_the_module(kernels, shape, average, training):
+    module = dk.Shrinkage(shape[1], average=average).train(training)
+    x = torch.randn(shape, requires_grad=True)
+    n, c, length = shape[0], shape[1], x[0, 0].numel()
+    with Saved(module) as saved:
+        y = module(x)
+    assert saved.bytes <= 3 * plane_bytes(n, c, length) + 8 * n * c * 4
+    y.backward(torch.randn_like(y))
+
+
+@pytest.mark.parametrize("wants", ["x", "tau", "both"])
+def test_saved_bytes_of_soft_threshold(kernels, wants):
+    x, tau = torch.randn(4, 8, 999), torch.rand(4, 8)
+    x.requires_grad_(wants != "tau"), tau.requires_grad_(wants != "x")
+    with Saved() as saved:
+        y = kernels.soft_threshold(x, tau)
+    assert 0 < saved.bytes <= 2 * plane_bytes(4, 8, 999) + 4 * 8 * 4
+    y.backward(torch.randn_like(y))
+    assert saved.alive == 0
+
+
+def test_saved_bytes_of_abs_mean(kernels):
+    x = torch.randn(4, 8, 999, requires_grad=True)
+    with Saved() as saved:
+        pooled = kernels.abs_mean(x)
+    assert saved.bytes <= 2 * plane_bytes(4, 8, 999)
+    assert torch.equal(torch.autograd.grad(pooled, x, torch.ones(4, 8))[0], (x.detach().sign() / 999))
+
+
+def test_nothing_is_saved_without_a_gradient(kernels):
+    x, frozen = torch.randn(4, 8, 99), smooth_gate(8).requires_grad_(False)
+    with Saved() as saved:
+        assert not kernels.shrink(x, frozen).requires_grad
+        with torch.no_grad():
+            kernels.shrink(x.clone().requires_grad_(), smooth_gate(8))
+        assert kernels.shrink(x, frozen, residual=torch.randn_like(x).requires_grad_()).requires_grad
+    assert saved.bytes == 0
+
+
+RESIDENT = """
+import sys, torch
+import drsn_kernels as dk
+page = 4096
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * page
+shape, count = (8, 32, 1 << 13), 24                       # 8 MiB each in float32
+x = torch.randn(shape, requires_grad=True)
+with dk.use_backend(sys.argv[1], strict=True):
+    graphs = [dk.shrink(x, torch.sigmoid)[:1, :1, :1].sum()]  # warm; the sum keeps the graph, not y
+    before = resident()
+    graphs += [dk.shrink(x, torch.sigmoid)[:1, :1, :1].sum() for _ in range(count)]
+print((resident() - before) / count / x.numel())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_resident_memory_of_kept_graphs(name):
+    """Nothing large hides where saved_tensors_hooks do not look: on ctx, in closures, in the extension."""
+    if name == "cpu" and dk.backends.cpu._cpu is None:
+        pytest.skip("no compiled CPU kernels")
+    # every large block mapped on its own: otherwise small blocks that live on keep the holes between them resident
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-P", "-c", RESIDENT, name], capture_output=True, text=True, check=True, env=env)
+    assert float(run.stdout) < 0.5  # bytes an element: 0.375 for the planes, and what the allocator rounds up
+
+
+# ---- when it is freed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["dropped", "backward", "gradients of the gate only", "retained, then dropped", "double"])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_the_graph_is_freed_without_the_garbage_collector(kernels, average, how):
+    gate, x = smooth_gate(8), torch.randn(4, 8, 99, requires_grad=True)
+    g = torch.randn_like(x)
+    gc.collect()
+    gc.disable()
+    try:
+        with Saved() as saved:
+            y, tau = kernels.shrink(x * 1, gate, average=average, return_tau=True)
+            assert saved.alive > 0
+            if how == "backward":
+                y.backward(g)
+            elif how == "gradients of the gate only":
+                torch.autograd.grad(y, list(gate.parameters()), g)
+            elif how == "retained, then dropped":
+                y.backward(g, retain_graph=True)
+            elif how == "double":
+                (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+                dx.square().sum().backward()
+                del dx
+        del y, tau
+        assert saved.alive == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_backward_frees_the_planes_while_the_output_lives(kernels, average):
+    x = torch.randn(4, 8, 99, requires_grad=True)
+    with Saved() as saved:
+        y = kernels.shrink(x, smooth_gate(8), average=average)
+    y.backward(torch.randn_like(y))
+    assert saved.alive == 0 and y.grad_fn is not None
+
+
+# ---- backward passes -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_backward_raises_as_in_torch(kernels):
+    for op in (lambda x: kernels.shrink(x, smooth_gate(8)), lambda x: kernels.soft_threshold(x, 0.5), kernels.abs_mean):
+        y = op(torch.randn(4, 8, 99, requires_grad=True))
+        y.backward(torch.ones_like(y))
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            y.backward(torch.ones_like(y))
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_retain_graph_gives_the_same_again(kernels, average):
+    x, gate = torch.randn(4, 8, 99, requires_grad=True), smooth_gate(8)
+    y = kernels.shrink(x, gate, average=average)
+    wanted, gs = [x, *gate.parameters()], [torch.randn_like(y) for _ in range(3)]
+    once = [torch.autograd.grad(y, wanted, g, retain_graph=True) for g in gs]
+    torch.autograd.grad(y, wanted[1:], gs[0], retain_graph=True)  # leaves no trace in the next one
+    for g, expected in zip(gs, once, strict=True):
+        for a, b in zip(torch.autograd.grad(y, wanted, g, retain_graph=True), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+LOSSES = {
+    "y": lambda y, tau, alpha, pooled: [y],
+    "tau": lambda y, tau, alpha, pooled: [tau],
+    "alpha": lambda y, tau, alpha, pooled: [alpha],
+    "A": lambda y, tau, alpha, pooled: [pooled],
+    "y and tau": lambda y, tau, alpha, pooled: [y, tau],
+    "y and alpha": lambda y, tau, alpha, pooled: [y, alpha],
+    "all": lambda y, tau, alpha, pooled: [y, tau, alpha, pooled],
+}
+WANTED = ["x", "gate", "residual", "x and gate", "everything"]
+
+
+@pytest.mark.parametrize("wants", WANTED)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_any_loss_and_any_wanted_gradient(kernels, average, loss, wants):
+    """The gate's input and output are within the user's reach, so losses on them count as well."""
+    torch.manual_seed(3)
+    x, residual, gate = torch.randn(3, 4, 50).double(), torch.randn(3, 4, 50).double(), smooth_gate(4).double()
+    x.requires_grad_(wants in ("x", "x and gate", "everything"))
+    residual.requires_grad_(wants in ("residual", "everything"))
+    gate.requires_grad_(wants in ("gate", "x and gate", "everything"))
+    leaves = [t for t in (x, residual, *gate.parameters()) if t.requires_grad]
+
+    def gradients(run):
+        seen = []
+
+        def watched(pooled):
+            seen.extend((gate(pooled), pooled))
+            return seen[0]
+
+        y, tau = run(x, watched, residual)
+        outputs = [o for o in LOSSES[loss](y, tau, *seen) if o.requires_grad]
+        torch.manual_seed(4)
+        gs = [torch.randn_like(o) for o in outputs]
+        return torch.autograd.grad(outputs, leaves, gs, allow_unused=True) if outputs else None
+
+    ours = gradients(lambda x, gate, r: kernels.shrink(x, gate, average=average, residual=r, return_tau=True))
+    exact = gradients(lambda x, gate, r: shrink(x, gate, average, r))
+    if exact is None:  # no loss that anything wanted reaches; y and tau come from one node, so tau may require grad
+        assert ours is None or set(ours) == {None}
+        return
+    for a, b in zip(ours, exact, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_one_gate_for_several_shrinks(kernels):
+    gate = smooth_gate(4, norm=True).double()
+    x = torch.randn(3, 4, 50, dtype=torch.float64, requires_grad=True)
+
+    def run(op):
+        torch.manual_seed(5)
+        y = x
+        for average in AVERAGES:
+            y = op(y, gate, average) + 0.5 * torch.randn_like(x)
+        return torch.autograd.grad(y, [x, *gate.parameters()], torch.randn_like(y))
+
+    for a, b in zip(
+        run(lambda x, gate, average: kernels.shrink(x, gate, average=average)),
+        run(lambda x, gate, average: shrink(x, gate, average)[0]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_x_used_elsewhere_too(kernels):
+    x, gate = torch.randn(3, 4, 50, dtype=torch.float64, requires_grad=True), smooth_gate(4).double()
+    g = torch.randn_like(x)
+
+    def gradient(op):
+        h = x * 2
+        return torch.autograd.grad(h.square() + op(h) + h * soft_threshold(h, torch.full((3, 4), 0.3).double()), x, g)[0]
+
+    torch.testing.assert_close(gradient(lambda h: kernels.shrink(h, gate)), gradient(lambda h: shrink(h, gate, "channel")[0]))
+
+
+def test_hooks_on_x_see_the_whole_gradient(kernels):
+    x, gate, seen = torch.randn(3, 4, 50, dtype=torch.float64, requires_grad=True), smooth_gate(4).double(), []
+    h = x * 1
+    h.register_hook(seen.append)
+    y = kernels.shrink(h, gate)
+    y.backward(torch.ones_like(y))
+    assert len(seen) == 1 and torch.equal(seen[0], x.grad)
+    exact = torch.autograd.grad(shrink(x, gate, "channel")[0], x, torch.ones_like(x))[0]
+    torch.testing.assert_close(x.grad, exact)
+
+
+def test_the_gradient_of_the_output_is_left_as_it_is(kernels):
+    """g is handed on unmasked inside; the tensor of the caller must not change, nor the gradient of the residual."""
+    x, residual = torch.randn(3, 4, 50, requires_grad=True), torch.randn(3, 4, 50, requires_grad=True)
+    g = torch.randn_like(x)
+    before = g.clone()
+    y = kernels.shrink(x, smooth_gate(4), residual=residual)
+    dx, dr = torch.autograd.grad(y, (x, residual), g)
+    assert torch.equal(g, before) and torch.equal(dr, before) and not torch.equal(dx, dr)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("average", AVERAGES)
+def test_no_add_of_two_gradients(kernels, average):
+    """The direct gradient and the one through the gate meet inside one kernel."""
+    if kernels.backend == "torch":
+        pytest.skip("pure PyTorch adds them")
+    leaf, gate = torch.randn(8, 16, 700, requires_grad=True), smooth_gate(16)
+    y = kernels.shrink(leaf * 2, gate, average=average)
+    g = torch.randn_like(y)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        torch.autograd.grad(y, [leaf, *gate.parameters()], g)
+    big = [e.name for e in recorded.events() if any(torch.Size(s).numel() == leaf.numel() for s in e.input_shapes if s)]
+    assert "MulBackward0" in big and not [name for name in big if name.startswith("aten::add")]
+
+
+def test_changing_x_between_forward_and_backward_changes_nothing(kernels):
+    """Only bits are kept, so x may be overwritten, as inplace=True does."""
+    leaf, gate = torch.randn(3, 4, 50, requires_grad=True), smooth_gate(4)
+    x, g = leaf * 1, torch.randn(3, 4, 50)
+    expected = torch.autograd.grad(kernels.shrink(leaf, gate), leaf, g)[0]
+    y = kernels.shrink(x, gate)
+    with torch.no_grad():
+        x.zero_()
+    assert torch.equal(torch.autograd.grad(y, leaf, g)[0], expected)
+
+
+def test_inplace_keeps_the_gradient_of_what_came_before(kernels):
+    gate = smooth_gate(4).double()
+    leaf = torch.randn(3, 4, 50, dtype=torch.float64, requires_grad=True)
+    g = torch.randn_like(leaf)
+    exact = torch.autograd.grad(shrink(leaf * 3, cast_gate(gate, torch.float64), "channel")[0], leaf, g)[0]
+    y = kernels.shrink(leaf * 3, gate, inplace=True)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, g)[0], exact)
+    needed = leaf.exp()  # exp keeps its output, which inplace overwrites: torch notices
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kernels.shrink(needed, gate, inplace=True), leaf, g)

@@ -1,0 +1,257 @@
+"""drsn_kernels.data: the simulated bearing obeys its physics, and no reader lets training and test data meet."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from drsn_kernels.data import load_cwru, simulate_bearing
+from drsn_kernels.data.bearing import CLASSES, SAMPLING_RATE, Fault, Geometry, _Draw, _strikes, simulate_recordings
+
+SAMPLES = 24_000  # two seconds: a resolution of 0.5 Hz
+RESOLUTION = SAMPLING_RATE / SAMPLES
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(isolated):
+    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
+
+
+def envelope_spectrum(x):
+    """Amplitude spectrum of the squared envelope in the band of the resonances, median of 0 to 600 Hz scaled to 1."""
+    frequency = torch.fft.fftfreq(x.shape[1], 1 / SAMPLING_RATE)
+    band = torch.where((frequency > 1500) & (frequency < 4500), 2.0, 0.0)
+    envelope = torch.fft.ifft(torch.fft.fft(x) * band).abs().square()
+    spectrum = torch.fft.rfft(envelope - envelope.mean(1, keepdim=True)).abs()
+    return spectrum / spectrum[:, : int(600 / RESOLUTION)].median(1, keepdim=True).values
+
+
+def peak(spectrum, hertz):
+    """Largest value (N,) within 1.5 % of a frequency (N,): the shaft wanders by 1 %."""
+    bins = torch.arange(spectrum.shape[1]) * RESOLUTION
+    near = (bins - hertz.unsqueeze(1)).abs() < 0.015 * hertz.unsqueeze(1)
+    return torch.where(near, spectrum, 0.0).amax(1)
+
+
+def test_orders_of_the_drive_end_bearing():
+    # The manufacturer's multiples of the running speed as published with the CWRU data.
+    bearing = Geometry()
+    for value, published in ((bearing.inner, 5.4152), (bearing.outer, 3.5848), (bearing.cage, 0.39828),
+                             (bearing.ball, 4.7135)):
+        assert abs(value / published - 1) < 1e-3
+    assert math.isclose(bearing.inner + bearing.outer, bearing.elements)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_envelope_spectrum_peaks_at_the_fault_frequency(name):
+    faults = CLASSES[name]
+    x, speed = simulate_recordings(faults, 16, SAMPLES, seeded(3))
+    spectrum = envelope_spectrum(x)
+    struck = {fault.element for fault in faults}
+    for element in ("outer", "inner", "ball"):
+        height = peak(spectrum, Geometry().order(element) * speed)
+        if element in struck:
+            wanted = 8 if len(struck) == 1 else 4  # of two spalls one drives the other's background up
+            assert height.median() > wanted and height.min() > wanted / 2, element
+        elif not struck:
+            assert height.median() < 4, element
+    if len(struck) == 1:  # the fault's own frequency stands out against the others'
+        own = peak(spectrum, Geometry().order(*struck) * speed)
+        for element in {"outer", "inner", "ball"} - struck:
+            assert (own > peak(spectrum, Geometry().order(element) * speed)).float().mean() > 0.9
+
+
+def test_load_zone_modulation_gives_sidebands():
+    for element, order, unmodulated in (("inner", 1.0, "outer"), ("ball", Geometry().cage, "outer")):
+        def sideband(kind):
+            x, speed = simulate_recordings((Fault(kind, 0.5),), 16, SAMPLES, seeded(4))
+            spectrum, centre = envelope_spectrum(x), Geometry().order(kind) * speed
+            return (peak(spectrum, centre + order * speed) / peak(spectrum, centre)).median()
+        assert sideband(element) > 0.35 > 2 * sideband(unmodulated)
+
+
+def test_a_wider_spall_is_struck_harder_and_left_later():
+    bearing = Geometry()
+    # Pure rolling: the contact passes both races and the ball at one speed, here mm for each radian of the shaft.
+    speeds = [(bearing.pitch_diameter + bearing.element_diameter) * bearing.cage / 2,
+              (bearing.pitch_diameter - bearing.element_diameter) * (1 - bearing.cage) / 2,
+              bearing.element_diameter * bearing.ball / 4]
+    for speed in speeds:
+        assert math.isclose(bearing.exit_angle(1.5), 0.75 / speed)
+    for element in ("outer", "inner", "ball"):
+        (angle, narrow), (same, wide) = (_strikes(Fault(element, width), bearing, 20.0, _Draw(4, seeded()))
+                                         for width in (0.5, 1.5))
+        assert torch.equal(angle, same)
+        torch.testing.assert_close(wide, math.sqrt(3) * narrow)
+
+
+def test_strikes_slip_by_one_percent():
+    bearing = Geometry()
+    angle, _ = _strikes(Fault("outer", 0.5), bearing, 100.0, _Draw(50, seeded()))
+    interval = angle.double().diff() * bearing.outer / (2 * math.pi)
+    assert abs(interval.mean() - 1) < 1e-3 and abs(interval.std() - 0.01) < 5e-4
+
+
+def test_healthy_vibration_is_shaft_harmonics_and_white_noise():
+    x, speed = simulate_recordings((), 8, SAMPLES, seeded(6))
+    power = torch.fft.rfft(x).abs().square()
+    bins = torch.arange(power.shape[1]) * RESOLUTION
+    low = bins < 4 * speed.max()
+    strongest = bins[(power * low).argmax(1)]
+    assert ((strongest / speed).round() >= 1).all()
+    assert ((strongest / speed) - (strongest / speed).round()).abs().max() < 0.05
+    floor = power[:, ~low]
+    halves = floor[:, : floor.shape[1] // 2].mean() / floor[:, floor.shape[1] // 2:].mean()
+    assert abs(halves - 1) < 0.05
+
+
+def test_simulated_windows_are_standardised_balanced_and_reproducible():
+    data = simulate_bearing(3, 2, 4, length=512, generator=seeded(1))
+    assert data.train_x.shape == (8 * 12, 1, 512) and data.test_x.shape == (8 * 8, 1, 512)
+    assert data.train_x.dtype == torch.float32 and data.train_y.dtype == torch.int64
+    assert data.train_y.bincount().tolist() == [12] * 8 and data.test_y.bincount().tolist() == [8] * 8
+    assert len(data.class_names) == 8 and data.sampling_rate == 12_000
+    for x in (data.train_x, data.test_x):
+        assert x.mean(-1).abs().max() < 1e-5
+        torch.testing.assert_close(x.square().mean(-1), torch.ones(len(x), 1), rtol=1e-4, atol=0)
+    same, other = (simulate_bearing(3, 2, 4, length=512, generator=seeded(s)) for s in (1, 2))
+    assert torch.equal(same.train_x, data.train_x) and torch.equal(same.test_x, data.test_x)
+    assert not torch.equal(other.train_x, data.train_x)
+    # Every recording has its own speed, so no test window repeats a training window.
+    similarity = data.test_x.flatten(1) @ data.train_x.flatten(1).T / 512
+    assert similarity.abs().max() < 0.99
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"train_recordings": 0}, "train_recordings must be at least 1, got 0"),
+    ({"windows_per_recording": 0}, "windows_per_recording must be at least 1, got 0"),
+    ({"length": 1}, "length must be at least 2, got 1"),
+])
+def test_simulator_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        simulate_bearing(**arguments)
+
+
+@pytest.fixture
+def write():
+    scipy_io = pytest.importorskip("scipy.io")
+
+    def write(path, signal, channel="X105_DE_time", **options):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        column = torch.as_tensor(signal, dtype=torch.float64).reshape(-1, 1).numpy()
+        scipy_io.savemat(path, {channel: column, "X105_FE_time": 0 * column, "X105RPM": 1797}, **options)
+        return path
+
+    return write
+
+
+def test_cwru_names_split_and_windows(tmp_path, write):
+    signal = torch.randn(1000, generator=seeded(), dtype=torch.float64)
+    for path in ("IR007_0.mat", "deep/B014_1.mat", "deep/er/OR021@6_2.mat", "OR021@3_0.mat"):
+        write(tmp_path / path, signal)
+    data = load_cwru(tmp_path, length=100, stride=30)
+    assert data.class_names == ("IR007", "IR014", "IR021", "B007", "B014", "B021", "OR007", "OR014", "OR021")
+    assert data.sampling_rate == 12_000
+    # 700 samples hold 21 windows at a stride of 30; the 300 after the split hold 3.
+    assert data.train_x.shape == (4 * 21, 1, 100) and data.test_x.shape == (4 * 3, 1, 100)
+    assert data.train_x.dtype == torch.float32 and data.train_y.dtype == torch.int64
+    assert data.train_y.bincount(minlength=9).tolist() == [21, 0, 0, 0, 21, 0, 0, 0, 42]
+    assert data.test_y.bincount(minlength=9).tolist() == [3, 0, 0, 0, 3, 0, 0, 0, 6]
+
+    def window(start):
+        cut = signal[start:start + 100]
+        return ((cut - cut.mean()) / cut.std(correction=0)).float()
+
+    for index in range(21):
+        torch.testing.assert_close(data.train_x[index, 0], window(30 * index), rtol=1e-4, atol=1e-5)
+    for index in range(3):
+        torch.testing.assert_close(data.test_x[index, 0], window(700 + 100 * index), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples, length, stride, fraction",
+                         [(1001, 100, 7, 0.7), (333, 64, 1, 0.5), (500, 33, 50, 0.9)])
+def test_cwru_windows_never_cross_the_split(tmp_path, write, samples, length, stride, fraction):
+    # One step at the split: a window that crossed it would not have one sign of slope.
+    split = int(samples * fraction)
+    time = torch.arange(samples, dtype=torch.float64)
+    write(tmp_path / "IR007_0.mat", torch.where(time < split, time, -time))
+    data = load_cwru(tmp_path, length=length, stride=stride, train_fraction=fraction)
+    assert (data.train_x.diff() > 0).all() and (data.test_x.diff() < 0).all()
+    assert len(data.train_x) == (split - length) // stride + 1
+    assert len(data.test_x) == (samples - split) // length
+
+
+def test_cwru_says_what_it_skips(tmp_path, write, caplog):
+    for name in ("IR007_0.mat", "IR007_3.mat", "B028_0.mat", "Normal_0.mat", "readme.mat"):
+        write(tmp_path / name, torch.randn(1000, generator=seeded()))
+    with caplog.at_level("WARNING", "drsn_kernels"):
+        data = load_cwru(tmp_path, length=100)
+    assert set(data.train_y.tolist()) == {0}
+    normal, other, missing = data.notes
+    assert normal.startswith("Skipped Normal_0.mat: the normal baseline is published at 48 kHz")
+    assert all(name in other for name in ("IR007_3.mat", "B028_0.mat", "readme.mat"))
+    assert missing.startswith("No recordings of IR014, ") and "OR021" in missing
+    assert caplog.messages == list(data.notes)
+    assert len(load_cwru(tmp_path, length=100, loads=(3,)).train_x) == len(data.train_x)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_cwru_truncated_file(tmp_path, write, compress):
+    path = write(tmp_path / "IR007_0.mat", torch.randn(5000, generator=seeded()), do_compression=compress)
+    whole = path.read_bytes()
+    for size in (0, 1, 64, 127, 128, 132, 140, 200, len(whole) // 4):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="IR007_0.mat"):
+            load_cwru(tmp_path, length=100)
+
+
+def test_cwru_errors_name_the_file(tmp_path, write):
+    with pytest.raises(FileNotFoundError, match="folder does not exist: .*nowhere"):
+        load_cwru(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="named like IR007_0.mat, .* has none among its 0 .mat files"):
+        load_cwru(tmp_path)
+    (tmp_path / "a file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="folder must be a directory .* got the file .*a file"):
+        load_cwru(tmp_path / "a file")
+
+    noise = torch.randn(1000, generator=seeded())
+    path = write(tmp_path / "data" / "IR007_0.mat", noise, channel="X105_BA_time")
+    message = "IR007_0.mat must hold one drive-end channel, \\*_DE_time, but holds X105RPM, X105_BA_time, X105_FE_time"
+    with pytest.raises(ValueError, match=message):
+        load_cwru(path.parent, length=100)
+    for bad, message in ((noise[:200], "IR007_0.mat is too short: 200 samples split at 140"),
+                         (torch.full((1000,), float("nan")), "IR007_0.mat holds NaN or Inf"),
+                         (torch.cat([noise, torch.zeros(500)]), "IR007_0.mat holds 100 equal samples in a row")):
+        write(path, bad)
+        with pytest.raises(ValueError, match=message):
+            load_cwru(path.parent, length=100)
+    path.write_text("not a MATLAB file, but long enough to look for a header in it" * 10)
+    with pytest.raises(ValueError, match="IR007_0.mat cannot be read as a MATLAB file"):
+        load_cwru(path.parent, length=100)
+    for name in ("IR007_0.mat", "48k/ir007_0.mat"):
+        write(path.parent / name, noise)
+    message = "(?i)folder must hold one recording of each name.* holds .*IR007_0.mat and .*IR007_0.mat"
+    with pytest.raises(ValueError, match=message):
+        load_cwru(path.parent, length=100)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"length": 0}, "length must be at least 1, got 0"),
+    ({"stride": 0}, "stride must be at least 1, got 0"),
+    ({"train_fraction": 1.0}, "train_fraction must lie between 0 and 1, got 1.0"),
+])
+def test_cwru_argument_errors(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_cwru(tmp_path, **arguments)
+
+
+def test_cwru_without_scipy_names_the_extra(tmp_path, write, monkeypatch):
+    write(tmp_path / "IR007_0.mat", torch.randn(1000, generator=seeded()))
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match=r'pip install "drsn_kernels\[demo\]"'):
+        load_cwru(tmp_path, length=100)

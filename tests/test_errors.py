@@ -1,0 +1,214 @@
+"""Wrong arguments: the exception, a message that names the argument, what it got and what it takes, and nothing changed."""
+
+import copy
+
+import pytest
+import torch
+from oracle import smooth_gate
+from torch import nn
+
+import drsn_kernels as dk
+
+
+def features(*shape, **kwargs):
+    return torch.randn(*shape, **kwargs)
+
+
+BAD_FEATURES = [
+    (features(4), ValueError, r"x must have shape \(N, C, \*spatial\).*got \(4,\)"),
+    (features(4, 5), ValueError, r"x must have shape \(N, C, \*spatial\).*got \(4, 5\)"),
+    (torch.tensor(1.0), ValueError, r"x must .*got \(\)"),
+    (torch.ones(2, 3, 4, dtype=torch.int64), TypeError, r"x must be a floating-point tensor, got torch.int64"),
+    (torch.ones(2, 3, 4, dtype=torch.bool), TypeError, r"x must be a floating-point tensor, got torch.bool"),
+    (torch.ones(2, 3, 4, dtype=torch.complex64), TypeError, r"x must be a floating-point tensor, got torch.complex64"),
+    ([[[1.0]]], TypeError, "x must be a floating-point tensor, got list"),
+    (None, TypeError, "x must be a floating-point tensor, got NoneType"),
+]
+
+
+@pytest.mark.parametrize("x, error, message", BAD_FEATURES, ids=lambda v: getattr(v, "__name__", None))
+def test_features(kernels, x, error, message):
+    with pytest.raises(error, match=message):
+        kernels.abs_mean(x)
+    with pytest.raises(error, match=message):
+        kernels.shrink(x, torch.sigmoid)
+
+
+@pytest.mark.parametrize("x, error, message", BAD_FEATURES[3:], ids=lambda v: getattr(v, "__name__", None))
+def test_soft_threshold_features(kernels, x, error, message):
+    with pytest.raises(error, match=message):
+        kernels.soft_threshold(x, 0.5)
+
+
+BAD_TAU = [
+    (torch.ones(2, 2), ValueError, r"tau .*\(2, 1\) or \(2, 3\).*got \(2, 2\)"),
+    (torch.ones(1, 3), ValueError, r"tau .*\(2, 1\) or \(2, 3\).*got \(1, 3\)"),
+    (torch.ones(3, 4), ValueError, r"tau .*got \(3, 4\)"),
+    (torch.ones(3), ValueError, r"tau must .*got \(3,\)"),
+    (torch.ones(2, 3, 5), ValueError, r"tau must .*got \(2, 3, 5\)"),
+    (torch.ones(2, 3, 1, 1), ValueError, r"tau must .*got \(2, 3, 1, 1\)"),
+    (torch.ones(2, 3, 0), ValueError, r"tau must .*got \(2, 3, 0\)"),
+    (torch.ones(2, 3, dtype=torch.int32), TypeError, r"tau must .*got torch.int32"),
+    (torch.ones(2, 3, dtype=torch.complex64), TypeError, r"tau must .*got torch.complex64"),
+    (torch.ones(2, 3, device="meta"), ValueError, r"tau must be on x's device cpu, got meta"),
+    ("0.5", TypeError, "tau must be a number or a tensor, got str"),
+    (None, TypeError, "tau must be a number or a tensor, got NoneType"),
+    (True, TypeError, "tau must be a number or a tensor, got bool"),
+    (1j, TypeError, "tau must be a number or a tensor, got complex"),
+    ([0.5], TypeError, "tau must be a number or a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize("tau, error, message", BAD_TAU, ids=lambda v: getattr(v, "__name__", None))
+def test_tau(kernels, tau, error, message):
+    x = features(2, 3, 4)
+    before = x.clone()
+    with pytest.raises(error, match=message):
+        kernels.soft_threshold(x, tau)
+    assert torch.equal(x, before)
+
+
+SHAPE = (2, 3, 16)
+BAD_ARGUMENTS = {
+    "average": ({"average": "mean"}, ValueError, "average must be 'channel', 'sample' or None, got 'mean'"),
+    "average of another type": ({"average": True}, ValueError, "average must be .*got True"),
+    "residual's shape": ({"residual": torch.ones(2, 3, 15)}, ValueError, r"residual must have x's shape \(2, 3, 16\), got \(2, 3, 15\)"),
+    "residual's rank": ({"residual": torch.ones(2, 3, 16, 1)}, ValueError, r"residual .*got \(2, 3, 16, 1\)"),
+    "residual that would broadcast": ({"residual": torch.ones(1, 3, 16)}, ValueError, r"residual .*got \(1, 3, 16\)"),
+    "residual's device": ({"residual": torch.ones(SHAPE, device="meta")}, ValueError, "residual must be on x's device cpu, got meta"),
+    "residual's type": ({"residual": 1.0}, TypeError, "residual must be a tensor.*got float"),
+    "complex residual": ({"residual": torch.ones(SHAPE, dtype=torch.complex64)}, TypeError, "residual must .*got torch.complex64"),
+    "residual does not fit in place": (
+        {"residual": torch.ones(SHAPE, dtype=torch.float64), "inplace": True}, ValueError, "inplace=True .*torch.float32.*torch.float64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_arguments_are_checked_before_anything_runs(kernels, case, inplace):
+    arguments, error, message = BAD_ARGUMENTS[case]
+    gate = smooth_gate(3, norm=True)
+    state, x = copy.deepcopy(gate.state_dict()), features(SHAPE)
+    before = x.clone()
+    with pytest.raises(error, match=message):
+        kernels.shrink(x, gate, **{"inplace": inplace, **arguments})
+    assert torch.equal(x, before)
+    assert all(torch.equal(v, state[k]) for k, v in gate.state_dict().items()), "the gate has run"
+
+
+@pytest.mark.parametrize("gate", [None, 0.5, "sigmoid", torch.ones(2, 3), nn.Linear(3, 3).weight], ids=lambda g: type(g).__name__)
+def test_a_gate_that_cannot_be_called(kernels, gate):
+    with pytest.raises(TypeError, match=f"gate must be a callable .*got {type(gate).__name__}"):
+        kernels.shrink(features(SHAPE), gate)
+
+
+BAD_GATES = {
+    "(N,)": (lambda a: a[:, 0], ValueError, r"gate must return .*\(2, 3\) or \(2, 1\), got \(2,\)"),
+    "(C,)": (lambda a: a[0], ValueError, r"gate must return .*got \(3,\)"),
+    "(1, C)": (lambda a: a[:1], ValueError, r"gate must return .*got \(1, 3\)"),
+    "(N, 2)": (lambda a: a[:, :2], ValueError, r"gate must return .*got \(2, 2\)"),
+    "(N, C, 1)": (lambda a: a[..., None], ValueError, r"gate must return .*got \(2, 3, 1\)"),
+    "0-dim": (lambda a: a.sum(), ValueError, r"gate must return .*got \(\)"),
+    "None": (lambda a: None, TypeError, "gate must return a tensor .*got NoneType"),
+    "tuple": (lambda a: (a, a), TypeError, "gate must return a tensor .*got tuple"),
+    "number": (lambda a: 0.5, TypeError, "gate must return a tensor .*got float"),
+    "integer": (lambda a: a.long(), TypeError, "gate must return a floating-point tensor, got torch.int64"),
+    "complex": (lambda a: a.to(torch.complex64), TypeError, "gate must return a floating-point tensor, got torch.complex64"),
+    "device": (lambda a: a.to("meta"), ValueError, "gate must return a tensor on x's device cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", BAD_GATES)
+def test_gate_output(kernels, case, inplace, requires_grad):
+    gate, error, message = BAD_GATES[case]
+    leaf = features(SHAPE).requires_grad_(requires_grad)
+    x = leaf * 1
+    with pytest.raises(error, match=message):
+        kernels.shrink(x, gate, inplace=inplace)
+    assert torch.equal(x, leaf)
+
+
+def test_the_errors_of_a_gate_pass_through(kernels):
+    x = features(SHAPE)
+    before = x.clone()
+    with pytest.raises(ZeroDivisionError):
+        kernels.shrink(x, lambda a: 1 / 0, inplace=True)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        kernels.shrink(x, nn.Linear(4, 4), inplace=True)
+    assert torch.equal(x, before)
+
+
+def test_inplace_on_a_leaf_that_requires_grad(kernels):
+    x = features(SHAPE).requires_grad_()
+    before, gate = x.detach().clone(), smooth_gate(3)
+    with pytest.raises(ValueError, match="inplace=True cannot overwrite x, a leaf tensor that requires grad"):
+        kernels.shrink(x, gate, inplace=True)
+    assert torch.equal(x, before)
+    with torch.no_grad():  # as torch allows x.relu_() there
+        assert kernels.shrink(x, gate, inplace=True) is x
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_inplace_on_an_expanded_tensor(kernels, dim):
+    shape = [2, 3, 16]
+    shape[dim] = 1
+    x = features(*shape).expand(2, 3, 16)
+    before = x.clone()
+    with pytest.raises(ValueError, match="inplace=True cannot overwrite x, an expanded tensor"):
+        kernels.shrink(x, torch.sigmoid, inplace=True)
+    assert torch.equal(x, before)
+
+
+def test_inplace_residual_that_shares_memory_with_x(kernels):
+    """x itself is fine. Elsewhere in x's memory: the right sum, or an error as x.add_(x.mT) gives, and x unchanged."""
+    x = features(SHAPE)
+    expected = kernels.shrink(x.clone(), torch.sigmoid, residual=x.clone())
+    assert torch.equal(kernels.shrink(x, torch.sigmoid, residual=x, inplace=True), expected)
+    square = torch.randn(1, 3, 40, 40)
+    expected = kernels.shrink(square.clone(), torch.sigmoid, residual=square.mT.clone())
+    x = square.clone()
+    try:
+        y = kernels.shrink(x, torch.sigmoid, residual=x.mT, inplace=True)
+    except (ValueError, RuntimeError) as error:
+        assert "residual" in str(error) and torch.equal(x, square)
+    else:
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "gpu", "", None])
+def test_use_backend_takes_known_names(name):
+    with pytest.raises(ValueError, match="use_backend"), dk.use_backend(name):
+        pass
+
+
+def test_strict_raises_instead_of_falling_back():
+    x, tau = features(SHAPE), torch.ones(SHAPE)
+    with dk.use_backend("cpu", strict=True), pytest.raises(RuntimeError, match="strict: .*tau varies along the spatial"):
+        dk.soft_threshold(x, tau)
+    with dk.use_backend("cpu", strict=True), pytest.raises(RuntimeError, match="strict: .*meta"):
+        dk.abs_mean(torch.empty(SHAPE, device="meta"))
+    dk.soft_threshold(x, tau)
+
+
+def test_a_fall_back_is_said_once(caplog):
+    from drsn_kernels import backends
+
+    backends._said.clear()
+    with dk.use_backend("cpu"):
+        for _ in range(3):
+            dk.abs_mean(torch.empty(SHAPE, device="meta"))
+    said = [r.message for r in caplog.records if r.name == "drsn_kernels"]
+    assert len(said) == 1 and "meta" in said[0]
+
+
+def test_use_backend_is_restored_after_an_error():
+    from drsn_kernels.backends import choice
+
+    before = choice.backend, choice.strict
+    with pytest.raises(ZeroDivisionError), dk.use_backend("torch", strict=True):
+        assert (choice.backend, choice.strict) == ("torch", True)
+        1 / 0  # noqa: B018
+    assert (choice.backend, choice.strict) == before

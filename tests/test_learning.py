@@ -1,0 +1,89 @@
+"""The demo's learning part: the statistics it reports, and a run small enough for every test machine."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from drsn_kernels.data import simulate_bearing
+from drsn_kernels.demo import learning
+from drsn_kernels.models import paper_network, resnet
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(isolated):
+    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
+
+
+def test_spearman():
+    stats = pytest.importorskip("scipy.stats")
+    for a, b in ((torch.randn(50, generator=seeded()), torch.randn(50, generator=seeded(1))),
+                 (torch.randint(4, (60,), generator=seeded()), torch.randint(6, (60,), generator=seeded(1)))):
+        assert math.isclose(learning.spearman(a, b), stats.spearmanr(a.numpy(), b.numpy()).statistic, abs_tol=1e-12)
+        assert learning.ranks(a).tolist() == stats.rankdata(a.numpy()).tolist()
+    x = torch.randn(20, generator=seeded())
+    assert math.isclose(learning.spearman(x, x.exp()), 1) and math.isclose(learning.spearman(x, -x**3), -1)
+    assert learning.spearman(x, torch.ones(20)) is None
+
+
+def test_thresholds_are_the_gates_average_of_every_window():
+    model = paper_network("drsn-cw").eval()
+    x = torch.randn(300, 1, 256, generator=seeded())  # more than one batch
+    taus = learning.thresholds(model, x)
+    assert len(taus) == 12 and all(tau.shape == (300,) for tau in taus.values())
+    unit = model.stages[0][0]
+    with torch.no_grad():
+        pooled = unit.residual_function(model.stem(x)).abs().mean(2)
+        torch.testing.assert_close(taus["stages.0.0.shrinkage"], (unit.shrinkage.fc(pooled) * pooled).mean(1))
+
+
+def test_training_learns_a_separable_task(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # then progress is printed
+    time = torch.arange(256) / 256
+    y = torch.arange(128) % 2
+    x = math.sqrt(2) * torch.sin(2 * math.pi * (torch.where(y == 0, 5, 60)[:, None] * time
+                                                + torch.rand(128, 1, generator=seeded()))).unsqueeze(1)
+    torch.manual_seed(0)
+    model = resnet(1, 2, stages=((4, 1, 2),))
+    loss = learning.train(model, x, y, epochs=25, snr_db=(10.0,), label="it")
+    assert loss < 0.3
+    assert (learning.predict(model, learning.noisy(x, 10.0, seeded(1))) == y).float().mean() > 0.95
+    assert "training it: epoch 1 of 25\n" in capsys.readouterr().out
+
+
+def test_run_reports_and_draws(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    data = simulate_bearing(2, 1, 4, length=256, generator=seeded())
+    report = learning.run(data, tmp_path / "new", quick=True, seed=0, epochs=1)
+    assert json.loads((tmp_path / "new" / "learning.json").read_text()) == report
+    assert set(report["models"]) == {"drsn-cw", "resnet"}
+    for result in report["models"].values():
+        assert list(result["accuracy"]) == ["-5", "-3", "0", "3", "5"]
+        # 32 test windows: every accuracy is a multiple of 1 / 32.
+        assert all(0 <= value <= 1 and (32 * value).is_integer() for value in result["accuracy"].values())
+    correlations = report["thresholds"]["spearman_by_layer"].values()
+    assert len(correlations) == 12 and all(rho is None or -1 <= rho <= 1 for rho in correlations)
+    for name in ("accuracy.png", "thresholds.png"):
+        assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "Test accuracy in %" in printed and "Spearman's rank correlation" in printed
+
+    again = learning.run(data, tmp_path, quick=True, seed=0, epochs=1)
+    for name, result in report["models"].items():
+        assert again["models"][name]["accuracy"] == result["accuracy"]
+
+
+def test_run_errors_come_before_training(tmp_path, monkeypatch):
+    data = simulate_bearing(1, 1, 2, length=64, generator=seeded())
+    monkeypatch.setattr(learning, "train", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        learning.run(data, tmp_path, quick=True, seed=0, epochs=0)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'matplotlib is needed .* pip install "drsn_kernels\[demo\]"'):
+        learning.run(data, tmp_path, quick=True, seed=0)
