@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc drsn_kernels -name '*.h' -o -name '*.cpp' -o -name 
            setup.py pyproject.toml CMakeLists.txt
 DATA ?=
 OUT ?= demo-out
-TESTS := $(BIN)/python -m pytest --import-mode=importlib
+TESTS := $(BIN)/pytest
 
 .PHONY: demo test test-all test-all-only info bench clean
 
@@ -34,7 +34,7 @@ bench: $(VENV)/installed
 
 $(VENV)/packages: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy pytest pytest-benchmark hypothesis scipy matplotlib tqdm
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm
 	touch $@
 
 # Installed, not imported from the source tree: a stale build or a file missing from the package shows at once.

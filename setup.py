@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("DRSN_NATIVE", "auto")
@@ -27,34 +28,42 @@ if NATIVE not in ("auto", "0", "1"):
 def missing() -> str | None:
     """Why the C++ kernels cannot or should not be built, in one line."""
     if NATIVE == "0":
-        return "built with DRSN_NATIVE=0; reinstall without it"
+        return "installed with DRSN_NATIVE=0; reinstall drsn_kernels without it"
     if sys.platform != "linux":
         return f"the C++ kernels are built on Linux only so far, this is {sys.platform}"
-    compilers = (os.environ.get("CXX", "").split() or ["c++"])[:1] + ["g++", "clang++"]
-    if not any(shutil.which(c) for c in compilers):
-        return "no C++ compiler was found at build time; install g++ or clang++ (C++17) and reinstall drsn_kernels"
+    compilers = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return "no C++ compiler was found at install time; install g++ or clang++ (C++17) and reinstall drsn_kernels"
     return None
+
+
+def record(package: Path, reason: str | None) -> None:
+    """Leave the reason for `info` in drsn_kernels/_build.py."""
+    package.mkdir(parents=True, exist_ok=True)
+    text = '"""Written by setup.py: why there are no compiled CPU kernels (None: there are)."""\n\n'
+    (package / "_build.py").write_text(f"{text}MISSING = {reason!r}\n", encoding="utf-8")
+    if reason is not None:
+        print(f"drsn_kernels: installing as pure Python: {reason}", file=sys.stderr)
+
+
+class RecordedBuild(build_py):
+    def run(self) -> None:
+        super().run()
+        if REASON is not None:
+            record((ROOT if self.editable_mode else Path(self.build_lib)) / "drsn_kernels", REASON)
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        reason = missing()
-        if reason is None:
-            try:
-                self.run_cmake(target)
-            except (subprocess.CalledProcessError, OSError, ImportError) as error:
-                if NATIVE == "1":
-                    raise
-                reason = f"building the C++ kernels failed ({error}); reinstall with DRSN_NATIVE=1 to see the log"
-        elif NATIVE == "1":
-            sys.exit(f"DRSN_NATIVE=1, but {reason}")
-        if reason is not None:
-            print(f"drsn_kernels: installing as pure Python: {reason}", file=sys.stderr)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (target.parent / "_build.py").write_text(
-            f'"""Written by setup.py: why there are no compiled CPU kernels (None: there are)."""\n\nMISSING = {reason!r}\n'
-        )
+        reason = None
+        try:
+            self.run_cmake(target)
+        except (subprocess.CalledProcessError, OSError, ImportError) as error:
+            if NATIVE == "1":
+                raise
+            reason = f"building the C++ kernels failed ({error}); reinstall with DRSN_NATIVE=1 to see the log"
+        record(target.parent, reason)
 
     def run_cmake(self, target: Path) -> None:
         import pybind11
@@ -69,14 +78,21 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={build / 'install'}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        scripts = sysconfig.get_path("scripts")  # cmake and ninja from the build environment come first
+        scripts = sysconfig.get_path("scripts")  # cmake and ninja of the build environment come first
         env = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
-        subprocess.run(configure, check=True, env=env)
-        subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
-        subprocess.run(["cmake", "--install", str(build)], check=True, env=env)
+        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
+            subprocess.run(command, check=True, env=env)
         built = next((build / "install" / "drsn_kernels").glob("_cpu*"))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(built, target)
 
 
-setup(ext_modules=[Extension("drsn_kernels._cpu", sources=[], optional=False)], cmdclass={"build_ext": CMakeBuild})
+REASON = missing()
+if REASON is not None and NATIVE == "1":
+    sys.exit(f"DRSN_NATIVE=1, but {REASON}")
+
+# Without an extension the wheel is a pure one (py3-none-any).
+setup(
+    ext_modules=[Extension("drsn_kernels._cpu", sources=[])] if REASON is None else [],
+    cmdclass={"build_ext": CMakeBuild, "build_py": RecordedBuild},
+)

@@ -5,6 +5,7 @@
     module = dk.Shrinkage(64)           # drop-in for the ports' Shrinkage
 """
 
+from . import models, noise
 from ._version import __version__
 from .backends import use_backend
 from .modules import Shrinkage, SoftThreshold, record_tau
@@ -15,6 +16,8 @@ __all__ = [
     "SoftThreshold",
     "__version__",
     "abs_mean",
+    "models",
+    "noise",
     "record_tau",
     "shrink",
     "soft_threshold",

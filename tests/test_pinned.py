@@ -217,6 +217,26 @@ def test_strides_of_the_results(kernels, memory, residual):
         assert kernels.shrink(x, torch.sigmoid).stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("stride", [(1, 0, 2), (1, 0, 1), (7, 0, 2), (1, 1, 2), (0, 0, 0), (5, 3, 1), (1, 4, 2), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (1, 4, 3), (2, 3, 1)], ids=str)
+def test_ambiguous_strides(kernels, shape, stride):
+    """Dimensions of one element and expanded ones may have any stride, and views of x may come with others."""
+    x = torch.randn(40).as_strided(shape, stride)
+    expected = [torch.empty_like(x).stride()[d] for d in range(3) if shape[d] > 1]
+    for requires_grad in (False, True):
+        x.requires_grad_(requires_grad)
+        y, tau = kernels.shrink(x, Half(), residual=x.detach(), return_tau=True)
+        torch.testing.assert_close(y, soft_threshold(x, tau) + x)
+        assert [y.stride()[d] for d in range(3) if shape[d] > 1] == expected
+        y = kernels.soft_threshold(x, 0.4)
+        torch.testing.assert_close(y, soft_threshold(x, torch.tensor(0.4)))
+        assert [y.stride()[d] for d in range(3) if shape[d] > 1] == expected
+    g = torch.randn(shape)
+    (dx,) = torch.autograd.grad(y, x, g)
+    assert torch.equal(dx, torch.where(x.abs() > 0.4, g, 0))
+    assert [dx.stride()[d] for d in range(3) if shape[d] > 1] == expected
+
+
 @pytest.mark.parametrize("memory", LAYOUTS)
 def test_strides_of_compiled_results(compiled, memory):
     check_strides(compiled, memory, "channels_last")

@@ -1,4 +1,4 @@
-"""The operators, one file each: the formula, the autograd.Function with its hand-written backward, the public function."""
+"""The operators, one file each: formula, autograd.Function with its hand-written backward, public function."""
 
 from . import library  # noqa: F401  registers torch.ops.drsn_kernels
 from .abs_mean import abs_mean

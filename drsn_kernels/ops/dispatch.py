@@ -26,6 +26,7 @@ except AttributeError:
     _CAN_TELL = False
     backends.log.warning("this torch does not tell whether a transform is active: running in pure PyTorch")
 
+_CAN_TELL_EXPORT = hasattr(torch.compiler, "is_exporting")  # torch 2.7; before it a traced call is always the reference
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -53,4 +54,4 @@ def use_registered_ops(x: torch.Tensor) -> bool:
         return False
     if not _CAN_TELL or _transforms_active() or forward_ad._current_level >= 0:
         return False
-    return not torch.compiler.is_exporting()
+    return _CAN_TELL_EXPORT and not torch.compiler.is_exporting()

@@ -1,0 +1,1 @@
+"""Benchmarks: what is fast, against what, on which machine. Nothing here runs in the tests."""

@@ -1,0 +1,81 @@
+"""`import drsn_kernels` is light, `info` always answers, and the backend choice is checked."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import drsn_kernels as dk
+from drsn_kernels import info
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_import_brings_no_triton_no_extras_and_no_gpu():
+    code = (
+        "import sys, torch; before = set(sys.modules); import drsn_kernels\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'triton', 'numpy', 'scipy', 'matplotlib', 'tqdm', 'sklearn', 'onnx', 'timm'}))\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    done = python(code)
+    assert done.stdout.split("\n")[:2] == ["[]", "False"], done.stderr
+
+
+def test_info_names_every_backend(capsys):
+    report = info.collect()
+    assert set(report["backends"]) == {"cpu", "torch", "triton", "cuda"}
+    info.show(report)
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "triton" in out
+
+
+def test_info_answers_when_the_import_is_broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "drsn_kernels", None)
+    assert "does not import" in info.collect()["drsn_kernels"]
+
+
+def test_environment_variable_chooses_and_is_checked():
+    code = "import drsn_kernels.backends as b; print(b.choice.backend)"
+    assert python(code, DRSN_BACKEND="torch").stdout.strip() == "torch"
+    done = python(code, DRSN_BACKEND="cudnn")
+    assert "DRSN_BACKEND must be one of auto, cpu, torch, got 'cudnn'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "gpu"])
+def test_use_backend_refuses_what_is_not_there(name):
+    with pytest.raises(ValueError, match="use_backend"):
+        with dk.use_backend(name):
+            pass
+
+
+def test_strict_raises_and_otherwise_a_fallback_is_said_once(caplog):
+    x, tau = torch.randn(2, 3, 5), torch.rand(2, 3, 5)
+    with pytest.raises(RuntimeError, match="strict"), dk.use_backend("cpu", strict=True):
+        dk.soft_threshold(x, tau)  # varies along the spatial dimension: no kernel
+    from drsn_kernels import backends
+
+    backends._said.clear()
+    for _ in range(3):
+        dk.soft_threshold(x, tau)
+    assert len([r for r in caplog.records if r.name == "drsn_kernels"]) == 1
+
+
+def test_use_backend_restores_after_an_error():
+    from drsn_kernels import backends
+
+    with pytest.raises(KeyError), dk.use_backend("torch"):
+        raise KeyError
+    assert backends.choice.backend == os.environ.get("DRSN_BACKEND", "auto")
+
+
+def test_command_line_without_a_command_and_with_a_wrong_folder(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "drsn_kernels", "demo", "--data", str(tmp_path / "none"), "--out",
+                           str(tmp_path / "out")], capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1 and str(tmp_path / "none") in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-m", "drsn_kernels"], capture_output=True, text=True)
+    assert done.returncode == 2 and "info" in done.stderr

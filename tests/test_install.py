@@ -1,0 +1,84 @@
+"""Wheel, sdist and the pure-Python install, each into a clean environment of its own, and used there."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = str(ROOT / "constraints.txt")
+pytestmark = pytest.mark.slow
+
+USE = """
+import torch, drsn_kernels as dk
+x = torch.randn(4, 8, 100, requires_grad=True)
+dk.Shrinkage(8)(x).backward(torch.randn(4, 8, 100))
+assert x.grad.isfinite().all()
+from drsn_kernels import info
+print(info.collect()["backends"]["cpu"])
+"""
+
+
+def run(*command: str, **env: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env={**os.environ, **env}, timeout=900)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A virtual environment with torch and nothing of ours."""
+    folder = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", str(folder))
+    python = str(folder / "bin" / "python")
+    run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, "torch", "numpy")
+    return python
+
+
+def install(python: str, what: str, **env: str) -> str:
+    run(python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", what, **env)
+    return run(python, "-c", USE)
+
+
+def test_wheel(clean, tmp_path):
+    run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), DRSN_NATIVE="1")
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("drsn_kernels/_cpu") for name in names) and "drsn_kernels/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+    assert "available" in install(clean, str(wheel)) and "not available" not in install(clean, str(wheel))
+
+
+def test_sdist(clean, tmp_path):
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(ROOT))
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    assert "not available" not in install(clean, str(sdist), DRSN_NATIVE="1")
+
+
+def test_pure_python_by_choice(clean):
+    out = install(clean, str(ROOT), DRSN_NATIVE="0")
+    assert "not available" in out and "DRSN_NATIVE=0" in out
+
+
+def test_pure_python_without_a_compiler(clean, tmp_path):
+    bin_folder = tmp_path / "bin"  # a PATH with python and nothing else
+    bin_folder.mkdir()
+    (bin_folder / "python").symlink_to(clean)
+    run(clean, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", str(ROOT), PATH=str(bin_folder), CXX="")
+    out = run(clean, "-c", USE, PATH=str(bin_folder))
+    assert "not available" in out and "install g++ or clang++" in out
+
+
+def test_a_failing_build_still_installs(clean):
+    out = install(clean, str(ROOT), CMAKE_ARGS="-DCMAKE_CXX_COMPILER=/bin/false")
+    assert "not available" in out and "failed" in out
+
+
+def test_demo_runs_from_the_pure_install_and_names_the_extra(clean, tmp_path):
+    install(clean, str(ROOT), DRSN_NATIVE="0")
+    done = subprocess.run([clean, "-m", "drsn_kernels", "demo", "--quick", "--out", str(tmp_path)],
+                          capture_output=True, text=True, cwd="/")  # fmt: skip
+    assert done.returncode == 1 and "drsn_kernels[demo]" in done.stderr  # matplotlib is not there

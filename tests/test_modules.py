@@ -1,0 +1,333 @@
+"""The drop-in modules: against a popular port, and what users do with modules (state_dict, pickle, hooks, dtypes, record_tau)."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from oracle import AVERAGES, features, soft_threshold
+from torch import nn
+
+import drsn_kernels as dk
+
+
+class Port(nn.Module):
+    """The shrinkage of the public PyTorch ports, as they write it."""
+
+    def __init__(self, channel, gap_size=(1, 1), norm=True):
+        super().__init__()
+        self.gap = nn.AdaptiveAvgPool2d(gap_size)
+        layers = [nn.Linear(channel, channel), nn.BatchNorm1d(channel), nn.ReLU(inplace=True), nn.Linear(channel, channel)]
+        self.fc = nn.Sequential(*(layer for layer in layers if norm or not isinstance(layer, nn.BatchNorm1d)), nn.Sigmoid())
+
+    def forward(self, x):
+        x_raw = x
+        x = torch.abs(x)
+        x_abs = x
+        x = self.gap(x)
+        x = torch.flatten(x, 1)
+        average = x
+        x = self.fc(x)
+        x = torch.mul(average, x)
+        x = x.unsqueeze(2).unsqueeze(2)
+        sub = x_abs - x
+        zeros = sub - sub
+        n_sub = torch.max(sub, zeros)
+        return torch.mul(torch.sign(x_raw), n_sub)
+
+
+def pair(norm: bool = True, dtype=torch.float64, channels: int = 6) -> tuple[dk.Shrinkage, Port]:
+    port = Port(channels, norm=norm).to(dtype)
+    for buffer in port.buffers():  # a state that is not the initial one
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    module = dk.Shrinkage(channels, (1, 1), norm=norm).to(dtype)
+    module.load_state_dict(port.state_dict(), strict=True)
+    return module, port
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_against_a_port(kernels, training, norm, residual):
+    module, port = pair(norm)
+    module.train(training), port.train(training)
+    x = features((5, 6, 7, 9), torch.float64)
+    added = torch.randn_like(x) if residual else None
+    g = torch.randn_like(x)
+    results = []
+    for m in (module, port):
+        for _ in range(3):  # running statistics go on over several steps
+            leaf = x.clone().requires_grad_()
+            y = m(leaf, added) if m is module else m(leaf) + (added if residual else 0)
+        results.append([y, *torch.autograd.grad(y, [leaf, *m.parameters()], g), *m.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_float32_training_steps_follow_a_port(kernels):
+    """A few optimiser steps in float32: parameters and running statistics stay together."""
+    module, port = pair(dtype=torch.float32)
+    for m in (module, port):
+        torch.manual_seed(11)
+        optimiser = torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(5):
+            x = torch.randn(16, 6, 5, 5)
+            optimiser.zero_grad()
+            (m(x) - 0.5 * x).square().mean().backward()
+            optimiser.step()
+    for (name, a), b in zip(module.state_dict().items(), port.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_state_dict_keys():
+    assert list(dk.Shrinkage(4).state_dict()) == list(Port(4).state_dict())
+    assert list(dk.Shrinkage(4, norm=False).state_dict()) == [f"fc.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("gap_size", [1, (1,), (1, 1), [1], [1, 1]])
+def test_gap_sizes_that_are_one(gap_size):
+    assert dk.Shrinkage(4, gap_size)(torch.randn(2, 4, 8)).shape == (2, 4, 8)
+
+
+@pytest.mark.parametrize("average, outputs", [("channel", 12), ("sample", 1), (None, 12)])
+@pytest.mark.parametrize("reduction, hidden", [(1, 12), (4, 3), (5, 2), (100, 1)])
+def test_widths(average, outputs, reduction, hidden):
+    module = dk.Shrinkage(12, average=average, reduction=reduction, activation=nn.GELU)
+    assert [type(m) for m in module.fc] == [nn.Linear, nn.BatchNorm1d, nn.GELU, nn.Linear, nn.Sigmoid]
+    assert module.fc[0].weight.shape == (hidden, 12) and module.fc[3].weight.shape == (outputs, hidden)
+    x = features((3, 12, 40))
+    with dk.record_tau(module) as taus:
+        y = module(x)
+    assert taus[""].shape == (3, outputs)
+    torch.testing.assert_close(y, soft_threshold(x, taus[""]))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"channels": 0}, ValueError, "channels must be a positive integer, got 0"),
+        ({"channels": 4.0}, TypeError, "channels must be a positive integer, got 4.0"),
+        ({"channels": True}, TypeError, "channels must be a positive integer, got True"),
+        ({"channels": 4, "reduction": 0}, ValueError, "reduction must be a positive integer, got 0"),
+        ({"channels": 4, "reduction": "2"}, TypeError, "reduction must be a positive integer, got '2'"),
+        ({"channels": 4, "gap_size": 2}, ValueError, "gap_size must be 1.*got 2"),
+        ({"channels": 4, "gap_size": (1, 2)}, ValueError, r"gap_size must be 1.*got \(1, 2\)"),
+        ({"channels": 4, "gap_size": (1, 1, 1)}, ValueError, r"gap_size must be 1.*got \(1, 1, 1\)"),
+        ({"channels": 4, "gap_size": True}, ValueError, "gap_size must be 1.*got True"),
+        ({"channels": 4, "gap_size": None}, ValueError, "gap_size must be 1.*got None"),
+        ({"channels": 4, "average": "cw"}, ValueError, "average must be 'channel', 'sample' or None, got 'cw'"),
+    ],
+)
+def test_constructor_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dk.Shrinkage(**arguments)
+
+
+def test_forward_errors(kernels):
+    with pytest.raises(ValueError, match="x must have shape"):
+        dk.Shrinkage(4)(torch.randn(2, 4))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        dk.Shrinkage(4)(torch.randn(2, 5, 8))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        dk.Shrinkage(4)(torch.randn(1, 4, 8))
+    assert dk.Shrinkage(4).eval()(torch.randn(1, 4, 8)).shape == (1, 4, 8)
+
+
+# ---- what users do with modules --------------------------------------------------------------------------------------
+
+
+def through_pickle(m):
+    return pickle.loads(pickle.dumps(m))
+
+
+def through_torch_save(m):
+    file = io.BytesIO()
+    torch.save(m, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("through", [through_pickle, through_torch_save, copy.deepcopy, copy.copy])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_copies(kernels, through, recorded):
+    model = nn.Sequential(nn.Conv1d(2, 6, 3), dk.Shrinkage(6), dk.SoftThreshold(0.1)).eval()
+    x = torch.randn(3, 2, 40)
+    if recorded:
+        with dk.record_tau(model):
+            model(x)
+    assert torch.equal(through(model)(x), model(x))
+
+
+@pytest.mark.parametrize("through", [through_pickle, through_torch_save, copy.deepcopy])
+def test_a_copy_made_while_recording_does_not_record(kernels, through):
+    model, x = nn.Sequential(dk.Shrinkage(6)).eval(), torch.randn(3, 6, 40)
+    with dk.record_tau(model) as taus:
+        model(x)
+        tau = taus["0"]
+        through(model)(2 * x)
+        assert taus["0"] is tau
+
+
+def test_hooks_on_the_gate_fire(kernels):
+    module, fired = dk.Shrinkage(6), []
+    for name, child in [("fc", module.fc), *((f"fc.{n}", c) for n, c in module.fc.named_children())]:
+        child.register_forward_pre_hook(lambda m, i, name=name: fired.append(("pre", name)))
+        child.register_forward_hook(lambda m, i, o, name=name: fired.append(("forward", name)))
+        child.register_full_backward_hook(lambda m, i, o, name=name: fired.append(("backward", name)))
+    module(torch.randn(3, 6, 40, requires_grad=True)).sum().backward()
+    names = ["fc", *(f"fc.{i}" for i in range(5))]
+    assert sorted(fired) == sorted((kind, name) for kind in ("pre", "forward", "backward") for name in names)
+
+
+def test_a_hook_may_change_the_threshold(kernels):
+    module, x = dk.Shrinkage(6).eval(), torch.randn(3, 6, 40)
+    module.fc[4].register_forward_hook(lambda m, i, alpha: torch.zeros_like(alpha))
+    assert torch.equal(module(x), x)
+
+
+def test_replaced_children_are_called(kernels):
+    module, x = dk.Shrinkage(6).eval(), torch.randn(3, 6, 40)
+    module.fc[4] = nn.Hardsigmoid()
+    pooled = x.abs().mean(2)
+    torch.testing.assert_close(module(x), soft_threshold(x, module.fc(pooled) * pooled))
+    nn.utils.parametrizations.weight_norm(module.fc[0])
+    torch.testing.assert_close(module(x), soft_threshold(x, module.fc(pooled) * pooled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_training_step_in_another_dtype(kernels, dtype, average):
+    module = dk.Shrinkage(6, average=average).to(dtype)
+    x = features((5, 6, 40), dtype).requires_grad_()
+    before = [p.detach().clone() for p in module.parameters()]
+    optimiser = torch.optim.SGD(module.parameters(), lr=1.0)
+    y = module(x, residual=torch.randn_like(x))
+    assert y.dtype is dtype
+    y.float().square().mean().backward()
+    optimiser.step()
+    assert x.grad.dtype is dtype and x.grad.isfinite().all()
+    moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+    assert any(moved) and all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("average", ["channel", "sample"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_three_conditions_on_a_threshold(kernels, average, training):
+    """Positive, not above the largest |x|, and each sample's own."""
+    module = dk.Shrinkage(8, average=average).train(training)
+    x = torch.randn(6, 8, 50) * torch.rand(6, 8, 1) * 10
+    with dk.record_tau(module) as taus, torch.no_grad():
+        y = module(x)
+    tau, pooled = taus[""], dk.abs_mean(x)
+    assert (tau > 0).all()
+    if average == "channel":
+        assert (tau <= pooled).all() and (tau <= x.abs().amax(2)).all()
+    else:
+        assert tau.shape == (6, 1) and (tau[:, 0] <= x.abs().amax((1, 2))).all()
+    assert y.flatten(1).any(1).all()
+    assert len(set(tau[:, 0].tolist())) == 6
+
+
+# ---- record_tau ------------------------------------------------------------------------------------------------------
+
+
+class Nested(nn.Module):
+    """The same module object registered twice, as in the ports."""
+
+    def __init__(self):
+        super().__init__()
+        self.shrinkage = dk.Shrinkage(6, average="sample")
+        self.residual_function = nn.Sequential(nn.Conv1d(6, 6, 1), self.shrinkage)
+        self.last = nn.ModuleList([dk.Shrinkage(6)])
+
+    def forward(self, x):
+        return self.last[0](self.residual_function(x))
+
+
+def test_record_tau_by_every_name(kernels):
+    model, x = Nested().eval(), torch.randn(3, 6, 40)
+    with dk.record_tau(model) as taus:
+        assert taus == {}
+        y = model(x)
+        assert set(taus) == {"shrinkage", "residual_function.1", "last.0"}
+        assert taus["shrinkage"] is taus["residual_function.1"]
+        assert taus["shrinkage"].shape == (3, 1) and taus["last.0"].shape == (3, 6)
+        first = taus["last.0"]
+        model(2 * x)
+        assert not torch.equal(taus["last.0"], first)  # the latest pass
+        latest = dict(taus)
+    assert torch.equal(model(x), y)
+    assert all(taus[k] is v for k, v in latest.items())  # nothing after the block
+    h = model.residual_function[0](2 * x)
+    pooled = h.abs().mean(2)
+    torch.testing.assert_close(taus["shrinkage"], model.shrinkage.fc(pooled).detach() * pooled.mean(1, keepdim=True))
+    assert not taus["shrinkage"].requires_grad and taus["shrinkage"].dtype is torch.float32
+
+
+def test_record_tau_nested_and_after_an_error(kernels):
+    model, x = Nested().eval(), torch.randn(3, 6, 40)
+    with dk.record_tau(model) as outer:
+        with dk.record_tau(model.last) as inner:
+            model(x)
+        assert set(inner) == {"0"} and inner["0"] is outer["last.0"]
+        model(2 * x)
+        assert inner["0"] is not outer["last.0"]
+    before = dict(outer)
+    with pytest.raises(ZeroDivisionError), dk.record_tau(model):
+        1 / 0  # noqa: B018
+    model(3 * x)
+    assert all(outer[k] is v for k, v in before.items())
+
+
+def test_record_tau_changes_nothing_in_training(kernels):
+    model, x, g = Nested().double(), torch.randn(4, 6, 40).double(), torch.randn(4, 6, 40).double()
+    state = copy.deepcopy(model.state_dict())
+    plain = torch.autograd.grad(model(x), list(model.parameters()), g)
+    model.load_state_dict(state)
+    with dk.record_tau(model) as taus:
+        recorded = torch.autograd.grad(model(x), list(model.parameters()), g)
+    assert taus["last.0"].dtype is torch.float64
+    for a, b in zip(plain, recorded, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_record_tau_without_a_shrinkage():
+    with pytest.raises(ValueError, match="record_tau found no drsn_kernels.Shrinkage in Linear"), dk.record_tau(nn.Linear(2, 2)):
+        pass
+
+
+# ---- SoftThreshold ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("tau", [0.25, 1, [0.1, 0.2, 0.3], torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.4)], ids=str)
+def test_soft_threshold_module(kernels, tau, learnable):
+    module = dk.SoftThreshold(tau, learnable=learnable)
+    assert list(module.state_dict()) == ["tau"] and len(list(module.parameters())) == learnable
+    for shape in [(2, 3, 40), (2, 3, 5, 6), (4, 3)]:
+        x = features(shape)
+        value = torch.as_tensor(tau, dtype=torch.float32)
+        value = value if value.dim() == 0 else value.view(1, -1, *[1] * (len(shape) - 2))
+        y = module(x)
+        torch.testing.assert_close(y, x.sign() * (x.abs() - value).relu())
+        if learnable:
+            (dtau,) = torch.autograd.grad(y, module.tau, torch.rand_like(y) * y.sign())
+            assert dtau.shape == module.tau.shape and dtau.any()
+
+
+def test_soft_threshold_module_does_not_share_the_tensor_it_was_given():
+    tau = torch.tensor([0.1, 0.2])
+    module = dk.SoftThreshold(tau, learnable=True)
+    tau.zero_()
+    assert module.tau.tolist() == pytest.approx([0.1, 0.2])
+    with pytest.raises(ValueError, match=r"tau must be a number or have shape \(C,\), got shape \(1, 2\)"):
+        dk.SoftThreshold(tau[None])
+
+
+def test_soft_threshold_module_loads_its_state():
+    module = dk.SoftThreshold([0.1, 0.2])
+    module.load_state_dict(dk.SoftThreshold([0.3, 0.4], learnable=True).state_dict())
+    assert module.tau.tolist() == pytest.approx([0.3, 0.4])
+    assert "tau" in repr(module) and "channel" in repr(dk.Shrinkage(4))

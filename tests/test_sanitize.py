@@ -1,0 +1,34 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: no read or write outside, in any layout."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str, **env: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=1500)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with libasan")
+def test_kernels_are_clean_under_sanitizers(tmp_path):
+    import pybind11
+
+    build = str(tmp_path / "build")
+    run("cmake", "-S", str(ROOT), "-B", build, "-G", "Ninja", "-DDRSN_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")  # fmt: skip
+    run("cmake", "--build", build)
+    extension = next(Path(build).glob("_cpu*.so"))
+    libraries = [run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    out = run(sys.executable, str(Path(__file__).with_name("sanitized_walk.py")), str(extension),
+              LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="halt_on_error=1",
+              OMP_NUM_THREADS="2")  # fmt: skip
+    assert "backward calls ok" in out

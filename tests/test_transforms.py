@@ -1,0 +1,419 @@
+"""torch.compile, torch.export, torch.func, forward-mode AD, autocast, checkpointing, fake tensors, tracing, subclasses, copies,
+and the registered ops."""
+
+import copy
+
+import pytest
+import torch
+from oracle import AVERAGES, LAYOUTS, features, shrink, smooth_gate, soft_threshold
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import drsn_kernels as dk
+from drsn_kernels.planes import geometry, words
+
+pytestmark = pytest.mark.unpoisoned
+ops = torch.ops.drsn_kernels
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def aten_only(graph: torch.fx.Graph) -> bool:
+    return {n.target.namespace for n in graph.nodes if n.op == "call_function" and hasattr(n.target, "namespace")} == {"aten"}
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def gradients(run, x, residual, gate):
+    y, tau = run(x, residual)
+    torch.manual_seed(7)
+    leaves = [x, residual, *gate.parameters()]
+    return y, tau, *torch.autograd.grad([y, tau], leaves, [torch.randn_like(y), torch.randn_like(tau)])
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+def test_compiled_forward_and_backward(backend, average):
+    gate = smooth_gate(6, norm=True).double()
+    run = lambda x, r: dk.shrink(x, gate, average=average, residual=r, return_tau=True)  # noqa: E731
+    with dk.use_backend(backend):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for shape in [(3, 6, 4, 10), (5, 6, 3, 11), (2, 6, 7, 10)]:  # the second compilation is for dynamic shapes
+            x, residual = double(*shape).requires_grad_(), double(*shape).requires_grad_()
+            expected = gradients(run, x, residual, gate)
+            for a, b in zip(gradients(compiled, x, residual, gate), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_inductor_with_dynamic_shapes(backend):
+    module = dk.Shrinkage(6).double()
+    with dk.use_backend(backend):
+        compiled = torch.compile(module, fullgraph=True, dynamic=True)
+        for shape in [(4, 6, 40), (3, 6, 70)]:
+            x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            g = torch.randn_like(x)
+            results = [torch.autograd.grad(y := run(x), [x, *module.parameters()], g) + (y,) for run in (module, compiled)]
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_no_graph_break():
+    module = dk.Shrinkage(6)
+    x = torch.randn(4, 6, 40, requires_grad=True)
+    for run in (module, lambda x: dk.soft_threshold(dk.abs_mean(x)[..., None] + x, 0.1)):
+        found = torch._dynamo.explain(run)(x)
+        assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("backend, expected", [("auto", set()), ("torch", set()), ("cpu", {"abs_mean", "soft_threshold"})])
+def test_what_the_compiled_graph_holds(backend, expected):
+    held = set()
+
+    def record(graph, inputs):
+        held.update(n.target.__name__ for n in graph.graph.nodes if "drsn_kernels" in str(n.target))
+        return graph.forward
+
+    with dk.use_backend(backend):
+        torch.compile(lambda x: dk.shrink(x, torch.sigmoid), fullgraph=True, backend=record)(torch.randn(2, 3, 40))
+    assert {name.split(".")[0] for name in held} == expected
+
+
+def test_compiled_around_inplace_and_mutation():
+    gate = smooth_gate(6)
+    x = torch.randn(3, 6, 40)
+    expected = dk.shrink(x, gate)
+    compiled = torch.compile(lambda x: dk.shrink(x, gate, inplace=True), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        y = compiled(x)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(x, y)
+
+
+# ---- torch.export ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_holds_aten_ops_only(backend, strict):
+    module = dk.Shrinkage(6).eval()
+    x = torch.randn(3, 6, 40)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with dk.use_backend(backend):
+        exported = torch.export.export(module, (x,), strict=strict, dynamic_shapes=({0: batch},))
+    assert aten_only(exported.graph_module.graph)
+    other = torch.randn(5, 6, 40)
+    torch.testing.assert_close(exported.module()(other), module(other))
+    assert aten_only(exported.run_decompositions().graph_module.graph)
+
+
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+GATE = smooth_gate(3).double()
+FUNCTIONS = {
+    "abs_mean": (dk.abs_mean, lambda x: x.abs().mean(2)),
+    "soft_threshold": (
+        lambda x: dk.soft_threshold(x, torch.full((2, 3), 0.4, dtype=torch.float64)),
+        lambda x: soft_threshold(x, torch.full((2, 3), 0.4, dtype=torch.float64)),
+    ),
+    **{
+        f"shrink {average}": (
+            lambda x, average=average: dk.shrink(x, GATE, average=average),
+            lambda x, average=average: shrink(x, GATE, average)[0],
+        )
+        for average in AVERAGES
+    },
+}
+TRANSFORMS = {
+    "grad": lambda f: grad(lambda x: f(x).square().sum()),
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x.cos(),)),
+    "vjp": lambda f: lambda x: vjp(f, x)[1](f(x).cos()),
+    "jacrev": jacrev,
+    "jacfwd": jacfwd,
+    "hessian": lambda f: hessian(lambda x: f(x).square().sum()),
+    "grad of grad": lambda f: grad(lambda x: grad(lambda x: f(x).pow(3).sum())(x).square().sum()),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_transforms(kernels, function, transform):
+    ours, exact = (TRANSFORMS[transform](f)(X) for f in FUNCTIONS[function])
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+X = double(2, 3, 5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_vmap(kernels, function):
+    ours, exact = FUNCTIONS[function]
+    many = double(4, 2, 3, 5)
+    torch.testing.assert_close(vmap(ours)(many), torch.stack([exact(x) for x in many]))
+    per_sample = vmap(grad(lambda x: ours(x).square().sum()))(many)
+    torch.testing.assert_close(per_sample, torch.stack([grad(lambda x: exact(x).square().sum())(x) for x in many]))
+
+
+def test_per_sample_gradients_of_the_parameters(kernels):
+    module = dk.Shrinkage(3, norm=False).double()
+    parameters, x = dict(module.named_parameters()), double(4, 3, 9)
+
+    def loss(parameters, sample):
+        return functional_call(module, parameters, (sample[None],)).square().sum()
+
+    batched = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(4):
+        for name, one in grad(loss)(parameters, x[i]).items():
+            torch.testing.assert_close(batched[name][i], one)
+
+
+def test_forward_mode(kernels):
+    x, tangent = X, double(2, 3, 5)
+    for ours, exact in FUNCTIONS.values():
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(dual.tangent, jvp(exact, (x,), (tangent,))[1])
+        assert dual.tangent.any()
+
+
+def test_batched_gradients(kernels):
+    x = X.clone().requires_grad_()
+    for ours, exact in FUNCTIONS.values():
+        y = ours(x)
+        gs = double(5, *y.shape)
+        (batched,) = torch.autograd.grad(y, x, gs, is_grads_batched=True)
+        torch.testing.assert_close(batched, torch.stack([torch.autograd.grad(exact(x), x, g)[0] for g in gs]))
+
+
+def test_vectorised_jacobian_and_hessian_of_autograd(kernels):
+    for ours, exact in FUNCTIONS.values():
+        for f in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+            a, b = (f(lambda x, o=o: o(x).square().sum(), X, vectorize=True) for o in (ours, exact))
+            torch.testing.assert_close(a, b)
+
+
+# ---- autocast, checkpointing -----------------------------------------------------------------------------------------
+
+
+def test_autocast(kernels):
+    """Under autocast A goes to the gate as float32, the gate's layers run in bfloat16, tau is float32."""
+    seen = []
+    linear = nn.Linear(6, 6)
+
+    def gate(pooled):
+        seen.append(pooled.dtype)
+        alpha = linear(pooled)
+        seen.append(alpha.dtype)
+        return alpha.sigmoid()
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        forward = staticmethod(gate)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for g in (gate, Gate(), Gate().bfloat16()):
+            seen.clear()
+            x = features((3, 6, 40), dtype).requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y, tau = dk.shrink(x, g, return_tau=True)
+            assert seen == [torch.float32, torch.bfloat16] and (y.dtype, tau.dtype) == (dtype, torch.float32)
+            y.sum().backward()
+            assert x.grad.dtype is dtype and linear.weight.grad.any()
+        linear.float()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_activation_checkpointing(kernels, average, reentrant):
+    gate, x = smooth_gate(6).double(), double(3, 6, 40).requires_grad_()
+    wanted, g = [x, *gate.parameters()], double(3, 6, 40)
+
+    def block(x):
+        return dk.shrink(x * 2, gate, average=average, residual=x)
+
+    def run(y):
+        for p in wanted:
+            p.grad = None
+        y.backward(g)
+        return [p.grad for p in wanted]
+
+    expected = run(block(x))
+    for a, b in zip(run(checkpoint(block, x, use_reentrant=reentrant)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saved_tensors_on_another_place(kernels):
+    """torch.autograd.graph.save_on_cpu and its kin unpack a saved tensor once, into another tensor."""
+    x, gate, g = torch.randn(3, 6, 40, requires_grad=True), smooth_gate(6), torch.randn(3, 6, 40)
+    expected = torch.autograd.grad(dk.shrink(x, gate), x, g)[0]
+    with torch.autograd.graph.save_on_cpu():
+        y = dk.shrink(x, gate)
+    assert torch.equal(torch.autograd.grad(y, x, g)[0], expected)
+
+
+# ---- fake tensors, tracing, subclasses, copies -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_fake_tensors(kernels, layout):
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(LAYOUTS[layout](2, 6, 5, 4)).requires_grad_()
+        gate = nn.Linear(6, 6)
+        y, tau = dk.shrink(x, gate, return_tau=True)
+        assert (y.shape, tau.shape, dk.abs_mean(x).shape) == (x.shape, (2, 6), (2, 6))
+        assert y.stride() == torch.empty_like(x).stride() and dk.soft_threshold(x, 0.5).shape == x.shape
+        assert torch.autograd.grad(y, x, torch.ones_like(y))[0].shape == x.shape
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(kernels, mode):
+    f = lambda x: torch.autograd.grad(dk.shrink(x, torch.sigmoid).square().sum(), x)[0]  # noqa: E731
+    x = torch.randn(2, 3, 20, requires_grad=True)
+    traced = make_fx(f, tracing_mode=mode)(x)
+    other = torch.randn(2, 3, 20, requires_grad=True)
+    torch.testing.assert_close(traced(other), f(other))
+    assert aten_only(traced.graph)
+
+
+def test_meta_tensors():
+    x = torch.empty(2, 3, 20, device="meta", requires_grad=True)
+    y, tau = dk.shrink(x, torch.sigmoid, return_tau=True)
+    assert (y.device.type, y.shape, tau.shape, dk.abs_mean(x).shape) == ("meta", x.shape, (2, 3), (2, 3))
+    y.sum().backward()
+    assert x.grad.device.type == "meta"
+
+
+def test_a_tensor_subclass_stays_one(kernels):
+    class Mine(torch.Tensor):
+        pass
+
+    x = torch.randn(2, 3, 20)
+    y = dk.shrink(x.as_subclass(Mine), torch.sigmoid)
+    assert type(y) is Mine and type(dk.soft_threshold(x.as_subclass(Mine), 0.5)) is Mine
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), dk.shrink(x, torch.sigmoid))
+    gate = lambda a: torch.sigmoid(a).as_subclass(Mine)  # noqa: E731
+    torch.testing.assert_close(torch.Tensor(dk.shrink(x, gate)), dk.shrink(x, torch.sigmoid))
+
+
+def test_lazily_negated_tensors(kernels):
+    """The imaginary part of a conjugate carries a minus that its memory does not."""
+    z = torch.randn(2, 3, 20, dtype=torch.complex64)
+    x, plain = z.conj().imag, -z.imag
+    assert x.is_neg()
+    torch.testing.assert_close(dk.abs_mean(x), dk.abs_mean(plain))
+    assert torch.equal(dk.soft_threshold(x, 0.3), dk.soft_threshold(plain, 0.3))
+    torch.testing.assert_close(dk.shrink(x, torch.sigmoid, residual=x), dk.shrink(plain, torch.sigmoid, residual=plain))
+    torch.testing.assert_close(dk.shrink(plain, torch.sigmoid, residual=x), dk.shrink(plain, torch.sigmoid, residual=plain))
+    tau = torch.complex(torch.rand(2, 3), -torch.rand(2, 3)).conj().imag
+    assert tau.is_neg() and torch.equal(dk.soft_threshold(plain, tau), dk.soft_threshold(plain, tau.resolve_neg()))
+    leaf = plain.clone().requires_grad_()
+    y = dk.shrink(leaf, torch.sigmoid)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, x, retain_graph=True)[0], torch.autograd.grad(y, leaf, plain)[0])
+
+
+ALPHAS = {
+    "repeated": lambda one: one.repeat(4, 1),
+    "expanded": lambda one: one.expand(4, 6),
+    "transposed": lambda one: one.T.repeat(1, 4).T,
+    "strided": lambda one: one.repeat(4, 2)[:, ::2] * 0 + one,
+    "negated": lambda one: torch.complex(torch.zeros(4, 6), -one.expand(4, 6)).conj().imag,
+    "subclass": lambda one: one.repeat(4, 1).as_subclass(type("Mine", (torch.Tensor,), {})),
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_alpha_of_any_sort(kernels, alpha, average):
+    x, g, one = torch.randn(4, 6, 40, requires_grad=True), torch.randn(4, 6, 40), torch.rand(1, 6)
+    given = ALPHAS[alpha](one)
+    results = []
+    for value in (given, one.repeat(4, 1)):
+        y = dk.shrink(x, lambda a, value=value: value, average=average)
+        results.append([t.as_subclass(torch.Tensor) for t in (y.detach(), torch.autograd.grad(y, x, g)[0])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inference_mode(kernels):
+    x, gate = torch.randn(4, 6, 40), smooth_gate(6)
+    with torch.inference_mode():
+        y, z = dk.shrink(x, gate), dk.soft_threshold(x.clone(), 0.5)
+        w = dk.shrink(x * 1, gate, inplace=True)
+    with torch.no_grad():
+        expected = dk.shrink(x, gate)
+    assert y.is_inference() and torch.equal(y, expected) and torch.equal(w, expected) and torch.equal(z, dk.soft_threshold(x, 0.5))
+
+
+# ---- the registered ops ----------------------------------------------------------------------------------------------
+
+CHECKED = {
+    "contiguous": lambda: LAYOUTS["contiguous"](2, 3, 4, 5),
+    "channels_last": lambda: LAYOUTS["channels_last"](2, 3, 4, 5),
+    "sliced": lambda: LAYOUTS["sliced"](2, 3, 4, 5),
+    "empty batch": lambda: torch.randn(0, 3, 7),
+}
+
+
+def planes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        tau = torch.full(x.shape[:2], 0.4)
+        return ops.abs_mean(x)[1], ops.soft_threshold(x, tau)[1]
+
+
+@pytest.mark.parametrize("op", ["abs_mean", "soft_threshold", "abs_mean_grad", "soft_threshold_grad"])
+@pytest.mark.parametrize("case", CHECKED)
+def test_opcheck(op, case):
+    x = CHECKED[case]()
+    pooled_planes, planes = planes_of(x)
+    meta = [list(x.shape), list(torch.empty_like(x).stride()), x.dtype]
+    arguments = {
+        "abs_mean": (x.requires_grad_(),),
+        "soft_threshold": (x, torch.full(x.shape[:2], 0.4, requires_grad=True)),
+        "abs_mean_grad": (torch.randn(x.shape[:2], requires_grad=True), pooled_planes, *meta),
+        "soft_threshold_grad": (torch.randn(x.shape, requires_grad=True), planes, *meta),
+    }
+    with dk.use_backend("cpu"):
+        torch.library.opcheck(getattr(ops, op).default, arguments[op])
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_registered_ops_compute_what_the_operators_do(kernels, case):
+    x = CHECKED[case]().requires_grad_()
+    tau = torch.rand(x.shape[:2], requires_grad=True)
+    pooled, planes = ops.abs_mean(x)
+    assert torch.equal(pooled, dk.abs_mean(x)) and planes.shape == (2, words(geometry(x)))
+    y, planes = ops.soft_threshold(x, tau)
+    assert torch.equal(y, dk.soft_threshold(x, tau)) and not planes.requires_grad
+    g = torch.randn(x.shape)
+    for a, b in zip(*(torch.autograd.grad(o, (x, tau), g) for o in (y, dk.soft_threshold(x, tau))), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_registered_ops_numerical_derivatives(kernels):
+    x = (double(2, 3, 4).sign() * (0.6 + torch.rand(2, 3, 4).double())).requires_grad_()
+    tau = torch.full((2, 3), 0.4, dtype=torch.float64, requires_grad=True)
+    for run, inputs in ((lambda x: ops.abs_mean(x)[0], (x,)), (lambda x, tau: ops.soft_threshold(x, tau)[0], (x, tau))):
+        assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_models_are_copied_after_a_backward_pass(kernels):
+    model = nn.Sequential(nn.Conv1d(2, 6, 3), dk.Shrinkage(6))
+    x = torch.randn(4, 2, 40)
+    model(x).sum().backward()
+    other = copy.deepcopy(model).eval()
+    assert torch.equal(other(x), model.eval()(x)) and other[1].fc[0].weight is not model[1].fc[0].weight
