@@ -1,8 +1,8 @@
 """Fused kernels for Deep Residual Shrinkage Networks in PyTorch.
 
-    import drsn_kernels as dk
-    y = dk.shrink(x, gate)              # any gate; abs, pooling, threshold and soft thresholding in two passes
-    module = dk.Shrinkage(64)           # drop-in for the ports' Shrinkage
+import drsn_kernels as dk
+y = dk.shrink(x, gate)              # any gate; abs, pooling, threshold and soft thresholding in two passes
+module = dk.Shrinkage(64)           # drop-in for the ports' Shrinkage
 """
 
 from . import models, noise

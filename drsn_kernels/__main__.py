@@ -9,12 +9,16 @@ from . import info
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m drsn_kernels", description="Fused kernels for residual shrinkage networks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m drsn_kernels", description="Fused kernels for residual shrinkage networks."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     tell = commands.add_parser("info", help="versions, and which backends are available and why")
     tell.add_argument("--json", action="store_true", help="print JSON")
     demo = commands.add_parser("demo", help="check, speed and learning on vibration signals, in a few minutes")
-    demo.add_argument("--data", type=Path, metavar="FOLDER", help="folder of CWRU .mat files (default: simulated bearings)")
+    demo.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="folder of CWRU .mat files (default: simulated bearings)"
+    )
     demo.add_argument("--out", type=Path, metavar="FOLDER", default=Path("demo-out"), help="for results and plots")
     demo.add_argument("--quick", action="store_true", help="a small version of every part, in under a minute")
     demo.add_argument("--epochs", type=int, metavar="N", help="training epochs (default 40, 10 with --quick)")

@@ -85,8 +85,10 @@ class ResidualShrinkageUnit(nn.Module):
         _check_count(in_channels=in_channels, out_channels=out_channels, stride=stride)
         _check_options(dims, kernel_size, attention)
         if shortcut and out_channels < in_channels:
-            raise ValueError(f"out_channels must be at least in_channels, {in_channels}, because the shortcut "
-                             f"only pads channels; got {out_channels}")
+            raise ValueError(
+                f"out_channels must be at least in_channels, {in_channels}, because the shortcut "
+                f"only pads channels; got {out_channels}"
+            )
         conv = partial(_CONV[dims], kernel_size=kernel_size, padding=kernel_size // 2)
         self.in_channels, self.out_channels, self.stride, self.dims = in_channels, out_channels, stride, dims
         self.shortcut = shortcut
@@ -167,9 +169,17 @@ class DRSN(nn.Module):
             _check_count(units=units)
             layer = []
             for index in range(units):
-                layer.append(ResidualShrinkageUnit(
-                    channels, stage_channels, stage_stride if index == 0 else 1,
-                    dims=dims, kernel_size=kernel_size, attention=attention, shortcut=shortcut))
+                layer.append(
+                    ResidualShrinkageUnit(
+                        channels,
+                        stage_channels,
+                        stage_stride if index == 0 else 1,
+                        dims=dims,
+                        kernel_size=kernel_size,
+                        attention=attention,
+                        shortcut=shortcut,
+                    )
+                )
                 channels = stage_channels
             layers.append(nn.Sequential(*layer))
         self.stages = nn.Sequential(*layers)

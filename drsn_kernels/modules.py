@@ -75,6 +75,10 @@ class Shrinkage(nn.Module):
         sink(tau.detach())
         return y
 
+    def __getstate__(self) -> dict:
+        """Without a running record_tau: a copy or pickle made inside the block does not record."""
+        return {key: value for key, value in self.__dict__.items() if key != "_tau_sink"}
+
     def extra_repr(self) -> str:
         return f"{self.channels}, average={self.average!r}"
 

@@ -45,8 +45,10 @@ def _decibels(snr_db: float | torch.Tensor, samples: int, like: dict) -> torch.T
         if snr_db.is_complex() or snr_db.dtype == torch.bool:
             raise TypeError(f"snr_db must hold real numbers, got a tensor of {snr_db.dtype}")
         if snr_db.dim() > 1 or (snr_db.dim() == 1 and snr_db.numel() != samples):
-            raise ValueError(f"snr_db must be a number or a tensor of {samples} values, one for each sample of x, "
-                             f"got shape {tuple(snr_db.shape)}")
+            raise ValueError(
+                f"snr_db must be a number or a tensor of {samples} values, one for each sample of x, "
+                f"got shape {tuple(snr_db.shape)}"
+            )
     elif isinstance(snr_db, bool) or not isinstance(snr_db, numbers.Real):
         raise TypeError(f"snr_db must be a number or a tensor of decibels, got {type(snr_db).__name__}")
     return torch.as_tensor(snr_db, **like).reshape(-1, 1)
@@ -58,8 +60,9 @@ def _check(x: torch.Tensor, kind: str, generator: torch.Generator | None) -> Non
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.dim() < 2 or (x.shape[0] and not x[0].numel()):
-        raise ValueError(f"x must be (N, *shape) with at least two dimensions and non-empty samples, "
-                         f"got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be (N, *shape) with at least two dimensions and non-empty samples, got shape {tuple(x.shape)}"
+        )
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "pink" and x.shape[-1] < 2:
@@ -109,8 +112,10 @@ def add_noise(
         signal, peak = _rms(x.detach().to(dtype).flatten(1))
         for bad, why in ((~peak.isfinite(), "holds NaN or Inf"), (peak == 0, "is silent (all zeros)")):
             if bad.any():
-                raise ValueError(f"x must hold finite samples that are not silent to define an SNR, "
-                                 f"but sample {int(bad.flatten().nonzero()[0])} {why}")
+                raise ValueError(
+                    f"x must hold finite samples that are not silent to define an SNR, "
+                    f"but sample {int(bad.flatten().nonzero()[0])} {why}"
+                )
         noise = KINDS[kind](x.shape, like, generator)
         gain = signal / _rms(noise.flatten(1))[0] * 10 ** (-decibels / 20)
         if not gain.isfinite().all():

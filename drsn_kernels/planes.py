@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-
 # Shape and dense strides of x: with them a plane is decoded and a gradient allocated, without x.
 Geometry = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -40,23 +39,39 @@ def row_bits(length: int) -> int:
     return 8 if length <= 8 else 16 if length <= 16 else (length + 31) // 32 * 32
 
 
+def _rows(geo: Geometry) -> tuple[bool, int, int]:
+    """Whether the walk is channels_last, its rows, and their length. Plain comparisons: sizes may be symbolic."""
+    (n, c, *spatial), strides = geo
+    numel = 1
+    for size in spatial:
+        numel = numel * size
+    if strides[1] == 1 and c > 1:
+        return True, n * numel, c
+    return False, n * c, numel
+
+
 def order(geo: Geometry) -> Order:
     """The walk over x for planes of this geometry (rank >= 2)."""
     shape, strides = geo
-    n, c, *spatial = shape
+    channels_last, rows, length = _rows(geo)
     dims = sorted(range(2, len(shape)), key=lambda d: (shape[d] == 1, -strides[d]))
-    numel = 1
-    for s in spatial:
-        numel *= s
-    if strides[1] == 1 and c > 1:
-        return Order((0, *dims, 1), n * numel, c, row_bits(c))
-    return Order((0, 1, *dims), n * c, numel, row_bits(numel))
+    return Order((0, *dims, 1) if channels_last else (0, 1, *dims), rows, length, row_bits(length))
 
 
 def words(geo: Geometry) -> int:
     """int32 words in one plane."""
-    _, rows, _, bits = order(geo)
-    return (rows * bits + 31) // 32
+    _, rows, length = _rows(geo)
+    return (rows * row_bits(length) + 31) // 32
+
+
+def lay_out(t: torch.Tensor, geo: Geometry) -> torch.Tensor:
+    """t with the dense strides of the geometry; a copy only where it lies otherwise."""
+    shape, strides = geo
+    if t.stride() == strides:
+        return t
+    outer_first = sorted(range(len(shape)), key=lambda d: (shape[d] == 1, -strides[d]))
+    inverse = sorted(range(len(shape)), key=outer_first.__getitem__)
+    return t.permute(outer_first).contiguous().permute(inverse)
 
 
 # Byte i of an int64 holds 0 or 1; this multiplier gathers those eight bits, in order, into the top byte.

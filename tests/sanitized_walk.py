@@ -1,6 +1,6 @@
 """Run by test_sanitize.py under ASan and UBSan: every kernel, instruction set, dtype and layout, against PyTorch.
 
-    python sanitized_walk.py PATH_OF_THE_SANITIZED_EXTENSION
+python sanitized_walk.py PATH_OF_THE_SANITIZED_EXTENSION
 """
 
 import importlib.util
@@ -12,7 +12,17 @@ import drsn_kernels.backends.cpu as cpu
 from drsn_kernels.backends import eager
 from drsn_kernels.planes import geometry
 
-SHAPES = ((2, 3, 1), (2, 3, 7), (3, 70, 1), (2, 5, 16), (2, 3, 63), (2, 4, 129), (2, 3, 513), (3, 65, 7, 9), (1, 2, 33000))
+SHAPES = (
+    (2, 3, 1),
+    (2, 3, 7),
+    (3, 70, 1),
+    (2, 5, 16),
+    (2, 3, 63),
+    (2, 4, 129),
+    (2, 3, 513),
+    (3, 65, 7, 9),
+    (1, 2, 32771),
+)
 
 
 def layouts(x: torch.Tensor):

@@ -41,8 +41,12 @@ def peak(spectrum, hertz):
 def test_orders_of_the_drive_end_bearing():
     # The manufacturer's multiples of the running speed as published with the CWRU data.
     bearing = Geometry()
-    for value, published in ((bearing.inner, 5.4152), (bearing.outer, 3.5848), (bearing.cage, 0.39828),
-                             (bearing.ball, 4.7135)):
+    for value, published in (
+        (bearing.inner, 5.4152),
+        (bearing.outer, 3.5848),
+        (bearing.cage, 0.39828),
+        (bearing.ball, 4.7135),
+    ):
         assert abs(value / published - 1) < 1e-3
     assert math.isclose(bearing.inner + bearing.outer, bearing.elements)
 
@@ -68,24 +72,29 @@ def test_envelope_spectrum_peaks_at_the_fault_frequency(name):
 
 def test_load_zone_modulation_gives_sidebands():
     for element, order, unmodulated in (("inner", 1.0, "outer"), ("ball", Geometry().cage, "outer")):
+
         def sideband(kind):
             x, speed = simulate_recordings((Fault(kind, 0.5),), 16, SAMPLES, seeded(4))
             spectrum, centre = envelope_spectrum(x), Geometry().order(kind) * speed
             return (peak(spectrum, centre + order * speed) / peak(spectrum, centre)).median()
+
         assert sideband(element) > 0.35 > 2 * sideband(unmodulated)
 
 
 def test_a_wider_spall_is_struck_harder_and_left_later():
     bearing = Geometry()
     # Pure rolling: the contact passes both races and the ball at one speed, here mm for each radian of the shaft.
-    speeds = [(bearing.pitch_diameter + bearing.element_diameter) * bearing.cage / 2,
-              (bearing.pitch_diameter - bearing.element_diameter) * (1 - bearing.cage) / 2,
-              bearing.element_diameter * bearing.ball / 4]
+    speeds = [
+        (bearing.pitch_diameter + bearing.element_diameter) * bearing.cage / 2,
+        (bearing.pitch_diameter - bearing.element_diameter) * (1 - bearing.cage) / 2,
+        bearing.element_diameter * bearing.ball / 4,
+    ]
     for speed in speeds:
         assert math.isclose(bearing.exit_angle(1.5), 0.75 / speed)
     for element in ("outer", "inner", "ball"):
-        (angle, narrow), (same, wide) = (_strikes(Fault(element, width), bearing, 20.0, _Draw(4, seeded()))
-                                         for width in (0.5, 1.5))
+        (angle, narrow), (same, wide) = (
+            _strikes(Fault(element, width), bearing, 20.0, _Draw(4, seeded())) for width in (0.5, 1.5)
+        )
         assert torch.equal(angle, same)
         torch.testing.assert_close(wide, math.sqrt(3) * narrow)
 
@@ -106,7 +115,7 @@ def test_healthy_vibration_is_shaft_harmonics_and_white_noise():
     assert ((strongest / speed).round() >= 1).all()
     assert ((strongest / speed) - (strongest / speed).round()).abs().max() < 0.05
     floor = power[:, ~low]
-    halves = floor[:, : floor.shape[1] // 2].mean() / floor[:, floor.shape[1] // 2:].mean()
+    halves = floor[:, : floor.shape[1] // 2].mean() / floor[:, floor.shape[1] // 2 :].mean()
     assert abs(halves - 1) < 0.05
 
 
@@ -127,11 +136,14 @@ def test_simulated_windows_are_standardised_balanced_and_reproducible():
     assert similarity.abs().max() < 0.99
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"train_recordings": 0}, "train_recordings must be at least 1, got 0"),
-    ({"windows_per_recording": 0}, "windows_per_recording must be at least 1, got 0"),
-    ({"length": 1}, "length must be at least 2, got 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"train_recordings": 0}, "train_recordings must be at least 1, got 0"),
+        ({"windows_per_recording": 0}, "windows_per_recording must be at least 1, got 0"),
+        ({"length": 1}, "length must be at least 2, got 1"),
+    ],
+)
 def test_simulator_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         simulate_bearing(**arguments)
@@ -164,7 +176,7 @@ def test_cwru_names_split_and_windows(tmp_path, write):
     assert data.test_y.bincount(minlength=9).tolist() == [3, 0, 0, 0, 3, 0, 0, 0, 6]
 
     def window(start):
-        cut = signal[start:start + 100]
+        cut = signal[start : start + 100]
         return ((cut - cut.mean()) / cut.std(correction=0)).float()
 
     for index in range(21):
@@ -173,8 +185,9 @@ def test_cwru_names_split_and_windows(tmp_path, write):
         torch.testing.assert_close(data.test_x[index, 0], window(700 + 100 * index), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("samples, length, stride, fraction",
-                         [(1001, 100, 7, 0.7), (333, 64, 1, 0.5), (500, 33, 50, 0.9)])
+@pytest.mark.parametrize(
+    "samples, length, stride, fraction", [(1001, 100, 7, 0.7), (333, 64, 1, 0.5), (500, 33, 50, 0.9)]
+)
 def test_cwru_windows_never_cross_the_split(tmp_path, write, samples, length, stride, fraction):
     # One step at the split: a window that crossed it would not have one sign of slope.
     split = int(samples * fraction)
@@ -224,9 +237,11 @@ def test_cwru_errors_name_the_file(tmp_path, write):
     message = "IR007_0.mat must hold one drive-end channel, \\*_DE_time, but holds X105RPM, X105_BA_time, X105_FE_time"
     with pytest.raises(ValueError, match=message):
         load_cwru(path.parent, length=100)
-    for bad, message in ((noise[:200], "IR007_0.mat is too short: 200 samples split at 140"),
-                         (torch.full((1000,), float("nan")), "IR007_0.mat holds NaN or Inf"),
-                         (torch.cat([noise, torch.zeros(500)]), "IR007_0.mat holds 100 equal samples in a row")):
+    for bad, message in (
+        (noise[:200], "IR007_0.mat is too short: 200 samples split at 140"),
+        (torch.full((1000,), float("nan")), "IR007_0.mat holds NaN or Inf"),
+        (torch.cat([noise, torch.zeros(500)]), "IR007_0.mat holds 100 equal samples in a row"),
+    ):
         write(path, bad)
         with pytest.raises(ValueError, match=message):
             load_cwru(path.parent, length=100)
@@ -240,11 +255,14 @@ def test_cwru_errors_name_the_file(tmp_path, write):
         load_cwru(path.parent, length=100)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"length": 0}, "length must be at least 1, got 0"),
-    ({"stride": 0}, "stride must be at least 1, got 0"),
-    ({"train_fraction": 1.0}, "train_fraction must lie between 0 and 1, got 1.0"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"length": 0}, "length must be at least 1, got 0"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"train_fraction": 1.0}, "train_fraction must lie between 0 and 1, got 1.0"),
+    ],
+)
 def test_cwru_argument_errors(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_cwru(tmp_path, **arguments)

@@ -1,4 +1,4 @@
-"""Wrong arguments: the exception, a message that names the argument, what it got and what it takes, and nothing changed."""
+"""Wrong arguments: the exception, a message with the argument, what it got and what it takes, and nothing changed."""
 
 import copy
 
@@ -72,16 +72,30 @@ SHAPE = (2, 3, 16)
 BAD_ARGUMENTS = {
     "average": ({"average": "mean"}, ValueError, "average must be 'channel', 'sample' or None, got 'mean'"),
     "average of another type": ({"average": True}, ValueError, "average must be .*got True"),
-    "residual's shape": ({"residual": torch.ones(2, 3, 15)}, ValueError, r"residual must have x's shape \(2, 3, 16\), got \(2, 3, 15\)"),
+    "residual's shape": (
+        {"residual": torch.ones(2, 3, 15)},
+        ValueError,
+        r"residual must have x's shape \(2, 3, 16\), got \(2, 3, 15\)",
+    ),
     "residual's rank": ({"residual": torch.ones(2, 3, 16, 1)}, ValueError, r"residual .*got \(2, 3, 16, 1\)"),
     "residual that would broadcast": ({"residual": torch.ones(1, 3, 16)}, ValueError, r"residual .*got \(1, 3, 16\)"),
-    "residual's device": ({"residual": torch.ones(SHAPE, device="meta")}, ValueError, "residual must be on x's device cpu, got meta"),
-    "residual's type": ({"residual": 1.0}, TypeError, "residual must be a tensor.*got float"),
-    "complex residual": ({"residual": torch.ones(SHAPE, dtype=torch.complex64)}, TypeError, "residual must .*got torch.complex64"),
-    "residual does not fit in place": (
-        {"residual": torch.ones(SHAPE, dtype=torch.float64), "inplace": True}, ValueError, "inplace=True .*torch.float32.*torch.float64",
+    "residual's device": (
+        {"residual": torch.ones(SHAPE, device="meta")},
+        ValueError,
+        "residual must be on x's device cpu, got meta",
     ),
-}  # fmt: skip
+    "residual's type": ({"residual": 1.0}, TypeError, "residual must be a tensor.*got float"),
+    "complex residual": (
+        {"residual": torch.ones(SHAPE, dtype=torch.complex64)},
+        TypeError,
+        "residual must .*got torch.complex64",
+    ),
+    "residual does not fit in place": (
+        {"residual": torch.ones(SHAPE, dtype=torch.float64), "inplace": True},
+        ValueError,
+        "inplace=True .*torch.float32.*torch.float64",
+    ),
+}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -97,7 +111,9 @@ def test_arguments_are_checked_before_anything_runs(kernels, case, inplace):
     assert all(torch.equal(v, state[k]) for k, v in gate.state_dict().items()), "the gate has run"
 
 
-@pytest.mark.parametrize("gate", [None, 0.5, "sigmoid", torch.ones(2, 3), nn.Linear(3, 3).weight], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "gate", [None, 0.5, "sigmoid", torch.ones(2, 3), nn.Linear(3, 3).weight], ids=lambda g: type(g).__name__
+)
 def test_a_gate_that_cannot_be_called(kernels, gate):
     with pytest.raises(TypeError, match=f"gate must be a callable .*got {type(gate).__name__}"):
         kernels.shrink(features(SHAPE), gate)
@@ -114,7 +130,11 @@ BAD_GATES = {
     "tuple": (lambda a: (a, a), TypeError, "gate must return a tensor .*got tuple"),
     "number": (lambda a: 0.5, TypeError, "gate must return a tensor .*got float"),
     "integer": (lambda a: a.long(), TypeError, "gate must return a floating-point tensor, got torch.int64"),
-    "complex": (lambda a: a.to(torch.complex64), TypeError, "gate must return a floating-point tensor, got torch.complex64"),
+    "complex": (
+        lambda a: a.to(torch.complex64),
+        TypeError,
+        "gate must return a floating-point tensor, got torch.complex64",
+    ),
     "device": (lambda a: a.to("meta"), ValueError, "gate must return a tensor on x's device cpu, got meta"),
 }
 
@@ -186,7 +206,7 @@ def test_use_backend_takes_known_names(name):
 
 def test_strict_raises_instead_of_falling_back():
     x, tau = features(SHAPE), torch.ones(SHAPE)
-    with dk.use_backend("cpu", strict=True), pytest.raises(RuntimeError, match="strict: .*tau varies along the spatial"):
+    with dk.use_backend("cpu", strict=True), pytest.raises(RuntimeError, match="strict: .*tau varies along"):
         dk.soft_threshold(x, tau)
     with dk.use_backend("cpu", strict=True), pytest.raises(RuntimeError, match="strict: .*meta"):
         dk.abs_mean(torch.empty(SHAPE, device="meta"))

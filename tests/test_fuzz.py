@@ -21,7 +21,7 @@ def shapes(draw) -> list[int]:
 
 @st.composite
 def strided(draw, shape: list[int], dtype: torch.dtype, expand: bool = True) -> torch.Tensor:
-    """A tensor of this shape: any order of dimensions in memory, steps and margins along each, some dimensions expanded."""
+    """A tensor of this shape: dimensions in any order in memory, steps and margins along each, some expanded."""
     rank = len(shape)
     stored = draw(st.permutations(range(rank)))
     steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in range(rank)]

@@ -23,12 +23,14 @@ def one_thread(isolated):
 
 def test_spearman():
     stats = pytest.importorskip("scipy.stats")
-    for a, b in ((torch.randn(50, generator=seeded()), torch.randn(50, generator=seeded(1))),
-                 (torch.randint(4, (60,), generator=seeded()), torch.randint(6, (60,), generator=seeded(1)))):
+    for a, b in (
+        (torch.randn(50, generator=seeded()), torch.randn(50, generator=seeded(1))),
+        (torch.randint(4, (60,), generator=seeded()), torch.randint(6, (60,), generator=seeded(1))),
+    ):
         assert math.isclose(learning.spearman(a, b), stats.spearmanr(a.numpy(), b.numpy()).statistic, abs_tol=1e-12)
         assert learning.ranks(a).tolist() == stats.rankdata(a.numpy()).tolist()
     x = torch.randn(20, generator=seeded())
-    assert math.isclose(learning.spearman(x, x.exp()), 1) and math.isclose(learning.spearman(x, -x**3), -1)
+    assert math.isclose(learning.spearman(x, x.exp()), 1) and math.isclose(learning.spearman(x, -(x**3)), -1)
     assert learning.spearman(x, torch.ones(20)) is None
 
 
@@ -47,8 +49,9 @@ def test_training_learns_a_separable_task(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)  # then progress is printed
     time = torch.arange(256) / 256
     y = torch.arange(128) % 2
-    x = math.sqrt(2) * torch.sin(2 * math.pi * (torch.where(y == 0, 5, 60)[:, None] * time
-                                                + torch.rand(128, 1, generator=seeded()))).unsqueeze(1)
+    x = math.sqrt(2) * torch.sin(
+        2 * math.pi * (torch.where(y == 0, 5, 60)[:, None] * time + torch.rand(128, 1, generator=seeded()))
+    ).unsqueeze(1)
     torch.manual_seed(0)
     model = resnet(1, 2, stages=((4, 1, 2),))
     loss = learning.train(model, x, y, epochs=25, snr_db=(10.0,), label="it")

@@ -60,8 +60,8 @@ def test_shortcut_against_a_loop(cin, cout, stride):
     image = torch.randn(2, cin, 6, 13)
     unit = ResidualShrinkageUnit(cin, cout, stride, dims=2)
     identity = unit.identity(image)
-    assert torch.equal(identity[:, front:front + cin], image[:, :, ::stride, ::stride])
-    assert not identity[:, :front].any() and not identity[:, front + cin:].any()
+    assert torch.equal(identity[:, front : front + cin], image[:, :, ::stride, ::stride])
+    assert not identity[:, :front].any() and not identity[:, front + cin :].any()
     assert unit(image).shape == identity.shape
 
 
@@ -71,9 +71,10 @@ def test_unit_is_pre_activation_with_the_identity_as_residual(attention, average
     x = torch.randn(5, 4, 32, dtype=torch.float64)
     given = []
     unit.shrinkage.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append((*args, kwargs.get("residual"))), with_kwargs=True)
+        lambda module, args, kwargs: given.append((*args, kwargs.get("residual"))), with_kwargs=True
+    )
     y = unit(x)
-    (z, residual), = given
+    ((z, residual),) = given
     assert unit.shrinkage.average == average and torch.equal(residual, unit.identity(x))
 
     bn1, relu1, conv1, bn2, relu2, conv2 = unit.residual_function
@@ -90,8 +91,11 @@ def test_baselines_differ_by_shrinkage_and_shortcut_only():
     residual = ResidualShrinkageUnit(4, 8, 2, attention=None)
     residual.load_state_dict(plain.state_dict())
     torch.testing.assert_close(residual(x), plain(x) + residual.identity(x))
-    assert set(resnet().state_dict()) == set(convnet().state_dict()) == \
-        {key for key in DRSN().state_dict() if "shrinkage" not in key}
+    assert (
+        set(resnet().state_dict())
+        == set(convnet().state_dict())
+        == {key for key in DRSN().state_dict() if "shrinkage" not in key}
+    )
     assert not any(isinstance(module, Shrinkage) for module in resnet().modules())
 
 
@@ -139,24 +143,31 @@ def test_weight_decay_groups():
     assert sum(len(group["params"]) for group in parameter_groups(model)) == len(names) - 2
 
 
-@pytest.mark.parametrize("make, error, message", [
-    (lambda: ResidualShrinkageUnit(0, 4), ValueError, "in_channels must be a positive integer, got 0"),
-    (lambda: ResidualShrinkageUnit(4, 4.0), TypeError, "out_channels must be a positive integer, got 4.0"),
-    (lambda: ResidualShrinkageUnit(8, 4), ValueError, "out_channels must be at least in_channels, 8, .* got 4"),
-    (lambda: ResidualShrinkageUnit(4, 4, 0), ValueError, "stride must be a positive integer, got 0"),
-    (lambda: ResidualShrinkageUnit(4, 4, dims=3), ValueError, "dims must be 1 or 2, got 3"),
-    (lambda: ResidualShrinkageUnit(4, 4, kernel_size=4), ValueError, "kernel_size must be odd, got 4"),
-    (lambda: ResidualShrinkageUnit(4, 4, attention="CW"), ValueError, "attention must be one of 'cw', 'cs' or None"),
-    (lambda: DRSN(stages=((4, 4),)), ValueError, r"stages must be a sequence of \(channels, units, stride\)"),
-    (lambda: DRSN(stages=()), ValueError, "stages must be"),
-    (lambda: DRSN(stages=((4, 0, 1),)), ValueError, "units must be a positive integer, got 0"),
-    (lambda: DRSN(stem=(4,)), ValueError, r"stem must be \(channels, stride\)"),
-    (lambda: DRSN(classes=0), ValueError, "classes must be a positive integer, got 0"),
-    (lambda: paper_network("vgg"), ValueError, "name must be one of drsn-cw, drsn-cs, resnet, convnet, got 'vgg'"),
-    (lambda: DRSN()(torch.randn(2, 2048)), ValueError, r"x must have shape \(N, 1, length\), got \(2, 2048\)"),
-    (lambda: DRSN(3, dims=2)(torch.randn(2, 1, 8, 8)), ValueError, r"\(N, 3, height, width\), got \(2, 1, 8, 8\)"),
-    (lambda: ResidualShrinkageUnit(4, 8)(torch.randn(2, 3, 8)), ValueError, r"\(N, 4, length\), got \(2, 3, 8\)"),
-])
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: ResidualShrinkageUnit(0, 4), ValueError, "in_channels must be a positive integer, got 0"),
+        (lambda: ResidualShrinkageUnit(4, 4.0), TypeError, "out_channels must be a positive integer, got 4.0"),
+        (lambda: ResidualShrinkageUnit(8, 4), ValueError, "out_channels must be at least in_channels, 8, .* got 4"),
+        (lambda: ResidualShrinkageUnit(4, 4, 0), ValueError, "stride must be a positive integer, got 0"),
+        (lambda: ResidualShrinkageUnit(4, 4, dims=3), ValueError, "dims must be 1 or 2, got 3"),
+        (lambda: ResidualShrinkageUnit(4, 4, kernel_size=4), ValueError, "kernel_size must be odd, got 4"),
+        (
+            lambda: ResidualShrinkageUnit(4, 4, attention="CW"),
+            ValueError,
+            "attention must be one of 'cw', 'cs' or None",
+        ),
+        (lambda: DRSN(stages=((4, 4),)), ValueError, r"stages must be a sequence of \(channels, units, stride\)"),
+        (lambda: DRSN(stages=()), ValueError, "stages must be"),
+        (lambda: DRSN(stages=((4, 0, 1),)), ValueError, "units must be a positive integer, got 0"),
+        (lambda: DRSN(stem=(4,)), ValueError, r"stem must be \(channels, stride\)"),
+        (lambda: DRSN(classes=0), ValueError, "classes must be a positive integer, got 0"),
+        (lambda: paper_network("vgg"), ValueError, "name must be one of drsn-cw, drsn-cs, resnet, convnet, got 'vgg'"),
+        (lambda: DRSN()(torch.randn(2, 2048)), ValueError, r"x must have shape \(N, 1, length\), got \(2, 2048\)"),
+        (lambda: DRSN(3, dims=2)(torch.randn(2, 1, 8, 8)), ValueError, r"\(N, 3, height, width\), got \(2, 1, 8, 8\)"),
+        (lambda: ResidualShrinkageUnit(4, 8)(torch.randn(2, 3, 8)), ValueError, r"\(N, 4, length\), got \(2, 3, 8\)"),
+    ],
+)
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make()

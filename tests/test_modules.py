@@ -1,4 +1,4 @@
-"""The drop-in modules: against a popular port, and what users do with modules (state_dict, pickle, hooks, dtypes, record_tau)."""
+"""The drop-in modules: against a popular port, and as users treat them (pickle, hooks, dtypes, record_tau)."""
 
 import copy
 import io
@@ -18,8 +18,10 @@ class Port(nn.Module):
     def __init__(self, channel, gap_size=(1, 1), norm=True):
         super().__init__()
         self.gap = nn.AdaptiveAvgPool2d(gap_size)
-        layers = [nn.Linear(channel, channel), nn.BatchNorm1d(channel), nn.ReLU(inplace=True), nn.Linear(channel, channel)]
-        self.fc = nn.Sequential(*(layer for layer in layers if norm or not isinstance(layer, nn.BatchNorm1d)), nn.Sigmoid())
+        layers = [nn.Linear(channel, channel), nn.ReLU(inplace=True), nn.Linear(channel, channel), nn.Sigmoid()]
+        if norm:
+            layers.insert(1, nn.BatchNorm1d(channel))
+        self.fc = nn.Sequential(*layers)
 
     def forward(self, x):
         x_raw = x
@@ -294,7 +296,8 @@ def test_record_tau_changes_nothing_in_training(kernels):
 
 
 def test_record_tau_without_a_shrinkage():
-    with pytest.raises(ValueError, match="record_tau found no drsn_kernels.Shrinkage in Linear"), dk.record_tau(nn.Linear(2, 2)):
+    message = "record_tau found no drsn_kernels.Shrinkage in Linear"
+    with pytest.raises(ValueError, match=message), dk.record_tau(nn.Linear(2, 2)):
         pass
 
 

@@ -112,26 +112,29 @@ OK = torch.ones(3, 8)
 BAD_SAMPLE = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, float("nan")]])
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    (([1.0, 2.0], 0.0), TypeError, "x must be a floating-point tensor, got list"),
-    ((torch.ones(3, 8, dtype=torch.int64), 0.0), TypeError, "x must be .* got torch.int64"),
-    ((torch.ones(3, 8, dtype=torch.complex64), 0.0), TypeError, "x must be .* got torch.complex64"),
-    ((torch.ones(8), 0.0), ValueError, r"x must be \(N, \*shape\).* got shape \(8,\)"),
-    ((torch.ones(3, 0), 0.0), ValueError, r"non-empty samples, got shape \(3, 0\)"),
-    ((BAD_SAMPLE[:2], 0.0), ValueError, "sample 1 is silent"),
-    ((BAD_SAMPLE[[0, 2]], 0.0), ValueError, "sample 1 holds NaN"),
-    ((OK, "5"), TypeError, "snr_db must be a number .* got str"),
-    ((OK, True), TypeError, "snr_db must be a number .* got bool"),
-    ((OK, torch.ones(3, dtype=torch.bool)), TypeError, "snr_db must hold real numbers, got .* torch.bool"),
-    ((OK, torch.zeros(2)), ValueError, r"snr_db must be .* 3 values.* got shape \(2,\)"),
-    ((OK, torch.zeros(3, 1)), ValueError, r"snr_db must be .* got shape \(3, 1\)"),
-    ((OK, math.nan), ValueError, "snr_db must give noise of finite power, got nan"),
-    ((OK, -math.inf), ValueError, "snr_db must give noise of finite power, got -inf"),
-    ((OK, -1000.0), ValueError, "snr_db must give noise of finite power, got -1000"),
-    ((OK, 0.0, "brown"), ValueError, "kind must be one of gaussian, laplace, pink, uniform, got 'brown'"),
-    ((OK[:, :1], 0.0, "pink"), ValueError, "kind 'pink' needs a last dimension of at least 2"),
-    ((OK, 0.0, "pink", 3), TypeError, "generator must be a torch.Generator or None, got int"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (([1.0, 2.0], 0.0), TypeError, "x must be a floating-point tensor, got list"),
+        ((torch.ones(3, 8, dtype=torch.int64), 0.0), TypeError, "x must be .* got torch.int64"),
+        ((torch.ones(3, 8, dtype=torch.complex64), 0.0), TypeError, "x must be .* got torch.complex64"),
+        ((torch.ones(8), 0.0), ValueError, r"x must be \(N, \*shape\).* got shape \(8,\)"),
+        ((torch.ones(3, 0), 0.0), ValueError, r"non-empty samples, got shape \(3, 0\)"),
+        ((BAD_SAMPLE[:2], 0.0), ValueError, "sample 1 is silent"),
+        ((BAD_SAMPLE[[0, 2]], 0.0), ValueError, "sample 1 holds NaN"),
+        ((OK, "5"), TypeError, "snr_db must be a number .* got str"),
+        ((OK, True), TypeError, "snr_db must be a number .* got bool"),
+        ((OK, torch.ones(3, dtype=torch.bool)), TypeError, "snr_db must hold real numbers, got .* torch.bool"),
+        ((OK, torch.zeros(2)), ValueError, r"snr_db must be .* 3 values.* got shape \(2,\)"),
+        ((OK, torch.zeros(3, 1)), ValueError, r"snr_db must be .* got shape \(3, 1\)"),
+        ((OK, math.nan), ValueError, "snr_db must give noise of finite power, got nan"),
+        ((OK, -math.inf), ValueError, "snr_db must give noise of finite power, got -inf"),
+        ((OK, -1000.0), ValueError, "snr_db must give noise of finite power, got -1000"),
+        ((OK, 0.0, "brown"), ValueError, "kind must be one of gaussian, laplace, pink, uniform, got 'brown'"),
+        ((OK[:, :1], 0.0, "pink"), ValueError, "kind 'pink' needs a last dimension of at least 2"),
+        ((OK, 0.0, "pink", 3), TypeError, "generator must be a torch.Generator or None, got int"),
+    ],
+)
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         add_noise(*arguments)

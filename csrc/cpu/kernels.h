@@ -26,6 +26,7 @@ template <> struct Compute<double> {
 constexpr int64_t kSegment = 32768;  // elements that one sum runs over before partial sums take over; fixed, so that
                                      // results do not depend on the number of threads
 constexpr int64_t kGrain = 16384;    // elements worth waking a second thread for (torch uses 32768)
+constexpr int64_t kRun = 4096;       // elements summed in one float accumulator (64 a lane): 32768 of them cost 1e-5
 constexpr int kChunk = 512;          // elements of a staging buffer, a multiple of 64
 constexpr int kFlush = 64;           // channels_last rows summed in float before they go to double
 
@@ -43,6 +44,7 @@ template <class S> struct Scratch {  // zero-filled memory
 };
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
+  if (tasks <= 0) return;  // an empty tensor; the walks below divide by its sizes
   const int64_t grain = max64(1, kGrain / max64(1, elements_per_task));
   if (!parallel_for || tasks <= grain) return f(int64_t(0), tasks);
   const int32_t error = parallel_for(
@@ -274,9 +276,10 @@ template <class T> Rows<T> rows(const void* p, const Strides& st, const Walk& w)
   return Rows<T>(static_cast<T*>(const_cast<void*>(p)), st, w);
 }
 
-// Calls piece(start, count) over a row part: at once where every operand is contiguous, else by what the buffers hold.
+// Calls piece(start, count) over a row part: as much as one accumulator takes where every operand is contiguous, else by
+// what the buffers hold.
 template <class F> DRSN_INLINE void pieces(bool contiguous, int64_t start, int64_t count, const F& piece) {
-  const int64_t step = contiguous ? count : kChunk;
+  const int64_t step = contiguous ? kRun : kChunk;
   for (int64_t i = 0; i < count; i += step) piece(start + i, min64(step, count - i));
 }
 
@@ -371,7 +374,7 @@ template <class T, bool CL, bool PLANES> void reduce_as(const ReduceArgs& a) {
   sum_rows<CL>(a.walk, static_cast<S*>(a.out), 1.0 / double(a.walk.l),
                [=, &x, &any](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) DRSN_LAMBDA {
                  T* const row = x.row(n, j);
-                 if (count > 64 || !x.contiguous) return any(row, start, count, plane, sums);
+                 if (start || count > 64 || !x.contiguous) return any(row, start, count, plane, sums);
                  reduce_row<true, T, CL, PLANES>(row, count, sums, sign + plane, nonzero + plane, bytes);
                });
 }
@@ -408,7 +411,7 @@ template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
                                            int64_t plane) DRSN_LAMBDA {
     const S* t = CL ? tau + n * tau_n : tau + n * tau_n + j * tau_c;
     T *const x_row = x.row(n, j), *const y_row = y.row(n, j), *const res_row = RESIDUAL ? res.row(n, j) : nullptr;
-    if (count > 64 || !contiguous) return any(x_row, y_row, res_row, t, start, count, plane);
+    if (start || count > 64 || !contiguous) return any(x_row, y_row, res_row, t, start, count, plane);
     apply_row<true, T, CL, RESIDUAL>(x_row, y_row, t, res_row, count, kept ? kept + plane : nullptr,
                                      sign ? sign + plane : nullptr, bytes);
   });
@@ -442,7 +445,7 @@ template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(co
     T *const g_row = G ? g.row(n, j) : nullptr, *const dx_row = DX ? dx.row(n, j) : nullptr;
     const S one = DA && !CL ? da[n * channels + j] / length : S(0);
     const S* direct = DA && CL ? share + n * channels : &one;
-    if (count > 64 || !contiguous) return any(g_row, dx_row, direct, start, count, plane, sums);
+    if (start || count > 64 || !contiguous) return any(g_row, dx_row, direct, start, count, plane, sums);
     grad_row<true, T, CL, G, DA, DX, DTAU>(g_row, dx_row, direct, sums, count, kept + plane, sign + plane,
                                            nonzero + plane, bytes);
   };

@@ -83,7 +83,8 @@ def apply(
     shape, dense = geo
     strides = x.stride()
     if out is None:
-        y, y_strides = torch.empty_like(x), dense
+        # not empty_like(x): x may be a view whose dimensions of size 1 have other strides than geo's
+        y, y_strides = torch.empty_strided(shape, dense, dtype=x.dtype), dense
     else:
         y, y_strides = out, out.stride()
     bits, kept, sign = None, 0, 0

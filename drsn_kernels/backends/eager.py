@@ -5,7 +5,7 @@ It keeps the same bit planes as the compiled backends, so it saves the same memo
 
 import torch
 
-from ..planes import Geometry, pack, unpack
+from ..planes import Geometry, lay_out, pack, unpack
 from ..reference import abs_mean, accumulate_dtype, soft_threshold
 
 name = "torch"
@@ -42,7 +42,7 @@ def apply(
             ]
         )
     y = soft_threshold(x, tau, residual)
-    return (y if out is None else out.copy_(y)), bits
+    return (lay_out(y, geo) if out is None else out.copy_(y)), bits
 
 
 def grad(
@@ -78,7 +78,7 @@ def grad(
             share = (pooled_grad / length).reshape(*pooled_grad.shape, *[1] * len(spatial))
             direct = torch.where(unpack(nonzero, geo), signs * share, 0.0)
             dx = direct if dx is None else dx + direct
-        dx = dx.to(dtype)
+        dx = lay_out(dx.to(dtype), geo)
     return dx, dtau
 
 

@@ -122,8 +122,11 @@ def _strikes(fault: Fault, geometry: Geometry, turns: float, draw: _Draw) -> tup
     count = math.ceil(turns * order * 1.05) + 2
     angle = (draw.uniform(-1, 0) + (1 + 0.01 * draw.normal(count)).cumsum(1) - 1) * interval
     phase = draw.uniform(0, 2 * math.pi)
-    position = {"outer": 0.25 * phase.sub(math.pi) / math.pi, "inner": angle + phase,
-                "ball": angle * geometry.cage + phase}[fault.element]
+    position = {
+        "outer": 0.25 * phase.sub(math.pi) / math.pi,
+        "inner": angle + phase,
+        "ball": angle * geometry.cage + phase,
+    }[fault.element]
     load = position.cos().clamp_min(0) ** 1.5
     if fault.element == "ball":  # against the inner race the way to the sensor is longer
         load = load * torch.where(torch.arange(count) % 2 == 0, 1.0, 0.7)
@@ -224,8 +227,11 @@ def simulate_bearing(
     Raises:
         ValueError: a count below 1, or a length below 2.
     """
-    counts = {"train_recordings": train_recordings, "test_recordings": test_recordings,
-              "windows_per_recording": windows_per_recording}
+    counts = {
+        "train_recordings": train_recordings,
+        "test_recordings": test_recordings,
+        "windows_per_recording": windows_per_recording,
+    }
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -233,8 +239,10 @@ def simulate_bearing(
         raise ValueError(f"length must be at least 2, got {length}")
     splits = []
     for recordings in (train_recordings, test_recordings):
-        windows = [simulate_recordings(faults, recordings, windows_per_recording * length, generator)[0]
-                   for faults in CLASSES.values()]
+        windows = [
+            simulate_recordings(faults, recordings, windows_per_recording * length, generator)[0]
+            for faults in CLASSES.values()
+        ]
         labels = torch.arange(len(CLASSES)).repeat_interleave(recordings * windows_per_recording)
         splits += [standardise(torch.cat(windows).reshape(-1, 1, length)), labels]
     return Windows(
@@ -242,6 +250,6 @@ def simulate_bearing(
         class_names=tuple(CLASSES),
         sampling_rate=SAMPLING_RATE,
         description=f"Simulated bearing: {len(CLASSES)} states of health, {train_recordings} training and "
-                    f"{test_recordings} test recordings each, {windows_per_recording} windows of {length} samples "
-                    f"a recording at {SAMPLING_RATE / 1000:g} kHz.",
+        f"{test_recordings} test recordings each, {windows_per_recording} windows of {length} samples "
+        f"a recording at {SAMPLING_RATE / 1000:g} kHz.",
     )

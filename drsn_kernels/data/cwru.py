@@ -50,21 +50,28 @@ def _select(folder: Path, loads: tuple[int, ...]) -> tuple[dict[Path, int], list
         elif name not in CLASS_NAMES or int(match["load"]) not in loads:
             other.append(path.name)
         elif path.stem.upper() in seen:
-            raise ValueError(f"folder must hold one recording of each name, such as the 12 kHz drive-end set alone, "
-                             f"but holds {seen[path.stem.upper()]} and {path}")
+            raise ValueError(
+                f"folder must hold one recording of each name, such as the 12 kHz drive-end set alone, "
+                f"but holds {seen[path.stem.upper()]} and {path}"
+            )
         else:
             seen[path.stem.upper()] = path
             chosen[path] = CLASS_NAMES.index(name)
     if not chosen:
-        raise ValueError(f"folder must hold CWRU recordings named like IR007_0.mat, OR014@6_2.mat or B021_1.mat, "
-                         f"but {folder} has none among its {len(files)} .mat files")
+        raise ValueError(
+            f"folder must hold CWRU recordings named like IR007_0.mat, OR014@6_2.mat or B021_1.mat, "
+            f"but {folder} has none among its {len(files)} .mat files"
+        )
     notes = []
     if normal:
-        notes.append(f"Skipped {', '.join(normal)}: the normal baseline is published at 48 kHz, the faults here are "
-                     "12 kHz, and the two would be told apart by their bandwidth alone.")
+        notes.append(
+            f"Skipped {', '.join(normal)}: the normal baseline is published at 48 kHz, the faults here are "
+            "12 kHz, and the two would be told apart by their bandwidth alone."
+        )
     if other:
-        notes.append(f"Skipped {', '.join(other)}: not one of {', '.join(CLASS_NAMES)} at load "
-                     f"{', '.join(map(str, loads))}.")
+        notes.append(
+            f"Skipped {', '.join(other)}: not one of {', '.join(CLASS_NAMES)} at load {', '.join(map(str, loads))}."
+        )
     missing = [name for index, name in enumerate(CLASS_NAMES) if index not in chosen.values()]
     if missing:
         notes.append(f"No recordings of {', '.join(missing)}: these classes have no windows.")
@@ -120,10 +127,13 @@ def load_cwru(
         signal = _read(path)
         split = int(len(signal) * train_fraction)
         if min(split, len(signal) - split) < length:
-            raise ValueError(f"{path} is too short: {len(signal)} samples split at {split} leave no window of "
-                             f"{length} on both sides")
-        for part, windows in (("train", signal[:split].unfold(0, length, stride)),
-                              ("test", signal[split:].unfold(0, length, length))):
+            raise ValueError(
+                f"{path} is too short: {len(signal)} samples split at {split} leave no window of {length} on both sides"
+            )
+        for part, windows in (
+            ("train", signal[:split].unfold(0, length, stride)),
+            ("test", signal[split:].unfold(0, length, length)),
+        ):
             if (windows == windows[:, :1]).all(1).any():
                 raise ValueError(f"{path} holds {length} equal samples in a row: a dead channel has nothing to learn")
             parts[f"{part}_x"].append(windows)
@@ -138,7 +148,7 @@ def load_cwru(
         class_names=CLASS_NAMES,
         sampling_rate=SAMPLING_RATE,
         description=f"CWRU drive end, {len(chosen)} recordings at {SAMPLING_RATE / 1000:g} kHz: training windows of "
-                    f"{length} samples from the first {train_fraction:.0%} of each (stride {stride}), test windows "
-                    "from the rest.",
+        f"{length} samples from the first {train_fraction:.0%} of each (stride {stride}), test windows "
+        "from the rest.",
         notes=tuple(notes),
     )

@@ -10,7 +10,10 @@ from ..modules import Shrinkage
 from .baselines import PortShrinkage
 
 SHAPES = ((32, 24, 333), (16, 32, 17, 19))
-FLOOR = {torch.float32: 1e-6, torch.float64: 1e-11}  # an error is fine up to twice PyTorch's own in that dtype, plus this
+FLOOR = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-11,
+}  # an error is fine up to twice PyTorch's own in that dtype, plus this
 PARTS = ("y", "dx", "gate")
 
 

@@ -164,8 +164,11 @@ def _print_accuracy(results: dict) -> None:
     print(f"{'model':<10}" + "".join(f"{snr:>+8g} dB" for snr in SNR_DB) + f"{'mean':>10}")
     for name, label in MODELS.items():
         accuracy = results[name]["accuracy"]
-        print(f"{label:<10}" + "".join(f"{100 * value:>11.1f}" for value in accuracy.values())
-              + f"{100 * results[name]['mean_accuracy']:>10.1f}")
+        print(
+            f"{label:<10}"
+            + "".join(f"{100 * value:>11.1f}" for value in accuracy.values())
+            + f"{100 * results[name]['mean_accuracy']:>10.1f}"
+        )
     gain = 100 * (results["drsn-cw"]["mean_accuracy"] - results["resnet"]["mean_accuracy"])
     print(f"DRSN-CW minus ResNet: {gain:+.1f} points on average (one run of one seed).")
 
@@ -218,8 +221,10 @@ def run(
     generator = torch.Generator().manual_seed(seed + 1)
     tests = {snr: noisy(test_x, snr, generator) for snr in SNR_DB}  # the same noise for every model
 
-    print(f"{dataset.description}\n{len(train_x)} training windows, {len(test_x)} test windows, {epochs} epochs, "
-          f"SNR {', '.join(f'{snr:g}' for snr in SNR_DB)} dB on windows of unit variance")
+    print(
+        f"{dataset.description}\n{len(train_x)} training windows, {len(test_x)} test windows, {epochs} epochs, "
+        f"SNR {', '.join(f'{snr:g}' for snr in SNR_DB)} dB on windows of unit variance"
+    )
     results, models = {}, {}
     for name, label in MODELS.items():
         with torch.random.fork_rng(devices=[]):
@@ -242,8 +247,12 @@ def run(
     _print_thresholds(tau)
 
     files = [
-        plots.accuracy(out / "accuracy.png", SNR_DB, {MODELS[n]: list(r["accuracy"].values())
-                                                      for n, r in results.items()}, 1 / len(dataset.class_names)),
+        plots.accuracy(
+            out / "accuracy.png",
+            SNR_DB,
+            {MODELS[n]: list(r["accuracy"].values()) for n, r in results.items()},
+            1 / len(dataset.class_names),
+        ),
         plots.thresholds(out / "thresholds.png", noise_rms, relative, tau["spearman_of_mean_threshold"]),
     ]
     report = {

@@ -64,7 +64,9 @@ def run(steps: int) -> dict:
 
     median = {name: statistics.median(t) * 1e3 for name, t in times.items()}
     # the ratio of a step to the ResNet step beside it: what both share of a noisy machine falls out
-    ratio = {name: statistics.median(a / b for a, b in zip(t, times["ResNet"], strict=True)) for name, t in times.items()}
+    ratio = {
+        name: statistics.median(a / b for a, b in zip(t, times["ResNet"], strict=True)) for name, t in times.items()
+    }
     print(f"{'network':24s}{'ms a step':>10s}{'over ResNet':>13s}{'kept by a shrinkage for backward':>35s}")
     for name in models:
         bytes_kept = f"{kept[name]:.2f} bytes an element" if name in kept else ""

@@ -40,9 +40,13 @@ class AbsMean(torch.autograd.Function):
         kept, bits = handed if handed is not None else (None, ctx.saved_tensors[0])
         sign, nonzero = bits
         backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g, pooled_grad) else eager
-        dx, _ = backend.grad(
-            ctx.geometry, ctx.dtype, g, kept, sign if pooled_grad is not None else None, nonzero, pooled_grad
-        )
+        masked = g if kept is not None else None
+        dx = None
+        if masked is not None or pooled_grad is not None:
+            sign = sign if pooled_grad is not None else None
+            dx, _ = backend.grad(ctx.geometry, ctx.dtype, masked, kept, sign, nonzero, pooled_grad)
+        if g is not None and kept is None:  # the alias went through ordinary autograd: g is whole already
+            dx = g if dx is None else g + dx
         return dx, None, None, None, None
 
 

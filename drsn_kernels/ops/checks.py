@@ -43,7 +43,7 @@ def gate_output(alpha: torch.Tensor, x: torch.Tensor) -> None:
         raise TypeError(f"gate must return a tensor of shape ({n}, {c}) or ({n}, 1), got {type(alpha).__name__}")
     if not alpha.is_floating_point():
         raise TypeError(f"gate must return a floating-point tensor, got {alpha.dtype}")
-    if alpha.dim() != 2 or alpha.shape[0] != n or alpha.shape[1] not in (1, c):
+    if alpha.dim() != 2 or alpha.shape[0] != n or (alpha.shape[1] != 1 and alpha.shape[1] != c):
         raise ValueError(f"gate must return a tensor of shape ({n}, {c}) or ({n}, 1), got {tuple(alpha.shape)}")
     if alpha.device != x.device:
         raise ValueError(f"gate must return a tensor on x's device {x.device}, got {alpha.device}")
@@ -62,8 +62,10 @@ def tau_tensor(tau: torch.Tensor, x: torch.Tensor) -> None:
         if given[0] == shape[0] and (given[1] == shape[1] or given[1] == 1):
             return
         n, c = shape[:2]
-        raise ValueError(f"tau of two dimensions must be ({n}, 1) or ({n}, {c}) for x {tuple(shape)}, got {tuple(given)}")
-    if len(given) != len(shape) or any(t not in (1, s) for t, s in zip(given, shape, strict=True)):
+        raise ValueError(
+            f"tau of two dimensions must be ({n}, 1) or ({n}, {c}) for x {tuple(shape)}, got {tuple(given)}"
+        )
+    if len(given) != len(shape) or any(t != 1 and t != s for t, s in zip(given, shape, strict=True)):
         raise ValueError(
             f"tau must be a number, (N, 1), (N, C), or of x's rank and broadcastable to x {tuple(shape)}, "
             f"got {tuple(given)}"

@@ -20,6 +20,7 @@ from .. import backends
 try:  # private names of torch; where one is gone, every call takes the reference, which is slower and always right
     _transforms_active = torch._C._are_functorch_transforms_active
     _dispatch_modes = torch._C._len_torch_dispatch_stack
+    _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
     forward_ad._current_level  # noqa: B018
     _CAN_TELL = True
 except AttributeError:
@@ -38,7 +39,7 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         return False
     for t in tensors:
         # x.imag of a conjugate carries a lazy minus that a raw pointer does not see
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or _is_legacy_batched(t)):
             return False
     return True
 

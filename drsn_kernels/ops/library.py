@@ -132,4 +132,6 @@ def _soft_threshold_grad_backward(ctx, v, w):  # (kept * g, -sum s * kept * g)  
 register_autograd("drsn_kernels::abs_mean", _abs_mean_backward, setup_context=_keep_planes, lib=_lib)
 register_autograd("drsn_kernels::soft_threshold", _soft_threshold_backward, setup_context=_keep_planes, lib=_lib)
 register_autograd("drsn_kernels::abs_mean_grad", _abs_mean_grad_backward, setup_context=_keep_meta, lib=_lib)
-register_autograd("drsn_kernels::soft_threshold_grad", _soft_threshold_grad_backward, setup_context=_keep_meta, lib=_lib)
+register_autograd(
+    "drsn_kernels::soft_threshold_grad", _soft_threshold_grad_backward, setup_context=_keep_meta, lib=_lib
+)

@@ -63,9 +63,7 @@ class Apply(torch.autograd.Function):
             here = want_x and planes is None  # no AbsMean node on x's way: the masked gradient is written here
             want_dtau = want_alpha or want_pooled
             if here or want_dtau:
-                x_grad, dtau = backend.grad(
-                    ctx.geometry, ctx.dtype, g, kept, sign, want_dx=here, want_dtau=want_dtau
-                )
+                x_grad, dtau = backend.grad(ctx.geometry, ctx.dtype, g, kept, sign, want_dx=here, want_dtau=want_dtau)
         if planes is not None and want_x:
             x_grad = g
             ctx.pool.handed = (kept, planes)
@@ -101,6 +99,13 @@ def _threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_poo
         if average == "sample":
             pooled_grad = (pooled_grad.sum(1, keepdim=True) / pooled.shape[1]).expand_as(pooled)
     return alpha_grad, pooled_grad
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    try:
+        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor without memory, or a traced one
+        return False
 
 
 def _first_float(module: nn.Module) -> torch.dtype | None:
@@ -172,6 +177,8 @@ def shrink(
         checks.residual(residual, x)
     if inplace:
         checks.inplace(x, residual)
+        if residual is not None and residual is not x and _share_memory(x, residual):
+            residual = residual.clone()  # x would be overwritten before it is added
 
     if not is_eager(x, residual) or not x.numel():
         pooled = abs_mean(x)
