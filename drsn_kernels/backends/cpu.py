@@ -25,7 +25,7 @@ except ImportError as error:  # pure-Python install, or an extension that does n
 
 
 def _torch_parallel_for() -> int:
-    """Address of torch_parallel_for in libtorch_cpu, part of its stable C ABI since torch 2.10; 0 where it is absent."""
+    """Address of torch_parallel_for in libtorch_cpu, in its stable C ABI since torch 2.10; 0 where it is absent."""
     try:
         library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
         return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value or 0
@@ -35,6 +35,7 @@ def _torch_parallel_for() -> int:
 
 if _cpu is not None:
     _cpu.set_parallel_for(_torch_parallel_for())
+    _cpu.set_huge_pages(os.environ.get("DRSN_HUGE_PAGES", "1") != "0")
 
 
 def unsupported(x: torch.Tensor) -> str | None:

@@ -200,7 +200,7 @@ def simulate_recordings(
             ideal = event / (2 * math.pi * speed)
             time = ideal - drift(ideal - drift(ideal))  # inverts shaft(t); the error is below wander^3 / wander_hz
             train = train + _impulses(time * SAMPLING_RATE, share * amplitude, samples)
-        for mode, share in zip(modes, _PATH[fault.element]):
+        for mode, share in zip(modes, _PATH[fault.element], strict=False):
             x += share * draw.uniform(0.7, 1.4) * _ring(train, mode)
     return x, speed.squeeze(1)
 

@@ -92,7 +92,7 @@ def train(
         order = torch.randperm(len(x), generator=generator)
         snr = levels[torch.randint(len(levels), (len(x),), generator=generator)]
         inputs, targets = noisy(x, snr, generator)[order], y[order]
-        batches = list(zip(inputs.split(BATCH), targets.split(BATCH)))
+        batches = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=False))
         if len(batches) > 1 and len(batches[-1][0]) < BATCH // 2:
             batches.pop()  # a few windows are too few for batch statistics
         total = torch.zeros((), device=device)

@@ -19,7 +19,7 @@ def _axes(title: str, xlabel: str, ylabel: str):
 def accuracy(path: Path, snr_db: Sequence[float], curves: Mapping[str, Sequence[float]], chance: float) -> Path:
     """Test accuracy (fractions) of each model against SNR in dB, as a PNG; returns the path."""
     figure, axes = _axes("Test accuracy under noise", "SNR (dB)", "accuracy (%)")
-    for (label, values), marker in zip(curves.items(), "osd^"):
+    for (label, values), marker in zip(curves.items(), "osd^", strict=False):
         axes.plot(snr_db, [100 * value for value in values], marker=marker, label=label)
     axes.axhline(100 * chance, color="0.5", linestyle=":", label="chance")
     axes.set_ylim(0, 102)
