@@ -21,8 +21,9 @@ def accuracy(path: Path, snr_db: Sequence[float], curves: Mapping[str, Sequence[
     figure, axes = _axes("Test accuracy under noise", "SNR (dB)", "accuracy (%)")
     for (label, values), marker in zip(curves.items(), "osd^", strict=False):
         axes.plot(snr_db, [100 * value for value in values], marker=marker, label=label)
-    axes.axhline(100 * chance, color="0.5", linestyle=":", label="chance")
-    axes.set_ylim(0, 102)
+    lowest = 100 * min(min(values) for values in curves.values())
+    axes.set_ylim(max(0, lowest - 10) if lowest > 60 else 0, 101)  # saturated curves would lie on one another
+    axes.axhline(100 * chance, color="0.5", linestyle=":", label=f"chance, {100 * chance:.0f} %")
     axes.legend()
     figure.savefig(path, dpi=150)
     return path

@@ -11,7 +11,7 @@ from .. import backends, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .dispatch import direct_apply, is_eager, use_registered_ops
+from .dispatch import direct_apply, is_eager, is_eager_grad, use_registered_ops
 
 
 class AbsMean(torch.autograd.Function):
@@ -39,7 +39,7 @@ class AbsMean(torch.autograd.Function):
             return None, None, None, None, None
         kept, bits = handed if handed is not None else (None, ctx.saved_tensors[0])
         sign, nonzero = bits
-        backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g, pooled_grad) else eager
+        backend = ctx.backend if is_eager_grad(g, pooled_grad) else eager
         masked = g if kept is not None else None
         dx = None
         if masked is not None or pooled_grad is not None:

@@ -39,9 +39,16 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         return False
     for t in tensors:
         # x.imag of a conjugate carries a lazy minus that a raw pointer does not see
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or _is_legacy_batched(t)):
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return False
     return True
+
+
+def is_eager_grad(*gradients: torch.Tensor | None) -> bool:
+    """The same in a backward pass: not recorded for a higher derivative, and not of the legacy vmap."""
+    if torch.is_grad_enabled() or not is_eager(*gradients):
+        return False
+    return not any(g is not None and _is_legacy_batched(g) for g in gradients)
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:

@@ -25,7 +25,7 @@ from ..backends import eager
 from ..planes import geometry
 from . import checks
 from .abs_mean import abs_mean, apply_abs_mean
-from .dispatch import direct_apply, is_eager
+from .dispatch import direct_apply, is_eager, is_eager_grad
 from .soft_threshold import soft_threshold
 
 AVERAGES = ("channel", "sample", None)
@@ -59,7 +59,7 @@ class Apply(torch.autograd.Function):
         kept, sign = bits[0], bits[1] if planes is None else planes[0]
         x_grad = dtau = None
         if g is not None:
-            backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g) else eager
+            backend = ctx.backend if is_eager_grad(g) else eager
             here = want_x and planes is None  # no AbsMean node on x's way: the masked gradient is written here
             want_dtau = want_alpha or want_pooled
             if here or want_dtau:

@@ -14,7 +14,7 @@ from .. import backends, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .dispatch import direct_apply, is_eager, use_registered_ops
+from .dispatch import direct_apply, is_eager, is_eager_grad, use_registered_ops
 
 
 class SoftThreshold(torch.autograd.Function):
@@ -33,7 +33,7 @@ class SoftThreshold(torch.autograd.Function):
         if g is None:
             return None, None, None, None
         kept, sign = ctx.saved_tensors[0]
-        backend = ctx.backend if not torch.is_grad_enabled() and is_eager(g) else eager
+        backend = ctx.backend if is_eager_grad(g) else eager
         want_dx, want_dtau = ctx.needs_input_grad[:2]
         dx, dtau = backend.grad(ctx.geometry, ctx.dtype, g, kept, sign, want_dx=want_dx, want_dtau=want_dtau)
         return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None
