@@ -2,6 +2,7 @@
 # make test    the test suite against the installed package, at most 10 minutes on 2 cores
 # make test-all  and the long ones: clean installs, sanitizers, fuzzing
 #
+# `cd .venv`: python -m would import the source tree beside it, where nothing is compiled, not the installed package.
 # Everything happens in .venv, which is created on first use. constraints.txt pins what CI uses.
 
 PYTHON ?= python3
@@ -16,10 +17,10 @@ TESTS := $(BIN)/pytest
 .PHONY: demo test test-all test-all-only info bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m drsn_kernels demo --out $(OUT) $(if $(DATA),--data $(DATA))
+	cd $(VENV) && bin/python -m drsn_kernels demo --out $(abspath $(OUT)) $(if $(DATA),--data $(abspath $(DATA)))
 
 info: $(VENV)/installed
-	$(BIN)/python -m drsn_kernels info
+	cd $(VENV) && bin/python -m drsn_kernels info
 
 test: $(VENV)/installed
 	$(TESTS) tests -m "not slow"

@@ -69,7 +69,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(build, ignore_errors=True)  # its cache names the ninja of an earlier, deleted build environment
+        build.mkdir(parents=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -78,7 +79,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={build / 'install'}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        scripts = sysconfig.get_path("scripts")  # cmake and ninja of the build environment come first
+        scripts = sysconfig.get_path("scripts")  # cmake and ninja beside this Python, without build isolation
         env = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
         for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
             subprocess.run(command, check=True, env=env)

@@ -1,6 +1,7 @@
 """Drop-in modules: thin shells around the operators, with the names and state_dict keys of the public ports."""
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterator
 
 import torch
@@ -50,7 +51,7 @@ class Shrinkage(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("reduction", reduction)):
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a positive integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
@@ -117,7 +118,8 @@ def record_tau(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Inside the block, the threshold of every :class:`Shrinkage` in `model`, by module name.
 
     Yields a dict that each forward pass updates: name -> tau of the latest pass, (N, C) or (N, 1), detached, float32
-    (float64 for float64). A module registered under several names appears under each. Recording ends with the block.
+    (float64 for float64). A module registered under several names appears under each; `model` itself is named "".
+    Recording ends with the block.
 
     Example::
 

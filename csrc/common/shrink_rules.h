@@ -21,15 +21,6 @@ template <class S> DRSN_HD S magnitude(S x) { return x < S(0) ? -x : (x == S(0) 
 
 template <class S> DRSN_HD bool is_nonzero(S x) { return !(x == S(0)); }
 
-template <class S> DRSN_HD bool is_kept(S x, S tau) { return !(magnitude(x) <= tau) && is_nonzero(x); }
-
-// The sign is multiplied in, not copied: 0 * (|0| - tau) is 0, and NaN where tau is NaN or -inf, as in eager PyTorch.
-template <class S> DRSN_HD S soft_threshold(S x, S tau) {
-  const S excess = magnitude(x) - tau;
-  const S sign = x > S(0) ? S(1) : (x < S(0) ? S(-1) : S(0));
-  return sign * (excess <= S(0) ? S(0) : excess);
-}
-
 // Bits of a row in a plane: rows never share a byte, and rows of more than 16 elements own whole 32-bit words.
 DRSN_HD int64_t plane_row_bits(int64_t length) { return length <= 8 ? 8 : length <= 16 ? 16 : (length + 31) / 32 * 32; }
 

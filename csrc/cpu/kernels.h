@@ -31,6 +31,7 @@ constexpr int kChunk = 512;          // elements of a staging buffer, a multiple
 constexpr int kFlush = 64;           // channels_last rows summed in float before they go to double
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class P> inline P* offset(P* p, int64_t bytes) { return p ? p + bytes : nullptr; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class S> struct Scratch {  // zero-filled memory
@@ -50,7 +51,7 @@ template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const
   const int32_t error = parallel_for(
       0, tasks, grain, [](int64_t b, int64_t e, void* c) { (*static_cast<const F*>(c))(b, e); },
       const_cast<void*>(static_cast<const void*>(&f)));
-  if (error) f(int64_t(0), tasks);  // nothing has run: torch reports before it starts
+  if (error) f(int64_t(0), tasks);  // f throws nothing, so torch can only have refused before it started
 }
 
 // ---- plane words -----------------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ template <class F> DRSN_INLINE void for_rows(const Walk& w, const F& row) {
 // channels_last. Single-writer partial sums over fixed segments, combined in double: the same bits for any thread count.
 template <bool CL, class S, class F> DRSN_INLINE void sum_rows(const Walk& w, S* out, double scale, const F& row) {
   const int64_t samples = w.n, channels = w.c, length = w.l, row_bytes = w.row_bytes;
-  const int64_t step = CL ? max64(1, kSegment / max64(1, channels)) : kSegment;
+  const int64_t step = CL ? max64(kFlush, kSegment / max64(1, channels)) : kSegment;
   const int64_t segments = max64(1, (length + step - 1) / step);
   if constexpr (!CL) {
     Scratch<S> partial(segments > 1 ? samples * channels * segments : 0);
@@ -367,7 +368,7 @@ template <class T, bool CL, bool PLANES> void reduce_as(const ReduceArgs& a) {
     alignas(64) T buffer[kChunk];
     pieces(x.contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
-      reduce_row<false, T, CL, PLANES>(x.fetch(row, i, len, buffer), len, CL ? sums + i : sums, sign + at, nonzero + at,
+      reduce_row<false, T, CL, PLANES>(x.fetch(row, i, len, buffer), len, CL ? sums + i : sums, offset(sign, at), offset(nonzero, at),
                                        bytes - i / 8);
     });
   };
@@ -375,7 +376,7 @@ template <class T, bool CL, bool PLANES> void reduce_as(const ReduceArgs& a) {
                [=, &x, &any](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) DRSN_LAMBDA {
                  T* const row = x.row(n, j);
                  if (start || count > 64 || !x.contiguous) return any(row, start, count, plane, sums);
-                 reduce_row<true, T, CL, PLANES>(row, count, sums, sign + plane, nonzero + plane, bytes);
+                 reduce_row<true, T, CL, PLANES>(row, count, sums, offset(sign, plane), offset(nonzero, plane), bytes);
                });
 }
 
@@ -402,8 +403,8 @@ template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
     pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
       apply_row<false, T, CL, RESIDUAL>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer), CL ? t + i : t,
-                                 res.fetch(res_row, i, len, res_buffer), len, kept ? kept + at : nullptr,
-                                 sign ? sign + at : nullptr, bytes - i / 8);
+                                 res.fetch(res_row, i, len, res_buffer), len, offset(kept, at),
+                                 offset(sign, at), bytes - i / 8);
       y.put(y_row, i, len, y_buffer);
     });
   };
@@ -412,8 +413,8 @@ template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
     const S* t = CL ? tau + n * tau_n : tau + n * tau_n + j * tau_c;
     T *const x_row = x.row(n, j), *const y_row = y.row(n, j), *const res_row = RESIDUAL ? res.row(n, j) : nullptr;
     if (start || count > 64 || !contiguous) return any(x_row, y_row, res_row, t, start, count, plane);
-    apply_row<true, T, CL, RESIDUAL>(x_row, y_row, t, res_row, count, kept ? kept + plane : nullptr,
-                                     sign ? sign + plane : nullptr, bytes);
+    apply_row<true, T, CL, RESIDUAL>(x_row, y_row, t, res_row, count, offset(kept, plane),
+                                     offset(sign, plane), bytes);
   });
 }
 
@@ -435,8 +436,8 @@ template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(co
     pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
       grad_row<false, T, CL, G, DA, DX, DTAU>(g.fetch(g_row, i, len, g_buffer), DX ? dx.target(dx_row, i, dx_buffer) : nullptr,
-                                       CL ? direct + i : direct, CL && DTAU ? sums + i : sums, len, kept + at,
-                                       sign + at, nonzero + at, bytes - i / 8);
+                                       CL ? direct + i : direct, CL && DTAU ? sums + i : sums, len, offset(kept, at),
+                                       offset(sign, at), offset(nonzero, at), bytes - i / 8);
       if constexpr (DX) dx.put(dx_row, i, len, dx_buffer);
     });
   };
@@ -446,8 +447,8 @@ template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(co
     const S one = DA && !CL ? da[n * channels + j] / length : S(0);
     const S* direct = DA && CL ? share + n * channels : &one;
     if (start || count > 64 || !contiguous) return any(g_row, dx_row, direct, start, count, plane, sums);
-    grad_row<true, T, CL, G, DA, DX, DTAU>(g_row, dx_row, direct, sums, count, kept + plane, sign + plane,
-                                           nonzero + plane, bytes);
+    grad_row<true, T, CL, G, DA, DX, DTAU>(g_row, dx_row, direct, sums, count, offset(kept, plane), offset(sign, plane),
+                                           offset(nonzero, plane), bytes);
   };
   if constexpr (DTAU) {
     sum_rows<CL>(a.walk, static_cast<S*>(a.dtau), -1.0, row);

@@ -39,11 +39,6 @@ template <> struct Vec<float> {
     store(full);
     std::memcpy(p, full, n * sizeof(T));
   }
-  void stream(float* p) const { _mm256_stream_ps(p, v); }
-  void stream(bf16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16()); }
-  void stream(f16* p) const {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -98,7 +93,6 @@ template <> struct Vec<double> {
     store(full);
     std::memcpy(p, full, n * sizeof(double));
   }
-  void stream(double* p) const { _mm256_stream_pd(p, v); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.v, b.v)}; }

@@ -33,9 +33,6 @@ template <> struct Vec<float> {
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), to_bf16()); }
   void store(f16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), to_f16()); }
-  void stream(float* p) const { _mm512_stream_ps(p, v); }
-  void stream(bf16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16()); }
-  void stream(f16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16()); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -77,7 +74,6 @@ template <> struct Vec<double> {
   static Vec load(const double* p, int n) { return {_mm512_maskz_loadu_pd(first(n), p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), v); }
-  void stream(double* p) const { _mm512_stream_pd(p, v); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.v, b.v)}; }

@@ -34,7 +34,6 @@ template <class Scalar> struct Vec {
   template <class T> void store(T* p, int n) const {
     for (int i = 0; i < n; ++i) narrow(v[i], p[i]);
   }
-  template <class T> void stream(T* p) const { store(p); }
 
   friend Vec operator+(Vec a, Vec b) {
     for (int i = 0; i < W; ++i) a.v[i] += b.v[i];

@@ -8,6 +8,7 @@ import torch
 from ..planes import Geometry
 
 name = "cpu"
+_CPU = torch.device("cpu")  # outputs go there whatever torch.set_default_device says
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/cpu/api.h
 
 try:
@@ -20,6 +21,11 @@ except ImportError as error:  # pure-Python install, or an extension that does n
         from .._build import MISSING
     except ImportError:
         MISSING = None
+    if MISSING is None:
+        if os.path.exists(os.path.join(os.path.dirname(__file__), "..", "..", "setup.py")):
+            MISSING = (
+                "this is the source tree, where nothing is compiled; run from another folder, or `pip install -e .`"
+            )
     if MISSING is None:
         MISSING = f"the compiled extension drsn_kernels._cpu does not load ({error}); install with `pip install .`"
 
@@ -53,11 +59,13 @@ def unsupported(x: torch.Tensor) -> str | None:
 # torch.empty_strided parses its arguments in 0.8 us, torch.empty in 1.3 us (2.1 us with a torch.Size)
 def _pooled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     n, c = shape[0], shape[1]
-    return torch.empty_strided((n, c), (c, 1), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return torch.empty_strided(
+        (n, c), (c, 1), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=_CPU
+    )
 
 
 def _planes(planes: int, words: int) -> torch.Tensor:
-    return torch.empty_strided((planes, words), (words, 1), dtype=torch.int32)
+    return torch.empty_strided((planes, words), (words, 1), dtype=torch.int32, device=_CPU)
 
 
 def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -85,7 +93,7 @@ def apply(
     strides = x.stride()
     if out is None:
         # not empty_like(x): x may be a view whose dimensions of size 1 have other strides than geo's
-        y, y_strides = torch.empty_strided(shape, dense, dtype=x.dtype), dense
+        y, y_strides = torch.empty_strided(shape, dense, dtype=x.dtype, device=_CPU), dense
     else:
         y, y_strides = out, out.stride()
     bits, kept, sign = None, 0, 0
@@ -114,7 +122,7 @@ def grad(
     want_dtau: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     shape, dense = geo
-    dx = torch.empty_strided(shape, dense, dtype=dtype) if want_dx else None
+    dx = torch.empty_strided(shape, dense, dtype=dtype, device=_CPU) if want_dx else None
     dtau = _pooled(shape, dtype) if want_dtau else None
     if pooled_grad is not None:
         pooled_grad = pooled_grad.contiguous()  # (N, C)-sized

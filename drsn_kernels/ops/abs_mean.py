@@ -11,42 +11,45 @@ from .. import backends, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .dispatch import direct_apply, is_eager, is_eager_grad, use_registered_ops
+from .dispatch import current_backward, direct_apply, is_eager, is_eager_grad, use_registered_ops
 
 
 class AbsMean(torch.autograd.Function):
     """x -> A; with `alias` also x itself, for an operator that goes on with x after a gate has seen A (shrink.py).
 
-    The alias lets two gradients of x meet here before either is written: backward receives g, the alias's gradient,
-    and dA, the pooled one, and writes dx = kept * g + s * dA / L in one pass. `handed` is how the second operator
-    passes on the planes that it has already unpacked: saved tensors may be asked for only once under checkpointing.
+    The alias makes this node run after the second operator's (Apply), which hands over its gradient g, the plane kept,
+    and the planes of this node that it has unpacked already (saved tensors may be asked for only once under
+    checkpointing). So dx = kept * g + s * dA / L is written in one pass, and no gradient add is left to autograd.
+    `handed` is keyed by the backward pass: threads and hooks may run several through one node at a time. A gradient
+    that reaches the alias itself comes from elsewhere (an in-place x that the gate or a residual uses too): it is whole
+    already, and added.
     """
 
     @staticmethod
     def forward(ctx, x, geo, backend, alias, inplace):
         pooled, bits = backend.reduce(x, geo, planes=True)
         ctx.save_for_backward(bits)
-        ctx.backend, ctx.geometry, ctx.dtype, ctx.handed = backend, geo, x.dtype, None
+        ctx.backend, ctx.geometry, ctx.dtype, ctx.handed = backend, geo, x.dtype, {}
         ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(x)
         return (pooled, x) if alias else pooled
 
     @staticmethod
-    def backward(ctx, pooled_grad, g=None):
-        handed, ctx.handed = ctx.handed, None
-        if pooled_grad is None and g is None:
-            return None, None, None, None, None
-        kept, bits = handed if handed is not None else (None, ctx.saved_tensors[0])
-        sign, nonzero = bits
-        backend = ctx.backend if is_eager_grad(g, pooled_grad) else eager
-        masked = g if kept is not None else None
-        dx = None
-        if masked is not None or pooled_grad is not None:
-            sign = sign if pooled_grad is not None else None
-            dx, _ = backend.grad(ctx.geometry, ctx.dtype, masked, kept, sign, nonzero, pooled_grad)
-        if g is not None and kept is None:  # the alias went through ordinary autograd: g is whole already
-            dx = g if dx is None else g + dx
+    def backward(ctx, pooled_grad, alias_grad=None):
+        handed = ctx.handed.pop(current_backward(), None)
+        g = kept = dx = None
+        if handed is not None:
+            g, kept, (sign, nonzero) = handed
+        elif pooled_grad is not None:
+            sign, nonzero = ctx.saved_tensors[0]
+        if g is not None or pooled_grad is not None:
+            backend = ctx.backend if is_eager_grad(g, pooled_grad) else eager
+            dx, _ = backend.grad(
+                ctx.geometry, ctx.dtype, g, kept, sign if pooled_grad is not None else None, nonzero, pooled_grad
+            )
+        if alias_grad is not None:
+            dx = alias_grad if dx is None else dx + alias_grad
         return dx, None, None, None, None
 
 

@@ -9,6 +9,8 @@ def features(x: torch.Tensor, rank: int) -> None:
         raise TypeError(f"x must be a floating-point tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"x must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
     if x.dim() < rank:
         shape = "(N, C, *spatial) with at least one spatial dimension" if rank == 3 else "(N, C, *spatial)"
         raise ValueError(f"x must have shape {shape}, got {tuple(x.shape)}")
@@ -26,7 +28,7 @@ def residual(r: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def inplace(x: torch.Tensor, r: torch.Tensor | None) -> None:
-    """x may be overwritten: not a leaf that wants a gradient, no element stored twice, residual is x or elsewhere."""
+    """x may be overwritten: not a leaf that wants a gradient, not expanded, and its dtype holds the sum."""
     if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
         raise ValueError("inplace=True cannot overwrite x, a leaf tensor that requires grad; pass inplace=False")
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):

@@ -21,10 +21,14 @@ try:  # private names of torch; where one is gone, every call takes the referenc
     _transforms_active = torch._C._are_functorch_transforms_active
     _dispatch_modes = torch._C._len_torch_dispatch_stack
     _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
+    _jit_tracing = torch._C._get_tracing_state  # torch.jit.trace
+    current_backward = torch._C._current_graph_task_id  # a number for each running backward pass
+    will_run = torch._C._will_engine_execute_node  # whether this backward pass will come to a node
     forward_ad._current_level  # noqa: B018
     _CAN_TELL = True
 except AttributeError:
     _CAN_TELL = False
+    current_backward = will_run = None
     backends.log.warning("this torch does not tell whether a transform is active: running in pure PyTorch")
 
 _CAN_TELL_EXPORT = hasattr(torch.compiler, "is_exporting")  # torch 2.7; before it a traced call is always the reference
@@ -35,7 +39,7 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     """True if raw pointers of these tensors may be used: nothing traces, transforms or watches this call."""
     if torch.compiler.is_compiling() or not _CAN_TELL:
         return False
-    if _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0:
+    if _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None:
         return False
     for t in tensors:
         # x.imag of a conjugate carries a lazy minus that a raw pointer does not see

@@ -8,6 +8,7 @@ import torch
 from torch.library import Library, register_autograd, register_fake
 
 from .. import backends
+from ..backends import eager
 from ..planes import geometry, words
 from ..reference import accumulate_dtype
 
@@ -32,8 +33,13 @@ def _soft_threshold(x, tau):
     return backends.select(x).apply(x, geometry(x), tau, None, None, planes=2)
 
 
+def _backend(t, size):
+    """For a gradient of x: t may have fewer dimensions than x (size)."""
+    return backends.select(t) if len(size) <= 8 else eager
+
+
 def _abs_mean_grad(pooled_grad, planes, size, stride, dtype):
-    backend = backends.select(pooled_grad)
+    backend = _backend(pooled_grad, size)
     sign, nonzero = planes
     return backend.grad((tuple(size), tuple(stride)), dtype, None, None, sign, nonzero, pooled_grad)[0]
 
@@ -41,7 +47,7 @@ def _abs_mean_grad(pooled_grad, planes, size, stride, dtype):
 def _soft_threshold_grad(g, planes, size, stride, dtype):
     kept, sign = planes
     geo = (tuple(size), tuple(stride))
-    return backends.select(g).grad(geo, dtype, g, kept, sign, want_dx=True, want_dtau=True)
+    return _backend(g, size).grad(geo, dtype, g, kept, sign, want_dx=True, want_dtau=True)
 
 
 for _name, _kernel in (

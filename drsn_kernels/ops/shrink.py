@@ -7,11 +7,11 @@
 
 Two autograd nodes with the gate between them, and no add of two gradients the size of x:
 
-    Apply.backward     reads g: dtau = -sum s * kept * g, dalpha, the direct part of dA; passes g on untouched
+    Apply.backward     reads g: dtau = -sum s * kept * g, dalpha, the direct part of dA; hands g on untouched
     the gate's own backward: dA
     AbsMean.backward   reads g again: dx = kept * g + s * dA / L, the only full write
 
-x -> AbsMean -> alias of x -> Apply is why it works: the alias's gradient is g itself, and it meets dA in AbsMean.
+x -> AbsMean -> alias of x -> Apply is why it works: AbsMean runs after Apply and after the gate, with g and dA at hand.
 Kept for it: the planes sign and nonzero (AbsMean), kept (Apply), alpha and A: 3 bits an element and two (N, C) tensors.
 """
 
@@ -25,7 +25,7 @@ from ..backends import eager
 from ..planes import geometry
 from . import checks
 from .abs_mean import abs_mean, apply_abs_mean
-from .dispatch import direct_apply, is_eager, is_eager_grad
+from .dispatch import current_backward, direct_apply, is_eager, is_eager_grad, use_registered_ops, will_run
 from .soft_threshold import soft_threshold
 
 AVERAGES = ("channel", "sample", None)
@@ -38,6 +38,8 @@ class Apply(torch.autograd.Function):
     def forward(ctx, x, alpha, pooled, residual, geo, average, pool, backend, inplace, return_tau):
         ctx.set_materialize_grads(False)
         tau = reference.threshold(alpha, pooled, average)
+        if return_tau and average is None:
+            tau = tau.clone()  # an output that is an input would be a view of the gate's tensor
         planes = 1 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
         y, bits = backend.apply(x, geo, tau, residual, x if inplace else None, planes)
         if planes:
@@ -64,9 +66,8 @@ class Apply(torch.autograd.Function):
             want_dtau = want_alpha or want_pooled
             if here or want_dtau:
                 x_grad, dtau = backend.grad(ctx.geometry, ctx.dtype, g, kept, sign, want_dx=here, want_dtau=want_dtau)
-        if planes is not None and want_x:
-            x_grad = g
-            ctx.pool.handed = (kept, planes)
+        if planes is not None and want_x and will_run(ctx.pool):
+            ctx.pool.handed[current_backward()] = (g, kept, planes)  # instead of returning g: see AbsMean
         alpha_grad, pooled_grad = _threshold_grad(dtau, tau_grad, alpha, pooled, ctx.average, want_alpha, want_pooled)
         return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None, None
 
@@ -121,10 +122,17 @@ def _first_float(module: nn.Module) -> torch.dtype | None:
     return None
 
 
+def _autocast(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except RuntimeError:  # a device that autocast does not know, such as meta
+        return False
+
+
 def _call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """alpha in the accumulate dtype. The gate sees A in its parameters' dtype; under autocast, torch decides."""
     dtype = _first_float(gate) if isinstance(gate, nn.Module) else None
-    if dtype is not None and dtype != pooled.dtype and not torch.is_autocast_enabled(x.device.type):
+    if dtype is not None and dtype != pooled.dtype and not _autocast(x.device.type):
         alpha = gate(pooled.to(dtype))
     else:
         alpha = gate(pooled)
@@ -188,36 +196,45 @@ def shrink(
     fused = residual if residual is None or residual.dtype == x.dtype else None
     backend, geo = backends.select(x), geometry(x)
     recording = torch.is_grad_enabled()
+    # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
+    by_copy = inplace and recording and x._is_view()
+    overwrite = inplace and not by_copy
     pool, handle = None, x
     if recording and x.requires_grad:
-        # autograd forbids a node of two outputs that overwrites a view: the two gradients are added by it then
-        alias = not (inplace and x._is_view())
-        pooled = apply_abs_mean(x, geo, backend, alias, inplace and alias)
-        if alias:
-            pooled, handle = pooled
-            pool = pooled.grad_fn
+        pooled, handle = apply_abs_mean(x, geo, backend, True, overwrite)
+        pool = pooled.grad_fn
     else:
         pooled = backend.reduce(x, geo, planes=False)[0]
     alpha = _call_gate(gate, pooled, x)
     if not is_eager(alpha):  # a gate of tensor subclasses
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau)
     if recording and (x.requires_grad or alpha.requires_grad or (fused is not None and fused.requires_grad)):
-        out = _apply(handle, alpha, pooled, fused, geo, average, pool, backend, inplace, return_tau)
+        out = _apply(handle, alpha, pooled, fused, geo, average, pool, backend, overwrite, return_tau)
         y, tau = out if return_tau else (out, None)
     else:
         tau = reference.threshold(alpha, pooled, average)
-        y = backend.apply(x, geo, tau, fused, x if inplace else None, planes=0)[0]
+        y = backend.apply(x, geo, tau, fused, x if overwrite else None, planes=0)[0]
+        if overwrite and not x.is_inference():
+            torch.autograd.graph.increment_version(
+                x
+            )  # whoever saved x for a backward pass is told, as by any in-place op
+        if return_tau and average is None:
+            tau = tau.clone()  # the gate's own tensor otherwise
     if residual is not fused:
-        y = y.add_(residual) if inplace else y + residual
+        y = y.add_(residual) if overwrite else y + residual
+    if by_copy:
+        y = x.copy_(y)
     return (y, tau) if return_tau else y
 
 
 def _compose(x, pooled, alpha, average, residual, inplace, return_tau):
     """The rest of shrink from soft_threshold and ordinary autograd: right under every transform, compiler, subclass."""
     tau = reference.threshold(alpha, pooled, average)
-    y = soft_threshold(x, tau)
-    if residual is not None:
-        y = y + residual
+    if residual is not None and residual.dtype == x.dtype and not use_registered_ops(x):
+        y = reference.soft_threshold(x, tau, residual)  # rounded once, as in the kernels
+    else:
+        y = soft_threshold(x, tau)
+        y = y if residual is None else y + residual
     if inplace:
         y = x.copy_(y)
     return (y, tau) if return_tau else y

@@ -8,6 +8,8 @@ Forward reads x and writes y and, for a gradient, the planes kept and sign (2 bi
 planes once and writes dx, with dtau summed on the way.
 """
 
+import numbers
+
 import torch
 
 from .. import backends, reference
@@ -62,8 +64,8 @@ def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(tau, torch.Tensor):
         checks.tau_tensor(tau, x)
-    elif isinstance(tau, (int, float)) and not isinstance(tau, bool):
-        tau = torch.full((), tau, dtype=acc, device=x.device)
+    elif isinstance(tau, numbers.Real) and not isinstance(tau, bool):
+        tau = torch.full((), float(tau), dtype=acc, device=x.device)
     else:
         raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
     if tau.dtype != acc or (tau.dim() == 0 and tau.device != x.device):
