@@ -40,6 +40,9 @@ def missing() -> str | None:
 def record(package: Path, reason: str | None) -> None:
     """Leave the reason for `info` in drsn_kernels/_build.py."""
     package.mkdir(parents=True, exist_ok=True)
+    if reason is not None:
+        for stale in package.glob("_cpu*"):  # of an earlier build in the same folder
+            stale.unlink()
     text = '"""Written by setup.py: why there are no compiled CPU kernels (None: there are)."""\n\n'
     (package / "_build.py").write_text(f"{text}MISSING = {reason!r}\n", encoding="utf-8")
     if reason is not None:
