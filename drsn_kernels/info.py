@@ -71,4 +71,4 @@ def show(report: dict, file=None) -> None:
             print(f"  {name:12s}{text}", file=file)
     print("optional packages", file=file)
     for name, version in report["optional"].items():
-        print(f"  {name:12s}{version X}", file=file)
+        print(f"  {name:12s}{version or f'missing, in the extra [{OPTIONAL[name]}]'}", file=file)
