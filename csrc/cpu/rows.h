@@ -1,0 +1,220 @@
+// The row functions of the CPU kernels: contiguous memory, 64 elements (one plane word) a step. kernels.h walks tensors
+// with them and says why nothing here may instantiate the C++ standard library.
+#pragma once
+
+#include <cstdlib>
+
+#include "api.h"
+
+namespace drsn {
+namespace {
+
+template <class T> struct Compute {
+  using type = float;
+};
+template <> struct Compute<double> {
+  using type = double;
+};
+
+constexpr int64_t kSegment = 32768;  // elements that one sum runs over before partial sums take over; fixed, so that
+                                     // results do not depend on the number of threads
+constexpr int64_t kGrain = 16384;    // elements worth waking a second thread for (torch uses 32768)
+constexpr int64_t kRun = 4096;       // elements summed in one float accumulator (64 a lane): 32768 of them cost 1e-5
+constexpr int kChunk = 512;          // elements of a staging buffer, a multiple of 64
+constexpr int kFlush = 64;           // channels_last rows summed in float before they go to double
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class P> inline P* offset(P* p, int64_t bytes) { return p ? p + bytes : nullptr; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class S> struct Scratch {  // zero-filled memory
+  S* data;
+  explicit Scratch(int64_t n) : data(static_cast<S*>(std::calloc(size_t(n ? n : 1), sizeof(S)))) {
+    if (!data) std::abort();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
+  if (tasks <= 0) return;  // an empty tensor; the walks below divide by its sizes
+  const int64_t grain = max64(1, kGrain / max64(1, elements_per_task));
+  if (!parallel_for || tasks <= grain) return f(int64_t(0), tasks);
+  const int32_t error = parallel_for(
+      0, tasks, grain, [](int64_t b, int64_t e, void* c) { (*static_cast<const F*>(c))(b, e); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+  if (error) f(int64_t(0), tasks);  // f throws nothing, so torch can only have refused before it started
+}
+
+// ---- plane words -----------------------------------------------------------------------------------------------------
+
+inline uint64_t get_word(const uint8_t* p, int64_t bytes) {
+  if (bytes >= 8) {
+    uint64_t w;
+    std::memcpy(&w, p, 8);
+    return w;
+  }
+  uint64_t w = p[0];
+  if (bytes >= 2) w |= uint64_t(p[1]) << 8;
+  if (bytes >= 4) w |= uint64_t(p[2]) << 16 | uint64_t(p[3]) << 24;
+  return w;
+}
+
+inline void put_word(uint8_t* p, int64_t bytes, uint64_t w) {
+  if (bytes >= 8) {
+    std::memcpy(p, &w, 8);
+  } else if (bytes == 4) {
+    std::memcpy(p, &w, 4);
+  } else if (bytes == 2) {
+    std::memcpy(p, &w, 2);
+  } else {
+    std::memcpy(p, &w, 1);
+  }
+}
+
+#define DRSN_INLINE inline __attribute__((always_inline))
+#define DRSN_LAMBDA __attribute__((always_inline))
+
+// Calls block(Full or Tail, first element, elements) for the blocks of 64 elements of a row and what is left of it.
+// The two are compiled apart: the full one has no lane counts, and its accumulators stay in registers.
+struct Full {
+  static constexpr bool full = true;
+};
+struct Tail {
+  static constexpr bool full = false;
+};
+template <bool SHORT, class F> DRSN_INLINE void each_block(int64_t n, const F& block) {
+  int64_t i = 0;
+  if constexpr (!SHORT)
+    for (; i + 64 <= n; i += 64) block(Full{}, i, 64);
+  if (i < n) block(Tail{}, i, int(n - i));
+}
+
+// Calls step(accumulator, first element, lanes) for the vectors of a block; lanes is W but for the last of a tail.
+template <class V, class Part, class F> DRSN_INLINE void each_vector(Part, int count, const F& step) {
+  if constexpr (Part::full) {
+#pragma GCC unroll kUnroll
+    for (int v = 0; v < 64 / V::W; ++v) step(v % 4, v * V::W, V::W);
+  } else {
+    for (int j = 0; j < count; j += V::W) step(0, j, count - j < V::W ? count - j : V::W);
+  }
+}
+
+template <class Part> DRSN_INLINE uint64_t word(Part, const uint8_t* p, int64_t bytes) {
+  return get_word(p, Part::full ? 8 : bytes);
+}
+
+template <class V, class T> DRSN_INLINE V load(const T* p, int lanes) {
+  return lanes == V::W ? V::load(p) : V::load(p, lanes);
+}
+template <class V, class T> DRSN_INLINE void store(V v, T* p, int lanes) {
+  if (lanes == V::W) {
+    v.store(p);
+  } else {
+    v.store(p, lanes);
+  }
+}
+
+// The per-row scalar of the row walk, or the vector along C of channels_last.
+template <bool CL, class V, class S> DRSN_INLINE V coefficient(const S* p, int64_t i, int lanes) {
+  if constexpr (CL) return load<V>(p + i, lanes);
+  return V::set(*p);
+}
+
+// Sums: four independent accumulators in the row walk, an array along C in channels_last.
+template <bool CL, class V, class S> struct Sums {
+  V acc[4];
+  S* out;
+  DRSN_INLINE explicit Sums(S* p) : out(p) {
+    for (auto& a : acc) a = V::set(0);
+  }
+  DRSN_INLINE void add(int k, int64_t i, int lanes, V value) {
+    if constexpr (CL) {
+      store(load<V>(out + i, lanes) + value, out + i, lanes);
+    } else {
+      acc[k] = acc[k] + value;
+    }
+  }
+  DRSN_INLINE void finish() {
+    if constexpr (!CL) *out += ((acc[0] + acc[1]) + (acc[2] + acc[3])).sum();
+  }
+};
+
+// ---- rows: SHORT ones, of at most 64 elements, go inline into the walk; longer ones are called ------------------------------------------------------------------------------------------------------------
+
+template <bool SHORT, class T, bool CL, bool PLANES>
+DRSN_INLINE void reduce_row(const T* x, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {
+  using V = Vec<typename Compute<T>::type>;
+  Sums<CL, V, typename Compute<T>::type> total(sums);
+  each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
+    uint64_t s = 0, z = 0;
+    each_vector<V>(part, count, [&](int k, int j, int lanes) DRSN_LAMBDA {
+      const V a = load<V>(x + i + j, lanes);
+      total.add(k, i + j, lanes, a.abs());
+      if constexpr (PLANES) {
+        s |= V::bits(a.negative()) << j;
+        z |= V::bits(a.nonzero()) << j;
+      }
+    });
+    if constexpr (PLANES) {
+      put_word(sign + i / 8, part.full ? 8 : bytes - i / 8, s);
+      put_word(nonzero + i / 8, part.full ? 8 : bytes - i / 8, z);
+    }
+  });
+  total.finish();
+}
+
+template <bool SHORT, class T, bool CL, bool RESIDUAL>
+DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* residual, int64_t n, uint8_t* kept,
+               uint8_t* sign, int64_t bytes) {
+  using S = typename Compute<T>::type;
+  using V = Vec<S>;
+  each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
+    uint64_t k = 0, s = 0;
+    each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
+      const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(tau, i + j, lanes);
+      const V magnitude = a.abs(), excess = magnitude - t;
+      const auto nonzero = a.nonzero();
+      k |= V::bits(V::both(V::not_le(magnitude, t), nonzero)) << j;
+      s |= V::bits(a.negative()) << j;
+      // sign(x) is multiplied in: 0 * excess is NaN where tau is NaN or -inf, as in eager PyTorch
+      V out = V::set(1).keep(nonzero).negate(a.negative()) * excess.keep(V::not_le(excess, V::set(0)));
+      if constexpr (RESIDUAL) out = out + load<V>(residual + i + j, lanes);
+      store(out, y + i + j, lanes);
+    });
+    if (kept) put_word(kept + i / 8, part.full ? 8 : bytes - i / 8, k);
+    if (sign) put_word(sign + i / 8, part.full ? 8 : bytes - i / 8, s);
+  });
+}
+
+template <bool SHORT, class T, bool CL, bool G, bool DA, bool DX, bool DTAU>
+DRSN_INLINE void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename Compute<T>::type* dtau, int64_t n,
+              const uint8_t* kept, const uint8_t* sign, const uint8_t* nonzero, int64_t bytes) {
+  using S = typename Compute<T>::type;
+  using V = Vec<S>;
+  Sums<CL, V, S> total(dtau);
+  each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
+    const int64_t left = bytes - i / 8;
+    const uint64_t k = G ? word(part, kept + i / 8, left) : 0;
+    const uint64_t s = DA || DTAU ? word(part, sign + i / 8, left) : 0;
+    const uint64_t z = DA ? word(part, nonzero + i / 8, left) : 0;
+    each_vector<V>(part, count, [&](int a, int j, int lanes) DRSN_LAMBDA {
+      const auto negative = V::mask(s >> j);
+      V out = V::set(0);
+      if constexpr (G) {
+        out = load<V>(g + i + j, lanes).keep(V::mask(k >> j));
+        if constexpr (DTAU) total.add(a, i + j, lanes, out.negate(negative));
+      }
+      if constexpr (DA) {
+        const V direct = coefficient<CL, V>(da, i + j, lanes).keep(V::mask(z >> j)).negate(negative);
+        out = G ? out + direct : direct;
+      }
+      if constexpr (DX) store(out, dx + i + j, lanes);
+    });
+  });
+  if constexpr (DTAU) total.finish();
+}
+
+}  // namespace
+}  // namespace drsn
