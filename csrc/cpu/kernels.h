@@ -76,7 +76,7 @@ template <class F> DRSN_INLINE void pieces(bool contiguous, int64_t start, int64
 }
 
 // Runs row(n, j, start, count, plane offset in bytes) over the whole walk, long rows in segments. Indices are counted
-// on: two divisions a row cost as much as 32 elements.
+// on, because a division costs as much as a vector or two of a short row.
 template <class F> DRSN_INLINE void for_rows(const Walk& w, const F& row) {
   const int64_t across = w.channels_last ? w.l : w.c, length = w.channels_last ? w.c : w.l;
   const int64_t segments = max64(1, (length + kSegment - 1) / kSegment), row_bytes = w.row_bytes;

@@ -110,7 +110,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _first_float(module: nn.Module) -> torch.dtype | None:
-    """dtype of the module's first floating-point parameter; a plain walk, 1 us against 4 us of module.parameters()."""
+    """dtype of the module's first floating-point parameter; a plain walk without module.parameters()'s generators."""
     for parameter in module._parameters.values():
         if parameter is not None and parameter.is_floating_point():
             return parameter.dtype
