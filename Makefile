@@ -13,6 +13,7 @@ SOURCES := $(shell find csrc drsn_kernels -name '*.h' -o -name '*.cpp' -o -name 
 DATA ?=
 OUT ?= demo-out
 TESTS := $(BIN)/pytest
+FUZZ ?=
 
 .PHONY: demo test test-all test-all-only info bench clean
 
@@ -28,7 +29,7 @@ test: $(VENV)/installed
 test-all: test test-all-only
 
 test-all-only: $(VENV)/installed
-	$(TESTS) tests -m slow
+	$(TESTS) tests -m slow $(FUZZ)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.shrinkage
