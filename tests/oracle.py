@@ -122,7 +122,7 @@ def without_ties(g: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.T
 def close(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "result", scale=None) -> None:
     """|actual - exact| <= 2 * the plain form's worst error + rounding to actual's dtype + a few units of the scale.
 
-    The scale is the largest exact value, and where that is too small for the error, scale(), which knows what cancelled.
+    The scale is the largest exact value, and where that allows too little, scale(), which knows what cancelled.
     """
     assert actual.shape == exact.shape == plain.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(exact.shape)}"
     if not actual.numel():
@@ -162,16 +162,17 @@ def check(fn: Callable, formula: Callable, inputs: dict[str, torch.Tensor | None
     results = [(*e.outputs, *e.grads) for e in (ours, exact, plain)]
 
     def before_cancellation(result: int) -> torch.Tensor:
-        """How large the terms of a sum were: what it becomes, at most, when each output gradient changes its sign or not.
+        """How large the terms of a sum were: what it becomes, at most, when the signs of gs are drawn at random.
 
-        Gradients are linear in gs. Where g repeats and signs alternate, a sum is exactly 0 in one order of additions and
-        a few units of its terms in another.
+        Gradients are linear in gs. Where g repeats and signs alternate, a sum is exactly 0 in one order of additions
+        and a few units of its terms in another.
         """
         signs = torch.Generator().manual_seed(0)
         flip = lambda g: None if g is None else g * (torch.randint(2, g.shape, generator=signs) * 2 - 1)  # noqa: E731
-        wide, sizes = cast(gs, torch.float64), []
+        sizes = []
         for _ in range(8):
-            flipped = Evaluated(lambda *t: formula(torch.float64, *t), cast(tensors, torch.float64), [flip(g) for g in wide])
+            leaves, flipped_gs = cast(tensors, torch.float64), [flip(g) for g in cast(gs, torch.float64)]
+            flipped = Evaluated(lambda *t: formula(torch.float64, *t), leaves, flipped_gs)
             sizes.append((*flipped.outputs, *flipped.grads)[result].detach().abs().max())
         return max(sizes)
 
