@@ -36,7 +36,7 @@ bench: $(VENV)/installed
 
 $(VENV)/packages: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm
+	$(BIN)/pip install --quiet -c constraints.txt torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm
 	touch $@
 
 # Installed, not imported from the source tree: a stale build or a file missing from the package shows at once.

@@ -29,6 +29,7 @@ class Order(NamedTuple):
     rows: int
     length: int
     row_bits: int
+    channels_last: bool
 
 
 def geometry(x: torch.Tensor) -> Geometry:
@@ -55,7 +56,7 @@ def order(geo: Geometry) -> Order:
     shape, strides = geo
     channels_last, rows, length = _rows(geo)
     dims = sorted(range(2, len(shape)), key=lambda d: (shape[d] == 1, -strides[d]))
-    return Order((0, *dims, 1) if channels_last else (0, 1, *dims), rows, length, row_bits(length))
+    return Order((0, *dims, 1) if channels_last else (0, 1, *dims), rows, length, row_bits(length), channels_last)
 
 
 def words(geo: Geometry) -> int:

@@ -2,14 +2,19 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+# Before anything imports Triton: its kernels then run on CPU tensors, one program after another.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu
+from drsn_kernels.backends import cpu, triton
 
 try:
     from drsn_kernels import _build  # noqa: F401  written at installation
@@ -18,6 +23,16 @@ except ImportError as error:
         f"the tests run on an installed drsn_kernels, not on the source tree ({dk.__file__}); "
         "install it and start pytest so that the repository is not first in sys.path (pytest, or python -P -m pytest)"
     ) from error
+
+
+if triton.INSTALLED and triton.interpreting():
+    import triton_interpreter
+
+    triton_interpreter.install()
+    from drsn_kernels.triton import plans
+
+    # Time in the interpreter is programs, not elements: large tiles here, the plans' own sizes in test_triton.py.
+    plans.TILE_BYTES, plans.CHANNELS = 1 << 18, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -38,9 +53,19 @@ class Variant:
             return "no CUDA device"
         if self.backend == "cpu" and cpu._cpu is None:
             return f"no compiled CPU kernels: {cpu.MISSING}"
+        if self.backend == "triton":
+            if not triton.INSTALLED:
+                return "Triton is not installed"
+            if self.device == "cpu" and not triton.interpreting():
+                return "this process has Triton for the GPU"
         if self.isa is not None and self.isa not in cpu._cpu.available_isas():
             return f"this CPU or build has no {self.isa}"
         return None
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether a program takes milliseconds: tests then leave out what only adds programs."""
+        return self.backend == "triton" and self.device == "cpu"
 
     @contextlib.contextmanager
     def use(self) -> Iterator["Variant"]:
@@ -79,6 +104,7 @@ KERNELS = [
     Variant("cpu-portable", "cpu", isa="portable"),
     Variant("cpu-avx2", "cpu", isa="avx2"),
     Variant("cpu-avx512", "cpu", isa="avx512"),
+    Variant("triton", "triton"),  # interpreted
 ]
 COMPILED = [
     Variant("compiled", "auto", compiled=True),

@@ -19,12 +19,12 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, eager
+from . import cpu, eager, triton
 
 log = logging.getLogger("drsn_kernels")
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": eager}  # in order of preference
-PLANNED = ("triton", "cuda")  # public names whose kernels are not in this version
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": eager}
+PLANNED = ("cuda",)  # public names whose kernels are not in this version
 
 
 def _checked(name: str, source: str) -> str:
@@ -48,7 +48,7 @@ _said: set[str] = set()
 
 @contextlib.contextmanager
 def use_backend(name: str, strict: bool = False) -> Iterator[None]:
-    """Run the operators on one backend inside the block: "torch", "cpu", or "auto" to choose by device and dtype.
+    """Run the operators on one backend inside the block: "torch", "cpu", "triton", or "auto": by device and dtype.
 
     A call that the backend cannot run falls back to "torch", and the logger ``drsn_kernels`` says so once; with
     ``strict=True`` it raises RuntimeError instead. The choice is the process's, not the thread's; a backward pass uses
@@ -77,10 +77,12 @@ def fall_back(message: str) -> None:
 def select(x: torch.Tensor) -> ModuleType:
     """The backend for an eager call on x."""
     if choice.backend == "auto":
-        reason = cpu.unsupported(x)
+        backend = triton if x.is_cuda else cpu  # interpreted Triton runs on CPU tensors only where it is asked for
+        reason = backend.unsupported(x)
         if reason is None:
-            return cpu
-        if choice.strict or (x.is_cpu and cpu.MISSING):  # on other devices pure PyTorch is the expected way
+            return backend
+        # on devices without kernels, and without Triton, pure PyTorch is the expected way
+        if choice.strict or x.is_cuda or (x.is_cpu and cpu.MISSING):
             fall_back(f"running in pure PyTorch: {reason}")
         return eager
     backend = BACKENDS[choice.backend]

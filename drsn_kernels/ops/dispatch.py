@@ -61,7 +61,9 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable:
 
 def use_registered_ops(x: torch.Tensor) -> bool:
     """Under torch.compile with a forced backend: call the opaque ops. Never in an exported graph."""
-    if not torch.compiler.is_compiling() or backends.choice.backend not in ("cpu",) or not x.is_cpu:
+    if not torch.compiler.is_compiling() or not (
+        (backends.choice.backend == "cpu" and x.is_cpu) or (backends.choice.backend == "triton" and not x.is_meta)
+    ):
         return False
     if not _CAN_TELL or _transforms_active() or forward_ad._current_level >= 0:
         return False

@@ -22,11 +22,13 @@ from torch import nn
 
 from .. import backends, reference
 from ..backends import eager
+from ..gates import StandardGate, standard_gate
 from ..planes import geometry
 from . import checks
 from .abs_mean import abs_mean, apply_abs_mean
 from .dispatch import current_backward, direct_apply, is_eager, is_eager_grad, use_registered_ops, will_run
 from .soft_threshold import soft_threshold
+from .standard_shrink import Call, apply_standard
 
 AVERAGES = ("channel", "sample", None)
 
@@ -199,6 +201,10 @@ def shrink(
     # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
     by_copy = inplace and recording and x._is_view()
     overwrite = inplace and not by_copy
+    parts = _fusable(gate, x, backend)
+    if parts is not None:
+        y, tau = _standard(x, geo, parts, backend, average, fused, recording, overwrite, return_tau)
+        return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
     pool, handle = None, x
     if recording and x.requires_grad:
         pooled, handle = apply_abs_mean(x, geo, backend, True, overwrite)
@@ -214,17 +220,50 @@ def shrink(
     else:
         tau = reference.threshold(alpha, pooled, average)
         y = backend.apply(x, geo, tau, fused, x if overwrite else None, planes=0)[0]
-        if overwrite and not x.is_inference():
-            torch.autograd.graph.increment_version(
-                x
-            )  # whoever saved x for a backward pass is told, as by any in-place op
+        _overwritten(x if overwrite else None)
         if return_tau and average is None:
             tau = tau.clone()  # the gate's own tensor otherwise
-    if residual is not fused:
+    return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
+
+
+def _finish(x, y, tau, residual, overwrite, by_copy, return_tau):
+    if residual is not None:
         y = y.add_(residual) if overwrite else y + residual
     if by_copy:
         y = x.copy_(y)
     return (y, tau) if return_tau else y
+
+
+def _overwritten(*tensors: torch.Tensor | None) -> None:
+    """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
+    for t in tensors:
+        if t is not None and not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
+def _fusable(gate, x: torch.Tensor, backend) -> StandardGate | None:
+    """The parts of a standard gate that this backend computes itself, or None: the gate is called."""
+    if not hasattr(backend, "standard_forward"):
+        return None
+    parts = standard_gate(gate, x)
+    return None if isinstance(parts, str) or backend.standard_unsupported(x, parts) else parts
+
+
+def _standard(x, geo, parts, backend, average, residual, recording, overwrite, return_tau):
+    """(y, tau or None), gate and step computed together."""
+    parameters = parts[:6]
+    if recording and any(t is not None and t.requires_grad for t in (x, residual, *parameters)):
+        call = Call(parts, backend, geo, average, overwrite, return_tau)
+        y, _, *tau = apply_standard(x, residual, *parameters, call)
+        tau = tau[0] if tau else None
+    else:
+        y, tau, _ = backend.standard_forward(
+            x, geo, parts, average, residual, x if overwrite else None, False, return_tau
+        )
+        _overwritten(x if overwrite else None)
+    if parts.batch_stats:
+        _overwritten(parts.mean, parts.var, parts.batches)
+    return y, tau
 
 
 def _compose(x, pooled, alpha, average, residual, inplace, return_tau):

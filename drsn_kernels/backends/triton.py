@@ -1,0 +1,89 @@
+"""The `triton` backend: the GPU kernels of drsn_kernels/triton. Triton is imported at the first call, not before."""
+
+import importlib.util
+import os
+import sys
+
+import torch
+
+name = "triton"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INSTALLED = importlib.util.find_spec("triton") is not None
+_OLDEST = 8  # compute capability: bfloat16 and 166 KB of shared memory; older GPUs run in pure PyTorch
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on CPU tensors, one program after another: TRITON_INTERPRET=1, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _lowering() -> bool:
+    """Whether a driver without a device is active, which compiles launches on CPU tensors and runs none (tests)."""
+    module = sys.modules.get("triton.runtime.driver")
+    return module is not None and getattr(module.driver._active, "lowers_only", False)
+
+
+def unsupported(x: torch.Tensor) -> str | None:
+    if not INSTALLED:
+        return "triton is not installed; `pip install 'drsn_kernels[triton]'`"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, the triton kernels take float32, float64, bfloat16 and float16"
+    if x.is_cuda:
+        if torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] < _OLDEST:
+            return f"{torch.cuda.get_device_name(x.device)} has a compute capability below {_OLDEST}.0"
+        return None
+    if x.is_cpu and (interpreting() or _lowering()):
+        return None
+    return f"x is on {x.device}, the triton kernels take CUDA tensors (CPU tensors under TRITON_INTERPRET=1)"
+
+
+def reduce(x, geo, planes):
+    from ..triton.reduce import reduce as run
+
+    return run(x, geo, planes)
+
+
+def apply(x, geo, tau, residual, out, planes):
+    from ..triton.apply import apply as run
+
+    return run(x, geo, tau, residual, out, planes)
+
+
+def grad(geo, dtype, g, kept, sign, nonzero=None, pooled_grad=None, want_dx=True, want_dtau=False):
+    from ..triton.grad import grad as run
+
+    return run(geo, dtype, g, kept, sign, nonzero, pooled_grad, want_dx, want_dtau)
+
+
+# ---- the standard gate, computed together with the step (gates.py) ----
+
+
+def standard_unsupported(x, parts):
+    from ..triton.standard import unsupported as run
+
+    return run(x, parts)
+
+
+def standard_forward(x, geo, parts, average, residual, out, keep, want_tau):
+    from ..triton.standard import forward as run
+
+    return run(x, geo, parts, average, residual, out, keep, want_tau)
+
+
+def standard_backward(geo, dtype, parts, average, kept, g, tau_grad, want_dx):
+    from ..triton.standard import backward as run
+
+    return run(geo, dtype, parts, average, kept, g, tau_grad, want_dx)
+
+
+def describe() -> str:
+    """One line for `python -m drsn_kernels info`."""
+    if not INSTALLED:
+        return "not available: triton is not installed; `pip install 'drsn_kernels[triton]'`"
+    import triton
+
+    if torch.cuda.is_available():
+        return f"available: Triton {triton.__version__}, {torch.cuda.get_device_name()}"
+    if interpreting():
+        return f"available: Triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET=1)"
+    return f"not available: Triton {triton.__version__} is installed, but there is no CUDA device"

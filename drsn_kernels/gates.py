@@ -1,0 +1,93 @@
+"""The standard gate: what counts as one, and its formula.
+
+Linear - [BatchNorm1d] - ReLU - Linear - Sigmoid in a Sequential, as in the paper and in `Shrinkage(...).fc`. A backend
+may compute it together with the step around it, instead of calling the modules. That changes nothing a user can see, so
+it is done only where nothing could: each child of exactly this type, no hooks (FSDP's and weight_norm's are hooks), no
+parametrization (it changes the type), plain parameters of x's accumulate dtype on x's device.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
+
+from .reference import accumulate_dtype
+
+
+class StandardGate(NamedTuple):
+    """Parameters and buffers, w1 (H, C), w2 (O, H) with O = C or 1; the norm's are None without one."""
+
+    w1: torch.Tensor
+    b1: torch.Tensor
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
+    w2: torch.Tensor
+    b2: torch.Tensor
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    batches: torch.Tensor | None
+    eps: float
+    momentum: float
+    batch_stats: bool
+
+    def alpha(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The formula in ordinary PyTorch; running statistics are read in eval and left alone in training."""
+        v = F.linear(pooled, self.w1, self.b1)
+        if self.gamma is not None:
+            mean, var = (None, None) if self.batch_stats else (self.mean, self.var)
+            v = F.batch_norm(v, mean, var, self.gamma, self.beta, self.batch_stats, 0.0, self.eps)
+        return F.linear(v.relu(), self.w2, self.b2).sigmoid()
+
+
+_PLAIN = [nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid]
+_NORMED = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Sigmoid]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
+    """The parts of a standard gate for x (N, C, ...), or why its modules must be called."""
+    if type(gate) is not nn.Sequential:
+        return "the gate is not an nn.Sequential"
+    children = list(gate._modules.values())
+    types = [type(child) for child in children]
+    if types != _NORMED and types != _PLAIN:
+        return "the gate is not Linear, [BatchNorm1d], ReLU, Linear, Sigmoid"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are set"
+    for module in (gate, *children):
+        own = module.__dict__
+        if any(own[hooks] for hooks in _HOOKS) or "forward" in own:
+            return "the gate has hooks, or a forward of its own"
+    first, last = children[0], children[-2]
+    norm = children[1] if types == _NORMED else None
+    w1, b1, w2, b2 = first.weight, first.bias, last.weight, last.bias
+    if b1 is None or b2 is None:
+        return "a linear layer of the gate has no bias"
+    hidden, channels = w1.shape
+    if channels != x.shape[1] or w2.shape[1] != hidden or w2.shape[0] not in (1, channels):
+        return "the gate's sizes do not fit x"
+    tensors = [w1, b1, w2, b2]
+    if norm is not None:
+        if norm.momentum is None or norm.weight is None or norm.running_mean is None:
+            return "the gate's BatchNorm1d has no fixed momentum, no affine parameters or no running statistics"
+        if norm.num_features != hidden:
+            return "the gate's sizes do not fit each other"
+        if norm.training and x.shape[0] == 1:
+            return "batch statistics of one sample"  # BatchNorm1d raises its own error
+        tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    dtype, device = accumulate_dtype(x.dtype), x.device
+    for t in tensors:
+        if type(t) is not nn.Parameter and type(t) is not torch.Tensor:
+            return "a parameter of the gate is a tensor subclass"
+        if t.dtype != dtype:
+            return f"the gate's parameters are {t.dtype}, the fused gate computes in {dtype}"
+        if t.device != device or not t.is_contiguous():
+            return "a parameter of the gate lies on another device, or is not contiguous"
+    if norm is None:
+        return StandardGate(w1, b1, None, None, w2, b2, None, None, None, 0.0, 0.0, False)
+    return StandardGate(
+        w1, b1, norm.weight, norm.bias, w2, b2, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+        norm.eps, norm.momentum, norm.training,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""shrink with the standard gate (gates.py): gate and step in one autograd node, where the backend can.
+
+    forward    A = mean |x|, u = A w1' + b1, alpha, tau, y = sign(x) * max(|x| - tau, 0) [+ residual]
+    backward   dtau = -sum s * kept * g;  dA, dw1, db1, dgamma, dbeta, dw2, db2 through the gate;
+               dx = kept * g + s * dA / L
+
+Kept for it: the three bit planes, A, u, alpha, and the statistics that normalised u. A is an output of the node,
+although no caller sees it: a second derivative reaches x through A, and an output is a tensor that autograd follows.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import eager
+from ..gates import StandardGate
+from ..planes import Geometry
+from ..reference import threshold
+from .dispatch import direct_apply, is_eager_grad
+
+
+class Call(NamedTuple):
+    """What the node is told besides its tensors."""
+
+    parts: StandardGate
+    backend: object
+    geometry: Geometry
+    average: str | None
+    inplace: bool
+    return_tau: bool
+
+
+class StandardShrink(torch.autograd.Function):
+    """(x, residual, w1, b1, gamma, beta, w2, b2) -> (y, A), or (y, A, tau)."""
+
+    @staticmethod
+    def forward(ctx, x, residual, w1, b1, gamma, beta, w2, b2, call):
+        ctx.set_materialize_grads(False)
+        y, tau, kept = call.backend.standard_forward(
+            x, call.geometry, call.parts, call.average, residual, x if call.inplace else None, True, call.return_tau
+        )
+        ctx.save_for_backward(*kept, w1, b1, gamma, beta, w2, b2)
+        ctx.call, ctx.dtype = call._replace(parts=call.parts._replace(**dict.fromkeys(_TENSORS))), x.dtype
+        if call.inplace:
+            ctx.mark_dirty(x)
+        return (y, kept.pooled, tau) if call.return_tau else (y, kept.pooled)
+
+    @staticmethod
+    def backward(ctx, g, pooled_grad=None, tau_grad=None):
+        residual_grad = g if ctx.needs_input_grad[1] else None
+        want = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:8]
+        if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
+            return None, residual_grad, *[None] * 7
+        bits, pooled, hidden, alpha, mean, var, *parameters = ctx.saved_tensors
+        call = ctx.call
+        parts = call.parts._replace(**dict(zip(_PARAMETERS, parameters, strict=True)), mean=mean, var=var)
+        if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
+            kept = (bits, pooled, hidden, alpha, mean, var)
+            dx, *grads = call.backend.standard_backward(
+                call.geometry, ctx.dtype, parts, call.average, kept, g, tau_grad, want[0]
+            )
+        else:
+            dx, *grads = _differentiable(call, ctx.dtype, parts, bits, pooled, g, pooled_grad, tau_grad, want)
+        grads = [grad if wanted else None for grad, wanted in zip(grads, want[1:], strict=True)]
+        return dx, residual_grad, *grads, None
+
+
+_PARAMETERS = ("w1", "b1", "gamma", "beta", "w2", "b2")
+_TENSORS = (*_PARAMETERS, "mean", "var", "batches")  # those of a node live in saved_tensors, not in its Call
+apply_standard = direct_apply(StandardShrink)
+
+
+def _differentiable(call, dtype, parts, bits, pooled, g, pooled_grad, tau_grad, want):
+    """The same gradients as ordinary PyTorch over the planes, A and the parameters: for all higher derivatives."""
+    sign, nonzero, kept = bits
+    dtau = None
+    if g is not None:
+        dtau = eager.grad(call.geometry, dtype, g, kept, sign, want_dx=False, want_dtau=True)[1]
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not recording or not pooled.requires_grad:
+            pooled = pooled.detach().requires_grad_()
+        tau = threshold(parts.alpha(pooled), pooled, call.average)
+        total = None if dtau is None else dtau.sum_to_size(tau.shape)
+        if tau_grad is not None:
+            total = tau_grad if total is None else total + tau_grad
+        wanted = [pooled, *(p for p, needed in zip(parts[:6], want[1:], strict=True) if needed)]
+        if total is None:
+            found = [None] * len(wanted)
+        else:
+            found = torch.autograd.grad(tau, wanted, total, create_graph=recording, allow_unused=True)
+    from_gate, *grads = found
+    if pooled_grad is not None:
+        from_gate = pooled_grad if from_gate is None else from_gate + pooled_grad
+    dx = None
+    if want[0]:
+        dx = eager.grad(call.geometry, dtype, g, kept, sign, nonzero, from_gate)[0]
+    grads = iter(grads)
+    return dx, *(next(grads) if needed else None for needed in want[1:])

@@ -1,0 +1,98 @@
+"""How a call's operands lie in memory, in the one form all kernels take: N samples of P rows of Q elements.
+
+P and Q follow the bit planes' walk (planes.py): P = C and Q = L, or, where the dense stride of C is 1, P = L, Q = C.
+Neighbouring dimensions that every operand holds back to back are merged, so dense tensors have one P and one Q
+dimension however many spatial ones they have, and a sliced or transposed image keeps two or three.
+"""
+
+from math import gcd
+from typing import NamedTuple
+
+from ..planes import Geometry, order, row_bits
+
+Strides = tuple[int, ...]
+
+
+class Operand(NamedTuple):
+    """Strides of n, of the P and of the Q dimensions; `unit`: one Q dimension of stride 1, the others over ALIGN."""
+
+    strides: Strides
+    unit: bool
+
+
+class Walk(NamedTuple):
+    channels_last: bool
+    n: int
+    p: int
+    q: int
+    p_sizes: tuple[int, ...]  # of the merged dimensions, the outermost left out
+    q_sizes: tuple[int, ...]
+    align: int  # elements, a power of two up to 16, that every row start of the unit operands is a multiple of
+    operands: tuple[Operand, ...]
+    wide: bool  # an offset, of an element or of a bit, does not fit 31 bits
+
+    @property
+    def rows(self) -> int:
+        return self.n * self.p
+
+    @property
+    def unit_bits(self) -> int:
+        """Bits of the plane's unit: rows own whole units, 32-bit words but for rows of at most 16 elements."""
+        return min(row_bits(self.q), 32)
+
+    @property
+    def units(self) -> int:
+        return row_bits(self.q) // self.unit_bits
+
+
+def _merge(dims: tuple[int, ...], sizes: Strides, strides: tuple[Strides, ...]) -> tuple[list[int], list[list[int]]]:
+    """Sizes, and strides by operand, of the dimensions after merging; at least one dimension is left."""
+    kept: list[int] = []
+    by_operand: list[list[int]] = [[] for _ in strides]
+    for d in dims:
+        if sizes[d] == 1:
+            continue
+        if kept and all(own[-1] == sizes[d] * s[d] for own, s in zip(by_operand, strides, strict=True)):
+            kept[-1] *= sizes[d]
+            for own, s in zip(by_operand, strides, strict=True):
+                own[-1] = s[d]
+        else:
+            kept.append(sizes[d])
+            for own, s in zip(by_operand, strides, strict=True):
+                own.append(s[d])
+    if not kept:
+        return [1], [[1] for _ in strides]
+    return kept, by_operand
+
+
+def walk(geo: Geometry, *strides: Strides, force_wide: bool = False) -> Walk:
+    """The walk over tensors of geo's shape with these strides."""
+    shape, _ = geo
+    permutation, *_, channels_last = order(geo)
+    inner = permutation[1:-1] if channels_last else (1,)
+    columns = (1,) if channels_last else permutation[2:]
+    p_sizes, p_strides = _merge(inner, shape, strides)
+    q_sizes, q_strides = _merge(columns, shape, strides)
+    n_strides = [s[0] if shape[0] > 1 else 0 for s in strides]
+    p_strides = [s if p_sizes != [1] else [0] for s in p_strides]
+    units = [s == [1] for s in q_strides]
+    p, q = _product(p_sizes), _product(q_sizes)
+    align = gcd(16, q)
+    for n_stride, s, unit in zip(n_strides, p_strides, units, strict=True):
+        if unit:
+            align = gcd(align, n_stride, *s)
+    operands = tuple(
+        Operand(tuple(v // (align if unit else 1) for v in (n_stride, *ps)) + tuple(qs), unit)
+        for n_stride, ps, qs, unit in zip(n_strides, p_strides, q_strides, units, strict=True)
+    )
+    # largest offset of an element, and of a bit of a plane
+    reach = max((sum((size - 1) * s for size, s in zip(shape, own, strict=True)) for own in strides), default=0)
+    wide = force_wide or max(reach, shape[0] * p * row_bits(q)) >= 2**31 - 2**16  # room for a tile's masked columns
+    return Walk(channels_last, shape[0], p, q, tuple(p_sizes[1:]), tuple(q_sizes[1:]), align, operands, wide)
+
+
+def _product(sizes: list[int]) -> int:
+    out = 1
+    for size in sizes:
+        out *= size
+    return out

@@ -1,0 +1,383 @@
+"""The Triton kernels in the interpreter: tiles as planned, the fused gate on every plan, forced 64-bit offsets.
+
+The rest of the suite runs on this backend too, with large tiles (conftest.py).
+"""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+from oracle import AVERAGES, LAYOUTS, cast_gate, close, features, shrink, wide, without_ties
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import drsn_kernels as dk
+from drsn_kernels.backends import triton as backend
+from drsn_kernels.gates import StandardGate, standard_gate
+
+pytestmark = pytest.mark.skipif(
+    not (backend.INSTALLED and backend.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
+)
+if backend.INSTALLED:
+    import triton
+    import triton.language as tl
+
+    from drsn_kernels.triton import launch, plans, standard
+    from drsn_kernels.triton import walk as walks
+
+
+def forget_plans():
+    launch.tiled.cache_clear()
+    standard._one_pass.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def strictly_triton(monkeypatch):
+    monkeypatch.setattr(plans, "TILE_BYTES", 8192)
+    monkeypatch.setattr(plans, "CHANNELS", 256)
+    forget_plans()
+    with dk.use_backend("triton", strict=True):
+        yield
+    forget_plans()
+
+
+@pytest.fixture(params=["as planned", "small tiles", "64-bit offsets"])
+def sizes(request, monkeypatch):
+    """Tiles as planned; so small that short rows are looped over and split; and as if tensors were beyond 2^31."""
+    if request.param == "small tiles":
+        monkeypatch.setattr(plans, "TILE_BYTES", 512)
+        monkeypatch.setattr(plans, "PIECE", 64)
+    elif request.param == "64-bit offsets":
+        for module in (launch, standard):
+            monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
+    forget_plans()
+    return request.param
+
+
+# ---- any gate --------------------------------------------------------------------------------------------------------
+
+SHAPES = [(2, 3, 100), (1, 2, 3001), (3, 40, 9), (2, 33, 7, 5), (40, 5, 3), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_gate(sizes, shape, dtype, layout):
+    x, residual, g = (features(shape).to(dtype) for _ in range(3))
+    if layout == "channels_last":
+        x, residual = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual))
+    if layout == "sliced":
+        x, g = (torch.stack([t, t], -1).flatten(-2)[..., ::2] for t in (x, g))
+    compare(x, residual, nn.Softsign(), "channel", g)
+
+
+@pytest.mark.parametrize("rows", [65_536, 70_001])
+def test_more_rows_than_a_grid_dimension_holds(rows, monkeypatch):
+    monkeypatch.setattr(plans, "TILE_BYTES", 1 << 18)
+    x = features((rows, 1, 8))
+    assert torch.equal(dk.soft_threshold(x, 0.5), x.sign() * (x.abs() - 0.5).relu())
+
+
+def test_a_grid_has_one_dimension_and_a_program_for_every_tile():
+    on = walks.walk(((70_000, 3, 4096), (3 * 4096, 4096, 1)), (3 * 4096, 4096, 1))
+    assert launch.Tiled(on, plans.tiles(on, 4, 132, True), torch.float32).grid == (210_000, 1, 1)
+
+
+# ---- the standard gate -----------------------------------------------------------------------------------------------
+
+PLANS = ["on chip", "twice", "launches", "launches, gate apart"]
+GATES = ["plain", "norm", "batch norm"]
+
+
+@pytest.fixture
+def plan(request, monkeypatch):
+    """One of PLANS, whatever the shape would take."""
+    choose = plans.gate
+    if request.param != "on chip":
+        monkeypatch.setattr(plans, "ON_CHIP", 0)
+    if request.param.startswith("launches"):
+        monkeypatch.setattr(plans, "L2_BYTES", 0)
+        apart = "apart" in request.param
+        monkeypatch.setattr(plans, "gate", lambda *a: dataclasses.replace(choose(*a), on_the_way=not apart))
+    else:  # whatever the weights cost and however few programs there are
+        one = plans.one_pass
+        monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms: one(on, 0, 0, size, 0) if sms else None)
+    forget_plans()
+    return request.param
+
+
+def gate_of(channels: int, kind: str, average: str | None, reduction: int = 1) -> nn.Sequential:
+    gate = dk.Shrinkage(channels, average=average, reduction=reduction, norm=kind != "plain").fc
+    if kind != "plain":
+        norm = gate[1]
+        for t in (norm.weight, norm.running_var):
+            nn.init.uniform_(t, 0.5, 1.5)
+        for t in (norm.bias, norm.running_mean):
+            nn.init.uniform_(t, -0.2, 0.2)
+    return gate.train(kind == "batch norm")
+
+
+def results(step, x, residual, gate, average, g, tau_g) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and buffers of one step; x and residual are fresh leaves."""
+    x, residual = (None if t is None else t.detach().requires_grad_() for t in (x, residual))
+    y, tau = step(x, gate, average, residual)
+    grads = torch.autograd.grad(
+        [y, tau], [t for t in (x, residual, *gate.parameters()) if t is not None], [g.to(y.dtype), tau_g.to(tau.dtype)]
+    )
+    names = [
+        "dx",
+        *(["dresidual"] if residual is not None else []),
+        *(f"d{name}" for name, _ in gate.named_parameters()),
+    ]
+    return {"y": y, "tau": tau, **dict(zip(names, grads, strict=True)), **dict(gate.named_buffers())}
+
+
+def compare(x, residual, gate, average, g, fused: bool = False) -> None:
+    """Ours against the oracle in float64, tolerances from the oracle in the dtype of sums."""
+    with torch.no_grad():
+        tau = shrink(x.double(), cast_gate(gate, torch.float64), average)[1]
+    g, tau_g = without_ties(g, x, tau), torch.randn_like(tau)
+
+    def ours(x, gate, average, residual):
+        y, tau = dk.shrink(x, gate, average=average, residual=residual, return_tau=True)
+        assert type(y.grad_fn).__name__.startswith("StandardShrink") == fused
+        return y, tau
+
+    def oracle(dtype, gate=gate):
+        t, r = x.to(dtype), None if residual is None else residual.to(dtype)
+        return results(shrink, t, r, cast_gate(copy.deepcopy(gate), dtype), average, g, tau_g)
+
+    exact, plain = oracle(torch.float64), oracle(wide(x.dtype))
+    batch_norm = isinstance(gate, nn.Sequential) and isinstance(gate[1], nn.BatchNorm1d) and gate[1].training
+    before = exact  # before BatchNorm's backward takes two means away: the same with the statistics as constants
+    if batch_norm:
+        before = copy.deepcopy(gate).double()
+        before[1].momentum = 1.0
+        shrink(x.double(), before, average)
+        before = oracle(torch.float64, before.eval())
+    actual = results(ours, x, residual, copy.deepcopy(gate), average, g, tau_g)
+    for name, value in actual.items():
+        if value.is_floating_point():
+            close(value.detach(), exact[name].double(), plain[name], name, lambda name=name: before[name].abs().max())
+        else:
+            assert torch.equal(value, exact[name]), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+def test_fused_gate(plan, kind, average, channels_last):
+    if kind == "batch norm" and not plan.startswith("launches"):
+        pytest.skip("takes several launches")
+    x, residual, g = (features((5, 6, 70)) for _ in range(3))
+    if channels_last:
+        x, g = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, g))
+    compare(x, residual, gate_of(6, kind, average), average, g, fused=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("plan", ["on chip", "launches"], indirect=True)
+def test_fused_gate_in_other_dtypes(plan, kind, dtype):
+    x, g = (features((9, 17, 13)).to(dtype) for _ in range(2))
+    compare(x, None, gate_of(17, kind, "channel", 2).to(wide(dtype)), "channel", g, fused=True)
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["channels", "one"])
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("plan", ["twice", "launches", "launches, gate apart"], indirect=True)
+def test_fused_gate_with_one_alpha_or_many_for_every_average(plan, average, one):
+    gate = gate_of(6, "norm", "sample" if one else "channel")
+    x, g = (features((3, 6, 40)) for _ in range(2))
+    compare(x, None, gate, average, g, fused=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", ["on chip", "launches"], indirect=True)
+def test_fused_gate_in_any_layout(plan, layout):
+    x = LAYOUTS[layout](3, 5, 6, 7)
+    residual, g = LAYOUTS["image transposed"](3, 5, 6, 7), LAYOUTS["sliced"](3, 5, 6, 7)
+    compare(x, residual, gate_of(5, "norm", "channel"), "channel", g, fused=True)
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("shape", [(5, 1, 5), (9, 130, 4), (70, 3, 2), (7, 20, 300), (6, 9, 16, 16)], ids=str)
+def test_fused_gate_as_planned(sizes, shape, kind):
+    x, g = features(shape), features(shape)
+    compare(x, None, gate_of(shape[1], kind, "channel"), "channel", g, fused=True)
+
+
+def test_training_follows_the_module(monkeypatch):
+    """Ten steps of SGD beside the reference: weights and running statistics stay together."""
+    gate = gate_of(6, "batch norm", "channel").double()
+    other, x = copy.deepcopy(gate), features((7, 6, 20), torch.float64)
+    for step in range(10):
+        g = torch.randn_like(x)
+        for module, name in ((gate, "triton"), (other, "torch")):
+            with dk.use_backend(name):
+                dk.shrink(x * (step + 1), module).backward(g)
+            with torch.no_grad():
+                for p in module.parameters():
+                    p -= 0.01 * p.grad
+                    p.grad = None
+    for a, b in zip(gate.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert gate[1].num_batches_tracked == 10
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_fused_gate_gradients_of_every_order(average, kind):
+    gate = gate_of(3, kind, average).double()
+    x, residual = (torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def step(x, residual, *parameters):
+        with torch.no_grad():  # gradcheck perturbs its inputs in place: the gate's own parameters are the inputs
+            assert all(a is b for a, b in zip(parameters, gate.parameters(), strict=True))
+        y, tau = dk.shrink(x, gate, average=average, residual=residual, return_tau=True)
+        return y, tau
+
+    inputs = (x, residual, *gate.parameters())
+    assert gradcheck(step, inputs, fast_mode=True, nondet_tol=0)
+    assert gradgradcheck(step, inputs, fast_mode=True)
+
+
+def test_a_third_derivative_and_a_vmapped_gradient():
+    gate = gate_of(3, "norm", "channel").double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for name in ("triton", "torch"):
+        with dk.use_backend(name):
+            y = dk.shrink(x, gate)
+            (first,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad((first**2).sum(), x, create_graph=True)
+            found.append([first, second, torch.autograd.grad((second**2).sum(), x)[0]])
+            directions = torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)[:4]
+            found[-1] += torch.autograd.grad(dk.shrink(x, gate), x, directions, is_grads_batched=True)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_in_place_frozen_and_without_a_gradient(training):
+    gate = gate_of(6, "batch norm" if training else "norm", "channel")
+    x, g = features((5, 6, 33)), torch.randn(5, 6, 33)
+    with dk.use_backend("torch"):
+        wanted = dk.shrink(x, copy.deepcopy(gate), residual=g)
+    with torch.no_grad():
+        torch.testing.assert_close(dk.shrink(x, copy.deepcopy(gate), residual=g), wanted)
+        assert dk.shrink(start := x.clone(), copy.deepcopy(gate), residual=g, inplace=True) is start
+        torch.testing.assert_close(start, wanted)
+    leaf = x.clone().requires_grad_()
+    for parameters in (True, False):
+        frozen = copy.deepcopy(gate).requires_grad_(parameters)
+        inner = leaf * 1
+        y = dk.shrink(inner, frozen, residual=g, inplace=True)
+        assert y is inner
+        torch.testing.assert_close(y, wanted)
+        y.backward(g)
+        assert leaf.grad is not None and (frozen[0].weight.grad is not None) == parameters
+        torch.testing.assert_close(*(results_of_x(x, gate, g), leaf.grad))
+        leaf.grad = None
+    y = dk.shrink(x, copy.deepcopy(gate))  # only the gate learns
+    assert y.requires_grad
+    y.backward(g)
+
+
+def results_of_x(x, gate, g):
+    with dk.use_backend("torch"):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(dk.shrink(leaf, copy.deepcopy(gate)), leaf, g)[0]
+
+
+def test_changed_statistics_are_noticed_in_backward():
+    """As with BatchNorm1d: what a backward pass needs may not be overwritten in between."""
+    gate, x = gate_of(4, "norm", "channel"), features((3, 4, 9)).requires_grad_()
+    y = dk.shrink(x, gate)
+    dk.shrink(x, gate.train())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# ---- what counts as the standard gate --------------------------------------------------------------------------------
+
+
+class Renamed(nn.ReLU):
+    pass
+
+
+def changed(change) -> nn.Sequential:
+    gate = gate_of(4, "norm", "channel")
+    change(gate)
+    return gate
+
+
+OTHERS = {
+    "hook": lambda gate: gate[0].register_forward_hook(lambda *a: None),
+    "pre-hook of the gate": lambda gate: gate.register_forward_pre_hook(lambda *a: None),
+    "backward hook": lambda gate: gate[3].register_full_backward_hook(lambda *a: None),
+    "parametrized": lambda gate: nn.utils.parametrizations.weight_norm(gate[0]),
+    "subclass": lambda gate: gate.__setitem__(2, Renamed()),
+    "other activation": lambda gate: gate.__setitem__(2, nn.GELU()),
+    "cumulative average": lambda gate: setattr(gate[1], "momentum", None),
+    "no statistics": lambda gate: gate.__setitem__(1, nn.BatchNorm1d(4, track_running_stats=False)),
+    "not affine": lambda gate: gate.__setitem__(1, nn.BatchNorm1d(4, affine=False)),
+    "SyncBatchNorm": lambda gate: gate.__setitem__(1, nn.SyncBatchNorm(4)),
+    "no bias": lambda gate: gate.__setitem__(0, nn.Linear(4, 4, bias=False)),
+    "bfloat16": lambda gate: gate.bfloat16(),
+    "wrong size": lambda gate: gate.__setitem__(3, nn.Linear(4, 3)),
+    "own forward": lambda gate: setattr(gate[0], "forward", gate[0].forward),
+    "transposed weight": lambda gate: setattr(gate[0], "weight", nn.Parameter(torch.randn(4, 4).t())),
+    "longer": lambda gate: gate.append(nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_gates_are_called(change):
+    reason = standard_gate(changed(OTHERS[change]), torch.randn(3, 4, 9))
+    assert isinstance(reason, str) and reason
+
+
+def test_the_standard_gate_is_recognised():
+    x = torch.randn(3, 4, 9)
+    assert isinstance(standard_gate(gate_of(4, "norm", "channel"), x), StandardGate)
+    assert standard_gate(gate_of(4, "plain", "sample"), x).gamma is None
+    assert "one sample" in standard_gate(gate_of(4, "batch norm", "channel"), x[:1])
+    handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+    try:
+        assert "global" in standard_gate(gate_of(4, "norm", "channel"), x)
+    finally:
+        handle.remove()
+
+
+def test_a_hook_still_runs_and_one_sample_still_raises():
+    seen, gate = [], gate_of(4, "norm", "channel")
+    gate[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    dk.shrink(torch.randn(3, 4, 9), gate)
+    assert seen == [(3, 4)]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        dk.shrink(torch.randn(1, 4, 9), gate_of(4, "batch norm", "channel"))
+
+
+# ---- the interpreter itself ------------------------------------------------------------------------------------------
+
+if backend.INSTALLED:
+
+    @triton.jit
+    def _copy(x, y, B: tl.constexpr):
+        i = tl.program_id(0) * B + tl.arange(0, B)
+        tl.store(y + i, tl.load(x + i).to(tl.float32).to(y.dtype.element_ty))
+
+
+def test_bfloat16_is_rounded_as_a_gpu_does():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    there = torch.empty(2**16)
+    _copy[(1,)](every, there, B=2**16)
+    assert torch.equal(there.nan_to_num(7), every.float().nan_to_num(7))
+    numbers = torch.randint(-(2**31), 2**31, (2**16,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    back = torch.empty(2**16, dtype=torch.bfloat16)
+    _copy[(1,)](numbers, back, B=2**16)
+    assert torch.equal(back.nan_to_num(7), numbers.bfloat16().nan_to_num(7))
