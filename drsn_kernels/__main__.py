@@ -1,4 +1,4 @@
-"""python -m drsn_kernels info | demo"""
+"""python -m drsn_kernels info | demo | warmup"""
 
 import argparse
 import json
@@ -23,7 +23,32 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a small version of every part, in under a minute")
     demo.add_argument("--epochs", type=int, metavar="N", help="training epochs (default 40, 10 with --quick)")
     demo.add_argument("--seed", type=int, default=0)
+    warm = commands.add_parser("warmup", help="compile the Triton kernels of a model ahead of its first step")
+    warm.add_argument("model", metavar="PACKAGE.MODULE:FACTORY", help="a callable without arguments, or an nn.Module")
+    warm.add_argument(
+        "--input", action="append", required=True, metavar="SIZES", help="such as 128,1,2048; may be repeated"
+    )
+    warm.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    warm.add_argument("--autocast", action="store_true", help="a float32 model under torch.autocast to --dtype")
+    warm.add_argument("--eval-only", action="store_true", help="without a training step")
+    warm.add_argument("--channels-last", action="store_true", help="inputs and model in channels_last order")
+    warm.add_argument("--target", metavar="GPU", help="without a GPU: cuda:80, cuda:90, cuda:100 or hip:gfx942")
     return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    # torch, and the optional packages, only where they are needed
+    if options.command == "warmup":
+        from .warmup import command
+
+        command(
+            options.model, options.input, dtype=options.dtype, eval_only=options.eval_only, autocast=options.autocast,
+            channels_last=options.channels_last, target=options.target,
+        )  # fmt: skip
+        return
+    from .demo import run
+
+    run(options.data, options.out, quick=options.quick, epochs=options.epochs, seed=options.seed)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,10 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = info.collect()
         print(json.dumps(report, indent=2)) if options.json else info.show(report)
         return 0
-    from .demo import run  # torch, and the optional packages, only where they are needed
-
     try:
-        run(options.data, options.out, quick=options.quick, epochs=options.epochs, seed=options.seed)
+        _run(options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

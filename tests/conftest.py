@@ -32,7 +32,7 @@ if triton.INSTALLED and triton.interpreting():
     from drsn_kernels.triton import plans
 
     # Time in the interpreter is programs, not elements: large tiles here, the plans' own sizes in test_triton.py.
-    plans.TILE_BYTES, plans.CHANNELS = 1 << 18, 1 << 17
+    plans.TILE, plans.CHANNELS = 1 << 16, 1 << 17
 
 
 @dataclass(frozen=True)

@@ -24,18 +24,20 @@ if backend.INSTALLED:
     import triton
     import triton.language as tl
 
-    from drsn_kernels.triton import launch, plans, standard
+    from drsn_kernels.triton import apply, grad, launch, plans, reduce, standard
     from drsn_kernels.triton import walk as walks
 
 
 def forget_plans():
-    launch.tiled.cache_clear()
-    standard._one_pass.cache_clear()
+    for module in (apply, grad, reduce):
+        module.prepare.cache_clear()
+    standard._prepare_forward.cache_clear()
+    standard._prepare_backward.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def strictly_triton(monkeypatch):
-    monkeypatch.setattr(plans, "TILE_BYTES", 8192)
+    monkeypatch.setattr(plans, "TILE", 2048)
     monkeypatch.setattr(plans, "CHANNELS", 256)
     forget_plans()
     with dk.use_backend("triton", strict=True):
@@ -47,7 +49,7 @@ def strictly_triton(monkeypatch):
 def sizes(request, monkeypatch):
     """Tiles as planned; so small that short rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "small tiles":
-        monkeypatch.setattr(plans, "TILE_BYTES", 512)
+        monkeypatch.setattr(plans, "TILE", 256)
         monkeypatch.setattr(plans, "PIECE", 64)
     elif request.param == "64-bit offsets":
         for module in (launch, standard):
@@ -75,14 +77,15 @@ def test_any_gate(sizes, shape, dtype, layout):
 
 @pytest.mark.parametrize("rows", [65_536, 70_001])
 def test_more_rows_than_a_grid_dimension_holds(rows, monkeypatch):
-    monkeypatch.setattr(plans, "TILE_BYTES", 1 << 18)
+    monkeypatch.setattr(plans, "TILE", 1 << 16)
     x = features((rows, 1, 8))
     assert torch.equal(dk.soft_threshold(x, 0.5), x.sign() * (x.abs() - 0.5).relu())
 
 
 def test_a_grid_has_one_dimension_and_a_program_for_every_tile():
-    on = walks.walk(((70_000, 3, 4096), (3 * 4096, 4096, 1)), (3 * 4096, 4096, 1))
-    assert launch.Tiled(on, plans.tiles(on, 4, 132, True), torch.float32).grid == (210_000, 1, 1)
+    strides = (3 * 4096, 4096, 1)
+    geo = (torch.Size((70_000, 3, 4096)), strides)
+    assert reduce.prepare(geo, strides, torch.float32, torch.device("cpu")).launch.grid == (210_000, 1, 1)
 
 
 # ---- the standard gate -----------------------------------------------------------------------------------------------

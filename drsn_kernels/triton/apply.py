@@ -5,24 +5,22 @@ Reads x (and the residual) once; writes y and 1 or 2 bits an element. One launch
 `reduce`, which reads x forwards, the part of x read last is still in L2.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
-import triton
 import triton.language as tl
 
 from ..planes import Geometry, words
 from .gate import tau_of
-from .launch import SIZES, on_device, tiled, units_of
+from .launch import Prepared, kernel, tiled, units_of
 from .tiles import offsets, pack, piece, sign_bit, soft_threshold, tile, units
 
 
-@triton.jit(
-    do_not_specialize=[*SIZES, "plane_units", "tau_n", "tau_c", "xs", "ys", "rs", "C", "H"],
-    do_not_specialize_on_alignment=["planes"],
-)
+@kernel(pointers=15, aligned=("x", "y", "residual"))
 def apply_kernel(
-    x, y, residual, tau, planes, plane_units, tau_n, tau_c,
-    pooled, hidden, mean, var, gamma, beta, w2, b2, alpha_out, tau_out, C, H,
-    N, P, QA, splits, length, UNITS, p_sizes, q_sizes, xs, ys, rs,
+    x, y, residual, tau, planes, pooled, hidden, mean, var, gamma, beta, w2, b2, alpha_out, tau_out,
+    plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, xs, ys, rs, tau_n, tau_c, C, H,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, BH: tl.constexpr,
     TWO_PLANES: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
@@ -78,35 +76,38 @@ def apply_kernel(
     tl.store(y + rows[:, None] + columns[None, :], result.to(y.dtype.element_ty), live)
 
 
-# What a kernel with tau as an argument is given in place of the gate.
-_NO_GATE = (None,) * 10 + (0, 0)
-_NO_CONSTANTS = {"AVERAGE": None, "ONE": False, "EPS": 0.0, "BH": 1}
+class Gate(NamedTuple):
+    """What the kernel has to know of a standard gate that it ends; none where it is given tau."""
+
+    channels: int = 0
+    hidden: int = 0
+    average: str | None = None
+    one: bool = False
+    eps: float = 0.0
+    dot: int = 1
 
 
-def launch(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    residual: torch.Tensor | None,
+@functools.lru_cache(maxsize=4096)
+def prepare(
     geo: Geometry,
-    tau: torch.Tensor | None,
-    bits: torch.Tensor | None,
-    planes: int,
-    gate: tuple = _NO_GATE,
-    constants: dict = _NO_CONSTANTS,
-) -> None:
-    """Without tau the kernel computes it from `gate`: pooled, hidden, mean, ..., in the order of its arguments."""
-    strides = (x.stride(), y.stride(), (y if residual is None else residual).stride())
-    plan = tiled(geo, strides, x.dtype, x.device, False)
-    units = None if bits is None else units_of(bits, plan.walk.unit_bits)
-    (xs, x_unit), (ys, y_unit), (rs, r_unit) = plan.walk.operands
-    tau_n, tau_c = 0, 0
-    if tau is not None:
-        tau_n, tau_c = (0 if size == 1 else stride for size, stride in zip(tau.shape, tau.stride(), strict=True))
-    on_device(
-        x.device, apply_kernel[plan.grid],
-        x, y, residual, tau, units, 0 if planes < 2 else units.shape[1], tau_n, tau_c, *gate, *plan.sizes, xs, ys, rs,
-        TWO_PLANES=planes == 2, X_UNIT=x_unit, Y_UNIT=y_unit, R_UNIT=r_unit, **constants, **plan.constants,
+    strides: tuple,
+    tau_strides: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    two_planes: bool,
+    gate: Gate = Gate(),  # noqa: B008  immutable
+) -> tuple[Prepared, int]:
+    """The launch for x, y and the residual of these strides, and the bits of a plane's unit."""
+    on = tiled(geo, strides, dtype, device, False)
+    launch = on.prepare(
+        apply_kernel, (*tau_strides, gate.channels, gate.hidden), TWO_PLANES=two_planes, AVERAGE=gate.average,
+        ONE=gate.one, EPS=gate.eps, BH=gate.dot, X_UNIT=on.walk.operands[0].unit, Y_UNIT=on.walk.operands[1].unit,
+        R_UNIT=on.walk.operands[2].unit,
     )  # fmt: skip
+    return launch, on.walk.unit_bits
+
+
+NO_GATE = (None,) * 10
 
 
 def apply(
@@ -118,7 +119,11 @@ def apply(
     planes: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape, dense = geo
-    y = torch.empty_strided(shape, dense, dtype=x.dtype, device=x.device) if out is None else out
-    bits = torch.empty((planes, words(geo)), dtype=torch.int32, device=x.device) if planes else None
-    launch(x, y, residual, geo, tau, bits, planes)
+    device = x.device
+    y = torch.empty_strided(shape, dense, dtype=x.dtype, device=device) if out is None else out
+    bits = torch.empty((planes, words(geo)), dtype=torch.int32, device=device) if planes else None
+    strides = (x.stride(), y.stride(), (y if residual is None else residual).stride())
+    tau_strides = tuple(0 if size == 1 else stride for size, stride in zip(tau.shape, tau.stride(), strict=True))
+    launch, unit_bits = prepare(geo, strides, tau_strides, x.dtype, device, planes == 2)
+    launch(device, x, y, residual, tau, units_of(bits, unit_bits), *NO_GATE)
     return y, bits

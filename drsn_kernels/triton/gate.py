@@ -18,8 +18,7 @@ without TF32, for any N and H. Rows that were split come as partial sums (parts,
 import triton
 import triton.language as tl
 
-# No specialisation on these integers (launch.SIZES says why).
-GATE_SIZES = ["N", "C", "H", "O", "parts"]
+from .launch import kernel
 
 
 @triton.jit
@@ -85,39 +84,43 @@ def tau_of(
         return alpha, alpha
 
 
-@triton.jit(do_not_specialize=GATE_SIZES)
+@kernel(pointers=10)
 def hidden_kernel(
-    partial, pooled, w1, b1, mean, var, running_mean, running_var, batches, hidden, N, C, H, parts,
+    partial, pooled, w1, b1, mean, var, running_mean, running_var, batches, hidden, N, C, H, parts, share, blocks,
     BATCH_STATS: tl.constexpr, MOMENTUM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     """u (N, H) and, with BATCH_STATS, the batch's mean and biased variance (H,) and the running ones, updated.
 
-    Statistics are merged over blocks of samples by Chan's rule, which loses nothing to cancellation.
+    A program takes BH units of `share` samples; with BATCH_STATS that is all of them. Statistics are merged over tiles
+    of samples by Chan's rule, which loses nothing to cancellation.
     """
     ACC: tl.constexpr = w1.dtype.element_ty
-    h = tl.program_id(0) * BH + tl.arange(0, BH)
+    block = tl.program_id(0) % blocks
+    h = block * BH + tl.arange(0, BH)
     c = tl.arange(0, CB)
     h_live = h < H
+    start = tl.program_id(0) // blocks * share
+    stop = tl.minimum(start + share, N)
     w = tl.load(w1 + (h * C)[:, None] + c[None, :], h_live[:, None] & (c < C)[None, :], 0.0)
     bias = tl.load(b1 + h, h_live, 0.0)
     count = tl.zeros((1,), ACC)
     center = tl.zeros((BH,), ACC)
     spread = tl.zeros((BH,), ACC)
-    for n0 in range(0, N, BN):
+    for n0 in range(start, stop, BN):
         n = n0 + tl.arange(0, BN)
-        n_live = n < N
+        n_live = n < stop
         at = (n * C)[:, None] + c[None, :]
         a_live = n_live[:, None] & (c < C)[None, :]
         a = sum_parts(partial, at, a_live, parts, N * C)
         if pooled is not None:
-            tl.store(pooled + at, a, a_live & (tl.program_id(0) == 0))
+            tl.store(pooled + at, a, a_live & (block == 0))
         u = tl.sum(a[:, None, :] * w[None, :, :], 2) + bias[None, :]
         tl.store(hidden + (n * H)[:, None] + h[None, :], u, n_live[:, None] & h_live[None, :])
         if BATCH_STATS:
             here = tl.sum(n_live.to(ACC)[:, None], 0)
-            block = tl.sum(tl.where(n_live[:, None], u, 0.0), 0) / here
-            off = tl.where(n_live[:, None], u - block[None, :], 0.0)
-            apart = block - center
+            average = tl.sum(tl.where(n_live[:, None], u, 0.0), 0) / here
+            off = tl.where(n_live[:, None], u - average[None, :], 0.0)
+            apart = average - center
             center += apart * (here / (count + here))
             spread += tl.sum(off * off, 0) + apart * apart * (count * here / (count + here))
             count += here
@@ -132,7 +135,7 @@ def hidden_kernel(
             tl.store(batches, tl.load(batches) + 1)
 
 
-@triton.jit(do_not_specialize=GATE_SIZES)
+@kernel(pointers=10)
 def alpha_kernel(
     pooled, hidden, mean, var, gamma, beta, w2, b2, alpha, tau, N, C, H,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr, BH: tl.constexpr,
@@ -194,22 +197,22 @@ def logit_grads(
 
 @triton.jit
 def load_logit_grads(
-    dtau, tau_grad, pooled, alpha, n, c, N, C, parts, AVERAGE: tl.constexpr, ONE: tl.constexpr,
+    dtau, tau_grad, pooled, alpha, n, c, N, stop, C, parts, AVERAGE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """logit_grads of samples n and all channels c, and A, from memory."""
+    """logit_grads of samples n (up to stop) and all channels c, and A, from memory."""
     ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
-    live = (n < N)[:, None] & (c < C)[None, :]
+    live = (n < stop)[:, None] & (c < C)[None, :]
     at = (n * C)[:, None] + c[None, :]
     d = sum_parts(dtau, at, live, parts, N * C)
     own = None
     if tau_grad is not None:
         if ONE_TAU:
-            own = tl.load(tau_grad + n, n < N, 0.0)[:, None]
+            own = tl.load(tau_grad + n, n < stop, 0.0)[:, None]
         else:
             d += tl.load(tau_grad + at, live, 0.0)
     a = tl.load(pooled + at, live, 0.0)
     if ONE:
-        value = tl.load(alpha + n, n < N, 0.0)[:, None]
+        value = tl.load(alpha + n, n < stop, 0.0)[:, None]
     else:
         value = tl.load(alpha + at, live, 0.0)
     dz, around = logit_grads(d, a, value, own, c < C, C, AVERAGE, ONE)
@@ -217,34 +220,41 @@ def load_logit_grads(
 
 
 @triton.jit
-def hidden_of(hidden, n, h, N, H, mean, var, gamma, beta, EPS: tl.constexpr):
+def hidden_delta(dz, w, hidden, n, h, N, H, mean, var, gamma, beta, EPS: tl.constexpr):
+    """dL/dv, relu(v), (u - mean) / std and dv / du for samples n and units h. w is w2 (O, units)."""
     live = (n < N)[:, None] & (h < H)[None, :]
     u = tl.load(hidden + (n * H)[:, None] + h[None, :], live, 0.0)
-    return normalise(u, h, h < H, mean, var, gamma, beta, EPS)
+    v, plain, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
+    dv = tl.where(v > 0, tl.sum(dz[:, :, None] * w[None, :, :], 1), 0.0)
+    return dv, tl.where(live, relu(v), 0.0), plain, slope
 
 
-@triton.jit(do_not_specialize=GATE_SIZES)
+@kernel(pointers=13)
 def hidden_grad_kernel(
-    dtau, tau_grad, pooled, alpha, hidden, mean, var, gamma, beta, w2, du, around, dw1, db1, dgamma, dbeta, dw2, db2,
-    N, C, H, parts,
+    dtau, tau_grad, pooled, alpha, hidden, mean, var, gamma, beta, w2, du, around, grads,
+    N, C, H, parts, share, blocks, total,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the gate's parameters, du (N, H) and `around` (N, C); a program takes BH units, all samples.
+    """Gradients of the gate's parameters, du (N, H) and `around` (N, C).
 
-    du and around are for dA (pooled_grad_of); None where dA is had already (one_pass.py).
-    The second loop recomputes dz rather than keep it: three loads against a store and a load of each.
+    A program takes BH units of `share` samples (all, with BATCH_STATS) and writes its row of grads (shares, total):
+    w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm, gamma (H,) and beta (H,), one after the other.
+    du and around are for dA (pooled_grad_of); None where dA is had already (one_pass.py). With BATCH_STATS the second
+    loop recomputes dz rather than keep it: three loads against a store and a load of each.
     """
     ACC: tl.constexpr = w2.dtype.element_ty
     OB: tl.constexpr = 1 if ONE else CB
-    h = tl.program_id(0) * BH + tl.arange(0, BH)
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks
+    start = part * share
+    stop = tl.minimum(start + share, N)
+    h = block * BH + tl.arange(0, BH)
     c = tl.arange(0, CB)
     o = tl.arange(0, OB)
     h_live = h < H
-    if ONE:
-        o_live = o < 1
-    else:
-        o_live = o < C
+    outputs = 1 if ONE else C
+    o_live = o < outputs
     w2_at = (o * H)[:, None] + h[None, :]
     w2_live = o_live[:, None] & h_live[None, :]
     w = tl.load(w2 + w2_at, w2_live, 0.0)
@@ -254,43 +264,45 @@ def hidden_grad_kernel(
     grad_b2 = tl.zeros((OB,), ACC)
     grad_w1 = tl.zeros((BH, CB), ACC)
     grad_b1 = tl.zeros((BH,), ACC)
-    for n0 in range(0, N, BN):
+    for n0 in range(start, stop, BN):
         n = n0 + tl.arange(0, BN)
-        dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alpha, n, c, N, C, parts, AVERAGE, ONE)
-        v, plain, slope = hidden_of(hidden, n, h, N, H, mean, var, gamma, beta, EPS)
-        dv = tl.where(v > 0, tl.sum(dz[:, :, None] * w[None, :, :], 1), 0.0)
+        dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alpha, n, c, N, stop, C, parts, AVERAGE, ONE)
+        dv, r, plain, slope = hidden_delta(dz, w, hidden, n, h, stop, H, mean, var, gamma, beta, EPS)
         sum_dv += tl.sum(dv, 0)
         sum_dv_plain += tl.sum(dv * plain, 0)
-        grad_w2 += tl.sum(dz[:, :, None] * tl.where((n < N)[:, None], relu(v), 0.0)[:, None, :], 0)
+        grad_w2 += tl.sum(dz[:, :, None] * r[:, None, :], 0)
         grad_b2 += tl.sum(dz, 0)
         if not BATCH_STATS:
             change = dv * slope[None, :]
             grad_b1 += tl.sum(change, 0)
             grad_w1 += tl.sum(change[:, :, None] * a[:, None, :], 0)
             if du is not None:
-                tl.store(du + (n * H)[:, None] + h[None, :], change, (n < N)[:, None] & h_live[None, :])
+                tl.store(du + (n * H)[:, None] + h[None, :], change, (n < stop)[:, None] & h_live[None, :])
         if around is not None:
-            first = (tl.program_id(0) == 0) & (n < N)[:, None] & (c < C)[None, :]
+            first = (n < stop)[:, None] & (c < C)[None, :] & (block == 0)
             tl.store(around + (n * C)[:, None] + c[None, :], past, first)
     if BATCH_STATS:  # BatchNorm's own backward needs both sums before any du
-        batch = N.to(ACC)
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
-            dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alpha, n, c, N, C, parts, AVERAGE, ONE)
-            v, plain, slope = hidden_of(hidden, n, h, N, H, mean, var, gamma, beta, EPS)
-            dv = tl.where(v > 0, tl.sum(dz[:, :, None] * w[None, :, :], 1), 0.0)
-            change = slope[None, :] * (dv - (sum_dv[None, :] + plain * sum_dv_plain[None, :]) / batch)
+            dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alpha, n, c, N, N, C, parts, AVERAGE, ONE)
+            dv, r, plain, slope = hidden_delta(dz, w, hidden, n, h, N, H, mean, var, gamma, beta, EPS)
+            change = slope[None, :] * (dv - (sum_dv[None, :] + plain * sum_dv_plain[None, :]) / N.to(ACC))
             change = tl.where((n < N)[:, None], change, 0.0)
             grad_b1 += tl.sum(change, 0)
             grad_w1 += tl.sum(change[:, :, None] * a[:, None, :], 0)
             tl.store(du + (n * H)[:, None] + h[None, :], change, (n < N)[:, None] & h_live[None, :])
-    tl.store(dw1 + (h * C)[:, None] + c[None, :], grad_w1, h_live[:, None] & (c < C)[None, :])
-    tl.store(db1 + h, grad_b1, h_live)
-    tl.store(dw2 + w2_at, grad_w2, w2_live)
-    tl.store(db2 + o, grad_b2, o_live & (tl.program_id(0) == 0))
-    if dgamma is not None:
-        tl.store(dgamma + h, sum_dv_plain, h_live)
-        tl.store(dbeta + h, sum_dv, h_live)
+    grads += part.to(tl.int64) * total
+    tl.store(grads + (h * C)[:, None] + c[None, :], grad_w1, h_live[:, None] & (c < C)[None, :])
+    grads += H * C
+    tl.store(grads + h, grad_b1, h_live)
+    grads += H
+    tl.store(grads + w2_at, grad_w2, w2_live)
+    grads += outputs * H
+    tl.store(grads + o, grad_b2, o_live & (block == 0))
+    if mean is not None:
+        grads += outputs
+        tl.store(grads + h, sum_dv_plain, h_live)
+        tl.store(grads + H + h, sum_dv, h_live)
 
 
 @triton.jit
@@ -306,7 +318,7 @@ def pooled_grad_of(n, c, live, du, w1, around, C, H, BH: tl.constexpr):
     return tl.sum(total, 0) + tl.load(around + n * C + c, live, 0.0)
 
 
-@triton.jit(do_not_specialize=GATE_SIZES)
+@kernel(pointers=4)
 def pooled_grad_kernel(du, w1, around, out, N, C, H, V: tl.constexpr, BH: tl.constexpr):
     """dA (N, C), where rows are too short to compute it on the way (grad.py)."""
     i = tl.program_id(0) * V + tl.arange(0, V)

@@ -5,6 +5,9 @@ Reads g once (not at all for abs_mean alone) and 1 to 3 bits an element; writes 
 which summed dtau the part of g read last is still in L2.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +15,7 @@ import triton.language as tl
 from ..planes import Geometry
 from ..reference import accumulate_dtype
 from .gate import pooled_grad_of
-from .launch import SIZES, on_device, tiled, units_of
+from .launch import Prepared, kernel, tiled, units_of
 from .tiles import offsets, piece, tile, units, unpack
 
 
@@ -45,13 +48,10 @@ def _grad_tile(
     return signed
 
 
-@triton.jit(
-    do_not_specialize=[*SIZES, "gs", "ds", "L", "C", "H"],
-    do_not_specialize_on_alignment=["kept", "sign", "nonzero"],
-)
+@kernel(pointers=10, aligned=("g", "dx"))
 def grad_kernel(
-    g, kept, sign, nonzero, pooled_grad, dx, dtau, du, w1, around, C, H, L,
-    N, P, QA, splits, length, UNITS, p_sizes, q_sizes, gs, ds, BH: tl.constexpr,
+    g, kept, sign, nonzero, pooled_grad, dx, dtau, du, w1, around,
+    plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, gs, ds, C, H, BH: tl.constexpr,
     G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr,
     UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -99,36 +99,27 @@ def grad_kernel(
         tl.store(dtau + at, sums, sums_live)
 
 
-_NO_GATE = (None, None, None, 0, 0)
+class Call(NamedTuple):
+    launch: Prepared
+    splits: int
+    unit_bits: int
 
 
-def launch(
+@functools.lru_cache(maxsize=4096)
+def prepare(
     geo: Geometry,
+    strides: tuple,
     dtype: torch.dtype,
-    g: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    sign: torch.Tensor | None,
-    nonzero: torch.Tensor | None,
-    pooled_grad: torch.Tensor | None,
-    gate: tuple | None,
-    dot: int,
-    dx: torch.Tensor | None,
-    dtau: bool,
-) -> tuple[torch.Tensor | None, int]:
-    """Partial sums of dtau (splits, N, C), if wanted, and splits. dA is pooled_grad, or computed from `gate`."""
-    shape, dense = geo
-    device = (g if g is not None else pooled_grad).device
-    plan = tiled(geo, (dense if g is None else g.stride(), dense), dtype, device, dtau)
-    splits = plan.plan.splits
-    partial = torch.empty((splits, *shape[:2]), dtype=accumulate_dtype(dtype), device=device) if dtau else None
-    planes = (None if p is None else units_of(p, plan.walk.unit_bits) for p in (kept, sign, nonzero))
-    (gs, g_unit), (ds, d_unit) = plan.walk.operands
-    on_device(
-        device, grad_kernel[plan.grid],
-        g, *planes, pooled_grad, dx, partial, *(_NO_GATE if gate is None else gate), plan.length, *plan.sizes, gs, ds,
-        BH=dot, G_UNIT=g_unit, D_UNIT=d_unit, **plan.constants,
-    )  # fmt: skip
-    return partial, splits
+    device: torch.device,
+    want_dtau: bool,
+    gate: tuple[int, int, int] = (0, 0, 1),
+) -> Call:
+    """The launch for g and dx of these strides. gate: C, H and the units at a time, where it computes dA."""
+    on = tiled(geo, strides, dtype, device, want_dtau)
+    launch = on.prepare(
+        grad_kernel, gate[:2], BH=gate[2], G_UNIT=on.walk.operands[0].unit, D_UNIT=on.walk.operands[1].unit
+    )
+    return Call(launch, on.plan.splits, on.walk.unit_bits)
 
 
 def grad(
@@ -147,7 +138,12 @@ def grad(
         pooled_grad = pooled_grad.contiguous()  # (N, C)-sized
     device = (g if g is not None else pooled_grad).device
     dx = torch.empty_strided(shape, dense, dtype=dtype, device=device) if want_dx else None
-    dtau, splits = launch(geo, dtype, g, kept, sign, nonzero, pooled_grad, None, 1, dx, want_dtau)
+    call = prepare(geo, (dense if g is None else g.stride(), dense), dtype, device, want_dtau)
+    dtau = None
     if want_dtau:
-        dtau = dtau[0] if splits == 1 else dtau.sum(0)
+        dtau = torch.empty((call.splits, *shape[:2]), dtype=accumulate_dtype(dtype), device=device)
+    planes = (units_of(plane, call.unit_bits) for plane in (kept, sign, nonzero))
+    call.launch(device, g, *planes, pooled_grad, dx, dtau, None, None, None)
+    if want_dtau:
+        dtau = dtau[0] if call.splits == 1 else dtau.sum(0)
     return dx, dtau

@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 
 from .gate import logit_grads, normalise, relu
-from .launch import SIZES
+from .launch import kernel
 from .tiles import offsets, pack, sign_bit, soft_threshold, units, unpack
-
-NUMBERS = [*SIZES, "H", "L", "plane_units", "xs", "ys", "rs", "gs", "ds"]
 
 
 @triton.jit
@@ -84,10 +82,10 @@ def _finish(
     tl.store(y + rows[:, None] + columns[None, :], result.to(y.dtype.element_ty), live)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@kernel(pointers=16, aligned=("x", "y", "residual"))
 def forward_kernel(
-    x, y, residual, planes, plane_units, pooled, hidden, alpha, tau, w1, b1, mean, var, gamma, beta, w2, b2,
-    N, P, QA, UNITS, p_sizes, q_sizes, H, L, xs, ys, rs,
+    x, y, residual, planes, pooled, hidden, alpha, tau, w1, b1, mean, var, gamma, beta, w2, b2,
+    plane_units, L, H, N, P, QA, UNITS, p_sizes, q_sizes, xs, ys, rs,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     R_UNIT: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -188,10 +186,10 @@ def _store_dx(
     tl.store(dx + rows[:, None] + columns[None, :], result.to(dx.dtype.element_ty), live)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@kernel(pointers=14, aligned=("g", "dx"))
 def backward_kernel(
-    g, dx, planes, plane_units, dtau, tau_grad, pooled, hidden, alpha, w1, mean, var, gamma, beta, w2,
-    N, P, QA, UNITS, p_sizes, q_sizes, H, L, gs, ds,
+    g, dx, planes, dtau, tau_grad, pooled, hidden, alpha, w1, mean, var, gamma, beta, w2,
+    plane_units, L, H, N, P, QA, UNITS, p_sizes, q_sizes, gs, ds,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
     UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,

@@ -1,19 +1,23 @@
 """Which tile and how many programs each launch takes, and why. Nothing is tuned at run time.
 
-A plan depends on the length of a row, the dtype and the layout, never on the batch size or the number of channels in a
-`constexpr`: another batch size runs the kernel that is compiled already (tests/test_triton_plans.py counts).
-`splits` and the grid are run-time values.
+What a plan puts into a constexpr depends on the length of a row, the dtype and the layout; where the gate is fused,
+also on the next power of two of C; never on the batch size: another batch runs the kernel that is compiled already
+(tests/test_triton_lowering.py counts). Grids and splits are run-time values.
 """
 
 from dataclasses import dataclass
 
 from .walk import Walk
 
-# 8 KiB of x a program, 4 warps: four 16-byte loads in flight a thread, and 16 programs fit an SM's 2,048 threads, so
-# 128 KiB are on their way where 3 TB/s at 600 ns want 14 KiB an SM. Larger tiles only lengthen the tail of the grid.
-TILE_BYTES = 8192
+# Elements of a tile, at 4 warps 16 a thread: four 16-byte loads of float32 in flight, two of bfloat16, in 40 registers,
+# so that 12 programs fit an SM. 48 to 96 KiB are on their way then, where 3 TB/s at 600 ns want 14 KiB an SM. With 32
+# elements of bfloat16 a thread, channels_last spilled on 8.0. A row up to twice that is one tile, straight-line code;
+# longer ones are walked by columns in a loop.
+TILE = 2048
 WARPS = 4
-# A row up to twice that is one tile, straight-line code; longer ones are walked by columns in a loop.
+# Where rows are not aligned every element has an address of its own: half a tile, because with 16 elements a thread
+# rows of 49 took 96 to 153 registers.
+RAGGED = 2
 # Of channels_last, so many channels: 1 KiB of neighbouring float32, and 8 rows to sum over before threads meet.
 CHANNELS = 256
 # Rows are split among programs where there are fewer programs than this for each SM; a piece is at least PIECE elements
@@ -45,7 +49,7 @@ def _power_of_two(n: int) -> int:
 
 def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     """The plan of reduce, apply and grad. `split`: rows may be cut, because sums over them may be partial."""
-    elements = TILE_BYTES // itemsize
+    elements = TILE if walk.align * itemsize >= 16 else TILE // RAGGED
     unit = walk.unit_bits
     if walk.channels_last:
         # vectors along C; a tile stays in one sample, whose channels have their own sums and thresholds
@@ -55,7 +59,7 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
         extent, step = walk.p, rows
     else:
         whole = max(_power_of_two(walk.q), unit)
-        if whole * itemsize <= 2 * TILE_BYTES:
+        if whole <= 2 * TILE:
             columns = whole
         else:  # of the lengths that fill the warps with 16-byte loads, the one with the least idle lanes
             columns = min((elements, elements // 2, elements // 4), key=lambda b: _cdiv(walk.q, b) * b)
@@ -71,8 +75,8 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
         splits = min(wanted, pieces, steps) if split else steps
     per_piece = _cdiv(steps, splits)
     splits = _cdiv(steps, per_piece)
-    tile_bytes = rows * columns * itemsize
-    warps = 2 * WARPS if tile_bytes > TILE_BYTES else WARPS if tile_bytes > TILE_BYTES // 4 else 1
+    tile = rows * columns
+    warps = 2 * WARPS if tile > TILE else WARPS if tile > TILE // 4 else 1
     return TilePlan(rows, columns, split and steps > 1, splits, per_piece, blocks * splits, warps)
 
 
@@ -89,9 +93,18 @@ ON_CHIP = 16384
 L2_BYTES = 36 << 20
 # Channels of a tile of the gate's kernels; a product over more of them leaves less than one sample a tile.
 MOST_CHANNELS = 2048
-# Elements of a gate's products (samples x units x channels) a program holds: 32 registers a thread at 4 warps. Twice as
-# many spill in the backward pass, which holds two products at a time.
-PRODUCTS = 4096
+# Elements of one product of the gate (samples x units x channels) that a thread holds, forward; half as many backward,
+# where two products are held at a time: 32 took 128 to 246 registers and spilled 48 bytes at 256 channels.
+PRODUCTS = 32
+# With these two, ptxas may use every register. Left to itself it stops at a round occupancy, which is of no use where
+# there are fewer programs than multiprocessors, and spills a few for it (8 to 32 bytes, at 40, 64 or 128 registers).
+GATE_WARPS = 8
+MOST_REGISTERS = 255
+# The gate's launches are short chains of dependent loads, so their time is the samples a program walks one after the
+# other: at least this many tiles of samples each, then as many programs as the GPU runs at a time. Their sums over
+# samples are partial then, at most so many bytes of them.
+TILES_EACH = 2
+PARTIAL_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -108,15 +121,18 @@ class OnePassPlan:
 
 @dataclass(frozen=True)
 class GatePlan:
-    """The gate's own launches: tiles of samples x units x channels; and whether tau and dA are had on the way."""
+    """The gate's own launches: tiles of samples (half as many backward) x units x channels."""
 
     samples: int
     units: int
     channels: int
+    blocks: int  # of units
+    shares: int  # of samples, one a program; 1 where the batch is coupled
+    share: int  # samples in one
     on_the_way: bool  # the second layer in apply, dA in grad; else by launches of their own
     dot: int  # of the hidden units at a time, where a dot product over them is computed on the way
     vector: int  # thresholds a program, where they have a launch of their own
-    warps: int = WARPS
+    vector_dot: int
 
 
 def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> OnePassPlan | str:
@@ -145,19 +161,25 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
         return f"each program would read {weights} bytes of weights for {samples * sample_bytes} bytes of x"
     if _cdiv(walk.n, samples) * 4 < 3 * sms and walk.n * sample_bytes > 2 << 20:
         return f"{_cdiv(walk.n, samples)} programs of whole samples leave most of {sms} multiprocessors idle"
-    units = min(max(PRODUCTS // (samples * wide), 1), 32, _power_of_two(hidden))
+    units = min(max(32 * warps * PRODUCTS // (samples * wide), 1), 32, _power_of_two(hidden))
     return OnePassPlan(samples, rows, columns, loop, units, warps)
 
 
-def gate(walk: Walk, plan: TilePlan, hidden: int) -> GatePlan | str:
-    """The plan of the gate's own launches, around reduce, apply and grad over tiles of `plan`; or why there is none."""
-    channels = walk.q if walk.channels_last else walk.p
-    if channels > MOST_CHANNELS:
-        return f"{channels} channels do not fit the tile of the gate's kernels (at most {MOST_CHANNELS})"
-    wide = _power_of_two(channels)
-    units = 8 if wide <= 128 else 4  # 8 neighbouring weights of w2 are a sector; more programs where products are long
-    samples = min(max(PRODUCTS // (units * wide), 1), 32)
+def gate(walk: Walk, plan: TilePlan, hidden: int, coupled: bool, sms: int) -> GatePlan:
+    """The plan of the gate's own launches, around reduce, apply and grad over tiles of `plan`.
+
+    coupled: batch statistics; a program must see every sample.
+    """
+    wide = _power_of_two(walk.q if walk.channels_last else walk.p)
+    units = min(4, _power_of_two(hidden))  # few, because the programs are few: H / 4
+    samples = min(max(32 * GATE_WARPS * PRODUCTS // (units * wide), 1), 64)
+    blocks = _cdiv(hidden, units)
+    shares = 1
+    if not coupled:
+        parameters = 4 * blocks * units * 2 * wide
+        shares = min(_cdiv(walk.n, samples * TILES_EACH), _cdiv(2 * sms, blocks), max(PARTIAL_BYTES // parameters, 1))
+    share = _cdiv(_cdiv(walk.n, shares), samples) * samples
     # A threshold costs two loads for each hidden unit, from L1 or L2; the elements of the tile it serves carry that.
     vector, served = (plan.columns, plan.rows) if walk.channels_last else (plan.rows, plan.columns)
     dot = min(max(2048 // vector, 8), 64)
-    return GatePlan(samples, units, wide, hidden <= served, dot, 64)
+    return GatePlan(samples, units, wide, blocks, _cdiv(walk.n, share), share, hidden <= served, dot, 64, 16)

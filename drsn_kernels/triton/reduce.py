@@ -3,13 +3,16 @@
 Reads x once; writes A and 2 bits an element. One launch, and a sum of partials (splits, N, C) where rows are split.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..planes import Geometry, words
 from ..reference import accumulate_dtype
-from .launch import SIZES, on_device, tiled, units_of
+from .launch import Prepared, kernel, tiled, units_of
 from .tiles import offsets, pack, piece, sign_bit, tile, units
 
 
@@ -31,7 +34,7 @@ def _reduce_tile(
     return tl.abs(value)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "plane_units", "xs", "L"], do_not_specialize_on_alignment=["planes"])
+@kernel(pointers=3, aligned=("x",))
 def reduce_kernel(
     x, out, planes, plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, xs,
     X_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, UNIT_BITS: tl.constexpr,
@@ -63,19 +66,25 @@ def reduce_kernel(
         tl.store(out + n * P + p, mean, rows_live)
 
 
+class Call(NamedTuple):
+    launch: Prepared
+    splits: int
+    unit_bits: int
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare(geo: Geometry, x_strides: tuple, dtype: torch.dtype, device: torch.device) -> Call:
+    on = tiled(geo, (x_strides,), dtype, device, True)
+    return Call(on.prepare(reduce_kernel, X_UNIT=on.walk.operands[0].unit), on.plan.splits, on.walk.unit_bits)
+
+
 def partial_means(x: torch.Tensor, geo: Geometry, bits: torch.Tensor | None) -> tuple[torch.Tensor, int]:
     """(splits, N, C), whose sum over splits is A, and splits; the planes sign and nonzero go to bits[0] and bits[1]."""
-    plan = tiled(geo, (x.stride(),), x.dtype, x.device, True)
-    splits = plan.plan.splits
-    out = torch.empty((splits, *geo[0][:2]), dtype=accumulate_dtype(x.dtype), device=x.device)
-    units = None if bits is None else units_of(bits, plan.walk.unit_bits)
-    x_strides, x_unit = plan.walk.operands[0]
-    on_device(
-        x.device, reduce_kernel[plan.grid],
-        x, out, units, 0 if units is None else units.shape[1], plan.length, *plan.sizes, x_strides,
-        X_UNIT=x_unit, **plan.constants,
-    )  # fmt: skip
-    return out, splits
+    device = x.device
+    call = prepare(geo, x.stride(), x.dtype, device)
+    out = torch.empty((call.splits, *geo[0][:2]), dtype=accumulate_dtype(x.dtype), device=device)
+    call.launch(device, x, out, units_of(bits, call.unit_bits))
+    return out, call.splits
 
 
 def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,22 +5,24 @@
     several launches   reduce, hidden, [alpha,] apply               grad (dtau), hidden_grad, [pooled_grad,] grad (dx)
 
 [alpha] and [pooled_grad] are launches of their own only where a row is too short to carry a dot product over the hidden
-units (plans.gate). Between launches nothing comes back to the host.
+units (plans.gate). Where the batch is not coupled, a large one is shared out in hidden_grad, whose partial sums torch
+then adds: deterministic, one more short launch. Between launches nothing comes back to the host.
 """
 
 import functools
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 
 from ..gates import StandardGate
 from ..planes import Geometry, words
 from ..reference import accumulate_dtype
 from . import apply, gate, grad, one_pass, plans, reduce
-from .launch import multiprocessors, on_device, tiled, units_of
+from .launch import Prepared, common, multiprocessors, plane_units, tiled, units_of
 from .plans import GatePlan, OnePassPlan
 from .walk import Walk, walk
+
+_LAUNCH = {"num_warps": plans.GATE_WARPS, "maxnreg": plans.MOST_REGISTERS}  # of the gate's own kernels
 
 
 class Kept(NamedTuple):
@@ -34,21 +36,40 @@ class Kept(NamedTuple):
     var: torch.Tensor | None
 
 
-@functools.lru_cache(maxsize=4096)
-def _one_pass(
-    geo: Geometry, strides: tuple, hidden: int, outputs: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Walk, OnePassPlan | str]:
-    on = walk(geo, *strides)
-    return on, plans.one_pass(on, hidden, outputs, dtype.itemsize, multiprocessors(device))
+class Call(NamedTuple):
+    """What a plan depends on, besides the walk: the key under which prepared launches are kept."""
+
+    geometry: Geometry
+    dtype: torch.dtype
+    device: torch.device
+    hidden: int
+    outputs: int
+    average: str | None
+    coupled: bool  # batch statistics
+    eps: float
+    momentum: float
+
+    @classmethod
+    def of(cls, geo, dtype, device, parts: StandardGate, average) -> "Call":
+        outputs, hidden = parts.w2.shape
+        return cls(geo, dtype, device, hidden, outputs, average, parts.batch_stats, parts.eps, parts.momentum)
+
+    @property
+    def channels(self) -> int:
+        return self.geometry[0][1]
+
+    @property
+    def one_tau(self) -> bool:
+        """tau is (N, 1): one alpha, and an average that is shared or none."""
+        return self.outputs == 1 and self.average != "channel"
 
 
-def plan_of(
-    geo: Geometry, strides: tuple, parts: StandardGate, dtype: torch.dtype, device: torch.device
-) -> tuple[Walk, OnePassPlan] | str:
+def plan_of(call: Call, strides: tuple) -> tuple[Walk, OnePassPlan] | str:
     """The one-pass plan, or why the step takes several launches."""
-    if parts.batch_stats:
+    if call.coupled:
         return "BatchNorm in training couples the batch: its statistics are known only when all of x has been read"
-    on, plan = _one_pass(geo, strides, parts.w1.shape[0], parts.w2.shape[0], dtype, device)
+    on = walk(call.geometry, *strides)
+    plan = plans.one_pass(on, call.hidden, call.outputs, call.dtype.itemsize, multiprocessors(call.device))
     return plan if isinstance(plan, str) else (on, plan)
 
 
@@ -58,24 +79,65 @@ def unsupported(x: torch.Tensor, parts: StandardGate) -> str | None:
     return None
 
 
-def _constants(on: Walk, plan: OnePassPlan, parts: StandardGate, average: str | None, dtype: torch.dtype) -> dict:
-    return {
-        "AVERAGE": average, "ONE": parts.w2.shape[0] == 1, "EPS": parts.eps, "LOOP": plan.loop, "S": plan.samples,
-        "PB": plan.rows, "B": plan.columns, "BH": plan.units, "UNIT_BITS": on.unit_bits, "ALIGN": on.align,
-        "CHANNELS_LAST": on.channels_last, "WIDE": on.wide,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32, "num_warps": plan.warps,
+def _one_pass(fn, call: Call, on: Walk, plan: OnePassPlan, **constants) -> Prepared:
+    geo = call.geometry
+    integers = (
+        plane_units(geo, on), geo[0][2:].numel(), call.hidden, on.n, on.p, on.q // on.align, on.units,
+        on.p_sizes, on.q_sizes, *(strides for strides, _ in on.operands),
+    )  # fmt: skip
+    constants |= {
+        "AVERAGE": call.average, "ONE": call.outputs == 1, "EPS": call.eps, "LOOP": plan.loop, "S": plan.samples,
+        "PB": plan.rows, "B": plan.columns, "BH": plan.units, "num_warps": plan.warps, **common(on, call.dtype),
     }  # fmt: skip
+    return Prepared(fn, -(-on.n // plan.samples), integers, constants)
 
 
-def _length(geo: Geometry) -> int:
-    return geo[0][2:].numel()
+def _gate_plan(call: Call, strides: tuple) -> GatePlan:
+    on = tiled(call.geometry, strides, call.dtype, call.device, False)
+    return plans.gate(on.walk, on.plan, call.hidden, call.coupled, multiprocessors(call.device))
 
 
-def _gate_plan(
-    geo: Geometry, strides: tuple, parts: StandardGate, dtype: torch.dtype, device: torch.device
-) -> GatePlan:
-    tiles = tiled(geo, strides, dtype, device, False)
-    return plans.gate(tiles.walk, tiles.plan, parts.w1.shape[0])
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+class Forward(NamedTuple):
+    """Prepared launches: `one`, or the others (`alpha` only where the gate ends apart)."""
+
+    unit_bits: int
+    one: Prepared | None
+    splits: int = 1
+    hidden: Prepared | None = None
+    alpha: Prepared | None = None
+    apply: Prepared | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_forward(call: Call, strides: tuple) -> Forward:
+    """strides: of x, y and the residual."""
+    one = plan_of(call, strides)
+    if not isinstance(one, str):
+        on, plan = one
+        units = dict(zip(("X_UNIT", "Y_UNIT", "R_UNIT"), (unit for _, unit in on.operands), strict=True))
+        return Forward(on.unit_bits, _one_pass(one_pass.forward_kernel, call, on, plan, **units))
+    (n, c, *_), geo, dtype, device = call.geometry[0], call.geometry, call.dtype, call.device
+    first, plan = reduce.prepare(geo, strides[0], dtype, device), _gate_plan(call, strides)
+    hidden = Prepared(
+        gate.hidden_kernel, plan.blocks * plan.shares, (n, c, call.hidden, first.splits, plan.share, plan.blocks),
+        {"BATCH_STATS": call.coupled, "MOMENTUM": call.momentum, "BN": plan.samples, "BH": plan.units,
+         "CB": plan.channels, **_LAUNCH},
+    )  # fmt: skip
+    if plan.on_the_way:
+        ends = apply.Gate(c, call.hidden, call.average, call.outputs == 1, call.eps, plan.dot)
+        last, unit_bits = apply.prepare(geo, strides, (0, 0), dtype, device, False, ends)
+        return Forward(unit_bits, None, first.splits, hidden, None, last)
+    columns = 1 if call.one_tau else c
+    alpha = Prepared(
+        gate.alpha_kernel, -(-n * columns // plan.vector), (n, c, call.hidden),
+        {"AVERAGE": call.average, "ONE": call.outputs == 1, "EPS": call.eps, "V": plan.vector, "BH": plan.vector_dot,
+         **_LAUNCH},
+    )  # fmt: skip
+    last, unit_bits = apply.prepare(geo, strides, (1, 0) if columns == 1 else (c, 1), dtype, device, False)
+    return Forward(unit_bits, None, first.splits, hidden, alpha, last)
 
 
 def forward(
@@ -90,56 +152,96 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:
     """y, tau if wanted, and what a backward pass needs if `keep`."""
     shape, dense = geo
-    (n, c), device, acc = shape[:2], x.device, accumulate_dtype(x.dtype)
-    hidden_size, outputs = parts.w1.shape[0], parts.w2.shape[0]
-    y = torch.empty_strided(shape, dense, dtype=x.dtype, device=device) if out is None else out
-    strides = (x.stride(), y.stride(), (y if residual is None else residual).stride())
-    one = plan_of(geo, strides, parts, x.dtype, device)
+    n, c = shape[0], shape[1]
+    device, dtype = x.device, x.dtype
+    call = Call.of(geo, dtype, device, parts, average)
+    y = torch.empty_strided(shape, dense, dtype=dtype, device=device) if out is None else out
+    step = _prepare_forward(call, (x.stride(), y.stride(), (y if residual is None else residual).stride()))
+
+    def new(rows: int, columns: int) -> torch.Tensor:  # half the time of torch.empty
+        return torch.empty_strided((rows, columns), (columns, 1), dtype=accumulate_dtype(dtype), device=device)
+
     bits = torch.empty((3, words(geo)), dtype=torch.int32, device=device) if keep else None
-    new = functools.partial(torch.empty, dtype=acc, device=device)
-    tau = new((n, 1 if outputs == 1 and average != "channel" else c)) if want_tau else None
-    mean, var = parts.mean, parts.var
-    if not isinstance(one, str):
-        on, plan = one
-        pooled, hidden, alpha = (new((n, c)), new((n, hidden_size)), new((n, outputs))) if keep else (None, None, None)
-        units = None if bits is None else units_of(bits, on.unit_bits)
-        (xs, x_unit), (ys, y_unit), (rs, r_unit) = on.operands
-        on_device(
-            device, one_pass.forward_kernel[(-(-n // plan.samples), 1, 1)],
-            x, y, residual, units, 0 if units is None else units.shape[1], pooled, hidden, alpha, tau,
-            parts.w1, parts.b1, mean, var, parts.gamma, parts.beta, parts.w2, parts.b2,
-            on.n, on.p, on.q // on.align, on.units, on.p_sizes, on.q_sizes, hidden_size, _length(geo), xs, ys, rs,
-            X_UNIT=x_unit, Y_UNIT=y_unit, R_UNIT=r_unit, **_constants(on, plan, parts, average, x.dtype),
+    units = units_of(bits, step.unit_bits)
+    tau = new(n, 1 if call.one_tau else c) if want_tau else None
+    mean, var, norm = parts.mean, parts.var, (parts.gamma, parts.beta)
+    if step.one is not None:
+        kept = Kept(None, None, None, None, None, None)
+        if keep:
+            kept = Kept(bits, new(n, c), new(n, call.hidden), new(n, call.outputs), mean, var)
+        step.one(
+            device, x, y, residual, units, kept.pooled, kept.hidden, kept.alpha, tau,
+            parts.w1, parts.b1, mean, var, *norm, parts.w2, parts.b2,
         )  # fmt: skip
-        return y, tau, Kept(bits, pooled, hidden, alpha, mean, var)
+        return y, tau, kept
 
     partial, splits = reduce.partial_means(x, geo, bits)
-    pooled = partial[0] if splits == 1 else new((n, c))
-    hidden, alpha = new((n, hidden_size)), new((n, outputs)) if keep else None
+    pooled = partial[0] if splits == 1 else new(n, c)
+    hidden = new(n, call.hidden)
     if parts.batch_stats:
-        mean, var = new(hidden_size), new(hidden_size)
-    plan = _gate_plan(geo, strides, parts, x.dtype, device)
-    on_device(
-        device, gate.hidden_kernel[(-(-hidden_size // plan.units), 1, 1)],
-        partial, None if splits == 1 else pooled, parts.w1, parts.b1, mean, var, parts.mean, parts.var, parts.batches,
-        hidden, n, c, hidden_size, splits,
-        BATCH_STATS=parts.batch_stats, MOMENTUM=parts.momentum, BN=plan.samples, BH=plan.units, CB=plan.channels,
-        num_warps=plan.warps,
+        mean, var = new(2, call.hidden)
+    step.hidden(
+        device, partial, None if splits == 1 else pooled, parts.w1, parts.b1, mean, var,
+        parts.mean, parts.var, parts.batches, hidden,
     )  # fmt: skip
-    second = (pooled, hidden, mean, var, parts.gamma, parts.beta, parts.w2, parts.b2)
-    constants = {"AVERAGE": average, "ONE": outputs == 1, "EPS": parts.eps, "BH": plan.dot}
-    if plan.on_the_way:
-        kept = None if bits is None else bits[2]
-        apply.launch(x, y, residual, geo, None, kept, 1, (*second, alpha, tau, c, hidden_size), constants)
+    kept_plane = None if units is None else units[2]
+    if step.alpha is None:
+        alpha = new(n, call.outputs) if keep else None
+        step.apply(
+            device, x, y, residual, None, kept_plane, pooled, hidden, mean, var, *norm, parts.w2, parts.b2, alpha, tau
+        )
     else:
-        alpha = new((n, outputs)) if alpha is None else alpha
-        used = new((n, 1 if outputs == 1 and average != "channel" else c)) if tau is None else tau
-        on_device(
-            device, gate.alpha_kernel[(-(-used.numel() // plan.vector), 1, 1)],
-            *second, alpha, used, n, c, hidden_size, **(constants | {"BH": 16}), V=plan.vector, num_warps=plan.warps,
-        )  # fmt: skip
-        apply.launch(x, y, residual, geo, used, None if bits is None else bits[2], 1)
+        alpha = new(n, call.outputs)
+        used = new(n, 1 if call.one_tau else c) if tau is None else tau
+        step.alpha(device, pooled, hidden, mean, var, *norm, parts.w2, parts.b2, alpha, used)
+        step.apply(device, x, y, residual, used, kept_plane, *apply.NO_GATE)
     return y, tau, Kept(bits, pooled, hidden, alpha, mean, var)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+class Backward(NamedTuple):
+    """Prepared launches: `one` and hidden, or all the others (`pooled` only where dA is computed apart)."""
+
+    unit_bits: int
+    one: Prepared | None
+    hidden: Prepared
+    shares: int
+    sizes: tuple[int, ...]  # of the parameters, in the order of their gradients
+    splits: int = 1
+    dtau: Prepared | None = None
+    pooled: Prepared | None = None
+    dx: Prepared | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_backward(call: Call, strides: tuple, normed: bool, want_dx: bool) -> Backward:
+    """strides: of g and dx."""
+    (n, c, *_), geo, dtype, device = call.geometry[0], call.geometry, call.dtype, call.device
+    one = plan_of(call, strides) if want_dx else "without dx there is nothing to fuse"
+    first = None if not isinstance(one, str) else grad.prepare(geo, strides, dtype, device, True)
+    plan = _gate_plan(call, strides)
+    h, o = call.hidden, call.outputs
+    sizes = (h * c, h, o * h, o, *((h, h) if normed else ()))
+    hidden = Prepared(
+        gate.hidden_grad_kernel, plan.blocks * plan.shares,
+        (n, c, h, 1 if first is None else first.splits, plan.share, plan.blocks, sum(sizes)),
+        {"AVERAGE": call.average, "ONE": o == 1, "BATCH_STATS": call.coupled, "EPS": call.eps,
+         "BN": max(plan.samples // 2, 1), "BH": plan.units, "CB": plan.channels, **_LAUNCH},
+    )  # fmt: skip
+    if first is None:
+        on, tile = one
+        units = dict(zip(("G_UNIT", "D_UNIT"), (unit for _, unit in on.operands), strict=True))
+        launch = _one_pass(one_pass.backward_kernel, call, on, tile, **units)
+        return Backward(on.unit_bits, launch, hidden, plan.shares, sizes)
+    pooled = None
+    if not plan.on_the_way:
+        constants = {"V": plan.vector, "BH": plan.vector_dot, **_LAUNCH}
+        pooled = Prepared(gate.pooled_grad_kernel, -(-n * c // plan.vector), (n, c, h), constants)
+    ends = (c, h, plan.dot) if plan.on_the_way else (0, 0, 1)
+    last = grad.prepare(geo, strides, dtype, device, False, ends).launch
+    return Backward(first.unit_bits, None, hidden, plan.shares, sizes, first.splits, first.launch, pooled, last)
 
 
 def backward(
@@ -152,55 +254,43 @@ def backward(
     tau_grad: torch.Tensor | None,
     want_dx: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """dx, and the gradients of w1, b1, gamma, beta, w2, b2."""
+    """dx, and the gradients of w1, b1, gamma, beta, w2, b2 (views of one tensor)."""
     shape, dense = geo
-    (n, c), device, acc = shape[:2], g.device, accumulate_dtype(dtype)
-    hidden_size, outputs = parts.w1.shape[0], parts.w2.shape[0]
+    n, c = shape[0], shape[1]
+    device, acc = g.device, accumulate_dtype(dtype)
+    call = Call.of(geo, dtype, device, parts, average)
     bits, pooled, hidden, alpha, mean, var = kept
-    new = functools.partial(torch.empty, dtype=acc, device=device)
+    step = _prepare_backward(call, (g.stride(), dense), mean is not None, want_dx)
+    units, norm = units_of(bits, step.unit_bits), (parts.gamma, parts.beta)
+
+    def new(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=acc, device=device)
+
     if tau_grad is not None:
         tau_grad = tau_grad.contiguous()
-    one = plan_of(geo, (g.stride(), dense), parts, dtype, device)
-    dx = du = around = None
-    if want_dx and not isinstance(one, str):
-        on, plan = one
-        dx = torch.empty_strided(shape, dense, dtype=dtype, device=device)
-        dtau, splits = new((n, c)), 1
-        units = units_of(bits, on.unit_bits)
-        (gs, g_unit), (ds, d_unit) = on.operands
-        on_device(
-            device, one_pass.backward_kernel[(-(-n // plan.samples), 1, 1)],
-            g, dx, units, units.shape[1], dtau, tau_grad, pooled, hidden, alpha, parts.w1, mean, var, parts.gamma,
-            parts.beta, parts.w2, on.n, on.p, on.q // on.align, on.units, on.p_sizes, on.q_sizes, hidden_size,
-            _length(geo), gs, ds,
-            G_UNIT=g_unit, D_UNIT=d_unit, **_constants(on, plan, parts, average, dtype),
+    dx = torch.empty_strided(shape, dense, dtype=dtype, device=device) if want_dx else None
+    du = around = None
+    dtau = new(step.splits, n, c)
+    if step.one is not None:
+        step.one(
+            device, g, dx, units, dtau, tau_grad, pooled, hidden, alpha, parts.w1, mean, var, *norm, parts.w2
         )  # fmt: skip
     else:
-        dtau, splits = grad.launch(geo, dtype, g, bits[2], bits[0], None, None, None, 1, None, True)
+        sign, nonzero, plane = units
+        step.dtau(device, g, plane, sign, None, None, None, dtau, None, None, None)
         if want_dx or parts.batch_stats:
-            du = new((n, hidden_size))
+            du = new(n, call.hidden)
         if want_dx:
-            around = new((n, c))
-    plan = _gate_plan(geo, (dense, dense), parts, dtype, device)
-    grads = [None if p is None else torch.empty_like(p) for p in parts[:6]]
-    dw1, db1, dgamma, dbeta, dw2, db2 = grads
-    on_device(
-        device, gate.hidden_grad_kernel[(-(-hidden_size // plan.units), 1, 1)],
-        dtau, tau_grad, pooled, alpha, hidden, mean, var, parts.gamma, parts.beta, parts.w2, du, around,
-        dw1, db1, dgamma, dbeta, dw2, db2, n, c, hidden_size, splits,
-        AVERAGE=average, ONE=outputs == 1, BATCH_STATS=parts.batch_stats, EPS=parts.eps,
-        BN=plan.samples, BH=plan.units, CB=plan.channels, num_warps=plan.warps,
-    )  # fmt: skip
-    if around is not None:
-        if plan.on_the_way:
-            pooled_grad, gated = None, (du, parts.w1, around, c, hidden_size)
-        else:
-            pooled_grad, gated = new((n, c)), None
-            on_device(
-                device, gate.pooled_grad_kernel[(-(-n * c // plan.vector), 1, 1)],
-                du, parts.w1, around, pooled_grad, n, c, hidden_size,
-                V=plan.vector, BH=16, num_warps=plan.warps,
-            )  # fmt: skip
-        dx = torch.empty_strided(shape, dense, dtype=dtype, device=device)
-        grad.launch(geo, dtype, g, bits[2], bits[0], bits[1], pooled_grad, gated, plan.dot, dx, False)
-    return (dx, *grads)
+            around = new(n, c)
+    grads = new(step.shares, sum(step.sizes))
+    step.hidden(device, dtau, tau_grad, pooled, alpha, hidden, mean, var, *norm, parts.w2, du, around, grads)
+    if around is not None and step.pooled is None:
+        step.dx(device, g, plane, sign, nonzero, None, dx, None, du, parts.w1, around)
+    elif around is not None:
+        pooled_grad = new(n, c)
+        step.pooled(device, du, parts.w1, around, pooled_grad)
+        step.dx(device, g, plane, sign, nonzero, pooled_grad, dx, None, None, None, None)
+    grads = grads[0] if step.shares == 1 else grads.sum(0)
+    dw1, db1, dw2, db2, *norm = grads.split(step.sizes)
+    dgamma, dbeta = norm or (None, None)
+    return dx, dw1.view(call.hidden, c), db1, dgamma, dbeta, dw2.view(call.outputs, call.hidden), db2

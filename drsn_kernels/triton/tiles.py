@@ -11,14 +11,21 @@ import triton.language as tl
 
 
 @triton.jit
+def plain(v):
+    """The integer that walk.opaque wrote as v."""
+    return (v >> 1) - 1
+
+
+@triton.jit
 def _decode(index, sizes, strides):
     """Offset of a flat index over dimensions with these strides, outermost first; sizes leaves the outermost out."""
     offset = index * 0
     for d in tl.static_range(len(sizes)):
         inner: tl.constexpr = len(sizes) - d
-        offset += (index % sizes[inner - 1]) * strides[inner]
-        index = index // sizes[inner - 1]
-    return offset + index * strides[0]
+        size = plain(sizes[inner - 1])
+        offset += (index % size) * plain(strides[inner])
+        index = index // size
+    return offset + index * plain(strides[0])
 
 
 @triton.jit
@@ -31,7 +38,7 @@ def offsets(n, p, q, p_sizes, q_sizes, strides, UNIT: tl.constexpr, ALIGN: tl.co
     specialisation (divisible by 16 or nothing) gives 4 or 2 bytes.
     """
     P_DIMS: tl.constexpr = len(p_sizes) + 1
-    rows = n * strides[0] + _decode(p, p_sizes, strides[1 : 1 + P_DIMS])
+    rows = n * plain(strides[0]) + _decode(p, p_sizes, strides[1 : 1 + P_DIMS])
     if UNIT:
         rows = rows * ALIGN
         columns = q

@@ -5,6 +5,7 @@ Neighbouring dimensions that every operand holds back to back are merged, so den
 dimension however many spatial ones they have, and a sliced or transposed image keeps two or three.
 """
 
+from collections.abc import Iterable
 from math import gcd
 from typing import NamedTuple
 
@@ -82,13 +83,22 @@ def walk(geo: Geometry, *strides: Strides, force_wide: bool = False) -> Walk:
         if unit:
             align = gcd(align, n_stride, *s)
     operands = tuple(
-        Operand(tuple(v // (align if unit else 1) for v in (n_stride, *ps)) + tuple(qs), unit)
+        Operand(opaque((*(v // (align if unit else 1) for v in (n_stride, *ps)), *qs)), unit)
         for n_stride, ps, qs, unit in zip(n_strides, p_strides, q_strides, units, strict=True)
     )
     # largest offset of an element, and of a bit of a plane
     reach = max((sum((size - 1) * s for size, s in zip(shape, own, strict=True)) for own in strides), default=0)
     wide = force_wide or max(reach, shape[0] * p * row_bits(q)) >= 2**31 - 2**16  # room for a tile's masked columns
-    return Walk(channels_last, shape[0], p, q, tuple(p_sizes[1:]), tuple(q_sizes[1:]), align, operands, wide)
+    return Walk(channels_last, shape[0], p, q, opaque(p_sizes[1:]), opaque(q_sizes[1:]), align, operands, wide)
+
+
+def opaque(values: Iterable[int]) -> tuple[int, ...]:
+    """Integers as kernels take them in tuples: 2 v + 3, which is never 1 nor a multiple of 16 (tiles.plain undoes it).
+
+    Triton specialises on the members of a tuple whatever `do_not_specialize` says, and would compile anew for another
+    batch size or number of channels.
+    """
+    return tuple(2 * v + 3 for v in values)
 
 
 def _product(sizes: list[int]) -> int:

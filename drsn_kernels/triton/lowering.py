@@ -1,0 +1,226 @@
+"""Compiling launches for a GPU that is not there.
+
+Inside `lowering("cuda:90")` the launchers of this package take CPU tensors: every launch is specialised and compiled as
+it would be on that GPU, by the same code of Triton and with the same options, and recorded; nothing runs, so results
+are uninitialised memory. `python -m drsn_kernels warmup --target` fills Triton's cache this way, and the tests read
+registers, spills and bytes from what was compiled.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..backends.triton import interpreting
+from . import listing
+
+
+class Target(NamedTuple):
+    """A GPU, as far as a compiler asks. Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute
+    Capability"; AMD CDNA3 ISA guide for gfx942. Shared memory in bytes."""
+
+    backend: str
+    arch: Any
+    warp_size: int
+    shared_program: int  # the most one program (CTA) may take
+    shared_sm: int  # on one multiprocessor
+
+
+TARGETS = {
+    "cuda:80": Target("cuda", 80, 32, 163 << 10, 164 << 10),
+    "cuda:90": Target("cuda", 90, 32, 227 << 10, 228 << 10),
+    "cuda:100": Target("cuda", 100, 32, 227 << 10, 228 << 10),
+    "hip:gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10),
+}
+# Of one SM, the same for compute capability 8.0, 9.0 and 10.0.
+REGISTERS_SM = 65536
+WARPS_SM = 64  # 2,048 threads
+CTAS_SM = 32
+# Registers are handed out to a warp in units of 256, and to warps in fours; shared memory in units of 128 bytes, and
+# 1 KiB of it a CTA is the system's.
+_REGISTER_UNIT, _WARP_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 4, 128, 1024
+# JITFunction keeps what it has compiled by device number: one number a target, and none that a real device has.
+_FIRST_DEVICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch. What needs the compiler's output read is worked out when it is asked for."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    target: str
+    arguments: dict[str, Any] = field(repr=False, compare=False)  # by name, constexprs too; tensors are left out
+    compiled: Any = field(repr=False, compare=False)  # triton.compiler.CompiledKernel
+
+    @property
+    def programs(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def _cuda(self) -> bool:
+        return TARGETS[self.target].backend == "cuda"
+
+    @functools.cached_property
+    def _resources(self) -> listing.Resources:
+        if self._cuda:
+            return listing.cubin_resources(self.compiled.asm["cubin"])
+        return listing.amdgcn_resources(self.compiled.asm["amdgcn"])
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread (hip: vector registers)."""
+        return self._resources.registers
+
+    @property
+    def stack(self) -> int:
+        """Bytes of local memory a thread. These kernels have no arrays: anything above 0 is spilled registers."""
+        return self._resources.stack
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory a program asks for. cuobjdump says 1,024 more on 9.0 and later, the system's share."""
+        return self.compiled.metadata.shared
+
+    @property
+    def occupancy(self) -> int | None:
+        """Programs that fit one SM at a time, None for hip. The CUDA occupancy calculator's formula."""
+        if not self._cuda:
+            return None
+        warps_by_registers = _down(REGISTERS_SM // _up(self.registers * 32, _REGISTER_UNIT), _WARP_UNIT)
+        shared = _up(self.shared + _SHARED_RESERVED, _SHARED_UNIT)
+        return min(
+            CTAS_SM,
+            min(WARPS_SM, warps_by_registers) // self.num_warps,
+            TARGETS[self.target].shared_sm // shared,
+        )
+
+    @functools.cached_property
+    def accesses(self) -> list[listing.Access]:
+        """Every global access in the code, see listing.py."""
+        if self._cuda:
+            arguments = listing.flat_arguments(self.compiled.src.signature)
+            return listing.ptx_accesses(self.compiled.asm["ptx"], arguments)
+        return listing.amdgcn_accesses(self.compiled.asm["amdgcn"])
+
+    @property
+    def widths(self) -> dict[str, dict[int, int]]:
+        """{"ld": {16: 4, 4: 1}, "st": ...}: bytes a thread for each instruction, and how many there are."""
+        return listing.widths(self.accesses)
+
+    def widths_of(self, kind: str, argument: str) -> set[int]:
+        """Widths of the loads ("ld") or stores ("st") through one pointer argument."""
+        return {a.width for a in self.accesses if a.kind == kind and argument in a.pointers}
+
+    def moved(self, kind: str, argument: str | None = None, *, loop: bool = False) -> int:
+        """Bytes that one program loads ("ld") or stores ("st"), through one pointer argument or all of them.
+
+        Outside of loops, or with `loop` in one turn of each loop. Lanes that are masked off count, and so do threads
+        that access one element together: exact for the elements of full tiles, an upper bound for small operands.
+        """
+        threads = self.num_warps * TARGETS[self.target].warp_size
+        return threads * sum(
+            a.width
+            for a in self.accesses
+            if a.kind == kind and a.loop == loop and (argument is None or argument in a.pointers)
+        )
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def _down(n: int, unit: int) -> int:
+    return n // unit * unit
+
+
+class _Utils:
+    """The part of a driver that asks the device and loads code onto it."""
+
+    def __init__(self, target: Target):
+        self._target = target
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": self._target.shared_program,
+            "max_num_regs": REGISTERS_SM,
+            "warpSize": self._target.warp_size,
+        }
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+
+class _Driver:
+    """A Triton driver whose device does not exist. backends/triton.py takes CPU tensors where `lowers_only` is set."""
+
+    lowers_only = True
+
+    def __init__(self, name: str):
+        from triton.backends.compiler import GPUTarget
+
+        target = TARGETS[name]
+        self._target = GPUTarget(target.backend, target.arch, target.warp_size)
+        self._device = _FIRST_DEVICE + list(TARGETS).index(name)
+        self.name = name
+        self.launches: list[Launch] = []
+        self.utils = _Utils(target)
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def launcher_cls(self, src, metadata):
+        # A compiled kernel keeps its launcher for good, so the driver is looked up at each launch.
+        def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *values):
+            from triton.runtime import driver
+
+            driver.active._record(src, metadata, (x, y, z), values)
+
+        return launch
+
+    def _record(self, src, metadata, grid: tuple[int, int, int], values: tuple) -> None:
+        kernels = src.fn.device_caches[self._device][0].values()
+        compiled = next(kernel for kernel in kernels if kernel.hash == metadata.hash)
+        named = zip(src.fn.arg_names, values, strict=True)
+        arguments = {name: value for name, value in named if not hasattr(value, "data_ptr")}
+        self.launches.append(Launch(metadata.name, grid, metadata.num_warps, self.name, arguments, compiled))
+
+
+@contextlib.contextmanager
+def lowering(target: str) -> Iterator[list[Launch]]:
+    """Inside the block, Triton compiles every launch on CPU tensors for `target`, runs none, and records it.
+
+    Yields the list that each launch is appended to. Results hold uninitialised memory. The block is the process's, not
+    the thread's, as Triton's driver is. What was compiled stays with Triton, in memory and in its disk cache.
+
+    Args:
+        target: "cuda:80", "cuda:90", "cuda:100" or "hip:gfx942".
+
+    Raises:
+        ValueError: unknown target. RuntimeError: TRITON_INTERPRET=1, where nothing is compiled.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET=1 makes Triton interpret kernels instead of compiling them; unset it")
+    from triton.runtime import driver
+
+    from . import launch
+
+    ours = _Driver(target)
+    before = driver._active, launch.target
+    driver.set_active(ours)
+    launch.target = 2 + list(TARGETS).index(target)  # a launch keeps its compiled kernels by this number
+    try:
+        yield ours.launches
+    finally:
+        launch.target = before[1]
+        driver._active = before[0]  # reset_active() looks for a GPU, and raises where there is none

@@ -1,0 +1,263 @@
+"""The calls that lowered_plans.py compiles for every GPU, and the budget of each: launches, bytes, widths.
+
+A new kernel joins by cases appended to CASES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import gcd
+
+import torch
+
+import drsn_kernels as dk
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One launch: how many times its code loads and stores a whole tile of the feature map, by pointer argument.
+
+    In straight-line code, and in a turn of a loop. Where x, residual, g, y or dx is not listed, it must move nothing.
+    """
+
+    kernel: str
+    loads: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+    loop_loads: dict[str, int] = field(default_factory=dict)
+    loop_stores: dict[str, int] = field(default_factory=dict)
+
+    def tiles(self, kind: str, loop: bool) -> dict[str, int]:
+        return {("ld", False): self.loads, ("st", False): self.stores,
+                ("ld", True): self.loop_loads, ("st", True): self.loop_stores}[kind, loop]  # fmt: skip
+
+
+def expected(kernel: str, loads: dict | None = None, stores: dict | None = None, loop: bool = False) -> Expected:
+    """The same counts, all of them in a loop or none."""
+    counts = (loads or {}, stores or {})
+    return Expected(kernel, {}, {}, *counts) if loop else Expected(kernel, *counts)
+
+
+def tile_elements(launch) -> int:
+    """Elements in a tile; 0 for a kernel that has none of the feature map."""
+    a = launch.arguments
+    if "PB" in a:  # one_pass.py: whole samples
+        return a["S"] * a["PB"] * a["B"]
+    return a["R"] * a["B"] if "R" in a else 0
+
+
+def tile_steps(launch) -> int:
+    """Tiles of all programs together, to which the feature map is padded."""
+    a = launch.arguments
+    if not tile_elements(launch):
+        return 0
+    columns = _cdiv(a["QA"] * a["ALIGN"], a["B"])
+    if "PB" in a:
+        return _cdiv(a["N"], a["S"]) * (_cdiv(a["P"], a["PB"]) if a["CHANNELS_LAST"] else columns)
+    if a["CHANNELS_LAST"]:
+        return a["N"] * columns * _cdiv(a["P"], a["R"])
+    return _cdiv(a["N"] * a["P"], a["R"]) * columns
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make()` prepares tensors and returns the forward call; what it returns that requires grad goes to backward."""
+
+    name: str
+    make: Callable[[], Callable[[], object]]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    forward: tuple[Expected, ...]
+    backward: tuple[Expected, ...] = ()
+    # bytes that each load and store of the feature map should move a thread; None: not asserted
+    width: int | None = None
+    padding: float = 2.2  # the tiles together are at most so many times the feature map
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------
+
+SHAPES = ((8, 16, 1024), (8, 16, 1000), (8, 16, 196), (8, 64, 49), (4, 8, 9600), (4, 4, 512), (4, 64, 28, 28))
+ONE_TILE = 4096  # elements; rows up to this are one tile
+
+
+def feature_map(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(shape).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def width_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """16 bytes, or as many as the start of every row is aligned to."""
+    inner = shape[1] if len(shape) == 4 else shape[2]
+    return min(16, gcd(16, inner) * dtype.itemsize)
+
+
+def _long(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a sum over a row takes a loop."""
+    return len(shape) == 4 or shape[2] > ONE_TILE
+
+
+def _name(op: str, shape: tuple[int, ...], dtype: torch.dtype, note: str = "") -> str:
+    layout = " channels_last" if len(shape) == 4 else ""
+    size = "x".join(map(str, shape))
+    return f"{op} {size} {str(dtype).removeprefix('torch.')}{layout}{' ' + note if note else ''}"
+
+
+def shrink_case(shape: tuple[int, ...], dtype: torch.dtype, residual: bool = False, evaluate: bool = False) -> Case:
+    def make():
+        x, gate = feature_map(shape, dtype), torch.nn.Sigmoid()
+        added = feature_map(shape, dtype) if residual else None
+        if evaluate:
+            return torch.no_grad()(lambda: dk.shrink(x, gate, residual=added))
+        x.requires_grad_()
+        return lambda: dk.shrink(x, gate, residual=added)
+
+    long = _long(shape, dtype)
+    loads = {"x": 1, "residual": 1} if residual else {"x": 1}
+    return Case(
+        _name("shrink", shape, dtype, ("residual" if residual else "") + ("no_grad" if evaluate else "")),
+        make, shape, dtype,
+        forward=(expected("reduce_kernel", {"x": 1}, loop=long), expected("apply_kernel", loads, {"y": 1})),
+        backward=() if evaluate else (
+            expected("grad_kernel", {"g": 1}, loop=long), expected("grad_kernel", {"g": 1}, {"dx": 1}),
+        ),
+        width=width_of(shape, dtype),
+    )  # fmt: skip
+
+
+def abs_mean_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    def make():
+        x = feature_map(shape, dtype).requires_grad_()
+        return lambda: dk.abs_mean(x)
+
+    return Case(
+        _name("abs_mean", shape, dtype), make, shape, dtype,
+        forward=(expected("reduce_kernel", {"x": 1}, loop=_long(shape, dtype)),),
+        backward=(expected("grad_kernel", {}, {"dx": 1}),),
+        width=width_of(shape, dtype),
+    )  # fmt: skip
+
+
+def soft_threshold_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    def make():
+        x = feature_map(shape, dtype).requires_grad_()
+        tau = torch.rand(shape[:2] + (1,) * (len(shape) - 2)).requires_grad_()
+        return lambda: dk.soft_threshold(x, tau)
+
+    return Case(
+        _name("soft_threshold", shape, dtype), make, shape, dtype,
+        forward=(expected("apply_kernel", {"x": 1}, {"y": 1}),),
+        backward=(expected("grad_kernel", {"g": 1}, {"dx": 1}, loop=_long(shape, dtype)),),
+        width=width_of(shape, dtype),
+    )  # fmt: skip
+
+
+def _any_gate(channels: int) -> torch.nn.Module:
+    return torch.nn.Sigmoid()
+
+
+ONE_PASS = expected("forward_kernel", {"x": 1}, {"y": 1})
+ONE_PASS_BACK = (expected("backward_kernel", {"g": 1}, {"dx": 1}), expected("hidden_grad_kernel"))
+
+
+def gate_case(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    note: str,
+    forward: tuple[Expected, ...],
+    backward: tuple[Expected, ...] = (),
+    padding: float = 2.2,
+    **options,
+) -> Case:
+    """dk.Shrinkage with `options`; without a backward pass in eval mode."""
+
+    def make():
+        step, x = dk.Shrinkage(shape[1], **options), feature_map(shape, dtype)
+        if not backward:
+            return torch.no_grad()(lambda: step.eval()(x))
+        x.requires_grad_()
+        return lambda: step(x)
+
+    return Case(
+        _name("Shrinkage", shape, dtype, note), make, shape, dtype, forward, backward, width_of(shape, dtype), padding
+    )
+
+
+def three_launches(shape: tuple[int, ...], dtype: torch.dtype, way: tuple[str, ...] = (), back: tuple[str, ...] = ()):
+    """reduce, the gate, apply; and grad, the gate, grad. `way`, `back`: launches of the gate besides the usual one."""
+    long = _long(shape, dtype)
+    forward = (
+        expected("reduce_kernel", {"x": 1}, loop=long),
+        *map(expected, ("hidden_kernel", *way)),
+        expected("apply_kernel", {"x": 1}, {"y": 1}),
+    )
+    backward = (
+        expected("grad_kernel", {"g": 1}, loop=long),
+        *map(expected, ("hidden_grad_kernel", *back)),
+        expected("grad_kernel", {"g": 1}, {"dx": 1}),
+    )
+    return forward, backward
+
+
+CASES: list[Case] = [shrink_case(shape, F32) for shape in SHAPES]
+CASES += [shrink_case(shape, BF16) for shape in SHAPES if shape != (4, 4, 512)]
+CASES += [shrink_case((8, 16, 1024), dtype, residual=True) for dtype in (F32, BF16)]
+CASES += [shrink_case((4, 64, 28, 28), F32, residual=True), shrink_case((8, 16, 1000), F32, evaluate=True)]
+CASES += [op((8, 16, 1000), F32) for op in (abs_mean_case, soft_threshold_case)]
+CASES += [op((4, 64, 28, 28), BF16) for op in (abs_mean_case, soft_threshold_case)]
+CASES += [op((4, 8, 9600), F32) for op in (abs_mean_case, soft_threshold_case)]
+CASES += [gate_case((8, 16, 1024), F32, "eval", (ONE_PASS,))]
+CASES += [
+    gate_case((8, 16, 1024), dtype, "no BatchNorm", (ONE_PASS,), ONE_PASS_BACK, norm=False) for dtype in (F32, BF16)
+]
+CASES += [
+    gate_case((8, 16, 196), F32, "no BatchNorm, sample", (ONE_PASS,), ONE_PASS_BACK, norm=False, average="sample")
+]
+CASES += [gate_case((8, 16, 1024), F32, "BatchNorm", *three_launches((8, 16, 1024), F32))]
+CASES += [
+    gate_case(
+        (4, 64, 28, 28), F32, "BatchNorm",
+        *three_launches((4, 64, 28, 28), F32, ("alpha_kernel",), ("pooled_grad_kernel",)),
+    )
+]  # fmt: skip
+
+# The one-pass shapes of the benchmarks, forward and backward, on chip and, (128, 64, 512), walked twice.
+CASES += [
+    gate_case(shape, dtype, "no BatchNorm", (ONE_PASS,), ONE_PASS_BACK, norm=False)
+    for shape, dtype in (
+        ((512, 64, 256), F32), ((512, 64, 256), BF16), ((1024, 32, 512), BF16), ((4096, 16, 128), F32),
+        ((512, 64, 16, 16), F32),
+    )
+]  # fmt: skip
+TWICE = Expected("forward_kernel", {"x": 1}, {}, {"x": 2}, {"y": 1})
+TWICE_BACK = (Expected("backward_kernel", {"g": 1}, {}, {"g": 2}, {"dx": 1}), expected("hidden_grad_kernel"))
+CASES += [
+    gate_case((128, 64, 512), dtype, "no BatchNorm, twice", (TWICE,), TWICE_BACK, norm=False) for dtype in (F32, BF16)
+]
+CASES += [
+    gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *three_launches((16, 64, 1024), F32), norm=False),
+    gate_case((8, 128, 1024), BF16, "BatchNorm", *three_launches((8, 128, 1024), BF16)),
+    gate_case(
+        (4, 512, 7, 7), F32, "BatchNorm",
+        *three_launches((4, 512, 7, 7), F32, ("alpha_kernel",), ("pooled_grad_kernel",)),
+    ),
+]  # fmt: skip
+
+# Sizes that one compilation is for: a training step on the first of them compiles, on the others nothing does.
+# A gate without BatchNorm has two plans, of one launch and of several, and the batch size has a say in which it is.
+BATCHES = (1, 2, 3, 16, 33, 64)
+SIZES: dict[str, tuple[Callable[[int], torch.nn.Module], list[tuple[int, ...]]]] = {
+    "another batch size": (_any_gate, [(n, 16, 1024) for n in BATCHES]),
+    "another number of channels": (_any_gate, [(8, c, 1000) for c in (16, 1, 2, 3, 33, 64)]),
+    "another batch size of short rows": (_any_gate, [(n, 3, 49) for n in BATCHES]),
+    "another batch size, channels_last": (_any_gate, [(n, 32, 14, 14) for n in BATCHES]),
+    "another batch size, BatchNorm": (lambda c: dk.Shrinkage(c).fc, [(n, 16, 1024) for n in BATCHES[1:]]),
+    "another batch size, one launch": (lambda c: dk.Shrinkage(c, norm=False).fc, [(n, 16, 1024) for n in BATCHES[:4]]),
+}

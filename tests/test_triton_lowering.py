@@ -1,0 +1,226 @@
+"""The Triton kernels as they are compiled for each GPU, without one: launches, bytes, widths, spills, compilations.
+
+lowered_cases.py holds the cases and their budgets; lowered_plans.py compiles them in processes of its own, where Triton
+compiles instead of interpreting.
+"""
+
+import json
+from pathlib import Path
+
+import lowered_cases
+import lowered_plans
+import pytest
+from triton_child import child
+
+from drsn_kernels.backends import triton
+from drsn_kernels.triton import listing
+
+pytestmark = pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def lowered(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("lowered")
+    out = folder / "results.json"
+    done = child(str(HERE / "lowered_plans.py"), "--json", str(out), "--table", str(folder / "table.md"), cache=folder)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    results = json.loads(out.read_text())
+    results["table"] = (folder / "table.md").read_text()
+    return results
+
+
+CASES = [pytest.param(case, id=case.name.replace(" ", "-")) for case in lowered_cases.CASES]
+each_case = pytest.mark.parametrize("case", CASES)
+each_target = pytest.mark.parametrize("target", lowered_plans.CUDA)
+
+
+def pairs(lowered: dict, target: str, case: lowered_cases.Case):
+    """(launch, what was expected of it), forward and backward."""
+    run = lowered["cases"][target][case.name]
+    yield from zip(run["forward"], case.forward, strict=True)
+    yield from zip(run["backward"], case.backward, strict=True)
+
+
+@each_target
+@each_case
+def test_launches_are_as_budgeted_and_nothing_else_is_of_full_size(lowered, case, target):
+    run = lowered["cases"][target][case.name]
+    assert [launch["kernel"] for launch in run["forward"]] == [expected.kernel for expected in case.forward]
+    assert [launch["kernel"] for launch in run["backward"]] == [expected.kernel for expected in case.backward]
+    assert run["full_size_ops"] == []
+
+
+@each_target
+@each_case
+def test_the_feature_map_is_moved_as_often_as_budgeted(lowered, case, target):
+    for launch, expected in pairs(lowered, target, case):
+        assert launch["unattributed"] == 0, launch
+        for argument, kind in [(a, "ld") for a in ("x", "residual", "g")] + [(a, "st") for a in ("y", "dx")]:
+            found = launch["by_argument"].get(f"{kind} {argument}", {"bytes": [0, 0]})["bytes"]
+            wanted = [expected.tiles(kind, loop).get(argument, 0) * launch["tile_bytes"] for loop in (False, True)]
+            assert found == wanted, (launch["kernel"], kind, argument, launch)
+        if not launch["tile_bytes"]:
+            continue  # a kernel of the gate
+        # all programs together: the feature map, and what rounding up to whole tiles adds
+        covered = launch["steps"] * launch["tile_bytes"]
+        assert case.bytes <= covered <= case.padding * case.bytes, (launch["kernel"], covered, case.bytes)
+        if not (expected.loop_loads or expected.loop_stores):
+            assert launch["grid"][0] == launch["steps"]
+
+
+@each_target
+@each_case
+def test_accesses_are_as_wide_as_the_rows_allow(lowered, case, target):
+    if case.width is None:
+        pytest.skip("the case has no width")
+    for launch, expected in pairs(lowered, target, case):
+        for kind in ("ld", "st"):
+            for argument in {**expected.tiles(kind, False), **expected.tiles(kind, True)}:
+                found = launch["by_argument"][f"{kind} {argument}"]["widths"]
+                assert found == [case.width], (launch["kernel"], kind, argument, found)
+
+
+@each_target
+@each_case
+def test_nothing_spills_and_a_program_fits(lowered, case, target):
+    for launch, _ in pairs(lowered, target, case):
+        assert launch["stack"] == 0, launch
+        assert launch["shared"] <= launch["shared_limit"], launch
+        assert launch["occupancy"] >= 1, launch
+
+
+@pytest.mark.parametrize("what", list(lowered_cases.SIZES))
+def test_other_sizes_do_not_compile_again(lowered, what):
+    first, *others = lowered["compilations"][what]
+    assert first > 0
+    assert others == [0] * len(others), dict(zip(lowered_cases.SIZES[what][1], [first, *others], strict=True))
+
+
+def test_the_table_holds_every_launch(lowered):
+    rows = lowered["table"].count("\n| ") - 1
+    assert rows == sum(len(case.forward) + len(case.backward) for case in lowered_cases.CASES)
+    assert "Not yet run on a GPU" in lowered["table"] and lowered["triton"] in lowered["table"]
+
+
+# ---- the context manager itself --------------------------------------------------------------------------------------
+
+NESTED = """
+import torch, drsn_kernels as dk
+from drsn_kernels.backends import triton as backend
+from drsn_kernels.triton.lowering import lowering
+x = torch.randn(8, 16, 1024)
+with lowering("cuda:90") as outer, dk.use_backend("triton", strict=True):
+    dk.abs_mean(x)
+    with lowering("cuda:80") as inner:
+        dk.abs_mean(x)
+    dk.abs_mean(x)
+    with lowering("cuda:90") as again:  # the compiled kernel is Triton's to keep, the record is the block's
+        dk.abs_mean(x)
+assert [len(launches) for launches in (outer, inner, again)] == [2, 1, 1]
+assert outer[0].compiled is outer[1].compiled is again[0].compiled is not inner[0].compiled
+assert outer[0].compiled.metadata.target.arch == 90 and inner[0].compiled.metadata.target.arch == 80
+launch = outer[0]
+assert launch.kernel == "reduce_kernel" and launch.programs == launch.grid[0] and launch.arguments["L"] == 1024
+assert launch == outer[1] and launch != inner[0]
+try:
+    launch.grid = (1, 1, 1)
+    raise SystemExit("a launch can be changed")
+except AttributeError:
+    pass
+assert "CPU tensors under" in backend.unsupported(x)  # afterwards everything is as before
+try:
+    with lowering("cuda:90"):
+        raise KeyError("a caller's error")
+except KeyError:
+    pass
+assert "CPU tensors under" in backend.unsupported(x)
+"""
+
+REFUSED = """
+from drsn_kernels.triton.lowering import lowering
+try:
+    with lowering({target!r}):
+        pass
+except {error} as error:
+    print(error)
+"""
+
+
+def test_lowering_nests_and_restores(tmp_path):
+    done = child("-c", NESTED, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lowering_refuses_in_one_sentence(tmp_path):
+    done = child("-c", REFUSED.format(target="cuda:75", error="ValueError"), cache=tmp_path)
+    assert done.stdout == "target must be one of cuda:80, cuda:90, cuda:100, hip:gfx942, got 'cuda:75'\n", done.stderr
+    done = child("-c", REFUSED.format(target="cuda:90", error="RuntimeError"), cache=tmp_path, TRITON_INTERPRET="1")
+    assert "TRITON_INTERPRET=1" in done.stdout and done.stdout.count("\n") == 1, done.stderr
+
+
+def test_import_does_not_bring_triton(tmp_path):
+    code = "import sys, drsn_kernels; assert not [m for m in sys.modules if m.split('.')[0] == 'triton'], 'triton'"
+    assert child("-c", code, cache=tmp_path).returncode == 0
+
+
+# ---- reading what the compiler wrote ---------------------------------------------------------------------------------
+
+PTX = """
+.visible .entry k(
+\t.param .u64 .ptr .global .align 1 k_param_0,
+\t.param .u32 k_param_1,
+\t.param .u64 .ptr .global .align 1 k_param_2,
+\t.param .u64 .ptr .global .align 1 k_param_3
+)
+\tld.param.b64 \t%rd1, [k_param_0];
+\tld.param.b64 \t%rd2, [k_param_2];
+\tld.param.b32 \t%r9, [k_param_1];
+\tmad.wide.s32 \t%rd3, %r9, 4, %rd1;
+\t@%p1 ld.global.L1::evict_first.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd3 + 16 ], %rd7;
+\tmov.b64 \t%rd4, %rd2;
+$L__BB0_1:
+\tld.global.v8.b32 {%r1}, [ %rd4 + 0 ];
+\tadd.s64 \t%rd4, %rd4, 64;
+\tst.global.v2.b16 [ %rd3 + 0 ], { %rs1, %rs2 };
+\tld.shared.v4.b32 {%r1}, [ %r5 ];
+\tcp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, 0x10;
+\t@%p2 bra \t$L__BB0_1;
+\tred.global.add.f32 [%rd4], %f1;
+\tbra.uni \t$L__BB0_2;
+$L__BB0_2:
+\tret;
+"""
+
+
+def test_ptx_is_read():
+    arguments = listing.flat_arguments({"x": "*fp32", "R": "constexpr", "xs": ("i32", "constexpr"), "y": "*bf16"})
+    assert arguments == ["x", "xs", "y"]
+    x, y = frozenset({"x"}), frozenset({"y"})
+    found = listing.ptx_accesses(PTX, arguments)
+    assert found == [
+        ("ld", 16, False, x), ("ld", 32, True, y), ("st", 4, True, x), ("ld", 16, True, x), ("atom", 4, False, y),
+    ]  # fmt: skip
+    assert listing.widths(found) == {"atom": {4: 1}, "ld": {32: 1, 16: 2}, "st": {4: 1}}
+    straight = listing.ptx_accesses(PTX.replace("@%p2 bra", "//"), arguments)
+    assert len(straight) == 5 and not any(access.loop for access in straight)
+
+
+AMD = """
+s_cbranch_execz .LBB0_2
+global_load_dwordx4 v[0:3], v4, s[0:1]
+buffer_load_ushort v1, v2, s[0:3], 0 offen
+.LBB0_2:
+buffer_store_short_d16_hi v1, v2, s[0:3], 0 offen
+global_atomic_add_f32 v1, v2, s[0:1]
+    .private_segment_fixed_size: 12
+    .vgpr_count:     26
+"""
+
+
+def test_amdgcn_is_read():
+    found = listing.amdgcn_accesses(AMD)
+    assert listing.widths(found) == {"atom": {4: 1}, "ld": {16: 1, 2: 1}, "st": {2: 1}}
+    assert [access.loop for access in found] == [False, False, False, False]
+    assert [access.loop for access in listing.amdgcn_accesses(AMD + "s_branch .LBB0_2\n")] == [False, False, True, True]
+    assert listing.amdgcn_resources(AMD) == (26, 12)

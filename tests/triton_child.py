@@ -1,0 +1,13 @@
+"""A Python process in which Triton compiles: in pytest's own process it interprets, and it is one or the other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def child(*arguments: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run Python in the folder `cache`, which is Triton's disk cache too."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, cwd=cache)
