@@ -84,6 +84,13 @@ def features(shape: Sequence[int], dtype=torch.float32, device="cpu", zeros: boo
     return x.to(device, dtype)
 
 
+def varied(shape: Sequence[int], dtype=torch.float32, device="cpu") -> torch.Tensor:
+    """features, each sample at its own level: pooled averages that differ, so that a batch norm over them is no noise
+    amplifier."""
+    level = 0.5 + torch.rand(shape[0], *[1] * (len(shape) - 1), dtype=torch.float64)
+    return (features(shape, torch.float64) * level).to(device, dtype)
+
+
 def blank(*shape: int) -> torch.Tensor:
     return torch.randn(shape)
 

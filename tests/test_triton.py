@@ -9,7 +9,7 @@ import functools
 
 import pytest
 import torch
-from oracle import AVERAGES, LAYOUTS, cast_gate, close, features, shrink, wide, without_ties
+from oracle import AVERAGES, LAYOUTS, cast_gate, close, features, shrink, varied, wide, without_ties
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -175,7 +175,7 @@ def compare(x, residual, gate, average, g, fused: bool = False) -> None:
 def test_fused_gate(plan, kind, average, channels_last):
     if kind == "batch norm" and not plan.startswith("launches"):
         pytest.skip("takes several launches")
-    x, residual, g = (features((5, 6, 70)) for _ in range(3))
+    x, residual, g = (varied((5, 6, 70)) for _ in range(3))
     if channels_last:
         x, g = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, g))
     compare(x, residual, gate_of(6, kind, average), average, g, fused=True)
@@ -185,7 +185,7 @@ def test_fused_gate(plan, kind, average, channels_last):
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("plan", ["on chip", "launches"], indirect=True)
 def test_fused_gate_in_other_dtypes(plan, kind, dtype):
-    x, g = (features((9, 17, 13)).to(dtype) for _ in range(2))
+    x, g = (varied((9, 17, 13), dtype) for _ in range(2))
     compare(x, None, gate_of(17, kind, "channel", 2).to(wide(dtype)), "channel", g, fused=True)
 
 
@@ -209,7 +209,7 @@ def test_fused_gate_in_any_layout(plan, layout):
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("shape", [(5, 1, 5), (9, 130, 4), (70, 3, 2), (7, 20, 300), (6, 9, 16, 16)], ids=str)
 def test_fused_gate_as_planned(sizes, shape, kind):
-    x, g = features(shape), features(shape)
+    x, g = varied(shape), features(shape)
     compare(x, None, gate_of(shape[1], kind, "channel"), "channel", g, fused=True)
 
 
