@@ -12,6 +12,7 @@ import torch
 from oracle import AVERAGES, LAYOUTS, cast_gate, close, features, shrink, varied, wide, without_ties
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import drsn_kernels as dk
 from drsn_kernels.backends import triton as backend
@@ -294,6 +295,24 @@ def results_of_x(x, gate, g):
     with dk.use_backend("torch"):
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(dk.shrink(leaf, copy.deepcopy(gate)), leaf, g)[0]
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_compiled_checkpointed_and_under_autocast(kind):
+    """The registered ops in a compiled graph, a recomputed forward pass, and a gate that stays in float32."""
+    x, g = varied((5, 6, 33)).requires_grad_(), torch.randn(5, 6, 33)
+    gate = gate_of(6, kind, "channel")
+    step = lambda x: dk.shrink(x, gate)  # noqa: E731
+    y = step(x)
+    (dx,) = torch.autograd.grad(y, x, g)
+    again = checkpoint(step, x, use_reentrant=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(step(x), y) and torch.equal(again, y)
+    assert torch.equal(torch.autograd.grad(again, x, g)[0], dx)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, y)
+    torch.testing.assert_close(torch.autograd.grad(compiled, x, g)[0], dx)
 
 
 def test_changed_statistics_are_noticed_in_backward():

@@ -1,5 +1,6 @@
 """The `triton` backend: the GPU kernels of drsn_kernels/triton. Triton is imported at the first call, not before."""
 
+import functools
 import importlib.util
 import os
 import sys
@@ -17,6 +18,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache  # asking costs 2 us
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < _OLDEST:
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below {_OLDEST}.0"
+    return None
+
+
 def _lowering() -> bool:
     """Whether a driver without a device is active, which compiles launches on CPU tensors and runs none (tests)."""
     module = sys.modules.get("triton.runtime.driver")
@@ -29,9 +37,7 @@ def unsupported(x: torch.Tensor) -> str | None:
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, the triton kernels take float32, float64, bfloat16 and float16"
     if x.is_cuda:
-        if torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] < _OLDEST:
-            return f"{torch.cuda.get_device_name(x.device)} has a compute capability below {_OLDEST}.0"
-        return None
+        return _too_old(x.device)
     if x.is_cpu and (interpreting() or _lowering()):
         return None
     return f"x is on {x.device}, the triton kernels take CUDA tensors (CPU tensors under TRITON_INTERPRET=1)"

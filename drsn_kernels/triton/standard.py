@@ -76,6 +76,8 @@ def plan_of(call: Call, strides: tuple) -> tuple[Walk, OnePassPlan] | str:
 def unsupported(x: torch.Tensor, parts: StandardGate) -> str | None:
     if x.shape[1] > plans.MOST_CHANNELS:
         return f"{x.shape[1]} channels, the fused gate takes at most {plans.MOST_CHANNELS}"
+    if x.shape[0] * max(parts.w1.shape) >= 2**31:
+        return "samples x channels, or x hidden units, do not fit the fused gate's 32-bit offsets"
     return None
 
 
