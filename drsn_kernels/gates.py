@@ -1,9 +1,11 @@
 """The standard gate: what counts as one, and its formula.
 
 Linear - [BatchNorm1d] - ReLU - Linear - Sigmoid in a Sequential, as in the paper and in `Shrinkage(...).fc`. A backend
-may compute it together with the step around it, instead of calling the modules. That changes nothing a user can see, so
-it is done only where nothing could: each child of exactly this type, no hooks (FSDP's and weight_norm's are hooks), no
-parametrization (it changes the type), plain parameters of x's accumulate dtype on x's device.
+may compute it together with the step around it, instead of calling the modules. That must change nothing a user can
+see, so it is done only where nothing could: each child of exactly this type, no hooks (FSDP's and weight_norm's are
+hooks), no parametrization (it changes the type), plain registered parameters of x's accumulate dtype on x's device
+(replicas of DataParallel and swapped-in fast weights are not registered). One difference is left: under autocast the
+modules would compute in bfloat16 or float16, the fused gate computes in float32.
 """
 
 from typing import NamedTuple
@@ -41,6 +43,7 @@ class StandardGate(NamedTuple):
         return F.linear(v.relu(), self.w2, self.b2).sigmoid()
 
 
+_has_global_hook = getattr(nn_module, "_has_any_global_hook", None)  # private; without it no gate is fused
 _PLAIN = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
 _NORMED = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Sigmoid)
 
@@ -63,14 +66,14 @@ def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
     types = tuple(map(type, children))
     if types != _NORMED and types != _PLAIN:
         return "the gate is not Linear, [BatchNorm1d], ReLU, Linear, Sigmoid"
-    if nn_module._has_any_global_hook():
+    if _has_global_hook is None or _has_global_hook():
         return "global module hooks are set"
     if _is_watched(gate) or any(map(_is_watched, children)):
         return "the gate has hooks, or a forward of its own"
     first, last = children[0]._parameters, children[-2]._parameters
-    w1, b1, w2, b2 = first["weight"], first["bias"], last["weight"], last["bias"]
-    if b1 is None or b2 is None:
-        return "a linear layer of the gate has no bias"
+    w1, b1, w2, b2 = first.get("weight"), first.get("bias"), last.get("weight"), last.get("bias")
+    if w1 is None or b1 is None or w2 is None or b2 is None:
+        return "a linear layer of the gate has no bias, or its weight is no registered parameter"
     hidden, channels = w1.shape
     outputs, units = w2.shape
     if channels != x.shape[1] or units != hidden or (outputs != 1 and outputs != channels):
@@ -80,11 +83,17 @@ def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
     tensors = (w1, b1, w2, b2)
     if len(types) == 5:
         norm = children[1]
-        gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
-        mean, var, batches = (norm._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
+        gamma, beta = norm._parameters.get("weight"), norm._parameters.get("bias")
+        mean, var, batches = map(norm._buffers.get, ("running_mean", "running_var", "num_batches_tracked"))
         eps, momentum, training = norm.eps, norm.momentum, norm.training
-        if momentum is None or gamma is None or mean is None:
-            return "the gate's BatchNorm1d has no fixed momentum, no affine parameters or no running statistics"
+        if gamma is None or beta is None or mean is None or var is None:
+            return "the gate's BatchNorm1d has no affine parameters or no running statistics"
+        if type(momentum) is not float and type(momentum) is not int:
+            return "the gate's BatchNorm1d has no fixed momentum"
+        if training and not norm.track_running_stats:
+            return "the gate's BatchNorm1d does not track running statistics"
+        if batches is None or batches.dtype != torch.int64 or batches.device != x.device:
+            return "the gate's BatchNorm1d has no int64 num_batches_tracked on x's device"
         if norm.num_features != hidden:
             return "the gate's sizes do not fit each other"
         if training and x.shape[0] == 1:

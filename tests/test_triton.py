@@ -348,6 +348,16 @@ OTHERS = {
     "no statistics": lambda gate: gate.__setitem__(1, nn.BatchNorm1d(4, track_running_stats=False)),
     "not affine": lambda gate: gate.__setitem__(1, nn.BatchNorm1d(4, affine=False)),
     "SyncBatchNorm": lambda gate: gate.__setitem__(1, nn.SyncBatchNorm(4)),
+    "statistics switched off": lambda gate: setattr(gate[1].train(), "track_running_stats", False),
+    "no norm bias": lambda gate: setattr(gate[1], "bias", None),
+    "no counter": lambda gate: setattr(gate[1], "num_batches_tracked", None),
+    "counter of floats": lambda gate: setattr(gate[1], "num_batches_tracked", torch.zeros(())),
+    "momentum in a tensor": lambda gate: setattr(gate[1], "momentum", torch.tensor(0.1)),
+    "fast weights": lambda gate: (delattr(gate[0], "weight"), setattr(gate[0], "weight", torch.randn(4, 4))),
+    "fast norm": lambda gate: (delattr(gate[1], "weight"), setattr(gate[1], "weight", torch.ones(4))),
+    "DataParallel's replica": lambda gate: gate._modules.update(
+        {name: child._replicate_for_data_parallel() for name, child in gate.named_children()}
+    ),
     "no bias": lambda gate: gate.__setitem__(0, nn.Linear(4, 4, bias=False)),
     "bfloat16": lambda gate: gate.bfloat16(),
     "wrong size": lambda gate: gate.__setitem__(3, nn.Linear(4, 3)),

@@ -14,7 +14,8 @@ import triton.language as tl
 from ..planes import Geometry, words
 from .gate import tau_of
 from .launch import Prepared, kernel, tiled, units_of
-from .tiles import offsets, pack, piece, sign_bit, soft_threshold, tile, units
+from .plans import ON_THE_WAY_REGISTERS
+from .tiles import length_of_rows, offsets, pack, piece, sign_bit, soft_threshold, tile, units
 
 
 @kernel(pointers=15, aligned=("x", "y", "residual"))
@@ -27,7 +28,7 @@ def apply_kernel(
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = R if CHANNELS_LAST else B
-    Q = QA * ALIGN
+    Q = length_of_rows(QA, ALIGN, WIDE)
     start, _ = piece(P if CHANNELS_LAST else Q, splits, length, STEP, True, WIDE)
     n, p, q, first, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, True)
     live = rows_live[:, None] & columns_live[None, :]
@@ -99,10 +100,11 @@ def prepare(
 ) -> tuple[Prepared, int]:
     """The launch for x, y and the residual of these strides, and the bits of a plane's unit."""
     on = tiled(geo, strides, dtype, device, False)
+    registers = {} if gate.channels == 0 else {"maxnreg": ON_THE_WAY_REGISTERS}
     launch = on.prepare(
         apply_kernel, (*tau_strides, gate.channels, gate.hidden), TWO_PLANES=two_planes, AVERAGE=gate.average,
         ONE=gate.one, EPS=gate.eps, BH=gate.dot, X_UNIT=on.walk.operands[0].unit, Y_UNIT=on.walk.operands[1].unit,
-        R_UNIT=on.walk.operands[2].unit,
+        R_UNIT=on.walk.operands[2].unit, **registers,
     )  # fmt: skip
     return launch, on.walk.unit_bits
 

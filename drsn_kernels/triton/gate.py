@@ -112,8 +112,7 @@ def hidden_kernel(
         at = (n * C)[:, None] + c[None, :]
         a_live = n_live[:, None] & (c < C)[None, :]
         a = sum_parts(partial, at, a_live, parts, N * C)
-        if pooled is not None:
-            tl.store(pooled + at, a, a_live & (block == 0))
+        tl.store(pooled + at, a, a_live & (block == 0))
         u = tl.sum(a[:, None, :] * w[None, :, :], 2) + bias[None, :]
         tl.store(hidden + (n * H)[:, None] + h[None, :], u, n_live[:, None] & h_live[None, :])
         if BATCH_STATS:
@@ -229,6 +228,11 @@ def hidden_delta(dz, w, hidden, n, h, N, H, mean, var, gamma, beta, EPS: tl.cons
     return dv, tl.where(live, relu(v), 0.0), plain, slope
 
 
+@triton.jit
+def _up_to_4(n):
+    return (n + 3) // 4 * 4
+
+
 @kernel(pointers=13)
 def hidden_grad_kernel(
     dtau, tau_grad, pooled, alpha, hidden, mean, var, gamma, beta, w2, du, around, grads,
@@ -239,7 +243,7 @@ def hidden_grad_kernel(
     """Gradients of the gate's parameters, du (N, H) and `around` (N, C).
 
     A program takes BH units of `share` samples (all, with BATCH_STATS) and writes its row of grads (shares, total):
-    w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm, gamma (H,) and beta (H,), one after the other.
+    w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm, gamma (H,) and beta (H,), each at a multiple of 4 elements.
     du and around are for dA (pooled_grad_of); None where dA is had already (one_pass.py). With BATCH_STATS the second
     loop recomputes dz rather than keep it: three loads against a store and a load of each.
     """
@@ -293,16 +297,16 @@ def hidden_grad_kernel(
             tl.store(du + (n * H)[:, None] + h[None, :], change, (n < N)[:, None] & h_live[None, :])
     grads += part.to(tl.int64) * total
     tl.store(grads + (h * C)[:, None] + c[None, :], grad_w1, h_live[:, None] & (c < C)[None, :])
-    grads += H * C
+    grads += _up_to_4(H * C)
     tl.store(grads + h, grad_b1, h_live)
-    grads += H
+    grads += _up_to_4(H)
     tl.store(grads + w2_at, grad_w2, w2_live)
-    grads += outputs * H
+    grads += _up_to_4(outputs * H)
     tl.store(grads + o, grad_b2, o_live & (block == 0))
     if mean is not None:
-        grads += outputs
+        grads += _up_to_4(outputs)
         tl.store(grads + h, sum_dv_plain, h_live)
-        tl.store(grads + H + h, sum_dv, h_live)
+        tl.store(grads + _up_to_4(H) + h, sum_dv, h_live)
 
 
 @triton.jit

@@ -16,7 +16,8 @@ from ..planes import Geometry
 from ..reference import accumulate_dtype
 from .gate import pooled_grad_of
 from .launch import Prepared, kernel, tiled, units_of
-from .tiles import offsets, piece, tile, units, unpack
+from .plans import ON_THE_WAY_REGISTERS
+from .tiles import length_of_rows, offsets, piece, tile, units, unpack
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def grad_kernel(
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     REVERSE: tl.constexpr = dtau is None
-    Q = QA * ALIGN
+    Q = length_of_rows(QA, ALIGN, WIDE)
     start, stop = piece(P if CHANNELS_LAST else Q, splits, length, STEP, REVERSE, WIDE)
     n, p, q, first, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, REVERSE)
     if CHANNELS_LAST:
@@ -116,8 +117,9 @@ def prepare(
 ) -> Call:
     """The launch for g and dx of these strides. gate: C, H and the units at a time, where it computes dA."""
     on = tiled(geo, strides, dtype, device, want_dtau)
+    registers = {} if gate[0] == 0 else {"maxnreg": ON_THE_WAY_REGISTERS}
     launch = on.prepare(
-        grad_kernel, gate[:2], BH=gate[2], G_UNIT=on.walk.operands[0].unit, D_UNIT=on.walk.operands[1].unit
+        grad_kernel, gate[:2], BH=gate[2], G_UNIT=on.walk.operands[0].unit, D_UNIT=on.walk.operands[1].unit, **registers
     )
     return Call(launch, on.plan.splits, on.walk.unit_bits)
 

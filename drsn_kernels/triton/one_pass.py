@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .gate import logit_grads, normalise, relu
 from .launch import kernel
-from .tiles import offsets, pack, sign_bit, soft_threshold, units, unpack
+from .tiles import length_of_rows, offsets, pack, sign_bit, soft_threshold, units, unpack
 
 
 @triton.jit
@@ -27,12 +27,12 @@ def _place(
     if WIDE:
         pid = pid.to(tl.int64)
     row = tl.arange(0, S * PB)
+    first = t + pid * 0  # as wide as pid
     n = pid * S + row // PB
-    p = row % PB
-    first = t
+    p = row % PB + pid * 0
     if CHANNELS_LAST:
         p += t
-        first = t * 0
+        first = pid * 0
     q = first + tl.arange(0, B)
     return n, p, q, first, (n < N) & (p < P), q < Q
 
@@ -73,7 +73,7 @@ def _finish(
         kept = (value != 0) & ((tl.abs(value) <= tau) == 0)
         tl.store(planes + at, pack(sign_bit(value), UNIT_BITS), units_live)
         tl.store(planes + plane_units + at, pack((value != 0).to(tl.int32), UNIT_BITS), units_live)
-        tl.store(planes + 2 * plane_units + at, pack(kept.to(tl.int32), UNIT_BITS), units_live)
+        tl.store(planes + plane_units + plane_units + at, pack(kept.to(tl.int32), UNIT_BITS), units_live)
     result = soft_threshold(value, tau)
     if residual is not None:
         result += _load(residual, n, p, q, rows_live, columns_live, p_sizes, q_sizes, rs, R_UNIT, ALIGN).to(value.dtype)
@@ -94,7 +94,7 @@ def forward_kernel(
     CB: tl.constexpr = B if CHANNELS_LAST else PB
     OB: tl.constexpr = 1 if ONE else CB
     STEP: tl.constexpr = PB if CHANNELS_LAST else B
-    Q = QA * ALIGN
+    Q = length_of_rows(QA, ALIGN, WIDE)
     C = Q if CHANNELS_LAST else P
     extent = P if CHANNELS_LAST else Q
     n, p, q, first, rows_live, columns_live = _place(0, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)
@@ -169,7 +169,7 @@ def _masked(
     """kept * g of a tile, and its sign plane as bools."""
     at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
     value = _load(g, n, p, q, rows_live, columns_live, p_sizes, q_sizes, gs, G_UNIT, ALIGN).to(ACC)
-    masked = tl.where(unpack(tl.load(planes + 2 * plane_units + at, units_live, 0), UNIT_BITS), value, 0.0)
+    masked = tl.where(unpack(tl.load(planes + plane_units + plane_units + at, units_live, 0), UNIT_BITS), value, 0.0)
     return masked, unpack(tl.load(planes + at, units_live, 0), UNIT_BITS)
 
 
@@ -198,7 +198,7 @@ def backward_kernel(
     CB: tl.constexpr = B if CHANNELS_LAST else PB
     OB: tl.constexpr = 1 if ONE else CB
     STEP: tl.constexpr = PB if CHANNELS_LAST else B
-    Q = QA * ALIGN
+    Q = length_of_rows(QA, ALIGN, WIDE)
     C = Q if CHANNELS_LAST else P
     extent = P if CHANNELS_LAST else Q
     n, p, q, first, rows_live, columns_live = _place(0, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)

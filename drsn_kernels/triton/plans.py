@@ -89,10 +89,17 @@ def _cdiv(a: int, b: int) -> int:
 # A tile of this many elements fits the registers: compiled for sm_90, (64, 256) takes 117 of 128 registers at 16 warps,
 # float32 or bfloat16, three planes included. (64, 512) spills 16 to 136 bytes a thread, forward and backward.
 ON_CHIP = 16384
-# A sample that does not fit is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
+# Elements of a tile of a sample that does not fit, at 8 warps.
+WALKED = 8192
+# It is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
 L2_BYTES = 36 << 20
-# Channels of a tile of the gate's kernels; a product over more of them leaves less than one sample a tile.
-MOST_CHANNELS = 2048
+# Channels of a fused gate. A program of its kernels holds 4 units x 2 samples of 512 channels, and walks the batch in
+# steps of two; beyond that the chain is longer than torch's own matrix products take (estimated, not yet measured).
+MOST_CHANNELS = 512
+# The second layer and dA are computed by their users, if a tile serves each threshold with so many elements for each of
+# the hidden units, two loads each from L1 or L2; in small tensors with one, where a launch costs more than the loads.
+SERVED = 4
+SMALL_BYTES = 4 << 20
 # Elements of one product of the gate (samples x units x channels) that a thread holds, forward; half as many backward,
 # where two products are held at a time: 32 took 128 to 246 registers and spilled 48 bytes at 256 channels.
 PRODUCTS = 32
@@ -100,6 +107,8 @@ PRODUCTS = 32
 # there are fewer programs than multiprocessors, and spills a few for it (8 to 32 bytes, at 40, 64 or 128 registers).
 GATE_WARPS = 8
 MOST_REGISTERS = 255
+# The same for apply and grad where they compute tau or dA on the way: 4 programs of 4 warps an SM still fit.
+ON_THE_WAY_REGISTERS = 128
 # The gate's launches are short chains of dependent loads, so their time is the samples a program walks one after the
 # other: at least this many tiles of samples each, then as many programs as the GPU runs at a time. Their sums over
 # samples are partial then, at most so many bytes of them.
@@ -142,20 +151,24 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
     rows = _power_of_two(walk.p)
     columns = max(_power_of_two(walk.q), walk.unit_bits)
     wide = columns if walk.channels_last else rows
-    if wide > 1024:
-        return f"{channels} channels do not fit the tile of one program (at most 1024)"
-    samples, loop = 1, rows * columns * max(itemsize, 4) > 4 * ON_CHIP
+    if wide > MOST_CHANNELS:
+        return f"{channels} channels do not fit the tile of one program (at most {MOST_CHANNELS})"
+    # where rows are not aligned or not adjacent, every element has an address of its own in registers
+    ragged = RAGGED if walk.align * itemsize < 16 or not all(unit for _, unit in walk.operands) else 1
+    samples, loop = 1, rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
+        if not walk.channels_last and rows > 256:
+            return f"a tile of {rows} channels is too narrow to walk a sample with"
         if 2 * sms * sample_bytes > L2_BYTES:
             return f"a sample of {sample_bytes} bytes is too large to keep in registers or, one for each program, in L2"
         if walk.channels_last:
-            rows = max(8192 // columns, 8)
+            rows = max(WALKED // ragged // columns, 8)
         else:
-            columns = max(8192 // rows, 32)
+            columns = max(WALKED // ragged // rows, 32)
         warps = 8
     else:
         samples = max(2048 // (rows * columns), 1)
-        warps = min(max(samples * rows * columns // 1024, 4), 16)
+        warps = min(max(samples * rows * columns * ragged // 1024, 4), 16)
     weights = 4 * hidden * (channels + outputs)
     if weights > samples * sample_bytes:
         return f"each program would read {weights} bytes of weights for {samples * sample_bytes} bytes of x"
@@ -165,21 +178,25 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
     return OnePassPlan(samples, rows, columns, loop, units, warps)
 
 
-def gate(walk: Walk, plan: TilePlan, hidden: int, coupled: bool, sms: int) -> GatePlan:
+def gate(walk: Walk, plan: TilePlan, hidden: int, coupled: bool, itemsize: int, sms: int) -> GatePlan:
     """The plan of the gate's own launches, around reduce, apply and grad over tiles of `plan`.
 
     coupled: batch statistics; a program must see every sample.
     """
     wide = _power_of_two(walk.q if walk.channels_last else walk.p)
     units = min(4, _power_of_two(hidden))  # few, because the programs are few: H / 4
-    samples = min(max(32 * GATE_WARPS * PRODUCTS // (units * wide), 1), 64)
+    held = PRODUCTS if itemsize <= 4 else PRODUCTS // 4  # float64: two registers each, and a longer division
+    samples = min(max(32 * GATE_WARPS * held // (units * wide), 1), 64)
     blocks = _cdiv(hidden, units)
     shares = 1
     if not coupled:
         parameters = 4 * blocks * units * 2 * wide
         shares = min(_cdiv(walk.n, samples * TILES_EACH), _cdiv(2 * sms, blocks), max(PARTIAL_BYTES // parameters, 1))
     share = _cdiv(_cdiv(walk.n, shares), samples) * samples
-    # A threshold costs two loads for each hidden unit, from L1 or L2; the elements of the tile it serves carry that.
     vector, served = (plan.columns, plan.rows) if walk.channels_last else (plan.rows, plan.columns)
-    dot = min(max(2048 // vector, 8), 64)
-    return GatePlan(samples, units, wide, blocks, _cdiv(walk.n, share), share, hidden <= served, dot, 64, 16)
+    dot = min(max(1024 // vector, 4), 64, _power_of_two(hidden))
+    small = walk.rows * walk.q * itemsize <= SMALL_BYTES
+    return GatePlan(
+        samples=samples, units=units, channels=wide, blocks=blocks, shares=_cdiv(walk.n, share), share=share,
+        on_the_way=hidden * (1 if small else SERVED) <= served, dot=dot, vector=64, vector_dot=16,
+    )  # fmt: skip

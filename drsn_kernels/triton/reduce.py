@@ -13,7 +13,7 @@ import triton.language as tl
 from ..planes import Geometry, words
 from ..reference import accumulate_dtype
 from .launch import Prepared, kernel, tiled, units_of
-from .tiles import offsets, pack, piece, sign_bit, tile, units
+from .tiles import length_of_rows, offsets, pack, piece, sign_bit, tile, units
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def reduce_kernel(
     """out (splits, N, C): this piece's part of the mean."""
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
-    Q = QA * ALIGN
+    Q = length_of_rows(QA, ALIGN, WIDE)
     start, stop = piece(P if CHANNELS_LAST else Q, splits, length, STEP, False, WIDE)
     if LOOP:
         total = tl.zeros((R, B), ACC)

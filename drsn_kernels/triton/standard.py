@@ -10,6 +10,7 @@ then adds: deterministic, one more short launch. Between launches nothing comes 
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -91,12 +92,15 @@ def _one_pass(fn, call: Call, on: Walk, plan: OnePassPlan, **constants) -> Prepa
         "AVERAGE": call.average, "ONE": call.outputs == 1, "EPS": call.eps, "LOOP": plan.loop, "S": plan.samples,
         "PB": plan.rows, "B": plan.columns, "BH": plan.units, "num_warps": plan.warps, **common(on, call.dtype),
     }  # fmt: skip
+    if plan.loop:
+        constants["maxnreg"] = plans.MOST_REGISTERS
     return Prepared(fn, -(-on.n // plan.samples), integers, constants)
 
 
 def _gate_plan(call: Call, strides: tuple) -> GatePlan:
     on = tiled(call.geometry, strides, call.dtype, call.device, False)
-    return plans.gate(on.walk, on.plan, call.hidden, call.coupled, multiprocessors(call.device))
+    sms = multiprocessors(call.device)
+    return plans.gate(on.walk, on.plan, call.hidden, call.coupled, call.dtype.itemsize, sms)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -177,13 +181,12 @@ def forward(
         )  # fmt: skip
         return y, tau, kept
 
-    partial, splits = reduce.partial_means(x, geo, bits)
-    pooled = partial[0] if splits == 1 else new(n, c)
-    hidden = new(n, call.hidden)
+    partial, _ = reduce.partial_means(x, geo, bits)
+    pooled, hidden = new(n, c), new(n, call.hidden)
     if parts.batch_stats:
         mean, var = new(2, call.hidden)
     step.hidden(
-        device, partial, None if splits == 1 else pooled, parts.w1, parts.b1, mean, var,
+        device, partial, pooled, parts.w1, parts.b1, mean, var,
         parts.mean, parts.var, parts.batches, hidden,
     )  # fmt: skip
     kept_plane = None if units is None else units[2]
@@ -210,7 +213,7 @@ class Backward(NamedTuple):
     one: Prepared | None
     hidden: Prepared
     shares: int
-    sizes: tuple[int, ...]  # of the parameters, in the order of their gradients
+    sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
     splits: int = 1
     dtau: Prepared | None = None
     pooled: Prepared | None = None
@@ -225,7 +228,7 @@ def _prepare_backward(call: Call, strides: tuple, normed: bool, want_dx: bool) -
     first = None if not isinstance(one, str) else grad.prepare(geo, strides, dtype, device, True)
     plan = _gate_plan(call, strides)
     h, o = call.hidden, call.outputs
-    sizes = (h * c, h, o * h, o, *((h, h) if normed else ()))
+    sizes = tuple(-(-size // 4) * 4 for size in (h * c, h, o * h, o, *((h, h) if normed else ())))
     hidden = Prepared(
         gate.hidden_grad_kernel, plan.blocks * plan.shares,
         (n, c, h, 1 if first is None else first.splits, plan.share, plan.blocks, sum(sizes)),
@@ -293,6 +296,11 @@ def backward(
         step.pooled(device, du, parts.w1, around, pooled_grad)
         step.dx(device, g, plane, sign, nonzero, pooled_grad, dx, None, None, None, None)
     grads = grads[0] if step.shares == 1 else grads.sum(0)
-    dw1, db1, dw2, db2, *norm = grads.split(step.sizes)
+    # a section may be up to 3 elements longer than its parameter
+    h, o = call.hidden, call.outputs
+    starts = [0, *itertools.accumulate(step.sizes)]
+    shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
+    strides = ((c, 1), (1,), (h, 1), (1,), (1,), (1,))
+    dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts[:-1])
     dgamma, dbeta = norm or (None, None)
-    return dx, dw1.view(call.hidden, c), db1, dgamma, dbeta, dw2.view(call.outputs, call.hidden), db2
+    return dx, dw1, db1, dgamma, dbeta, dw2, db2

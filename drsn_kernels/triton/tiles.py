@@ -96,8 +96,10 @@ def tile(
     pid = tl.program_id(0)
     if REVERSE:
         pid = tl.num_programs(0) - 1 - pid
+    total = N * P
     if WIDE:
         pid = pid.to(tl.int64)
+        total = N.to(tl.int64) * P
     block = pid // splits
     if CHANNELS_LAST:
         blocks = tl.cdiv(Q, B)
@@ -110,9 +112,18 @@ def tile(
         n = row // P
         p = row % P
         first = t
-        rows_live = row < N * P
+        rows_live = row < total
     q = first + tl.arange(0, B)
     return n, p, q, first, rows_live, q < Q
+
+
+@triton.jit
+def length_of_rows(QA, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    """Q, as a product with ALIGN."""
+    if WIDE:
+        return QA.to(tl.int64) * ALIGN
+    else:
+        return QA * ALIGN
 
 
 @triton.jit
@@ -125,9 +136,10 @@ def piece(extent, splits, length, STEP: tl.constexpr, REVERSE: tl.constexpr, WID
     pid = tl.program_id(0)
     if REVERSE:
         pid = tl.num_programs(0) - 1 - pid
-    first = (pid % splits) * length * STEP
+    first = (pid % splits) * length
     if WIDE:
         first = first.to(tl.int64)
+    first = first * STEP
     return first, tl.minimum(first + length * STEP, extent)
 
 
