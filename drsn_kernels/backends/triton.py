@@ -11,11 +11,25 @@ name = "triton"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 _OLDEST = 8  # compute capability: bfloat16 and 166 KB of shared memory; older GPUs run in pure PyTorch
+_OLDEST_TRITON = (3, 5)  # of torch 2.9: the oldest that the kernels were compiled with; 3.2 launches in another way
 
 
 def interpreting() -> bool:
     """Whether Triton runs kernels on CPU tensors, one program after another: TRITON_INTERPRET=1, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why there is no Triton to run with, or None. Imports it."""
+    if not INSTALLED:
+        return "triton is not installed; `pip install 'drsn_kernels[triton]'`"
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+    if found < _OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}, the oldest tested"
+    return None
 
 
 @functools.cache  # asking costs 2 us
@@ -32,14 +46,14 @@ def _lowering() -> bool:
 
 
 def unsupported(x: torch.Tensor) -> str | None:
-    if not INSTALLED:
-        return "triton is not installed; `pip install 'drsn_kernels[triton]'`"
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, the triton kernels take float32, float64, bfloat16 and float16"
     if x.is_cuda:
-        return _too_old(x.device)
+        return _missing() or _too_old(x.device)
+    if not INSTALLED:
+        return _missing()
     if x.is_cpu and (interpreting() or _lowering()):
-        return None
+        return _missing()
     return f"x is on {x.device}, the triton kernels take CUDA tensors (CPU tensors under TRITON_INTERPRET=1)"
 
 
@@ -84,8 +98,9 @@ def standard_backward(geo, dtype, parts, average, kept, g, tau_grad, want_dx):
 
 def describe() -> str:
     """One line for `python -m drsn_kernels info`."""
-    if not INSTALLED:
-        return "not available: triton is not installed; `pip install 'drsn_kernels[triton]'`"
+    missing = _missing()
+    if missing is not None:
+        return f"not available: {missing}"
     import triton
 
     if torch.cuda.is_available():

@@ -15,8 +15,8 @@ from .walk import Walk
 # longer ones are walked by columns in a loop.
 TILE = 2048
 WARPS = 4
-# Where rows are not aligned every element has an address of its own: half a tile, because with 16 elements a thread
-# rows of 49 took 96 to 153 registers.
+# Where rows are not aligned, or elements not adjacent, every element has an address of its own: half a tile, because
+# with 16 elements a thread rows of 49 took 96 to 153 registers.
 RAGGED = 2
 # Of channels_last, so many channels: 1 KiB of neighbouring float32, and 8 rows to sum over before threads meet.
 CHANNELS = 256
@@ -43,13 +43,17 @@ class TilePlan:
     warps: int
 
 
+def _ragged(walk: Walk, itemsize: int) -> int:
+    return 1 if walk.align * itemsize >= 16 and all(unit for _, unit in walk.operands) else RAGGED
+
+
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
 def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     """The plan of reduce, apply and grad. `split`: rows may be cut, because sums over them may be partial."""
-    elements = TILE if walk.align * itemsize >= 16 else TILE // RAGGED
+    elements = TILE // _ragged(walk, itemsize)
     unit = walk.unit_bits
     if walk.channels_last:
         # vectors along C; a tile stays in one sample, whose channels have their own sums and thresholds
@@ -126,6 +130,7 @@ class OnePassPlan:
     loop: bool  # the sample is walked twice, from memory and then from L2
     units: int  # hidden units at a time
     warps: int
+    registers: int | None  # that ptxas may use a thread, where it is told
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,7 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
     wide = columns if walk.channels_last else rows
     if wide > MOST_CHANNELS:
         return f"{channels} channels do not fit the tile of one program (at most {MOST_CHANNELS})"
-    # where rows are not aligned or not adjacent, every element has an address of its own in registers
-    ragged = RAGGED if walk.align * itemsize < 16 or not all(unit for _, unit in walk.operands) else 1
+    ragged = _ragged(walk, itemsize)
     samples, loop = 1, rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
         if not walk.channels_last and rows > 256:
@@ -175,7 +179,9 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
     if _cdiv(walk.n, samples) * 4 < 3 * sms and walk.n * sample_bytes > 2 << 20:
         return f"{_cdiv(walk.n, samples)} programs of whole samples leave most of {sms} multiprocessors idle"
     units = min(max(32 * warps * PRODUCTS // (samples * wide), 1), 32, _power_of_two(hidden))
-    return OnePassPlan(samples, rows, columns, loop, units, warps)
+    # Alone, ptxas stops at 64 or 128 here and spills for it; told of these limits on the other plans, it spills there.
+    registers = min(65536 // (32 * warps), 255) if warps >= 8 and (loop or ragged > 1) else None
+    return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
 
 def gate(walk: Walk, plan: TilePlan, hidden: int, coupled: bool, itemsize: int, sms: int) -> GatePlan:

@@ -90,10 +90,9 @@ def _one_pass(fn, call: Call, on: Walk, plan: OnePassPlan, **constants) -> Prepa
     )  # fmt: skip
     constants |= {
         "AVERAGE": call.average, "ONE": call.outputs == 1, "EPS": call.eps, "LOOP": plan.loop, "S": plan.samples,
-        "PB": plan.rows, "B": plan.columns, "BH": plan.units, "num_warps": plan.warps, **common(on, call.dtype),
+        "PB": plan.rows, "B": plan.columns, "BH": plan.units, "num_warps": plan.warps, "maxnreg": plan.registers,
+        **common(on, call.dtype),
     }  # fmt: skip
-    if plan.loop:
-        constants["maxnreg"] = plans.MOST_REGISTERS
     return Prepared(fn, -(-on.n // plan.samples), integers, constants)
 
 
