@@ -67,6 +67,8 @@ SHAPES = [(4, 8, 999), (4, 8, 1024), (16, 16, 49), (2, 4, 56, 56), (64, 32, 7), 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_saved_bytes_of_shrink(kernels, shape, average, channels_last, dtype):
+    if kernels.interpreted and (average is None or dtype is torch.float64):
+        pytest.skip("long in the interpreter, and nothing else is kept")
     if channels_last and len(shape) == 3:
         x = torch.randn(shape[0], shape[2], shape[1]).transpose(1, 2).to(dtype).requires_grad_()
     else:

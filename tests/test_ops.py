@@ -243,6 +243,8 @@ def far_from_kinks(shape: Sequence[int], gate: nn.Module, average: str | None) -
 @pytest.mark.parametrize("out", [1, 3])
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 def test_shrink_numerical_derivatives_with_batch_norm_in_training(kernels, average, out, inplace):
+    if kernels.interpreted and average is None:
+        pytest.skip("seconds in the interpreter, and no other kernel")
     gate = smooth_gate(3, out, norm=True).double()
     x = far_from_kinks((4, 3, 5), gate, average)
     residual = torch.randn_like(x, requires_grad=True)
@@ -258,6 +260,8 @@ def test_shrink_numerical_derivatives_with_batch_norm_in_training(kernels, avera
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_shrink_full_jacobians(kernels, average):
+    if kernels.interpreted and average != "sample":
+        pytest.skip("seconds in the interpreter, and no other kernel")
     gate = smooth_gate(2, None, norm=True).double()
     x = far_from_kinks((3, 2, 4), gate, average)
     for check_derivative in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
