@@ -3,8 +3,8 @@
     TRITON_INTERPRET=0 python -m benchmarks.launches
 
 Kernels are compiled for an H100 and not run (drsn_kernels.triton.lowering), so the driver's own cuLaunchKernel is not
-in these figures, and everything before it is: checks, planning, allocation, autograd, Triton. "through Triton" is the same
-call with every launch through Triton's own binder and specialisation, as it is without `launch.Prepared`.
+in these figures, and everything before it is: checks, planning, allocation, autograd, Triton. "through Triton" is the
+same call with every launch through Triton's own binder and specialisation, as it is without `launch.Prepared`.
 """
 
 import statistics

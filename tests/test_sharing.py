@@ -1,4 +1,4 @@
-"""Where memory, nodes or settings are shared: in-place x used elsewhere, several backward passes, default device, tracing."""
+"""Where memory, nodes or settings are shared: in-place x used elsewhere, several backward passes, default device."""
 
 import threading
 import warnings
