@@ -58,7 +58,7 @@ def _is_watched(module: nn.Module) -> bool:
 def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
     """The parts of a standard gate for x (N, C, ...), or why its modules must be called.
 
-    Asked at every call, so plain attribute reads: 6 us; with module.weight and generators it was 17.
+    Asked at every call, so plain attribute reads: 11 us less a call than with module.weight and generators.
     """
     if type(gate) is not nn.Sequential:
         return "the gate is not an nn.Sequential"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+import drsn_kernels as dk
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 AVERAGES = ["channel", "sample", None]
 
@@ -74,6 +76,18 @@ def smooth_gate(channels: int, out: int | None = None, norm: bool = False) -> nn
     """A gate without kinks, so that a rounding difference never flips one of its units."""
     layers = [nn.Linear(channels, 5), *([nn.BatchNorm1d(5)] if norm else []), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(5, out or channels), nn.Sigmoid())
+
+
+def gate_of(channels: int, kind: str, average: str | None = "channel", reduction: int = 1) -> nn.Sequential:
+    """A standard gate: "plain", with a "norm" in eval, or with "batch norm" in training; statistics not trivial."""
+    gate = dk.Shrinkage(channels, average=average, reduction=reduction, norm=kind != "plain").fc
+    if kind != "plain":
+        norm = gate[1]
+        for t in (norm.weight, norm.running_var):
+            nn.init.uniform_(t, 0.5, 1.5)
+        for t in (norm.bias, norm.running_mean):
+            nn.init.uniform_(t, -0.2, 0.2)
+    return gate.train(kind == "batch norm")
 
 
 def features(shape: Sequence[int], dtype=torch.float32, device="cpu", zeros: bool = True) -> torch.Tensor:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from oracle import AVERAGES, DTYPES, cast_gate, check, shrink, smooth_gate, varied, wide, without_ties
+from oracle import AVERAGES, DTYPES, cast_gate, check, gate_of, shrink, smooth_gate, varied, wide, without_ties
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
@@ -33,10 +33,6 @@ def strictly_triton():
         pytest.skip("Triton is not installed")
     with dk.use_backend("triton", strict=True):
         yield
-
-
-def gate_of(channels: int, kind: str, average: str | None = "channel") -> nn.Sequential:
-    return dk.Shrinkage(channels, average=average, norm=kind != "plain").fc.train(kind == "batch norm")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])

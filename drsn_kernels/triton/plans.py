@@ -1,8 +1,9 @@
 """Which tile and how many programs each launch takes, and why. Nothing is tuned at run time.
 
 What a plan puts into a constexpr depends on the length of a row, the dtype and the layout; where the gate is fused,
-also on the next power of two of C; never on the batch size: another batch runs the kernel that is compiled already
-(tests/test_triton_lowering.py counts). Grids and splits are run-time values.
+also on the next power of two of C; never on the batch size: within a plan, another batch runs the kernel that is
+compiled already (tests/test_triton_lowering.py counts). Which plan it is may depend on the batch (one pass or several
+launches, the gate's end on the way or apart). Grids and splits are run-time values.
 """
 
 from dataclasses import dataclass

@@ -163,7 +163,7 @@ def forward(
     y = torch.empty_strided(shape, dense, dtype=dtype, device=device) if out is None else out
     step = _prepare_forward(call, (x.stride(), y.stride(), (y if residual is None else residual).stride()))
 
-    def new(rows: int, columns: int) -> torch.Tensor:  # half the time of torch.empty
+    def new(rows: int, columns: int) -> torch.Tensor:  # parses its arguments faster than torch.empty
         return torch.empty_strided((rows, columns), (columns, 1), dtype=accumulate_dtype(dtype), device=device)
 
     bits = torch.empty((3, words(geo)), dtype=torch.int32, device=device) if keep else None
