@@ -1,8 +1,8 @@
 """Launching: what a call of a kernel needs besides its pointers, worked out once and kept.
 
-A training step of a small network is bound by the host. Triton's own launch binds and specialises every argument anew,
-which costs 8 to 17 us more than calling the compiled kernel (benchmarks/launches.py). Calling it is right as long as all
-that Triton would specialise on is the same, so a `Prepared` call is kept for each geometry, layout, dtype and device (its
+A training step of a small network is bound by the host. Triton's own launch binds and specialises every argument
+anew, 8 to 17 us more than calling the compiled kernel (benchmarks/launches.py). Calling it is right as long as all that
+Triton would specialise on is the same, so a `Prepared` call is kept for each geometry, layout, dtype and device (its
 integers follow from them), and within it a compiled kernel for each set of pointers given and aligned.
 """
 
