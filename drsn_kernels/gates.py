@@ -43,7 +43,20 @@ class StandardGate(NamedTuple):
         return F.linear(v.relu(), self.w2, self.b2).sigmoid()
 
 
-_has_global_hook = getattr(nn_module, "_has_any_global_hook", None)  # private; without it no gate is fused
+class Kept(NamedTuple):
+    """What a backward pass needs: 3 bits an element, and tensors of the gate's size. None where nothing is kept."""
+
+    bits: torch.Tensor | None  # (3, words): sign, nonzero, kept
+    pooled: torch.Tensor | None  # A (N, C)
+    hidden: torch.Tensor | None  # u (N, H)
+    alpha: torch.Tensor | None  # (N, O)
+    mean: torch.Tensor | None  # (H,), of the batch or running
+    var: torch.Tensor | None
+
+
+_GLOBAL_HOOKS = [  # private, dictionaries that torch fills in place
+    getattr(nn_module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 _PLAIN = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
 _NORMED = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Sigmoid)
 
@@ -53,6 +66,14 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     ) or ("forward" in own)
+
+
+def looks_standard(gate) -> bool:
+    """Whether the gate has the standard structure, by whatever subclasses, hooks or parametrizations."""
+    if not isinstance(gate, nn.Sequential):
+        return False
+    children = tuple(gate._modules.values())
+    return any(len(children) == len(types) and all(map(isinstance, children, types)) for types in (_PLAIN, _NORMED))
 
 
 def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
@@ -66,7 +87,7 @@ def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
     types = tuple(map(type, children))
     if types != _NORMED and types != _PLAIN:
         return "the gate is not Linear, [BatchNorm1d], ReLU, Linear, Sigmoid"
-    if _has_global_hook is None or _has_global_hook():
+    if any(_GLOBAL_HOOKS):
         return "global module hooks are set"
     if _is_watched(gate) or any(map(_is_watched, children)):
         return "the gate has hooks, or a forward of its own"

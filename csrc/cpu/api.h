@@ -60,11 +60,42 @@ struct GradArgs {
   const uint8_t *kept, *sign, *nonzero;
 };
 
+enum class Average : int { channel = 0, sample = 1, none = 2 };
+
+// The standard gate: u = A w1' + b1, v = relu(norm(u)), alpha = sigmoid(v w2' + b2). float, or double for f64.
+struct GateArgs {
+  int64_t n, c, h, o;
+  Average average;
+  bool norm, batch_stats;
+  double eps, momentum;
+  const void *w1, *b1, *gamma, *beta, *w2, *b2;
+  void *running_mean, *running_var;
+  int64_t* batches;
+  void *pooled, *hidden, *alpha;  // A (N, C), u (N, H), alpha (N, O)
+  void *mean, *var;               // (H,): what normalises u; written where they are of the batch
+};
+
+struct StandardForwardArgs {
+  ReduceArgs reduce;  // out is gate.pooled
+  ApplyArgs apply;    // tau (N, C), or (N, 1) with tau_c 0, is written first
+  GateArgs gate;
+  int64_t block;  // samples that are pooled, gated and shrunk together; 0, and with batch statistics: the whole batch
+};
+
+struct StandardBackwardArgs {
+  GradArgs dtau, dx;  // dx.dx may be absent
+  GateArgs gate;
+  const void* tau_grad;  // (N, C) or (N, 1) like tau, or absent
+  void *dw1, *db1, *dgamma, *dbeta, *dw2, *db2;
+};
+
 struct Kernels {
   const char* name;
   void (*reduce)(const ReduceArgs&);
   void (*apply)(const ApplyArgs&);
   void (*grad)(const GradArgs&);
+  void (*standard_forward)(const StandardForwardArgs&);
+  void (*standard_backward)(const StandardBackwardArgs&);
 };
 
 extern const Kernels kernels_portable;

@@ -1,8 +1,5 @@
 // The extension drsn_kernels._cpu: raw pointers, shapes and strides in, nothing of torch's C++ in it.
 #include <pybind11/pybind11.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -11,6 +8,8 @@
 
 #include "../common/shrink_rules.h"
 #include "api.h"
+#include "arena.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 
@@ -34,29 +33,49 @@ const Kernels* best_kernels() {
 
 const Kernels* kernels = best_kernels();
 
-// Asks for huge pages under a large fresh output, before its pages are touched. From 32 MiB on glibc maps every block
-// anew, and half the time of a step goes into page faults, one for each 4 KiB; where transparent huge pages are on request
-// ("madvise", the usual setting) this makes it one for each 2 MiB: 27.8 to 16.1 ms a step. Smaller blocks mostly come from
-// the heap, already mapped: no gain there, so they are left alone. torch's allocator does the same with
-// THP_MEM_ALLOC_ENABLE=1. DRSN_HUGE_PAGES=0 in the environment turns it off.
-bool huge_pages = true;
-
-void prefer_huge_pages(void* p, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20;
-  constexpr int64_t kMapped = 32 << 20;  // glibc's DEFAULT_MMAP_THRESHOLD_MAX
-  if (!huge_pages || bytes < kMapped) return;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)) & ~(kHuge - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failing is fine
-#endif
-}
-
-int64_t bytes_of(const Walk& w, DType dtype) {
-  return w.n * w.c * w.l * (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2);
-}
-
 int64_t item(const py::tuple& t, int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), i)); }
+
+Arena& arena() {  // never destroyed: tensors may outlive the interpreter
+  static Arena* const one = new Arena;
+  return *one;
+}
+
+struct FromArena {
+  DLManagedTensor tensor;
+  void* data;
+  size_t bytes;
+  int64_t shape[kMaxDims + 2], strides[kMaxDims + 2];
+};
+
+void give_back(DLManagedTensor* tensor) {
+  auto* const owner = static_cast<FromArena*>(tensor->manager_ctx);
+  arena().release(owner->data, owner->bytes);
+  delete owner;
+}
+
+// An uninitialised tensor, as a DLPack capsule for torch.from_dlpack.
+py::capsule empty(int dtype, const py::tuple& shape, const py::tuple& strides) {
+  static constexpr DLDataType kinds[] = {{kDLFloat, 32, 1}, {kDLFloat, 64, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}};
+  auto* const owner = new FromArena{};
+  const int rank = int(shape.size());
+  int64_t items = 1;
+  for (int d = 0; d < rank; ++d) {
+    owner->shape[d] = item(shape, d);
+    owner->strides[d] = item(strides, d);
+    items *= owner->shape[d];
+  }
+  owner->bytes = size_t(items) * kinds[dtype].bits / 8;
+  owner->data = arena().acquire(owner->bytes);
+  if (!owner->data) {
+    delete owner;
+    throw std::bad_alloc();
+  }
+  owner->tensor = {{owner->data, {kDLCPU, 0}, rank, kinds[dtype], owner->shape, owner->strides, 0}, owner, give_back};
+  return py::capsule(&owner->tensor, "dltensor", [](PyObject* capsule) {
+    if (PyCapsule_IsValid(capsule, "dltensor"))  // nobody took it
+      give_back(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
+  });
+}
 
 // Spatial dimensions in walking order: those of size 1 dropped, by falling dense stride (see planes.py).
 struct Shape {
@@ -107,6 +126,10 @@ struct Shape {
   }
 };
 
+int64_t plane_bytes(const Walk& w) {  // whole 32-bit words
+  return (w.n * (w.channels_last ? w.l : w.c) * w.row_bytes + 3) / 4 * 4;
+}
+
 template <class T> T* pointer(uintptr_t p) { return reinterpret_cast<T*>(p); }
 
 void reduce(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t out,
@@ -127,7 +150,6 @@ void apply(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t 
                        s.strides(ys), pointer<void>(tau), tau_n,              tau_c,         pointer<void>(residual),
                        s.strides(rs), pointer<uint8_t>(kept), pointer<uint8_t>(sign)};
   py::gil_scoped_release release;
-  if (y != x) prefer_huge_pages(args.y, bytes_of(s.walk, args.dtype));
   kernels->apply(args);
 }
 
@@ -138,13 +160,68 @@ void grad(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g
                       pointer<void>(dx), s.strides(dense), pointer<void>(dtau), pointer<uint8_t>(kept),
                       pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)};
   py::gil_scoped_release release;
-  if (dx) prefer_huge_pages(args.dx, bytes_of(s.walk, args.dtype));
   kernels->grad(args);
 }
 
+// Pointers of a tuple of addresses, 0 where there is none, in turn.
+struct Addresses {
+  const py::tuple& t;
+  int i = 0;
+  void* next() { return reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(t.ptr(), i++))); }
+};
+
+// parts: w1, b1, gamma, beta, w2, b2, running mean, running var, batches; state: pooled, hidden, alpha, mean, var
+GateArgs gate_args(const Walk& w, int average, int64_t hidden, int64_t outputs, bool batch_stats, double eps,
+                   double momentum, const py::tuple& parts, const py::tuple& state) {
+  Addresses p{parts}, q{state};
+  GateArgs a{};
+  a.n = w.n, a.c = w.c, a.h = hidden, a.o = outputs;
+  a.average = Average(average), a.batch_stats = batch_stats, a.eps = eps, a.momentum = momentum;
+  a.w1 = p.next(), a.b1 = p.next(), a.gamma = p.next(), a.beta = p.next(), a.w2 = p.next(), a.b2 = p.next();
+  a.running_mean = p.next(), a.running_var = p.next(), a.batches = static_cast<int64_t*>(p.next());
+  a.pooled = q.next(), a.hidden = q.next(), a.alpha = q.next(), a.mean = q.next(), a.var = q.next();
+  a.norm = a.gamma != nullptr;
+  return a;
+}
+
+void standard_forward(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
+                      const py::tuple& ys, uintptr_t residual, const py::tuple& rs, uintptr_t bits, uintptr_t tau, int average,
+                      int64_t hidden, int64_t outputs, bool batch_stats, double eps, double momentum, const py::tuple& parts,
+                      const py::tuple& state, int64_t block) {
+  const Shape s(shape, dense);
+  const GateArgs gate = gate_args(s.walk, average, hidden, outputs, batch_stats, eps, momentum, parts, state);
+  const int64_t plane = plane_bytes(s.walk);
+  uint8_t *const sign = pointer<uint8_t>(bits), *const nonzero = sign ? sign + plane : nullptr;
+  const bool one_tau = outputs == 1 && gate.average != Average::channel;
+  const StandardForwardArgs args{
+      {DType(dtype), s.walk, pointer<void>(x), s.strides(xs), gate.pooled, sign, nonzero},
+      {DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(ys), pointer<void>(tau),
+       one_tau ? 1 : s.walk.c, one_tau ? 0 : 1, pointer<void>(residual), s.strides(rs), sign ? sign + 2 * plane : nullptr, nullptr},
+      gate, block};
+  py::gil_scoped_release release;
+  kernels->standard_forward(args);
+}
+
+// grads: dw1, db1, dgamma, dbeta, dw2, db2
+void standard_backward(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t dx,
+                       uintptr_t bits, uintptr_t tau_grad, int average, int64_t hidden, int64_t outputs, bool batch_stats,
+                       double eps, const py::tuple& parts, const py::tuple& state, const py::tuple& grads) {
+  const Shape s(shape, dense);
+  const int64_t plane = plane_bytes(s.walk);
+  const uint8_t *const sign = pointer<uint8_t>(bits), *const nonzero = sign + plane, *const kept = sign + 2 * plane;
+  Addresses to{grads};
+  StandardBackwardArgs args{};
+  args.gate = gate_args(s.walk, average, hidden, outputs, batch_stats, eps, 0, parts, state);
+  args.dtau = {DType(dtype), s.walk, pointer<void>(g), s.strides(gs), nullptr, nullptr, {}, nullptr, kept, sign, nonzero};
+  args.dx = {DType(dtype), s.walk, pointer<void>(g), s.strides(gs), nullptr, pointer<void>(dx), s.strides(dense), nullptr, kept, sign, nonzero};
+  args.tau_grad = pointer<void>(tau_grad);
+  args.dw1 = to.next(), args.db1 = to.next(), args.dgamma = to.next(), args.dbeta = to.next(), args.dw2 = to.next(), args.db2 = to.next();
+  py::gil_scoped_release release;
+  kernels->standard_backward(args);
+}
+
 int64_t plane_words(const py::tuple& shape, const py::tuple& dense) {
-  const Walk w = Shape(shape, dense).walk;
-  return (w.n * (w.channels_last ? w.l : w.c) * w.row_bytes + 3) / 4;
+  return plane_bytes(Shape(shape, dense).walk) / 4;
 }
 
 py::tuple available() {
@@ -184,7 +261,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_parallel_for", [](uintptr_t p) { parallel_for = reinterpret_cast<ParallelFor>(p); },
         "The address of torch_parallel_for, or 0 for serial kernels.");
   m.def("has_parallel_for", [] { return parallel_for != nullptr; });
-  m.def("set_huge_pages", [](bool on) { huge_pages = on; }, "Ask for huge pages under large outputs (default: yes).");
+  m.def("standard_forward", &standard_forward, "The step with the standard gate: y, and what its gradient needs.");
+  m.def("standard_backward", &standard_backward, "dx and the gradients of the gate's parameters.");
+  m.def("empty", &empty, "Uninitialised memory for a large output, as a DLPack capsule.");
+  m.def("set_cache_limit", [](size_t bytes) { arena().set_limit(bytes); }, "Bytes of freed outputs to keep.");
+  m.def("cached_bytes", [] { return arena().cached(); }, "Bytes of freed outputs kept now.");
   m.def("isa", [] { return kernels->name; }, "The instruction set in use.");
   m.def("available_isas", &available, "What this CPU and build offer, slowest first.");
   m.def("set_isa", &set_isa, "Use another instruction set (tests and benchmarks).");

@@ -1,8 +1,8 @@
 // The kernels for any CPU.
 #include "vec_portable.h"
 
-#include "kernels.h"
+#include "standard.h"
 
 namespace drsn {
-const Kernels kernels_portable = {"portable", reduce, apply, grad};
+const Kernels kernels_portable = {"portable", reduce, apply, grad, standard_forward, standard_backward};
 }

@@ -9,6 +9,7 @@ namespace drsn {
 namespace {
 
 constexpr int kUnroll = 16;  // whole blocks of 64 elements
+constexpr int kPanel = 2, kDots = 2;  // vectors across a panel, and rows of b at a time, in product.h: 12 of 16 registers
 
 template <class Scalar> struct Vec;
 
@@ -43,6 +44,14 @@ template <> struct Vec<float> {
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec clamp(Vec x, float low, float high) {  // NaN stays: min and max return their second operand then
+    return {_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x.v))};
+  }
+  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+  }
   Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   Mask negative() const { return v; }  // movemask and blendv look at the sign bit only
   Mask nonzero() const { return _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ); }
@@ -97,6 +106,7 @@ template <> struct Vec<double> {
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   Vec abs() const { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), v)}; }
   Mask negative() const { return v; }
   Mask nonzero() const { return _mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NEQ_UQ); }

@@ -9,6 +9,7 @@ namespace drsn {
 namespace {
 
 constexpr int kUnroll = 16;  // whole blocks of 64 elements
+constexpr int kPanel = 4, kDots = 4;  // vectors across a panel, and rows of b at a time, in product.h
 
 template <class Scalar> struct Vec;
 
@@ -37,6 +38,14 @@ template <> struct Vec<float> {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec clamp(Vec x, float low, float high) {  // NaN stays: min and max return their second operand then
+    return {_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x.v))};
+  }
+  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+  }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
   Mask negative() const { return _mm512_movepi32_mask(_mm512_castps_si512(v)); }
   Mask nonzero() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
@@ -78,6 +87,7 @@ template <> struct Vec<double> {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   Vec abs() const { return {_mm512_abs_pd(v)}; }
   Mask negative() const { return _mm512_movepi64_mask(_mm512_castpd_si512(v)); }
   Mask nonzero() const { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ); }

@@ -6,6 +6,7 @@
 namespace drsn {
 namespace {
 
+constexpr int kPanel = 1, kDots = 1;  // vectors across a panel, and rows of b at a time, in product.h
 constexpr int kUnroll = 1;  // a loop of loops: unrolled, this file would take a minute to compile
 
 template <class Scalar> struct Vec {
@@ -46,6 +47,19 @@ template <class Scalar> struct Vec {
   friend Vec operator*(Vec a, Vec b) {
     for (int i = 0; i < W; ++i) a.v[i] *= b.v[i];
     return a;
+  }
+  friend Vec operator/(Vec a, Vec b) {
+    for (int i = 0; i < W; ++i) a.v[i] /= b.v[i];
+    return a;
+  }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec clamp(Vec x, Scalar low, Scalar high) {  // NaN stays
+    for (int i = 0; i < W; ++i) x.v[i] = x.v[i] < low ? low : x.v[i] > high ? high : x.v[i];
+    return x;
+  }
+  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127, float only
+    for (int i = 0; i < W; ++i) n.v[i] = as_float(uint32_t(n.v[i] == n.v[i] ? int32_t(n.v[i]) + 127 : 0) << 23);
+    return n;
   }
   Vec abs() const {
     Vec r;

@@ -15,26 +15,17 @@ from typing import NamedTuple
 
 import torch
 
-from ..gates import StandardGate
+from .. import traffic
+from ..gates import Kept, StandardGate
 from ..planes import Geometry, words
 from ..reference import accumulate_dtype
+from ..traffic import Budget, StandardCall
 from . import apply, gate, grad, one_pass, plans, reduce
 from .launch import Prepared, common, multiprocessors, plane_units, tiled, units_of
 from .plans import GatePlan, OnePassPlan
 from .walk import Walk, walk
 
 _LAUNCH = {"num_warps": plans.GATE_WARPS, "maxnreg": plans.MOST_REGISTERS}  # of the gate's own kernels
-
-
-class Kept(NamedTuple):
-    """What a backward pass needs: 3 bits an element, and tensors of the gate's size. None where nothing is kept."""
-
-    bits: torch.Tensor | None  # (3, words): sign, nonzero, kept
-    pooled: torch.Tensor | None  # A (N, C)
-    hidden: torch.Tensor | None  # u (N, H)
-    alpha: torch.Tensor | None  # (N, O)
-    mean: torch.Tensor | None  # (H,), of the batch or running
-    var: torch.Tensor | None
 
 
 class Call(NamedTuple):
@@ -93,7 +84,7 @@ def _one_pass(fn, call: Call, on: Walk, plan: OnePassPlan, **constants) -> Prepa
         "PB": plan.rows, "B": plan.columns, "BH": plan.units, "num_warps": plan.warps, "maxnreg": plan.registers,
         **common(on, call.dtype),
     }  # fmt: skip
-    return Prepared(fn, -(-on.n // plan.samples), integers, constants)
+    return Prepared(fn, -(-on.n // plan.samples), integers, constants, plan)
 
 
 def _gate_plan(call: Call, strides: tuple) -> GatePlan:
@@ -129,7 +120,7 @@ def _prepare_forward(call: Call, strides: tuple) -> Forward:
     hidden = Prepared(
         gate.hidden_kernel, plan.blocks * plan.shares, (n, c, call.hidden, first.splits, plan.share, plan.blocks),
         {"BATCH_STATS": call.coupled, "MOMENTUM": call.momentum, "BN": plan.samples, "BH": plan.units,
-         "CB": plan.channels, **_LAUNCH},
+         "CB": plan.channels, **_LAUNCH}, plan,
     )  # fmt: skip
     if plan.on_the_way:
         ends = apply.Gate(c, call.hidden, call.average, call.outputs == 1, call.eps, plan.dot)
@@ -139,7 +130,7 @@ def _prepare_forward(call: Call, strides: tuple) -> Forward:
     alpha = Prepared(
         gate.alpha_kernel, -(-n * columns // plan.vector), (n, c, call.hidden),
         {"AVERAGE": call.average, "ONE": call.outputs == 1, "EPS": call.eps, "V": plan.vector, "BH": plan.vector_dot,
-         **_LAUNCH},
+         **_LAUNCH}, plan,
     )  # fmt: skip
     last, unit_bits = apply.prepare(geo, strides, (1, 0) if columns == 1 else (c, 1), dtype, device, False)
     return Forward(unit_bits, None, first.splits, hidden, alpha, last)
@@ -232,7 +223,7 @@ def _prepare_backward(call: Call, strides: tuple, normed: bool, want_dx: bool) -
         gate.hidden_grad_kernel, plan.blocks * plan.shares,
         (n, c, h, 1 if first is None else first.splits, plan.share, plan.blocks, sum(sizes)),
         {"AVERAGE": call.average, "ONE": o == 1, "BATCH_STATS": call.coupled, "EPS": call.eps,
-         "BN": max(plan.samples // 2, 1), "BH": plan.units, "CB": plan.channels, **_LAUNCH},
+         "BN": max(plan.samples // 2, 1), "BH": plan.units, "CB": plan.channels, **_LAUNCH}, plan,
     )  # fmt: skip
     if first is None:
         on, tile = one
@@ -242,7 +233,7 @@ def _prepare_backward(call: Call, strides: tuple, normed: bool, want_dx: bool) -
     pooled = None
     if not plan.on_the_way:
         constants = {"V": plan.vector, "BH": plan.vector_dot, **_LAUNCH}
-        pooled = Prepared(gate.pooled_grad_kernel, -(-n * c // plan.vector), (n, c, h), constants)
+        pooled = Prepared(gate.pooled_grad_kernel, -(-n * c // plan.vector), (n, c, h), constants, plan)
     ends = (c, h, plan.dot) if plan.on_the_way else (0, 0, 1)
     last = grad.prepare(geo, strides, dtype, device, False, ends).launch
     return Backward(first.unit_bits, None, hidden, plan.shares, sizes, first.splits, first.launch, pooled, last)
@@ -303,3 +294,60 @@ def backward(
     dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts[:-1])
     dgamma, dbeta = norm or (None, None)
     return dx, dw1, db1, dgamma, dbeta, dw2, db2
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def prepared(call: StandardCall) -> tuple[Forward, Backward]:
+    """The launches that forward() and, for a dense g, backward() would make."""
+    geo, dense = call.geometry, call.geometry[1]
+    key = Call(geo, call.dtype, call.device, *call[4:7], call.coupled, call.eps, call.momentum)
+    return _prepare_forward(key, call.strides), _prepare_backward(key, (dense, dense), call.norm, call.want_dx)
+
+
+def budgets(call: StandardCall) -> tuple[Budget, Budget]:
+    """Forward and backward."""
+    ahead, back = prepared(call)
+    return _forward_budget(call, ahead), _backward_budget(call, back) if call.keep else Budget()
+
+
+def _forward_budget(call: StandardCall, step: Forward) -> Budget:
+    if step.one is not None:
+        return one_pass.forward_budget(call)
+    geo, dtype, parts = call.geometry, call.dtype, step.splits
+    total = traffic.reduce(geo, dtype, call.keep, "reduce_kernel", parts) + gate.hidden_budget(call, parts)
+    used = parts * call.sums()
+    if not call.keep:
+        used += call.sums() + call.sums(call.hidden) + (call.statistics if call.coupled else 0)
+    if step.alpha is None:
+        made = (call.sums(call.outputs) if call.keep else 0) + (call.tau if call.want_tau else 0)
+        tau = gate.tau_read(call)
+    else:
+        made, tau = 0, call.tau
+        total += gate.alpha_budget(call)
+        used += (0 if call.keep else call.sums(call.outputs)) + (0 if call.want_tau else call.tau)
+    total += apply.budget(geo, dtype, tau, call.residual, int(call.keep))
+    return total + Budget(written=made, workspace=used, saved=call.saved)
+
+
+def _backward_budget(call: StandardCall, step: Backward) -> Budget:
+    geo, dtype, parts = call.geometry, call.dtype, step.splits
+    row = sum(step.sizes) * accumulate_dtype(dtype).itemsize
+    grads = step.shares * row
+    if step.one is not None:
+        first = one_pass.backward_budget(call)
+        return first + gate.hidden_grad_budget(call, 1, grads, False, False) + traffic.added_up(row, step.shares)
+    du = call.want_dx or call.coupled
+    total = traffic.grad(geo, dtype, True, False, False, True, "grad_kernel", parts)
+    total += gate.hidden_grad_budget(call, parts, grads, du, call.want_dx)
+    used = parts * call.sums() + (call.sums(call.hidden) if du else 0)
+    if call.want_dx:
+        used += call.sums()
+        last = traffic.grad(geo, dtype, True, True, True, False, "grad_kernel")
+        if step.pooled is None:
+            total += last + Budget(read=gate.pooled_grad_read(call) - call.sums())
+        else:
+            total += gate.pooled_grad_budget(call) + last
+            used += call.sums()
+    return total + traffic.added_up(row, step.shares) + Budget(workspace=used)

@@ -1,0 +1,110 @@
+// The whole step with the standard gate: forward and backward from the kernels of kernels.h and the gate of gate.h.
+#pragma once
+
+#include "gate.h"
+#include "kernels.h"
+
+namespace drsn {
+namespace {
+
+inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+template <class P> P* shift(P* p, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  return p ? reinterpret_cast<P*>(reinterpret_cast<Byte*>(p) + bytes) : nullptr;
+}
+
+// The same call on samples [first, first + count).
+ReduceArgs part(ReduceArgs a, int64_t first, int64_t count) {
+  const int64_t item = size_of(a.dtype), plane = first * (a.walk.channels_last ? a.walk.l : a.walk.c) * a.walk.row_bytes;
+  a.walk.n = count;
+  a.x = shift(a.x, first * a.xs.n * item);
+  a.out = shift(a.out, first * a.walk.c * (item == 8 ? 8 : 4));
+  a.sign = offset(a.sign, plane);
+  a.nonzero = offset(a.nonzero, plane);
+  return a;
+}
+ApplyArgs part(ApplyArgs a, int64_t first, int64_t count) {
+  const int64_t item = size_of(a.dtype), plane = first * (a.walk.channels_last ? a.walk.l : a.walk.c) * a.walk.row_bytes;
+  a.walk.n = count;
+  a.x = shift(a.x, first * a.xs.n * item);
+  a.y = shift(a.y, first * a.ys.n * item);
+  a.tau = shift(a.tau, first * a.tau_n * (item == 8 ? 8 : 4));
+  a.residual = shift(a.residual, first * a.rs.n * item);
+  a.kept = offset(a.kept, plane);
+  a.sign = offset(a.sign, plane);
+  return a;
+}
+
+template <class S> void forward_as(const StandardForwardArgs& args) {
+  const Gate<S> gate(args.gate);
+  const int64_t n = gate.n, h = gate.h;
+  Scratch<S> v(n * h);
+  S* const tau = static_cast<S*>(const_cast<void*>(args.apply.tau));
+  const auto pool = [&](int64_t first, int64_t count) {
+    reduce(part(args.reduce, first, count));
+    gate.first_layer(first, count);
+  };
+  const auto shrink = [&](int64_t first, int64_t count) {
+    gate.second_layer(first, count, v.data + first * h, tau);
+    apply(part(args.apply, first, count));
+  };
+  if (!args.block) {
+    pool(0, n);
+    if (args.gate.batch_stats) gate.statistics();
+    gate.fold();
+    return shrink(0, n);
+  }
+  gate.fold();
+  const int64_t block = args.block;
+  parallel((n + block - 1) / block, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * block; i < min64(end * block, n); i += block) {
+      const int64_t count = min64(block, n - i);
+      pool(i, count);
+      shrink(i, count);
+    }
+  });
+}
+
+template <class S> void backward_as(const StandardBackwardArgs& args) {
+  const Gate<S> gate(args.gate);
+  const int64_t n = gate.n, c = gate.c, h = gate.h, o = gate.o;
+  const GateArgs& a = args.gate;
+  Scratch<S> dtau(n * c), around(n * c), dz(n * o), v(n * h), du(n * h);
+  gate.fold();
+  GradArgs first = args.dtau;
+  first.dtau = dtau.data;
+  grad(first);
+  const S* const tau_grad = in<S>(args.tau_grad);
+  parallel(n, 4 * c, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      gate.threshold_grad(i, dtau.data + i * c, tau_grad ? tau_grad + i * (gate.one_tau() ? 1 : c) : nullptr, dz.data + i * o,
+                          around.data + i * c);
+  });
+  product<S>({o, dz.data, o, 1, in<S>(a.w2), h, nullptr, du.data, h}, n, h);
+  gate.norm_grad(du.data, v.data, out<S>(args.db1), out<S>(args.dgamma), out<S>(args.dbeta));
+  each_column<S>(n, o, [&](int64_t j, int lanes) {
+    using V = Vec<S>;
+    double sums[1][V::W];
+    sum_column<1, S>(n, sums, [&](int64_t i, V* s) DRSN_LAMBDA { s[0] = s[0] + load<V>(dz.data + i * o + j, lanes); });
+    Gate<S>::take(sums[0], out<S>(args.db2) + j, lanes);
+  });
+  product<S>({n, dz.data, 1, o, v.data, h, nullptr, out<S>(args.dw2), h}, o, h);
+  product<S>({n, du.data, 1, h, in<S>(a.pooled), c, nullptr, out<S>(args.dw1), c}, h, c);
+  if (!args.dx.dx) return;
+  // dA, where the direct part lies
+  product<S>({h, du.data, h, 1, in<S>(a.w1), c, around.data, around.data, c}, n, c);
+  GradArgs last = args.dx;
+  last.da = around.data;
+  grad(last);
+}
+
+void standard_forward(const StandardForwardArgs& a) {
+  a.reduce.dtype == DType::f64 ? forward_as<double>(a) : forward_as<float>(a);
+}
+void standard_backward(const StandardBackwardArgs& a) {
+  a.dx.dtype == DType::f64 ? backward_as<double>(a) : backward_as<float>(a);
+}
+
+}  // namespace
+}  // namespace drsn

@@ -1,0 +1,186 @@
+"""Large CPU outputs take memory that is kept when they are freed (csrc/cpu/arena.h): nobody may see a difference."""
+
+import copy
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import drsn_kernels as dk
+from drsn_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
+SHAPE = (8, 64, 1024)  # 2 MiB
+
+
+@pytest.fixture
+def x():
+    gc.collect()
+    with dk.use_backend("cpu", strict=True):
+        yield torch.randn(SHAPE)
+
+
+def _expected(x):
+    return x.sign() * (x.abs() - 0.5).relu()
+
+
+def test_a_freed_output_is_used_again(x):
+    y = dk.soft_threshold(x, 0.5)
+    at, before = y.data_ptr(), cpu._cpu.cached_bytes()
+    del y
+    assert cpu._cpu.cached_bytes() == before + (2 << 20)
+    assert dk.soft_threshold(x, 0.5).data_ptr() == at
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda y: y[3:4, :, ::2],
+        lambda y: y.untyped_storage(),
+        lambda y: y.numpy(),
+        lambda y: y.detach(),
+        lambda y: memoryview(y.numpy()),
+        lambda y: torch.utils.dlpack.to_dlpack(y),
+    ],
+    ids=["view", "storage", "numpy", "detached", "memoryview", "dlpack"],
+)
+def test_memory_that_anyone_holds_is_not_given_away(x, hold):
+    y = dk.soft_threshold(x, 0.5)
+    at = y.data_ptr()
+    held = hold(y)
+    del y
+    assert dk.soft_threshold(-x, 0.25).data_ptr() != at
+    del held
+    gc.collect()
+    assert dk.soft_threshold(x, 0.5).data_ptr() == at
+
+
+def test_what_a_graph_keeps_is_not_overwritten(x):
+    leaf = x.clone().requires_grad_()
+    y = dk.soft_threshold(leaf, 0.5)
+    loss = y.square().sum()  # keeps y
+    del y
+    for _ in range(3):
+        dk.soft_threshold(torch.randn(SHAPE), 0.1)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * _expected(x) * (x.abs() > 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_outputs_look_like_torchs_own(dtype, layout):
+    x = torch.randn(8, 64, 32, 64).to(dtype)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    y, own = dk.soft_threshold(x, 0.5), torch.empty_like(x)
+    assert y.dtype == own.dtype and y.stride() == own.stride() and y.device == own.device
+    assert y.untyped_storage().nbytes() == own.untyped_storage().nbytes() and y._version == own._version
+    assert not y._is_view() and y.is_leaf and y.data_ptr() % 64 == 0
+    saved = io.BytesIO()
+    torch.save(y, saved)
+    assert len(saved.getvalue()) < y.nbytes + 4096
+    for same in (pickle.loads(pickle.dumps(y)), copy.deepcopy(y), torch.load(io.BytesIO(saved.getvalue()))):
+        assert torch.equal(same, y) and same.stride() == y.stride()
+    y.add_(1).requires_grad_()
+    with torch.inference_mode():
+        assert dk.soft_threshold(x, 0.5).is_inference()
+
+
+def test_sent_to_another_process_it_stays_what_it_was():
+    code = """
+import torch, torch.multiprocessing as mp, drsn_kernels as dk
+torch.set_num_threads(1)
+
+def read(pipe):
+    assert pipe.recv() == "go"
+    pipe.send(float(pipe.recv().double().sum()))
+
+context = mp.get_context("fork")
+here, there = context.Pipe()
+worker = context.Process(target=read, args=(there,))
+worker.start()
+y = dk.soft_threshold(torch.randn(8, 64, 1024), 0.5)
+total = float(y.double().sum())
+here.send("go")
+here.send(y)  # moves it to shared memory
+del y
+for _ in range(3):
+    dk.soft_threshold(torch.randn(8, 64, 1024), 0.1)
+assert here.poll(60) and here.recv() == total
+worker.join()
+"""
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_freed_from_many_threads(x):
+    failed = []
+
+    def run(seed):
+        mine = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+        expected = _expected(mine)
+        for _ in range(10):
+            if not torch.equal(dk.soft_threshold(mine, 0.5), expected):
+                failed.append(seed)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_a_forked_child_computes():
+    code = """
+import os, sys, torch, drsn_kernels as dk
+torch.set_num_threads(1)
+x = torch.randn(8, 64, 1024)
+y = dk.soft_threshold(x, 0.5)
+del y
+child = os.fork()
+if child == 0:
+    z = dk.soft_threshold(x, 0.5)
+    os._exit(0 if torch.equal(z, x.sign() * (x.abs() - 0.5).relu()) else 1)
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+    assert subprocess.run([sys.executable, "-P", "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "mib, kept, message",
+    [
+        ("0", 0, None),
+        ("1", 0, None),
+        ("64", 2 << 20, None),
+        ("many", None, "DRSN_CACHE_MIB takes a whole number of MiB, got 'many'"),
+    ],
+)
+def test_the_limit_comes_from_the_environment(mib, kept, message):
+    code = (
+        "import torch, drsn_kernels as dk; from drsn_kernels.backends import cpu;"
+        "dk.soft_threshold(torch.randn(8, 64, 1024), 0.5); print(cpu._cpu.cached_bytes())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ, "DRSN_CACHE_MIB": mib}
+    )
+    if message is None:
+        assert int(run.stdout) == kept, run.stderr
+    else:
+        assert run.returncode != 0 and message in run.stderr
+
+
+def test_no_more_is_kept_than_the_limit(x):
+    try:
+        cpu._cpu.set_cache_limit(5 << 20)
+        outputs = [dk.soft_threshold(x, 0.5) for _ in range(6)]
+        outputs.clear()
+        assert cpu._cpu.cached_bytes() == 4 << 20
+    finally:
+        cpu._cpu.set_cache_limit(cpu._CACHE_BYTES)
