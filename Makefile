@@ -1,9 +1,13 @@
 # make demo    the main job: check, speed and learning on this machine, a few minutes
 # make test    the test suite against the installed package, at most 10 minutes on 2 cores
 # make test-all  and the long ones: clean installs, sanitizers, fuzzing
+# make bench   the benchmarks, about an hour; BENCH=--quick: a few minutes
+# make lint    ruff, and the workflows in .github against their schema and zizmor
+# make gpu     everything that needs a GPU: tests, sanitizers, benchmarks; leaves gpu-report/report.md
 #
 # `cd .venv`: python -m would import the source tree beside it, where nothing is compiled, not the installed package.
-# Everything happens in .venv, which is created on first use. constraints.txt pins what CI uses.
+# Everything happens in .venv, which is created on first use. constraints.txt pins what CI uses; another set of versions:
+# make clean test CONSTRAINTS=FILE.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,10 +16,13 @@ SOURCES := $(shell find csrc drsn_kernels -name '*.h' -o -name '*.cpp' -o -name 
            setup.py pyproject.toml CMakeLists.txt
 DATA ?=
 OUT ?= demo-out
+BENCH ?=
+BENCH_OUT ?= bench-out
+CONSTRAINTS ?= constraints.txt
 TESTS := $(BIN)/pytest
 FUZZ ?=
 
-.PHONY: demo test test-all test-all-only info bench clean
+.PHONY: demo test test-all test-all-only info bench lint gpu clean
 
 demo: $(VENV)/installed
 	cd $(VENV) && bin/python -m drsn_kernels demo --out $(abspath $(OUT)) $(if $(DATA),--data $(abspath $(DATA)))
@@ -32,11 +39,27 @@ test-all-only: $(VENV)/installed
 	$(TESTS) tests -m slow $(FUZZ)
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.shrinkage
+	cd $(VENV) && bin/python -m drsn_kernels bench --out $(abspath $(BENCH_OUT)) $(BENCH)
 
-$(VENV)/packages: constraints.txt pyproject.toml
+lint: $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline .github
+
+gpu: OUT := gpu-report
+gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu_suite --out $(abspath $(OUT))
+
+# Of their own: linting needs no torch.
+$(VENV)/linters: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm
+	$(BIN)/pip install --quiet -c constraints.txt ruff check-jsonschema zizmor
+	touch $@
+
+$(VENV)/packages: $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm
 	touch $@
 
 # Installed, not imported from the source tree: a stale build or a file missing from the package shows at once.

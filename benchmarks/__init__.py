@@ -1,4 +1,7 @@
-"""Benchmarks: what is fast, against what, on which machine. Nothing here runs in the tests."""
+"""`pytest --benchmark` (bench_operators.py), and what a call costs the host (overhead.py, launches.py).
+
+The suite itself is in drsn_kernels/bench. Nothing here runs in the tests.
+"""
 
 import sys
 from pathlib import Path

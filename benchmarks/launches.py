@@ -12,9 +12,9 @@ import statistics
 import torch
 
 import drsn_kernels as dk
+from drsn_kernels.bench.measure import Call, interleaved, ratio
+from drsn_kernels.bench.record import environment
 from drsn_kernels.triton import launch, lowering
-
-from .timing import environment, interleaved, ratio
 
 
 def _bind_anew(self: launch.Prepared, pointers: tuple) -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     x, tau = torch.randn(128, 16, 128), torch.rand(128, 16)
     leaf, g = x.clone().requires_grad_(), torch.randn_like(x)
     evaluated, trained = dk.Shrinkage(16).eval(), dk.Shrinkage(16)
-    calls = {
+    steps = {
         "abs_mean": lambda: dk.abs_mean(x),
         "soft_threshold": lambda: dk.soft_threshold(x, tau),
         "Shrinkage, eval": torch.no_grad()(lambda: evaluated(x)),
@@ -49,10 +49,11 @@ def main() -> None:
     print(environment())
     print(f"{'':42s}{'us':>7s}{'through Triton':>16s}{'ratio':>7s}")
     with lowering.lowering("cuda:90"), dk.use_backend("triton", strict=True):
-        for name, call in calls.items():
-            times = interleaved({"ours": call, "bound": through_triton(call)}, rounds=2000, warmup=50)
-            ours, through = (statistics.median(t) * 1e6 for t in times.values())
-            print(f"{name:42s}{ours:7.1f}{through:16.1f}{ratio(times['bound'], times['ours']):7.2f}")
+        for name, call in steps.items():
+            calls = {"ours": Call(call), "bound": Call(through_triton(call))}
+            times = [t["time"] for t in interleaved(calls, rounds=2000, warmup=50).values()]
+            ours, through = (statistics.median(t) * 1e6 for t in times)
+            print(f"{name:42s}{ours:7.1f}{through:16.1f}{ratio(times[1], times[0]):7.2f}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ module = dk.Shrinkage(64)           # drop-in for the ports' Shrinkage
 from . import models, noise
 from ._version import __version__
 from .backends import use_backend
+from .explain import explain
 from .modules import Shrinkage, SoftThreshold, record_tau
 from .ops import abs_mean, shrink, soft_threshold
 
@@ -16,6 +17,7 @@ __all__ = [
     "SoftThreshold",
     "__version__",
     "abs_mean",
+    "explain",
     "models",
     "noise",
     "record_tau",

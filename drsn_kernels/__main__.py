@@ -1,4 +1,4 @@
-"""python -m drsn_kernels info | demo | warmup"""
+"""python -m drsn_kernels info | demo | warmup | bench"""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from . import info
+from .bench.arguments import add_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,10 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--eval-only", action="store_true", help="without a training step")
     warm.add_argument("--channels-last", action="store_true", help="inputs and model in channels_last order")
     warm.add_argument("--target", metavar="GPU", help="without a GPU: cuda:80, cuda:90, cuda:100 or hip:gfx942")
+    bench = commands.add_parser("bench", help="time every operator beside ports, compiler and copies; compare runs")
+    add_arguments(bench)
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     # torch, and the optional packages, only where they are needed
     if options.command == "warmup":
         from .warmup import command
@@ -45,10 +48,15 @@ def _run(options: argparse.Namespace) -> None:
             options.model, options.input, dtype=options.dtype, eval_only=options.eval_only, autocast=options.autocast,
             channels_last=options.channels_last, target=options.target,
         )  # fmt: skip
-        return
+        return 0
+    if options.command == "bench":
+        from .bench.run import command
+
+        return command(options)
     from .demo import run
 
     run(options.data, options.out, quick=options.quick, epochs=options.epochs, seed=options.seed)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,14 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(report, indent=2)) if options.json else info.show(report)
         return 0
     try:
-        _run(options)
+        return _run(options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ def _uniform(shape: torch.Size, like: dict, generator: torch.Generator | None) -
 def _pink(shape: torch.Size, like: dict, generator: torch.Generator | None) -> torch.Tensor:
     spectrum = torch.fft.rfft(_gaussian(shape, like, generator))
     frequency = torch.arange(spectrum.shape[-1], **like)
-    frequency[0] = torch.inf  # takes the zero bin out
-    return torch.fft.irfft(spectrum / frequency.sqrt(), n=shape[-1])
+    weight = frequency.rsqrt()
+    weight[0] = 0  # takes the zero bin out; a complex number over inf is NaN in older torch
+    return torch.fft.irfft(spectrum * weight, n=shape[-1])
 
 
 KINDS = {"gaussian": _gaussian, "laplace": _laplace, "pink": _pink, "uniform": _uniform}

@@ -10,6 +10,8 @@ from math import gcd
 import torch
 
 import drsn_kernels as dk
+from drsn_kernels import budgets
+from drsn_kernels.traffic import Budget
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -65,12 +67,16 @@ def _cdiv(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """`make()` prepares tensors and returns the forward call; what it returns that requires grad goes to backward."""
+    """`make()` prepares tensors and returns the forward call; what it returns that requires grad goes to backward.
+
+    `budget()` gives the launches, forward and backward; `forward` and `backward` say what each does to the feature map.
+    """
 
     name: str
     make: Callable[[], Callable[[], object]]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    budget: Callable[[], tuple[Budget, Budget]]
     forward: tuple[Expected, ...]
     backward: tuple[Expected, ...] = ()
     # bytes that each load and store of the feature map should move a thread; None: not asserted
@@ -81,11 +87,22 @@ class Case:
     def bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def small_bytes(self) -> int:
+        """At most, of a pass: 8 bits an element, a dozen tensors (N, C), and the parameters of a gate three times."""
+        n, c = self.shape[:2]
+        return torch.Size(self.shape).numel() + 4 * (12 * n * c + 3 * (2 * c * c + 8 * c))
+
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
 
 SHAPES = ((8, 16, 1024), (8, 16, 1000), (8, 16, 196), (8, 64, 49), (4, 8, 9600), (4, 4, 512), (4, 64, 28, 28))
 ONE_TILE = 4096  # elements; rows up to this are one tile
+
+
+def budget_of(op: str, shape: tuple[int, ...], dtype: torch.dtype, **options) -> Callable[[], tuple[Budget, Budget]]:
+    options |= {"backend": "triton", "channels_last": len(shape) == 4}
+    return lambda: getattr(budgets, op)(shape, dtype, **options)
 
 
 def feature_map(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -123,7 +140,7 @@ def shrink_case(shape: tuple[int, ...], dtype: torch.dtype, residual: bool = Fal
     loads = {"x": 1, "residual": 1} if residual else {"x": 1}
     return Case(
         _name("shrink", shape, dtype, ("residual" if residual else "") + ("no_grad" if evaluate else "")),
-        make, shape, dtype,
+        make, shape, dtype, budget_of("shrink", shape, dtype, fused=False, residual=residual, grad=not evaluate),
         forward=(expected("reduce_kernel", {"x": 1}, loop=long), expected("apply_kernel", loads, {"y": 1})),
         backward=() if evaluate else (
             expected("grad_kernel", {"g": 1}, loop=long), expected("grad_kernel", {"g": 1}, {"dx": 1}),
@@ -138,7 +155,7 @@ def abs_mean_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         return lambda: dk.abs_mean(x)
 
     return Case(
-        _name("abs_mean", shape, dtype), make, shape, dtype,
+        _name("abs_mean", shape, dtype), make, shape, dtype, budget_of("abs_mean", shape, dtype),
         forward=(expected("reduce_kernel", {"x": 1}, loop=_long(shape, dtype)),),
         backward=(expected("grad_kernel", {}, {"dx": 1}),),
         width=width_of(shape, dtype),
@@ -152,7 +169,7 @@ def soft_threshold_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         return lambda: dk.soft_threshold(x, tau)
 
     return Case(
-        _name("soft_threshold", shape, dtype), make, shape, dtype,
+        _name("soft_threshold", shape, dtype), make, shape, dtype, budget_of("soft_threshold", shape, dtype),
         forward=(expected("apply_kernel", {"x": 1}, {"y": 1}),),
         backward=(expected("grad_kernel", {"g": 1}, {"dx": 1}, loop=_long(shape, dtype)),),
         width=width_of(shape, dtype),
@@ -185,9 +202,14 @@ def gate_case(
         x.requires_grad_()
         return lambda: step(x)
 
+    budget = budget_of(
+        "shrink", shape, dtype, grad=bool(backward), training=bool(backward),
+        norm=options.get("norm", True), average=options.get("average", "channel"),
+    )  # fmt: skip
     return Case(
-        _name("Shrinkage", shape, dtype, note), make, shape, dtype, forward, backward, width_of(shape, dtype), padding
-    )
+        _name("Shrinkage", shape, dtype, note), make, shape, dtype, budget, forward, backward, width_of(shape, dtype),
+        padding,
+    )  # fmt: skip
 
 
 def three_launches(shape: tuple[int, ...], dtype: torch.dtype, way: tuple[str, ...] = (), back: tuple[str, ...] = ()):

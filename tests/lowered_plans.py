@@ -75,10 +75,14 @@ def run_case(case: Case, launches: list) -> dict:
         gradients = [torch.randn_like(t) for t in out]
         with watched(elements) as backward_ops:
             torch.autograd.backward(out, gradients)
+    back = list(launches)
     return {
         "forward": [describe(launch, case) for launch in forward],
-        "backward": [describe(launch, case) for launch in launches],
+        "backward": [describe(launch, case) for launch in back],
         "full_size_ops": forward_ops + backward_ops,
+        "launches": [[launch.kernel for launch in launches] for launches in (forward, back)],
+        "budgeted": [[k for k in budget.kernels if not k.startswith("aten::")] for budget in case.budget()],
+        "bytes": [(budget.read, budget.written) for budget in case.budget()],
     }
 
 

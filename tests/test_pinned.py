@@ -246,6 +246,8 @@ def test_ambiguous_strides(kernels, shape, stride):
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last", "image transposed", "sliced", "expanded space"])
 def test_strides_of_compiled_results(compiled, memory):
+    if compiled.backend == "cpu" and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("before torch 2.7 a traced call is always the reference, and aot_eager loses its strides")
     # the gradient of a plain mean is contiguous in PyTorch itself
     ops = ("soft_threshold", "shrink") + (("abs_mean",) if compiled.backend == "cpu" else ())
     check_strides(compiled, memory, "channels_last", ops)

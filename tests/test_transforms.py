@@ -80,7 +80,14 @@ def test_no_graph_break():
 
 
 @pytest.mark.parametrize(
-    "backend, expected", [("auto", set()), ("torch", set()), ("cpu", {"abs_mean", "soft_threshold"})]
+    "backend, expected",
+    [
+        ("auto", set()),
+        ("torch", set()),
+        pytest.param("cpu", {"abs_mean", "soft_threshold"}, marks=pytest.mark.skipif(
+            not hasattr(torch.compiler, "is_exporting"), reason="before torch 2.7 a traced call is always the reference"
+        )),
+    ],  # fmt: skip
 )
 def test_what_the_compiled_graph_holds(backend, expected):
     held = set()

@@ -18,9 +18,9 @@ import drsn_kernels as dk
 from drsn_kernels.backends import triton as backend
 
 pytestmark = pytest.mark.skipif(
-    not (backend.INSTALLED and backend.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
+    not (backend._missing() is None and backend.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
 )
-if backend.INSTALLED:
+if backend._missing() is None:
     import triton
     import triton.language as tl
 
@@ -325,7 +325,7 @@ def test_a_hook_still_runs_and_one_sample_still_raises():
 
 # ---- the interpreter itself ------------------------------------------------------------------------------------------
 
-if backend.INSTALLED:
+if backend._missing() is None:
 
     @triton.jit
     def _copy(x, y, B: tl.constexpr):

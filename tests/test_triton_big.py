@@ -7,10 +7,10 @@ import drsn_kernels as dk
 from drsn_kernels.backends import triton as backend
 
 pytestmark = [
-    pytest.mark.skipif(not (backend.INSTALLED and backend.interpreting()), reason="needs Triton, interpreted"),
+    pytest.mark.skipif(not (backend._missing() is None and backend.interpreting()), reason="needs Triton, interpreted"),
     pytest.mark.unpoisoned,
 ]
-if backend.INSTALLED:
+if backend._missing() is None:
     from drsn_kernels.triton import launch, plans, standard
 
 

@@ -74,10 +74,28 @@ def fall_back(message: str) -> None:
         log.warning(message)
 
 
+def _preferred(x: torch.Tensor) -> ModuleType:
+    """By device; interpreted Triton runs on CPU tensors only where it is asked for."""
+    return triton if x.is_cuda else cpu
+
+
+def why(x: torch.Tensor) -> tuple[str, bool]:
+    """In words, why select(x) takes the backend it takes, and whether that is a fallback from one with kernels."""
+    if choice.backend == "auto":
+        reason = _preferred(x).unsupported(x)
+        if reason is None:
+            return f"the default for {x.device.type} tensors", False
+        return reason, x.is_cuda or x.is_cpu
+    reason = BACKENDS[choice.backend].unsupported(x)
+    if reason is None:
+        return "use_backend or DRSN_BACKEND asks for it", False
+    return f"{choice.backend} was asked for, but {reason}", True
+
+
 def select(x: torch.Tensor) -> ModuleType:
     """The backend for an eager call on x."""
     if choice.backend == "auto":
-        backend = triton if x.is_cuda else cpu  # interpreted Triton runs on CPU tensors only where it is asked for
+        backend = _preferred(x)
         reason = backend.unsupported(x)
         if reason is None:
             return backend

@@ -5,8 +5,9 @@ It keeps the same bit planes as the compiled backends, so it saves the same memo
 
 import torch
 
-from ..planes import Geometry, lay_out, pack, unpack
+from ..planes import Geometry, lay_out, pack, unpack, words
 from ..reference import abs_mean, accumulate_dtype, soft_threshold
+from ..traffic import Plan, like, traced
 
 name = "torch"
 
@@ -80,6 +81,31 @@ def grad(
             dx = direct if dx is None else dx + direct
         dx = lay_out(dx.to(dtype), geo)
     return dx, dtau
+
+
+# ---- budgets and plans (traffic.py, explain.py): counted on tensors without memory, for the code above changes ----
+
+
+def reduce_budget(geo, strides, dtype, device, planes):
+    return traced(reduce, torch.empty_strided(geo[0], strides, dtype=dtype, device="meta"), geo, planes)
+
+
+def apply_budget(geo, strides, dtype, device, tau, residual, planes):
+    x = torch.empty_strided(geo[0], strides, dtype=dtype, device="meta")
+    added = torch.empty_strided(*geo, dtype=dtype, device="meta") if residual else None
+    return traced(apply, x, geo, like(*tau, dtype=accumulate_dtype(dtype)), added, None, planes)
+
+
+def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau):
+    g = torch.empty_strided(geo[0], strides, dtype=dtype, device="meta") if masked else None
+    da = like(*geo[0][:2], dtype=accumulate_dtype(dtype)) if pooled else None
+    plane = like(words(geo), dtype=torch.int32)
+    return traced(grad, geo, dtype, g, plane, plane, plane, da, dx, dtau)
+
+
+def plan(op, geo, strides, dtype, device, gate, planes):
+    reason = (("gate fused", gate),) if op == "shrink" else ()
+    return Plan("PyTorch operations", "the kernels' contract in PyTorch, on every device", reason)
 
 
 def describe() -> str:

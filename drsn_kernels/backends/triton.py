@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from ..reference import accumulate_dtype
+
 name = "triton"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -94,6 +96,39 @@ def standard_backward(geo, dtype, parts, average, kept, g, tau_grad, want_dx):
     from ..triton.standard import backward as run
 
     return run(geo, dtype, parts, average, kept, g, tau_grad, want_dx)
+
+
+# ---- budgets and plans (traffic.py, explain.py) ----
+
+
+def reduce_budget(geo, strides, dtype, device, planes):
+    from ..triton.reduce import budget
+
+    return budget(geo, strides, dtype, device, planes)
+
+
+def apply_budget(geo, strides, dtype, device, tau, residual, planes):
+    from ..triton.apply import budget
+
+    return budget(geo, dtype, tau[0] * tau[1] * accumulate_dtype(dtype).itemsize, residual, planes)
+
+
+def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau):
+    from ..triton.grad import budget
+
+    return budget(geo, strides, dtype, device, masked, pooled, dx, dtau)
+
+
+def standard_budgets(call):
+    from ..triton.standard import budgets
+
+    return budgets(call)
+
+
+def plan(op, geo, strides, dtype, device, gate, planes):
+    from ..triton.explained import plan as run
+
+    return run(op, geo, strides, dtype, device, gate, planes)
 
 
 def describe() -> str:

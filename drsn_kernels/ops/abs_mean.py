@@ -7,11 +7,11 @@ Forward reads x once. Backward reads the planes sign and nonzero (2 bits an elem
 
 import torch
 
-from .. import backends, reference
+from .. import backends, recording, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .dispatch import current_backward, direct_apply, is_eager, is_eager_grad, use_registered_ops
+from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, use_registered_ops
 
 
 class AbsMean(torch.autograd.Function):
@@ -70,11 +70,22 @@ def abs_mean(x: torch.Tensor) -> torch.Tensor:
         x.abs().mean(dim=tuple(range(2, x.dim())), dtype=torch.float32)
     """
     checks.features(x, rank=3)
-    if is_eager(x) and x.numel():
+    why = not_eager(x)
+    if why is None and x.numel():
         backend = backends.select(x)
-        if x.requires_grad and torch.is_grad_enabled():
+        keep = x.requires_grad and torch.is_grad_enabled()
+        if recording.active is not None:
+            recording.active("abs_mean", x, backend, keep=keep)
+        if keep:
             return apply_abs_mean(x, geometry(x), backend, False, False)
         return backend.reduce(x, geometry(x), planes=False)[0]
+    if recording.active is not None:
+        recording.elsewhere("abs_mean", x, why)
+    return traced_abs_mean(x)
+
+
+def traced_abs_mean(x: torch.Tensor) -> torch.Tensor:
+    """abs_mean where raw pointers are of no use: the registered op, or the reference."""
     if use_registered_ops(x):
         return torch.ops.drsn_kernels.abs_mean(x)[0]
     return reference.abs_mean(x)

@@ -5,8 +5,8 @@
 * The reference: ordinary aten operations, for everything else. It is right under torch.func, forward-mode AD, export,
   tensor subclasses (FakeTensor, DTensor) and dispatch modes, none of which can see into a raw pointer; under
   torch.compile it fuses with what surrounds it (not timed against the registered ops yet).
-* The registered ops (`library.py`): under torch.compile where a backend is forced; opaque to the compiler, but they
-  save bit planes instead of x.
+* The registered ops (`library.py`): under torch.compile where a backend is forced, or where the table in
+  `compiled.py` says that they are faster; opaque to the compiler, but they save bit planes instead of x.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import backends
+from . import compiled
 
 try:  # private names of torch; where one is gone, every call takes the reference, which is slower and always right
     _transforms_active = torch._C._are_functorch_transforms_active
@@ -34,17 +35,36 @@ _CAN_TELL_EXPORT = hasattr(torch.compiler, "is_exporting")  # torch 2.7; before 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_eager(*tensors: torch.Tensor | None) -> bool:
-    """True if raw pointers of these tensors may be used: nothing traces, transforms or watches this call."""
-    if torch.compiler.is_compiling() or not _CAN_TELL:
-        return False
-    if _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None:
-        return False
+def not_eager(*tensors: torch.Tensor | None) -> str | None:
+    """None if raw pointers of these tensors may be used: nothing traces, transforms or watches this call. Else why."""
+    if torch.compiler.is_compiling():
+        return _EXPORTED if _CAN_TELL_EXPORT and torch.compiler.is_exporting() else _COMPILED
+    if not _CAN_TELL:
+        return "this torch does not tell whether a transform is active"
+    if _transforms_active():
+        return "a torch.func transform (grad, vmap, jvp, ...) is active"
+    if _dispatch_modes():
+        return "a dispatch mode (FakeTensorMode, a FLOP counter, ...) watches every operation"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    if _jit_tracing() is not None:
+        return "torch.jit.trace records this call"
     for t in tensors:
-        # x.imag of a conjugate carries a lazy minus that a raw pointer does not see
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
-            return False
-    return True
+        if t is not None:
+            if type(t) not in _PLAIN:
+                return f"a {type(t).__name__} is a tensor subclass"
+            # x.imag of a conjugate carries a lazy minus that a raw pointer does not see
+            if t.is_neg():
+                return "a tensor carries a minus that is not yet computed (is_neg)"
+    return None
+
+
+_COMPILED = "torch.compile traces this call"
+_EXPORTED = "torch.export records this call, and its graph holds aten operations only"
+
+
+def is_eager(*tensors: torch.Tensor | None) -> bool:
+    return not_eager(*tensors) is None
 
 
 def is_eager_grad(*gradients: torch.Tensor | None) -> bool:
@@ -59,11 +79,19 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     return super(torch.autograd.Function, function).apply
 
 
+def opaque_when_compiled(x: torch.Tensor) -> tuple[bool, str]:
+    """Whether torch.compile is given the opaque ops for a call on x, and why."""
+    forced = backends.choice.backend
+    if forced == "auto":
+        return compiled.opaque(x), compiled.rule(x.device).why
+    if (forced == "cpu" and x.is_cpu) or (forced == "triton" and not x.is_meta):
+        return True, "a backend is forced"
+    return False, "the backend that is forced has no kernels for it"
+
+
 def use_registered_ops(x: torch.Tensor) -> bool:
-    """Under torch.compile with a forced backend: call the opaque ops. Never in an exported graph."""
-    if not torch.compiler.is_compiling() or not (
-        (backends.choice.backend == "cpu" and x.is_cpu) or (backends.choice.backend == "triton" and not x.is_meta)
-    ):
+    """Under torch.compile, call the opaque ops. Never in an exported graph."""
+    if not torch.compiler.is_compiling() or not opaque_when_compiled(x)[0]:
         return False
     if not _CAN_TELL or _transforms_active() or forward_ad._current_level >= 0:
         return False

@@ -20,14 +20,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .. import backends, reference
+from .. import backends, recording, reference
 from ..backends import eager
 from ..gates import StandardGate, standard_gate
 from ..planes import geometry
 from . import checks
-from .abs_mean import abs_mean, apply_abs_mean
-from .dispatch import current_backward, direct_apply, is_eager, is_eager_grad, use_registered_ops, will_run
-from .soft_threshold import soft_threshold
+from .abs_mean import apply_abs_mean, traced_abs_mean
+from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, use_registered_ops, will_run
+from .soft_threshold import traced_soft_threshold
 from .standard_shrink import Call, apply_standard
 
 AVERAGES = ("channel", "sample", None)
@@ -190,31 +190,43 @@ def shrink(
         if residual is not None and residual is not x and _share_memory(x, residual):
             residual = residual.clone()  # x would be overwritten before it is added
 
-    if not is_eager(x, residual) or not x.numel():
-        pooled = abs_mean(x)
+    why = not_eager(x, residual)
+    if why is not None or not x.numel():
+        if recording.active is not None:
+            recording.elsewhere("shrink", x, why, gate=gate)
+        pooled = traced_abs_mean(x)
         return _compose(x, pooled, _call_gate(gate, pooled, x), average, residual, inplace, return_tau)
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
     fused = residual if residual is None or residual.dtype == x.dtype else None
     backend, geo = backends.select(x), geometry(x)
-    recording = torch.is_grad_enabled()
+    grads = torch.is_grad_enabled()
     # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
-    by_copy = inplace and recording and x._is_view()
+    by_copy = inplace and grads and x._is_view()
     overwrite = inplace and not by_copy
     parts = _fusable(gate, x, backend)
-    if parts is not None:
-        y, tau = _standard(x, geo, parts, backend, average, fused, recording, overwrite, return_tau)
+    if not isinstance(parts, str):
+        y, tau = _standard(x, geo, parts, backend, gate, average, fused, grads, overwrite, return_tau)
         return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
     pool, handle = None, x
-    if recording and x.requires_grad:
+    if grads and x.requires_grad:
         pooled, handle = apply_abs_mean(x, geo, backend, True, overwrite)
         pool = pooled.grad_fn
     else:
         pooled = backend.reduce(x, geo, planes=False)[0]
     alpha = _call_gate(gate, pooled, x)
-    if not is_eager(alpha):  # a gate of tensor subclasses
+    why = not_eager(alpha)
+    if why is not None:  # a gate of tensor subclasses
+        if recording.active is not None:
+            recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau)
-    if recording and (x.requires_grad or alpha.requires_grad or (fused is not None and fused.requires_grad)):
+    keep = grads and (x.requires_grad or alpha.requires_grad or (fused is not None and fused.requires_grad))
+    if recording.active is not None:
+        recording.active(
+            "shrink", x, backend, keep=grads and (x.requires_grad or alpha.requires_grad), gate=gate, parts=parts,
+            average=average, outputs=alpha.shape[1], residual=fused, return_tau=return_tau,
+        )  # fmt: skip
+    if keep:
         out = _apply(handle, alpha, pooled, fused, geo, average, pool, backend, overwrite, return_tau)
         y, tau = out if return_tau else (out, None)
     else:
@@ -241,18 +253,24 @@ def _overwritten(*tensors: torch.Tensor | None) -> None:
             torch.autograd.graph.increment_version(t)
 
 
-def _fusable(gate, x: torch.Tensor, backend) -> StandardGate | None:
-    """The parts of a standard gate that this backend computes itself, or None: the gate is called."""
+def _fusable(gate, x: torch.Tensor, backend) -> StandardGate | str:
+    """The parts of a standard gate that this backend computes itself, or why the gate is called."""
     if not hasattr(backend, "standard_forward"):
-        return None
+        return f"the {backend.name} backend calls every gate"
     parts = standard_gate(gate, x)
-    return None if isinstance(parts, str) or backend.standard_unsupported(x, parts) else parts
+    return parts if isinstance(parts, str) else backend.standard_unsupported(x, parts) or parts
 
 
-def _standard(x, geo, parts, backend, average, residual, recording, overwrite, return_tau):
+def _standard(x, geo, parts, backend, gate, average, residual, grads, overwrite, return_tau):
     """(y, tau or None), gate and step computed together."""
     parameters = parts[:6]
-    if recording and any(t is not None and t.requires_grad for t in (x, residual, *parameters)):
+    keep = grads and any(t is not None and t.requires_grad for t in (x, residual, *parameters))
+    if recording.active is not None:
+        recording.active(
+            "shrink", x, backend, keep=keep, gate=gate, parts=parts, average=average, outputs=parts.w2.shape[0],
+            residual=residual, return_tau=return_tau,
+        )  # fmt: skip
+    if keep:
         call = Call(parts, backend, geo, average, overwrite, return_tau)
         y, _, *tau = apply_standard(x, residual, *parameters, call)
         tau = tau[0] if tau else None
@@ -272,7 +290,7 @@ def _compose(x, pooled, alpha, average, residual, inplace, return_tau):
     if residual is not None and residual.dtype == x.dtype and not use_registered_ops(x):
         y = reference.soft_threshold(x, tau, residual)  # rounded once, as in the kernels
     else:
-        y = soft_threshold(x, tau)
+        y = traced_soft_threshold(x, tau)
         y = y if residual is None else y + residual
     if inplace:
         y = x.copy_(y)

@@ -12,11 +12,11 @@ import numbers
 
 import torch
 
-from .. import backends, reference
+from .. import backends, recording, reference
 from ..backends import eager
 from ..planes import geometry
 from . import checks
-from .dispatch import direct_apply, is_eager, is_eager_grad, use_registered_ops
+from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
 
 
 class SoftThreshold(torch.autograd.Function):
@@ -70,18 +70,32 @@ def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
         raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
     if tau.dtype != acc or (tau.dim() == 0 and tau.device != x.device):
         tau = tau.to(dtype=acc, device=x.device)
-    if is_eager(x, tau) and x.numel():
+    why = not_eager(x, tau)
+    if why is None and x.numel():
         if x.dim() < 2:
             return soft_threshold(x.reshape(1, 1, -1), tau.reshape(1, 1, -1) if tau.dim() else tau).view(x.shape)
         rows = _per_channel(tau)
-        if rows is None:
-            backends.fall_back("soft_threshold runs in pure PyTorch where tau varies along the spatial dimensions")
-        else:
+        if rows is not None:
             backend = backends.select(x)
-            if torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad):
+            keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
+            if recording.active is not None:
+                recording.active("soft_threshold", x, backend, keep=keep, tau=rows)
+            if keep:
                 return _apply(x, rows, geometry(x), backend)
             return backend.apply(x, geometry(x), rows, None, None, planes=0)[0]
-    elif x.dim() >= 2 and use_registered_ops(x):
+        backends.fall_back(f"soft_threshold runs in pure PyTorch where {_SPATIAL}")
+        why = _SPATIAL
+    if recording.active is not None:
+        recording.elsewhere("soft_threshold", x, why)
+    return traced_soft_threshold(x, tau)
+
+
+_SPATIAL = "tau varies along the spatial dimensions"
+
+
+def traced_soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """The same for tensors that raw pointers are of no use for; tau in the dtype of sums."""
+    if x.dim() >= 2 and use_registered_ops(x):
         rows = _per_channel(tau)
         if rows is not None:
             return torch.ops.drsn_kernels.soft_threshold(x, rows)[0]

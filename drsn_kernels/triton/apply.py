@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
+from .. import traffic
 from ..planes import Geometry, words
 from .gate import tau_of
 from .launch import Prepared, kernel, tiled, units_of
@@ -129,3 +130,8 @@ def apply(
     launch, unit_bits = prepare(geo, strides, tau_strides, x.dtype, device, planes == 2)
     launch(device, x, y, residual, tau, units_of(bits, unit_bits), *NO_GATE)
     return y, bits
+
+
+def budget(geo: Geometry, dtype: torch.dtype, tau: int, residual: bool, planes: int) -> traffic.Budget:
+    """tau: bytes of it, or of what it is computed from on the way."""
+    return traffic.apply(geo, dtype, tau, residual, planes, "apply_kernel")

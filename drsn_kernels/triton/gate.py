@@ -18,6 +18,7 @@ without TF32, for any N and H. Rows that were split come as partial sums (parts,
 import triton
 import triton.language as tl
 
+from ..traffic import Budget, StandardCall
 from .launch import kernel
 
 
@@ -328,3 +329,44 @@ def pooled_grad_kernel(du, w1, around, out, N, C, H, V: tl.constexpr, BH: tl.con
     i = tl.program_id(0) * V + tl.arange(0, V)
     live = i < N * C
     tl.store(out + i, pooled_grad_of(i // C, i % C, live, du, w1, around, C, H, BH), live)
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def hidden_budget(call: StandardCall, parts: int) -> Budget:
+    statistics = 2 * call.statistics + 8 if call.coupled else 0  # of the batch and running; the number of batches
+    return Budget(
+        parts * call.sums() + call.first_layer + (call.statistics + 8 if call.coupled else 0),
+        call.sums() + call.sums(call.hidden) + statistics,
+        ("hidden_kernel",),
+    )
+
+
+def tau_read(call: StandardCall) -> int:
+    """What tau is computed from, here or in apply."""
+    pooled = call.sums() if call.average is not None else 0
+    return pooled + call.sums(call.hidden) + call.norm_read + call.second_layer
+
+
+def alpha_budget(call: StandardCall) -> Budget:
+    return Budget(tau_read(call), call.sums(call.outputs) + call.tau, ("alpha_kernel",))
+
+
+def hidden_grad_budget(call: StandardCall, parts: int, grads: int, du: bool, around: bool) -> Budget:
+    """grads: bytes of the parameters' gradients, of all shares."""
+    gate = call.sums() + call.sums(call.hidden) + call.sums(call.outputs)
+    return Budget(
+        parts * call.sums() + gate + call.norm_read + call.second_layer,
+        grads + (call.sums(call.hidden) if du else 0) + (call.sums() if around else 0),
+        ("hidden_grad_kernel",),
+    )
+
+
+def pooled_grad_read(call: StandardCall) -> int:
+    """What dA is computed from, here or in grad."""
+    return call.sums(call.hidden) + call.first_layer + call.sums()
+
+
+def pooled_grad_budget(call: StandardCall) -> Budget:
+    return Budget(pooled_grad_read(call), call.sums(), ("pooled_grad_kernel",))

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import traffic
 from ..planes import Geometry
 from ..reference import accumulate_dtype
 from .gate import pooled_grad_of
@@ -149,3 +150,14 @@ def grad(
     if want_dtau:
         dtau = dtau[0] if call.splits == 1 else dtau.sum(0)
     return dx, dtau
+
+
+def budget(
+    geo: Geometry, strides: tuple, dtype: torch.dtype, device: torch.device,
+    masked: bool, pooled: bool, dx: bool, dtau: bool,
+) -> traffic.Budget:  # fmt: skip
+    """strides: of g."""
+    parts = prepare(geo, (strides, geo[1]), dtype, device, dtau).splits if dtau else 1
+    return traffic.grad(geo, dtype, masked, pooled, dx, dtau, "grad_kernel", parts) + traffic.added_up(
+        traffic.sums_bytes(geo, dtype), parts
+    )

@@ -49,7 +49,9 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
 class Prepared:
     """A launch but for its pointers."""
 
-    def __init__(self, fn: Any, programs: int, integers: tuple, constants: dict[str, Any]):
+    def __init__(self, fn: Any, programs: int, integers: tuple, constants: dict[str, Any], plan: Any = None):
+        """plan: what programs and constants were worked out from (plans.py)."""
+        self.plan = plan
         self.fn, self.grid, self.integers, self.constants = fn, (programs, 1, 1), integers, constants
         self.tail = tuple(constants[name] for name in fn.constexprs)
         self.compiled: dict[int, Callable] = {}
@@ -107,7 +109,7 @@ class Tiled:
 
     def prepare(self, fn: Any, integers: tuple = (), **constants: Any) -> Prepared:
         """`integers` come after the sizes."""
-        return Prepared(fn, self.plan.programs, self.sizes + integers, self.constants | constants)
+        return Prepared(fn, self.plan.programs, self.sizes + integers, self.constants | constants, self.plan)
 
 
 def common(on: Walk, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,6 +13,7 @@ layer never exists as a whole.
 import triton
 import triton.language as tl
 
+from ..traffic import Budget, StandardCall
 from .gate import logit_grads, normalise, relu
 from .launch import kernel
 from .tiles import length_of_rows, offsets, pack, sign_bit, soft_threshold, units, unpack
@@ -265,3 +266,19 @@ def backward_kernel(
                 masked, negative, share, n, p, q, first, rows_live, columns_live, dx, planes, plane_units, P, UNITS,
                 p_sizes, q_sizes, ds, D_UNIT, B, UNIT_BITS, ALIGN,
             )  # fmt: skip
+
+
+def forward_budget(call: StandardCall) -> Budget:
+    """x counts once: where the sample is walked twice, the second time it comes from L2."""
+    gate = call.first_layer + call.second_layer + call.norm_read
+    return Budget(
+        (1 + call.residual) * call.full + gate,
+        call.full + call.saved + (call.tau if call.want_tau else 0),
+        ("forward_kernel",),
+        saved=call.saved,
+    )
+
+
+def backward_budget(call: StandardCall) -> Budget:
+    gate = call.first_layer + call.second_layer + call.norm_read
+    return Budget(call.full + call.saved + gate, call.full + call.sums(), ("backward_kernel",), call.sums())

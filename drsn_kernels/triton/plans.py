@@ -6,7 +6,7 @@ compiled already (tests/test_triton_lowering.py counts). Which plan it is may de
 launches, the gate's end on the way or apart). Grids and splits are run-time values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .walk import Walk
 
@@ -42,6 +42,7 @@ class TilePlan:
     piece: int  # tiles in a piece
     programs: int
     warps: int
+    why: str = field(default="", compare=False)
 
 
 def _ragged(walk: Walk, itemsize: int) -> int:
@@ -82,7 +83,13 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     splits = _cdiv(steps, per_piece)
     tile = rows * columns
     warps = 2 * WARPS if tile > TILE else WARPS if tile > TILE // 4 else 1
-    return TilePlan(rows, columns, split and steps > 1, splits, per_piece, blocks * splits, warps)
+    why = "full tiles" if elements == TILE else "half tiles: rows not aligned to 16 bytes, or elements not adjacent"
+    if splits > 1:
+        cut = "samples" if walk.channels_last else "rows"
+        why += f"; {cut} in {splits} pieces, " + (
+            f"because whole ones make {blocks} programs for {sms} multiprocessors" if split else "a tile each"
+        )
+    return TilePlan(rows, columns, split and steps > 1, splits, per_piece, blocks * splits, warps, why)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -148,6 +155,7 @@ class GatePlan:
     dot: int  # of the hidden units at a time, where a dot product over them is computed on the way
     vector: int  # thresholds a program, where they have a launch of their own
     vector_dot: int
+    why: str = field(default="", compare=False)  # on the way, or not
 
 
 def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> OnePassPlan | str:
@@ -202,8 +210,11 @@ def gate(walk: Walk, plan: TilePlan, hidden: int, coupled: bool, itemsize: int, 
     share = _cdiv(_cdiv(walk.n, shares), samples) * samples
     vector, served = (plan.columns, plan.rows) if walk.channels_last else (plan.rows, plan.columns)
     dot = min(max(1024 // vector, 4), 64, _power_of_two(hidden))
-    small = walk.rows * walk.q * itemsize <= SMALL_BYTES
+    least = 1 if walk.rows * walk.q * itemsize <= SMALL_BYTES else SERVED
+    on_the_way = least * hidden <= served
+    needed = f"{'at least' if on_the_way else 'fewer than'} {least} for each of {hidden} hidden units"
     return GatePlan(
         samples=samples, units=units, channels=wide, blocks=blocks, shares=_cdiv(walk.n, share), share=share,
-        on_the_way=hidden * (1 if small else SERVED) <= served, dot=dot, vector=64, vector_dot=16,
+        on_the_way=on_the_way, dot=dot, vector=64, vector_dot=16,
+        why=f"a tile serves a threshold with {served} elements, {needed}",
     )  # fmt: skip

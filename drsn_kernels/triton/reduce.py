@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import traffic
 from ..planes import Geometry, words
 from ..reference import accumulate_dtype
 from .launch import Prepared, kernel, tiled, units_of
@@ -91,3 +92,10 @@ def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, 
     bits = torch.empty((2, words(geo)), dtype=torch.int32, device=x.device) if planes else None
     partial, splits = partial_means(x, geo, bits)
     return (partial[0] if splits == 1 else partial.sum(0)), bits
+
+
+def budget(geo: Geometry, strides: tuple, dtype: torch.dtype, device: torch.device, planes: bool) -> traffic.Budget:
+    parts = prepare(geo, strides, dtype, device).splits
+    return traffic.reduce(geo, dtype, planes, "reduce_kernel", parts) + traffic.added_up(
+        traffic.sums_bytes(geo, dtype), parts
+    )

@@ -1,0 +1,191 @@
+"""The command: select cases, check and time them, print and write what came out, compare with a stored run."""
+
+import argparse
+import gc
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import backends
+from .._extras import require
+from . import compare, plots, record, summary
+from .arguments import ROUNDS
+from .budget import budget
+from .cases import NETWORKS, SAMPLE, SHAPES, Case, select
+from .counts import launches_and_peak, saved_bytes
+from .measure import Call, clock_for, interleaved, slowed
+from .providers import FLOOR, Provider, providers
+from .verify import Judge
+from .workloads import build, floor_bytes
+
+SECONDS = 0.2  # short calls are repeated for so long, or 10 times as often
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cpu"
+    rounds: int = 15
+    compile: str = "auto"
+    grid: str = "standard"
+    slow_down: tuple[str, float] | None = None  # a provider made slower on purpose, to try the gate with
+
+
+def compiled_forms(case: Case, settings: Settings) -> str:
+    """Which compiled providers a case has; compiling takes longer than timing, so by default not everywhere."""
+    if settings.compile != "auto":
+        return settings.compile
+    if case.op in NETWORKS or case.op == "scaling" or case.mode != "both" or case.dtype != "fp32":
+        return "none"
+    sampled = case.shape == SHAPES[case.group][SAMPLE[case.group]]
+    if sampled and settings.grid != "quick":
+        return "all"
+    return "best" if case.op == "shrink_train" else "none"
+
+
+def providers_of(case: Case, settings: Settings) -> list[Provider]:
+    return providers(case, settings.device, compiled_forms(case, settings))
+
+
+def measure(
+    case: Case,
+    settings: Settings,
+    about: dict,
+    wanted: Sequence[Provider] | None = None,
+    built: Callable = build,
+) -> tuple[list[dict], dict[str, str]]:
+    """The rows of a case; and for each provider without one, why.
+
+    All of `wanted` (default: all there are) and the floor run in turn, in this process, after each was checked.
+    """
+    names = {provider.name: provider for provider in [*(wanted or providers_of(case, settings))]}
+    names.setdefault(FLOOR.name, FLOOR)
+    torch._dynamo.reset()
+    calls, port, exact = built(case, names.values(), settings.device)
+    judge, refused = Judge(case, port, exact), {}
+    for name in list(calls):
+        if names[name].form != "floor" and (why := _objection(judge, calls[name])) is not None:
+            refused[name] = why
+            del calls[name]
+    del judge, port, exact
+    if settings.slow_down is not None and settings.slow_down[0] in calls:
+        name, factor = settings.slow_down
+        calls[name] = slowed(calls[name], factor)
+    gc.collect()
+    clock = clock_for(settings.device)
+    samples = interleaved(calls, settings.rounds, clock, seconds=SECONDS)
+    rows = []
+    for name, call in calls.items():
+        floor = samples["floor-1-thread" if name.endswith("-1-thread") else "floor"][clock.main]
+        rows.append(
+            record.row(
+                case, name, samples[name], floor, clock.main, floor_bytes(case), _counts(call, settings.device),
+                budget(case, names[name]), about,
+            )  # fmt: skip
+        )
+    return rows, refused
+
+
+def _objection(judge: Judge, call: Call) -> str | None:
+    try:
+        return judge.objection(call)
+    except Exception as error:  # a compiler that fails must not end a run of an hour
+        return f"raised {type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+
+
+def _counts(call: Call, device: str) -> dict[str, int]:
+    saved = saved_bytes(call)
+    launches, peak = launches_and_peak(call, device)
+    return {"launches": launches, "peak_bytes": peak, "saved_bytes": saved}
+
+
+HEADER = (f"{'':22s}{'ms':>10s}{'IQR':>9s}{'% floor':>9s}{'GB/s':>7s}{'ops':>6s}{'host us':>10s}{'peak MiB':>10s}"
+          f"{'saved':>9s}{'budget':>9s}{'x budget':>9s}")  # fmt: skip
+
+
+def _mib(value: int | str) -> str:
+    return "" if value == "" else f"{value / 2**20:.2f}"
+
+
+def line(row: dict) -> str:
+    gb_s, over = row["gb_s"], row["over_budget"]
+    return (
+        f"  {row['provider']:20s}{row['median_ms']:10.3f}{row['iqr_ms']:9.3f}{row['percent_of_floor']:9.1f}"
+        f"{'' if gb_s == '' else format(gb_s, '.1f'):>7s}{row['launches']:>6}{row['host_us']:10.1f}"
+        f"{_mib(row['peak_bytes']):>10s}{_mib(row['saved_bytes']):>9s}{_mib(row['budget_bytes']):>9s}"
+        f"{'' if over == '' else format(over, '.2f'):>9s}"
+    )
+
+
+def check_device(device: str | None) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no CUDA device")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Run, print, write and compare; the exit status. Raises ValueError, OSError before any work is done."""
+    device = check_device(options.device)
+    grid = "quick" if options.quick else "full" if options.full else "standard"
+    cases = select(options.shapes or ("ABCDEG" if device == "cuda" else "ABCDE"), grid, device, options.ops)
+    rounds = ROUNDS[grid] if options.rounds is None else options.rounds
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if not options.tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {options.tolerance}")
+    stored = record.read_json(options.compare) if options.compare else None
+    settings = Settings(device, rounds, options.compile, grid, options.slow_down)
+    about = record.environment(device)
+    if stored is not None:
+        compare.check_same_device([about], stored)
+    if options.slow_down and not any(options.slow_down[0] == p.name for c in cases for p in providers_of(c, settings)):
+        raise ValueError(f"slow-down: no case here has a provider {options.slow_down[0]!r}")
+    for name, value in about.items():
+        print(f"{name:10s}{value}")
+    if device == "cpu" and backends.cpu.MISSING:
+        print(f"without the cpu backend: {backends.cpu.MISSING}")
+    rows, refusals = _rows(cases, settings, about)
+    print("\nsummary")
+    for figure in summary.figures(rows):
+        print(figure)
+    if options.out:
+        _write(options.out, rows)
+    failed = bool(refusals)
+    if refusals:
+        print(f"{refusals} rows refused: see WRONG above")
+    if stored is not None:
+        lines, regression = compare.report(compare.compare(rows, stored, options.tolerance))
+        print("\n".join(lines))
+        failed |= regression
+    return int(failed)
+
+
+def _rows(cases: Sequence[Case], settings: Settings, about: dict) -> tuple[list[dict], int]:
+    rows, refusals = [], 0
+    print(f"\n{len(cases)} cases\n{HEADER}")
+    for case in cases:
+        new, refused = measure(case, settings, about)
+        print(case.id)
+        for one in new:
+            print(line(one), flush=True)
+        for name, why in refused.items():
+            print(f"  {name:20s}WRONG: {why}", flush=True)
+        rows += new
+        refusals += len(refused)
+    return rows, refusals
+
+
+def _write(out: Path, rows: list[dict]) -> None:
+    arguments = shlex.join(sys.argv[1:])
+    written = [record.write_json(out / "results.json", rows, f"python -m drsn_kernels {arguments}"),
+               record.write_csv(out / "results.csv", rows)]  # fmt: skip
+    try:
+        require("matplotlib", "demo")
+    except ImportError as error:
+        print(f"no plots: {error}")
+    else:
+        written += plots.bars(rows, out)
+    print(f"written: {', '.join(map(str, written))}")

@@ -1,0 +1,134 @@
+"""The figures that the project aims at, from rows; and geometric means by group of shapes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .cases import DTYPES, LARGE
+from .measure import geometric_mean, ratio
+
+PAPER_RATIO = 1.545  # DRSN-CW over ResNet, 1511.1 s over 978.0 s (Zhao et al. 2020, section IV)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure, the value it should reach, and in which direction. aim None: there is none."""
+
+    name: str
+    value: float | None
+    aim: float | None = None
+    at_least: bool = True
+    note: str = ""
+
+    @property
+    def reached(self) -> bool | None:
+        if self.value is None or self.aim is None:
+            return None
+        return self.value >= self.aim if self.at_least else self.value <= self.aim
+
+    def __str__(self) -> str:
+        value = "not measured" if self.value is None else f"{self.value:.2f}"
+        aim = "" if self.aim is None else f"  aim: at {'least' if self.at_least else 'most'} {self.aim:g}"
+        said = {True: ", reached", False: ", NOT reached", None: ""}[self.reached]
+        note = f"  ({self.note})" if self.note and self.value is not None else ""
+        return f"{value:>13s}  {self.name}{note}{aim}{said}"
+
+
+class Table:
+    """Rows by case and provider. `ours` is the backend that is chosen by itself."""
+
+    def __init__(self, rows: Sequence[dict]) -> None:
+        self.cases: dict[str, dict[str, dict]] = {}
+        for one in rows:
+            self.cases.setdefault(one["case"], {})[one["provider"]] = one
+        present = {one["provider"] for one in rows}
+        self.ours = next((name for name in ("triton", "cpu", "torch") if name in present), None)
+
+    def gains(self, other: str, want: Callable[[dict], bool], over: str | None = None) -> dict[str, float]:
+        """By case: the time of `other` over the time of ours, or of `over`."""
+        over = over or self.ours
+        return {
+            case: ratio(rows[other]["seconds"], rows[over]["seconds"])
+            for case, rows in self.cases.items()
+            if other in rows and over in rows and want(rows[other])
+        }
+
+
+def _is(op: str, mode: str, groups: str = "ABDE") -> Callable[[dict], bool]:
+    """fp32 in contiguous order: what the aims are about."""
+    return lambda one: (
+        (one["op"], one["mode"], one["dtype"], one["channels_last"]) == (op, mode, "fp32", False)
+        and one["group"] in groups
+    )
+
+
+def _bytes(one: dict) -> int:
+    return math.prod(one["shape"]) * DTYPES[one["dtype"]].itemsize
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return geometric_mean(list(values.values()))
+
+
+def _bf16(table: Table) -> dict[str, float]:
+    """fp32 over bf16 of ours at equal element count, where fp32 is LARGE; two cases, so medians and not rounds."""
+    found = {}
+    for case, rows in table.cases.items():
+        other = table.cases.get(case.replace("-fp32-", "-bf16-"), {})
+        if "-fp32-" in case and table.ours in rows and table.ours in other and _bytes(rows[table.ours]) >= LARGE:
+            if rows[table.ours]["op"] in ("shrink_train", "shrink_eval"):
+                found[case] = rows[table.ours]["median_ms"] / other[table.ours]["median_ms"]
+    return found
+
+
+def figures(rows: Sequence[dict]) -> list[Figure]:
+    """The aims, in their order; what a run has not measured has the value None."""
+    table = Table(rows)
+    paper = table.gains(table.ours, lambda one: one["op"] == "paper_network", "floor") if table.ours else {}
+    port = table.gains("port", lambda one: one["op"] == "paper_network", "floor")
+    step, evaluated = _is("shrink_train", "both"), _is("shrink_eval", "forward", "ABCDEG")
+    over_clone = {case: 1 / gain for case, gain in
+                  table.gains("floor", lambda one: evaluated(one) and _bytes(one) >= LARGE).items()}  # fmt: skip
+    over_best = table.gains("best", lambda one: one["group"] != "F")  # degenerate shapes are there to be right
+    worst = min(over_best, key=over_best.get, default=None)
+    bf16 = _bf16(table)
+    found = [
+        Figure("paper network, training step, DRSN-CW over ResNet", _mean(paper), 1.18, False,
+               f"popular port {_mean(port) or math.nan:.2f}, the paper {PAPER_RATIO}"),
+        Figure("Shrinkage, training, over the eager port, A B D E, geometric mean",
+               _mean(table.gains("port", step)), 10),
+        Figure("the same over torch.compile of the best form", _mean(table.gains("best-compiled", step)), 1.2),
+        Figure("launch-bound shapes C, training, over the eager port",
+               _mean(table.gains("port", _is("shrink_train", "both", "C"))), 5),
+        Figure("forward in eval over clone, 16 MiB and more, geometric mean", _mean(over_clone), 1.5, False),
+        Figure("the same, worst", max(over_clone.values(), default=None), 2, False),
+        Figure("over the best eager form, worst of all cases", over_best.get(worst), 1, True, worst or ""),
+        Figure("bf16 over fp32 at equal element count, 16 MiB and more, geometric mean", _mean(bf16), 1.5),
+    ]  # fmt: skip
+    found += _scaling(table)
+    groups = sorted({one["group"] for one in rows} & set("ABCDEFG"))
+    for other, label in (("port", "the eager port"), ("best-compiled", "torch.compile of the best form")):
+        for group in groups:
+            gain = _mean(table.gains(other, _is("shrink_train", "both", group)))
+            if gain is not None:
+                found.append(Figure(f"Shrinkage, training, over {label}, {group}", gain))
+    return found
+
+
+def _scaling(table: Table) -> list[Figure]:
+    """Speed-up by the second thread, ours and clone's own, for each size."""
+    found = []
+    for case, rows in table.cases.items():
+        if table.ours in rows and rows[table.ours]["op"] == "scaling":
+            one = rows[table.ours]
+            both = {name: _gain(rows, name) for name in (table.ours, "floor")}
+            if None not in both.values():
+                aim = 1.7 if _bytes(one) < LARGE else both["floor"]
+                name = f"1 to 2 threads, {_bytes(one) / 2**20:.0f} MiB"
+                found.append(Figure(name, both[table.ours], round(aim, 2), True, f"clone {both['floor']:.2f}; {case}"))
+    return found
+
+
+def _gain(rows: dict[str, dict], name: str) -> float | None:
+    alone = rows.get(f"{name}-1-thread")
+    return ratio(alone["seconds"], rows[name]["seconds"]) if alone and name in rows else None

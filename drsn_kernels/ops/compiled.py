@@ -1,0 +1,32 @@
+"""Inside torch.compile: which calls stay opaque (ops/library.py), and which are decomposed for the compiler to fuse.
+
+Decomposed, a call is the reference: inductor fuses it with its neighbours, and keeps x or what it chooses to. Opaque,
+it is a kernel of ours that keeps bit planes, beside the reads and writes of its neighbours. Which is faster is a
+question of size, so the rule is a size for each kind of device, from recorded times; docs/plans.md has the rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Rule(NamedTuple):
+    opaque_from: int | None  # bytes of x; None: never
+    why: str
+
+
+RULES = {
+    "cpu": Rule(None, "the two have not been timed against each other on a CPU"),
+    "cuda": Rule(None, "not yet run on a GPU"),
+}
+_OTHERS = Rule(None, "no kernels for this device")
+
+
+def rule(device: torch.device) -> Rule:
+    return RULES.get(device.type, _OTHERS)
+
+
+def opaque(x: torch.Tensor) -> bool:
+    """Whether a compiled call on x stays opaque where no backend is forced."""
+    least = rule(x.device).opaque_from
+    return least is not None and x.numel() * x.element_size() >= least

@@ -1,0 +1,13 @@
+"""Who is told of every operator call (explain.py), or nobody. All that a call pays is `active is None`."""
+
+from collections.abc import Callable
+
+import torch
+
+active: Callable | None = None
+
+
+def elsewhere(op: str, x: torch.Tensor, why: str | None, gate: object = None) -> None:
+    """Tell of a call that no kernel takes eagerly. Nothing may be told from within a graph that torch.compile makes."""
+    if not torch.compiler.is_dynamo_compiling():
+        active(op, x, None, why=why, gate=gate)

@@ -1,0 +1,355 @@
+"""The benchmark suite itself: what it selects, refuses and writes. Nothing here judges a time."""
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from drsn_kernels.__main__ import main
+from drsn_kernels.backends import cpu
+from drsn_kernels.bench import measure, record, run
+from drsn_kernels.bench.cases import MODES, OPERATORS, Case, select
+from drsn_kernels.bench.measure import Call, interleaved
+from drsn_kernels.bench.run import Settings
+from drsn_kernels.bench.workloads import build
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["bench", "--device", "cpu", "--quick", "--shapes", "F", "--ops", "shrink_train", "shrink_eval",
+         "--rounds", "2", "--compile", "none"]  # fmt: skip
+ABOUT = {name: "" for name in record.ENVIRONMENT}
+ONCE = Settings(rounds=1, compile="none")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(run, "SECONDS", 0)
+
+
+# ---- what is timed ----
+
+
+def test_quick_is_small_and_full_has_everything():
+    quick, standard, full = (select("ABCDE", grid) for grid in ("quick", "standard", "full"))
+    assert len(quick) < 20 and len(quick) < len(standard) < len(full)
+    assert {case.op for case in full} >= {*OPERATORS, "paper_network", "network_1d", "network_image"}
+    assert {(case.mode, case.dtype, case.channels_last) for case in full if case.op == "unit"} >= set(
+        itertools.product(MODES, ("fp32", "bf16"), (False, True))
+    )
+    assert {case.id for case in standard} <= {case.id for case in full}
+    assert len({case.id for case in full}) == len(full)
+
+
+def test_a_single_sample_is_not_trained_on():
+    alone = [case for case in select("F", "full") if case.shape[0] == 1]
+    assert alone and {case.op for case in alone} == {"abs_mean", "soft_threshold", "shrink_eval"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"letters": "AZ"}, "shapes takes letters of ABCDEFG, got Z"),
+        ({"letters": ""}, "got none"),
+        ({"grid": "all"}, "grid must be one of quick, standard, full, got 'all'"),
+        ({"ops": ["relu"]}, "ops must be of abs_mean, .*, got relu"),
+        ({"letters": "A", "grid": "quick", "ops": ["unit"]}, "nothing to time"),
+    ],
+)
+def test_unknown_selections_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select(**{"letters": "A", "grid": "full"} | arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_provider_of_an_operator_passes_its_check_and_gets_a_row(op, mode):
+    cases = [Case(op, "F", (4, 6, 40), mode)]
+    if mode == "both":
+        cases += [replace(cases[0], dtype="bf16"), Case(op, "F", (4, 6, 5, 8), mode, channels_last=True)]
+    for case in cases:
+        rows, refused = run.measure(case, ONCE, ABOUT)
+        assert refused == {}
+        assert {one["provider"] for one in rows} >= {"floor", "port", "best", "torch"}
+        assert all(set(one) == {*record.COLUMNS, "seconds"} for one in rows)
+
+
+def test_a_network_is_stepped_beside_its_resnet():
+    rows, refused = run.measure(Case("paper_network", "N", (4, 1, 64), "step"), ONCE, ABOUT)
+    kept = {one["provider"]: one["saved_bytes"] for one in rows}
+    assert refused == {} and kept["floor"] < kept["port"]
+    assert all(one["gb_s"] == "" for one in rows)  # no floor in bytes
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch", "port"])
+def test_peak_and_saved_bytes_are_whole(name):
+    if name == "cpu" and cpu.MISSING:
+        pytest.skip("no compiled CPU kernels")
+    case = Case("shrink_train", "F", (2, 4, 1 << 16))  # 2 MiB: the cpu backend's outputs come from its arena
+    rows, _ = run.measure(case, ONCE, ABOUT)
+    one = next(r for r in rows if r["provider"] == name)
+    assert one["peak_bytes"] >= 2 * case.bytes and 0 < one["saved_bytes"] < one["peak_bytes"]  # y and dx at least
+    if name != "port":
+        assert one["budget_saved_bytes"] == pytest.approx(one["saved_bytes"], rel=0.01)
+
+
+def test_the_compiled_form_is_checked_like_the_others():
+    case = Case("soft_threshold", "F", (2, 3, 16), "forward")
+    rows, refused = run.measure(case, replace(ONCE, compile="best"), ABOUT)
+    assert refused == {} and "best-compiled" in {one["provider"] for one in rows}
+
+
+def test_threads_are_measured_beside_the_floors_own():
+    rows, refused = run.measure(Case("scaling", "T", (4, 6, 40), "forward"), ONCE, ABOUT)
+    names = {one["provider"] for one in rows}
+    assert refused == {} and {"floor", "floor-1-thread"} < names and len(names) == 4
+
+
+# ---- the check ----
+
+
+def test_a_wrong_provider_is_refused(monkeypatch):
+    def wrong(change):
+        def built(*arguments, **options):
+            calls, port, exact = build(*arguments, **options)
+            right = calls["torch"].run
+            return calls | {"torch": replace(calls["torch"], run=lambda: change(list(right())))}, port, exact
+
+        return built
+
+    def changed(index, by):
+        def change(outputs):
+            outputs[index] = by(outputs[index])
+            return tuple(outputs)
+
+        return change
+
+    def explode(outputs):
+        raise RuntimeError("out of luck")
+
+    case = Case("shrink_train", "F", (4, 6, 40))
+    for change, said in (
+        (changed(0, lambda y: y * 1.001), "y differs"),
+        (changed(1, torch.zeros_like), "dx differs"),
+        (changed(2, lambda dw: dw.neg()), "gradients differs"),
+        (changed(0, lambda y: y * float("nan")), "y differs"),
+        (explode, "raised RuntimeError: out of luck"),
+    ):
+        rows, refused = run.measure(case, ONCE, ABOUT, built=wrong(change))
+        assert list(refused) == ["torch"] and refused["torch"].startswith(said)
+        assert "torch" not in {one["provider"] for one in rows} and len(rows) >= 3
+
+
+def test_a_refused_row_fails_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(run, "_objection", lambda judge, call: "y differs")
+    assert main(QUICK) == 1
+    out = capsys.readouterr().out
+    assert "WRONG: y differs" in out and "rows refused" in out
+
+
+# ---- timing ----
+
+
+def test_calls_take_turns_and_what_is_untimed_stays_out():
+    order = []
+    calls = {
+        "a": Call(lambda: order.append("a")),
+        "b": Call(lambda: order.append("b"), lambda: order.append("before b")),
+    }
+    ticks = iter(range(100))
+
+    def clock(call):
+        if call.before:
+            call.before()
+        call.run()
+        return {"time": next(ticks)}
+
+    samples = interleaved(calls, rounds=2, clock=clock, warmup=1)
+    assert order == ["a", "before b", "b"] * 3
+    assert samples == {"a": {"time": [2, 4]}, "b": {"time": [3, 5]}}
+
+
+def test_the_wall_clock_leaves_out_what_comes_before(monkeypatch):
+    now = [0.0]
+
+    def spend(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert measure.WallClock()(Call(lambda: spend(2), lambda: spend(5))) == {"time": 2}
+
+
+class Event:
+    """In place of a CUDA event: counts what was recorded, an event a second."""
+
+    clock = itertools.count()
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = next(self.clock)
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_cuda_clock_times_cold_warm_and_a_graph(monkeypatch, graph):
+    order = []
+
+    class Recorder:
+        zero_ = staticmethod(lambda: order.append("flush"))
+
+    class Graph:
+        replay = staticmethod(lambda: order.append("replay"))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("wait"))
+    monkeypatch.setattr(measure, "_captured", lambda run: Graph if graph else None)
+    clock = object.__new__(measure.CudaClock)  # without a device's buffer
+    clock.flush, clock.graphs = Recorder, {}
+    times = clock(Call(lambda: order.append("run"), lambda: order.append("before") if not graph else None))
+    assert times.keys() == {"cold", "warm", "host"} and times["cold"] == times["warm"] == 1
+    expected = ["flush", "wait", "run", "wait", "run"]
+    assert [step for step in order if step != "before"] == expected and order.count("before") == (0 if graph else 2)
+    order.clear()
+    times = clock(Call(lambda: order.append("run")))
+    assert ("graph" in times) == graph
+    assert order == expected + (["flush", "wait", "replay"] if graph else [])
+
+
+def test_slowed_waits_for_the_factor(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    assert measure.slowed(Call(lambda: "result"), 5).run() == "result"
+    assert next(ticks) == 6  # started at 0, took 1, waited until 5
+
+
+# ---- files ----
+
+
+def test_the_command_writes_json_csv_and_plots(tmp_path, capsys):
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "summary" in out and "not measured  paper network" in out and "aim: at most 1.18" in out
+    rows = record.read_json(tmp_path / "results.json")
+    assert {one["op"] for one in rows} == {"shrink_train", "shrink_eval"}
+    for one in rows:
+        assert one["rounds"] == len(one["seconds"]) == 2
+        assert one["torch"] == torch.__version__ and one["device"] and one["compiler"] and one["commit"]
+        assert one["launches"] > 0 and one["peak_bytes"] > 0
+    port, best = (next(r for r in rows if r["provider"] == name and r["mode"] == "both") for name in ("port", "best"))
+    assert port["saved_bytes"] > best["saved_bytes"] > 0
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert tuple(table[0]) == record.COLUMNS and len(table) == len(rows) and table[0]["shape"] == "16x4x2048x1"
+    assert (tmp_path / "shrink_train-both-fp32.png").stat().st_size > 1000
+    command = json.loads((tmp_path / "results.json").read_text("utf-8"))["command"]
+    assert command.startswith("python -m drsn_kernels ")
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    assert "no plots" in (out := capsys.readouterr().out) and "drsn_kernels[demo]" in out
+    assert not list(tmp_path.glob("*.png")) and (tmp_path / "results.csv").exists()
+
+
+@pytest.mark.parametrize("text, message", [("no", "is not JSON"), ("{}", "is not a result"),
+                                           ('{"format": 1, "rows": [{"case": 1}]}', "lack op, ")])  # fmt: skip
+def test_a_file_that_is_no_result_is_refused_before_anything_runs(tmp_path, capsys, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text, "utf-8")
+    assert main([*QUICK, "--compare", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and str(path) in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--tolerance", "-1"], "tolerance must be at least 0, got -1"),
+        (["--shapes", "XY"], "got XY"),
+        (["--slow-down", "cuda=2"], "no case here has a provider 'cuda'"),
+        (["--compare", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
+    assert main([*QUICK, *arguments]) == 1
+    assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_an_error(capsys):
+    assert main([*QUICK, "--device", "cuda"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["cpu", "cpu=fast", "cpu=0.5", "=2"])
+def test_slow_down_takes_a_provider_and_a_factor(text, capsys):
+    with pytest.raises(SystemExit):
+        main([*QUICK, "--slow-down", text])
+    assert "PROVIDER=FACTOR" in capsys.readouterr().err
+
+
+# ---- the gate, in the command ----
+
+
+def test_the_command_exits_with_one_on_a_regression(tmp_path, capsys, monkeypatch):
+    speed = {"torch": 4.0}
+    monkeypatch.setattr(
+        run, "interleaved", lambda calls, *_, **__: {name: {"time": [speed.get(name, 1.0)] * 3} for name in calls}
+    )
+    one = [*QUICK, "--ops", "shrink_eval"]
+    assert main([*one, "--out", str(tmp_path)]) == 0
+    again = [*one, "--compare", str(tmp_path / "results.json")]
+    assert main(again) == 0
+    assert ", 0 regressions; geometric mean x1.000" in capsys.readouterr().out
+    speed["torch"] = 6.0
+    assert main(again) == 1
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("REGRESSION")]
+    assert "torch: 6.000 of the floor, stored 4.000 (x1.50" in line
+    assert main([*again, "--tolerance", "0.6"]) == 0
+
+
+# ---- pytest --benchmark ----
+
+
+def pytest_run(*arguments):
+    command = [str(Path(sys.executable).with_name("pytest")), "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_pytest_benchmark_runs_a_test_for_each_case_and_provider(tmp_path):
+    path = tmp_path / "b.json"
+    done = pytest_run("--benchmark", "--benchmark-shapes", "F", "--benchmark-compile", "none", "--benchmark-rounds",
+                      "2", "-k", "shrink_eval and (floor or torch)", f"--benchmark-json={path}")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    stored = json.loads(path.read_text("utf-8"))["benchmarks"]
+    assert [b["param"] for b in stored] == [f"shrink_eval-F-16x4x2048x1-fp32-forward-{p}" for p in ("floor", "torch")]
+    for one in stored:
+        assert one["group"] == "shrink_eval-F-16x4x2048x1-fp32-forward" and one["stats"]["rounds"] >= 2
+        assert one["stats"]["median"] * 1e3 == pytest.approx(one["extra_info"]["median_ms"], rel=1e-3)
+        assert one["extra_info"]["commit"]
+
+
+def test_pytest_alone_collects_no_benchmark_and_the_flag_nothing_else():
+    done = pytest_run("--collect-only", "benchmarks", "benchmarks/bench_operators.py")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "test_speed" not in done.stdout
+    done = pytest_run("--benchmark", "--collect-only")
+    assert done.returncode == 0 and "tests/" not in done.stdout
+    assert "paper_network-N-128x1x2048-fp32-step-port" in done.stdout
+
+
+def test_pytest_benchmark_names_unknown_shapes():
+    done = pytest_run("--benchmark", "--benchmark-shapes", "Z")
+    assert done.returncode != 0 and "shapes takes letters of ABCDEFG, got Z" in done.stdout + done.stderr

@@ -1,0 +1,101 @@
+"""What is made of measured times: rows, the regression gate, the figures against their aims. The times are made up."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from drsn_kernels.bench import compare, record, summary
+from drsn_kernels.bench.cases import Case
+
+ABOUT = {name: "" for name in record.ENVIRONMENT} | {"device": "a CPU", "threads": 2}
+TRAIN = Case("shrink_train", "A", (128, 64, 1024))
+
+
+def row(seconds, provider="cpu", floor=(1.0,), case=TRAIN, **about):
+    samples, floor = {"time": list(seconds)}, [f for f, _ in zip(itertools.cycle(floor), seconds, strict=False)]
+    return record.row(case, provider, samples, floor, "time", 5 * case.bytes, {}, {}, ABOUT | about)
+
+
+def test_rows_come_back_from_json(tmp_path):
+    rows = [row([1.5, 2.5]), row([1.0], "floor")]
+    assert record.read_json(record.write_json(tmp_path / "a.json", rows, "a command")) == rows
+
+
+# ---- the gate ----
+
+STEADY = [2.00, 2.02, 1.98, 2.01, 1.99] * 3
+
+
+def verdict(now, before):
+    lines, regression = compare.report(compare.compare(now, before))
+    return lines, regression
+
+
+def test_the_gate_catches_a_slowdown_and_names_it():
+    slower = [1.5 * t for t in STEADY]
+    lines, regression = verdict([row(slower)], [row(STEADY)])
+    assert regression and len(lines) == 2
+    assert lines[0].startswith("REGRESSION shrink_train-A-128x64x1024-fp32-both cpu: 3.000 of the floor, stored 2.000")
+
+
+def test_a_busy_machine_is_no_regression():
+    slower = [3 * t for t in STEADY]
+    assert not verdict([row(slower, floor=[3.0])], [row(STEADY)])[1]
+
+
+def test_spread_counts_and_what_is_not_ours_does_not():
+    assert verdict([row([1.2 * t for t in STEADY])], [row(STEADY)])[1]
+    wide = [1.0, 2.0, 2.4, 2.8, 4.0]
+    assert not verdict([row(wide)], [row(STEADY)])[1]  # the same median, of rounds that differ by half
+    slow_port = row([2 * t for t in STEADY], "port")
+    assert not verdict([row(STEADY), slow_port], [row(STEADY), row(STEADY, "port")])[1]
+
+
+def test_the_gate_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match="nothing|no case and provider of ours in common"):
+        compare.compare([row(STEADY)], [row(STEADY, "port")])
+    with pytest.raises(ValueError, match="made with device another CPU, this one with a CPU"):
+        compare.compare([row(STEADY)], [row(STEADY, device="another CPU")])
+    with pytest.raises(ValueError, match="made with threads 1, this one with 2"):
+        compare.compare([row(STEADY)], [row(STEADY, threads=1)])
+    with pytest.raises(ValueError, match="tolerance"):
+        compare.compare([row(STEADY)], [row(STEADY)], float("nan"))
+
+
+# ---- the figures ----
+
+
+def test_figures_against_their_aims():
+    small = (128, 16, 128)
+    train, evaluated = TRAIN, Case("shrink_eval", "A", TRAIN.shape, "forward")
+    rows = [
+        row([1.0], "floor", case=train), row([1.0], case=train), row([12.0], "port", case=train),
+        row([1.1], "best-compiled", case=train), row([2.0], "best", case=train),
+        row([0.5], case=replace(train, dtype="bf16")),
+        row([1.0], "floor", case=evaluated), row([1.75], case=evaluated), row([1.5], "best", case=evaluated),
+        row([4.0], "port", case=Case("shrink_train", "C", small)), row([1.0], case=Case("shrink_train", "C", small)),
+        row([1.0], "floor", case=Case("paper_network", "N", (128, 1, 2048), "step")),
+        row([1.1], case=Case("paper_network", "N", (128, 1, 2048), "step")),
+    ]  # fmt: skip
+    scaling = Case("scaling", "T", (64, 64, 64), "forward")
+    rows += [row([t], name, case=scaling) for name, t in
+             (("floor", 1.0), ("floor-1-thread", 1.5), ("cpu", 1.0), ("cpu-1-thread", 1.8))]  # fmt: skip
+    found = [(figure.value, figure.reached) for figure in summary.figures(rows)]
+    assert found[:8] == [
+        (pytest.approx(1.1), True),
+        (pytest.approx(12), True),
+        (pytest.approx(1.1), False),
+        (pytest.approx(4), False),
+        (pytest.approx(1.75), False),
+        (pytest.approx(1.75), True),
+        (pytest.approx(1.5 / 1.75), False),
+        (pytest.approx(2), True),
+    ]
+    text = [str(figure) for figure in summary.figures(rows)]
+    assert "aim: at least 1.7, reached" in text[8] and "clone 1.50" in text[8]
+    assert any(line.endswith("over the eager port, A") for line in text)
+
+
+def test_what_was_not_measured_is_said():
+    assert all(figure.value is None and figure.reached is None for figure in summary.figures([row([1.0], "floor")])[:8])

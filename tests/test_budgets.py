@@ -1,0 +1,216 @@
+"""The budgets against what a call really launches, allocates and keeps. Counts only: nothing is timed."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import AVERAGES
+from test_autograd_memory import Saved
+
+import drsn_kernels as dk
+from drsn_kernels import budgets, traffic
+from drsn_kernels.backends import cpu, triton
+from drsn_kernels.ops import dispatch
+
+pytestmark = pytest.mark.unpoisoned  # poison would be operations of its own
+
+SHAPES = [(4, 6, 100), (3, 8, 5, 7), (2, 4, 33), (64, 5, 3)]  # small: the cpu backend keeps large outputs in an arena
+LAYOUTS = ["rows", "channels_last"]
+
+
+def features(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.randn(shape).to(dtype)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
+
+
+class Counting(traffic._Counting):
+    """Leaves out the tensor without memory that planes.geometry asks for the strides of."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if kwargs and kwargs.get("device") == torch.device("meta"):
+            return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Measured:
+    """Kernels and torch operations of what runs inside, and the bytes that torch is asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str):
+        self.monkeypatch, self.backend = monkeypatch, backend
+
+    @contextlib.contextmanager
+    def __call__(self):
+        with self.monkeypatch.context() as patch, Counting() as mode:
+            patch.setattr(dispatch, "_dispatch_modes", lambda: 0)  # or the operators would step aside for the mode
+            if self.backend == "cpu":
+                counted = {name: self._counted(name, mode) for name in _CPU_KERNELS}
+                patch.setattr(cpu, "_cpu", SimpleNamespace(**{**vars(cpu._cpu), **counted}))
+            elif self.backend == "triton":
+                from drsn_kernels.triton import launch
+
+                patch.setattr(launch.Prepared, "_launch", lambda it, _: mode.kernels.append(it.fn.__name__))
+            yield mode
+
+    @staticmethod
+    def _counted(name: str, mode):
+        kernel = getattr(cpu._cpu, name)
+
+        def run(*args):
+            mode.kernels.append(name)
+            return kernel(*args)
+
+        return run
+
+
+_CPU_KERNELS = ("reduce", "apply", "grad", "standard_forward", "standard_backward")
+
+
+@pytest.fixture(params=["cpu", "torch", "triton"])
+def backend(request) -> str:
+    """triton: planned and launched, but nothing runs, so results are whatever memory held."""
+    if request.param == "cpu" and cpu._cpu is None:
+        pytest.skip("no compiled CPU kernels")
+    if request.param == "triton" and not (triton.INSTALLED and triton.interpreting()):
+        pytest.skip("needs Triton, interpreted")
+    with dk.use_backend(request.param, strict=True):
+        yield request.param
+
+
+@pytest.fixture
+def measured(backend, monkeypatch) -> Measured:
+    return Measured(monkeypatch, backend)
+
+
+def check(op, budget, measured, leaves: list[torch.Tensor], module=None, given: int = 0) -> None:
+    """Forward and backward of op() against budget. given: bytes that count as kept and are the caller's."""
+    forward, backward = budget
+    with Saved(module) as saved, measured() as ran:
+        y = op()
+    outputs = sum(t.numel() * t.element_size() for t in (y if isinstance(y, tuple) else (y,)))
+    assert tuple(ran.kernels) == forward.kernels
+    assert ran.allocated == outputs + forward.saved + forward.workspace - given
+    assert saved.bytes == forward.saved
+    if not leaves:
+        assert (backward.launches, backward.bytes, saved.bytes) == (0, 0, 0)
+        return
+    y = y[0] if isinstance(y, tuple) else y
+    g = torch.empty_like(y).fill_(1)
+    with measured() as ran:
+        gradients = torch.autograd.grad(y, leaves, g)
+    assert tuple(ran.kernels) == backward.kernels
+    made = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gradients}
+    assert ran.allocated <= sum(made.values()) + backward.workspace
+    assert ran.allocated >= max(sum(made.values()), backward.workspace)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_abs_mean(backend, measured, shape, layout, dtype):
+    x = features(shape, layout, dtype).requires_grad_()
+    common = {"backend": backend, "channels_last": layout == "channels_last"}
+    check(lambda: dk.abs_mean(x), budgets.abs_mean(shape, dtype, **common), measured, [x])
+    check(lambda: dk.abs_mean(x.detach()), budgets.abs_mean(shape, dtype, grad=False, **common), measured, [])
+
+
+@pytest.mark.parametrize("wants", ["x", "tau", "both", "none"])
+@pytest.mark.parametrize("columns", [True, False], ids=["a tau for each channel", "for each sample"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_soft_threshold(backend, measured, layout, columns, wants):
+    shape = (4, 6, 100)
+    x, tau = features(shape, layout), torch.rand(4, 6 if columns else 1)
+    x.requires_grad_(wants in ("x", "both"))
+    tau.requires_grad_(wants in ("tau", "both"))
+    budget = budgets.soft_threshold(
+        shape, backend=backend, tau=tuple(tau.shape), channels_last=layout == "channels_last", grad=wants != "none",
+        input_grad=x.requires_grad, tau_grad=tau.requires_grad,
+    )  # fmt: skip
+    check(lambda: dk.soft_threshold(x, tau), budget, measured, [t for t in (x, tau) if t.requires_grad])
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen input", "no grad", "returned tau"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("average", ["channel", None])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_shrink_with_any_gate(backend, measured, shape, average, residual, mode):
+    """The gate is a parameter: nothing of its own is in the counts."""
+    if backend == "torch" and average is None and mode in ("train", "returned tau"):
+        pytest.skip("this gate leaves A without a gradient, and pure PyTorch then does less than budgeted")
+    x, alpha = features(shape, "rows"), torch.rand(shape[:2])
+    added = torch.randn(shape) if residual else None
+    leaves = []
+    if mode != "no grad":
+        x.requires_grad_(mode != "frozen input")
+        alpha.requires_grad_()
+        leaves = [t for t in (x, alpha) if t.requires_grad]
+    budget = budgets.shrink(
+        shape, backend=backend, fused=False, average=average, residual=residual, grad=mode != "no grad",
+        input_grad=mode != "frozen input", return_tau=mode == "returned tau",
+    )  # fmt: skip
+
+    def op():
+        return dk.shrink(x, lambda _: alpha, average=average, residual=added, return_tau=mode == "returned tau")
+
+    check(op, budget, measured, leaves, given=0 if mode == "no grad" else alpha.numel() * 4)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen input", "no grad"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("shape", [(16, 8, 200), (6, 32, 7), (4, 8, 5, 7), (200, 16, 3)], ids=str)
+def test_shrink_with_the_standard_gate(backend, measured, shape, average, norm, mode):
+    if backend == "torch":
+        pytest.skip("calls the gate")
+    module = dk.Shrinkage(shape[1], average=average, norm=norm, reduction=2).train(mode in ("train", "frozen input"))
+    x = features(shape, "channels_last" if len(shape) == 4 else "rows").requires_grad_(mode in ("train", "eval"))
+    leaves = [*([x] if x.requires_grad else []), *module.parameters()] if mode != "no grad" else []
+    budget = budgets.shrink(
+        shape, backend=backend, average=average, norm=norm, hidden=shape[1] // 2, training=module.training,
+        channels_last=len(shape) == 4, grad=mode != "no grad", input_grad=x.requires_grad,
+    )  # fmt: skip
+    with torch.set_grad_enabled(mode != "no grad"):
+        op = torch.no_grad()(lambda: module(x)) if mode == "no grad" else lambda: module(x)
+        check(op, budget, measured, leaves, module)
+
+
+FULL, PLANE, SMALL = 128 * 64 * 1024 * 4, 128 * 64 * 1024 // 8, 128 * 64 * 4
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "triton"])
+def test_the_feature_map_is_moved_as_designed(backend_name):
+    """Any gate: 2 reads and a write each way, and 3 bits an element kept."""
+    if backend_name == "triton" and not triton.INSTALLED:
+        pytest.skip("Triton is not installed")
+    forward, backward = budgets.shrink((128, 64, 1024), backend=backend_name, fused=False)
+    assert 0 <= forward.read - 2 * FULL <= 3 * SMALL and 0 <= forward.written - FULL - 3 * PLANE <= 3 * SMALL
+    assert 0 <= backward.read - 2 * FULL - 5 * PLANE <= 6 * SMALL and 0 <= backward.written - FULL <= 4 * SMALL
+    assert forward.saved == 3 * PLANE + 2 * SMALL
+    more, _ = budgets.shrink((128, 64, 1024), backend=backend_name, fused=False, residual=True)
+    assert more.read - forward.read == FULL and more.written == forward.written
+    assert forward.saved / (FULL / 4) < 0.42  # bytes an element
+
+
+def test_one_pass_reads_once():
+    if not triton.INSTALLED:
+        pytest.skip("Triton is not installed")
+    forward, backward = budgets.shrink((512, 64, 256), backend="triton", norm=False)
+    full = 512 * 64 * 256 * 4
+    assert forward.kernels == ("forward_kernel",)
+    assert backward.kernels == ("backward_kernel", "hidden_grad_kernel", "aten::sum")  # the batch is shared out
+    assert full <= forward.read < 1.01 * full and full <= backward.read < 1.15 * full
+    forward, backward = budgets.shrink((512, 64, 256), backend="triton", norm=True)
+    assert (forward.launches, backward.launches) == (3, 3)
+
+
+def test_budgets_add_up():
+    one, two = traffic.Budget(1, 2, ("a",), 3, 4), traffic.Budget(10, 20, ("b", "c"), 30, 40)
+    assert one + two == traffic.Budget(11, 22, ("a", "b", "c"), 33, 44)
+    assert ((one + two).launches, (one + two).bytes) == (3, 33)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of cpu, triton, torch, got 'gpu'"):
+        budgets.abs_mean((1, 2, 3), backend="gpu")
+    with pytest.raises(ValueError, match=r"shape must be \(N, C, \*spatial\), got \(3,\)"):
+        budgets.soft_threshold((3,), backend="cpu")
