@@ -25,7 +25,7 @@ except ImportError as error:
     ) from error
 
 
-if triton.INSTALLED and triton.interpreting():
+if triton._missing() is None and triton.interpreting():
     import triton_interpreter
 
     triton_interpreter.install()
@@ -54,8 +54,8 @@ class Variant:
         if self.backend == "cpu" and cpu._cpu is None:
             return f"no compiled CPU kernels: {cpu.MISSING}"
         if self.backend == "triton":
-            if not triton.INSTALLED:
-                return "Triton is not installed"
+            if triton._missing() is not None:
+                return triton._missing()
             if self.device == "cpu" and not triton.interpreting():
                 return "this process has Triton for the GPU"
         if self.isa is not None and self.isa not in cpu._cpu.available_isas():
@@ -196,11 +196,16 @@ def isolated() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require-gpu", action="store_true", help="a machine without a CUDA device is an error")
+    parser.addoption("--require-gpu", action="store_true", help="no CUDA device, or none for Triton, is an error")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
+    if config.getoption("--require-gpu"):
+        there = torch.cuda.is_available()
+        missing = triton.unsupported(torch.empty(0, device="cuda")) if there else "there is no CUDA device"
+        if missing is not None:  # or every test would be skipped, and the run a success
+            raise pytest.UsageError(f"--require-gpu: {missing}")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -211,8 +216,6 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    if config.getoption("--require-gpu"):
-        raise pytest.UsageError("--require-gpu: there is no CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -73,7 +73,7 @@ def test_envelope_spectrum_peaks_at_the_fault_frequency(name):
 def test_load_zone_modulation_gives_sidebands():
     for element, order, unmodulated in (("inner", 1.0, "outer"), ("ball", Geometry().cage, "outer")):
 
-        def sideband(kind):
+        def sideband(kind, order=order):
             x, speed = simulate_recordings((Fault(kind, 0.5),), 16, SAMPLES, seeded(4))
             spectrum, centre = envelope_spectrum(x), Geometry().order(kind) * speed
             return (peak(spectrum, centre + order * speed) / peak(spectrum, centre)).median()

@@ -19,7 +19,8 @@ ON_GPU = [
 
 
 def _where() -> list:
-    interpreted = pytest.mark.skipif(not (backend.INSTALLED and backend.interpreting()), reason="Triton is compiled")
+    here = backend._missing() is None and backend.interpreting()
+    interpreted = pytest.mark.skipif(not here, reason="Triton is compiled")
     small = [(3, 6, 7)]
     return [
         *(pytest.param("cpu", shape, id=f"interpreted-{shape}", marks=interpreted) for shape in small),
@@ -29,8 +30,8 @@ def _where() -> list:
 
 @pytest.fixture(autouse=True)
 def strictly_triton():
-    if not backend.INSTALLED:
-        pytest.skip("Triton is not installed")
+    if backend._missing() is not None:
+        pytest.skip(backend._missing())
     with dk.use_backend("triton", strict=True):
         yield
 
@@ -73,8 +74,54 @@ def test_gradients_of_every_order(device, shape, kind, average):
     x = torch.randn(shape[0], shape[1], 5, dtype=torch.float64, device=device, requires_grad=True)
     inputs = (x, *gate.parameters())
     step = lambda x, *parameters: dk.shrink(x, gate, average=average, return_tau=True)  # noqa: E731
+    assert (type(step(*inputs)[0].grad_fn).__name__ == "StandardShrinkBackward") == (kind != "any gate")
     assert gradcheck(step, inputs, fast_mode=True)
     assert gradgradcheck(step, inputs, fast_mode=True)
+
+
+PIECES = {
+    "abs_mean": lambda x, tau: dk.abs_mean(x) * tau,
+    "a threshold for each channel": dk.soft_threshold,
+    "a threshold for each sample": lambda x, tau: dk.soft_threshold(x, tau[:, :1]),
+    "one threshold": lambda x, tau: dk.soft_threshold(x, tau.mean()),
+    "residual": lambda x, tau: dk.shrink(x, lambda pooled: tau, average=None, residual=x.sin()),
+    "in place": lambda x, tau: dk.shrink(x * 1, lambda pooled: pooled * tau, average=None, inplace=True),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("device", [pytest.param(p.values[0], id=p.values[0], marks=p.marks) for p in _where()[:2]])
+def test_gradients_of_the_pieces(device, piece, channels_last):
+    """In float64, away from the kinks at |x| = tau and x = 0, against finite differences."""
+    x = torch.randn(2, 3, 5, dtype=torch.float64).sign() * (0.6 + torch.rand(2, 3, 5, dtype=torch.float64))
+    if channels_last:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    tau = 0.1 + 0.3 * torch.rand(2, 3, dtype=torch.float64)
+    inputs = [t.to(device).requires_grad_() for t in (x, tau)]
+    assert gradcheck(PIECES[piece], inputs, fast_mode=True) and gradgradcheck(PIECES[piece], inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["any gate", "norm", "batch norm"])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 40, 33), (2, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize("device", [pytest.param(p.values[0], id=p.values[0], marks=p.marks) for p in _where()[:2]])
+def test_a_small_step(device, shape, kind, dtype):
+    """Every kernel on ragged rows, few programs: what benchmarks/gpu_suite.py runs under compute-sanitizer."""
+    x, gate = varied(shape, dtype, device), smooth_gate(shape[1]) if kind == "any gate" else gate_of(shape[1], kind)
+    gate = gate.to(device)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for name in ("triton", "torch"):
+        own, leaf = copy.deepcopy(gate), x.clone().requires_grad_()
+        with dk.use_backend(name, strict=True):
+            y, tau = dk.shrink(leaf, own, residual=leaf, return_tau=True)
+            (y.float().square().sum() + tau.sum() + dk.abs_mean(leaf).sum()).backward()
+        assert torch.isfinite(leaf.grad).all()
+        results.append([y, tau, *own.buffers()])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-2 if ours.dtype is torch.bfloat16 else 1e-4, atol=1e-5)
 
 
 def network(kind: str) -> nn.Module:
