@@ -59,7 +59,7 @@ $(VENV)/linters: constraints.txt
 
 $(VENV)/packages: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm onnx onnxruntime onnxscript
 	touch $@
 
 # Installed, not imported from the source tree: a stale build or a file missing from the package shows at once.

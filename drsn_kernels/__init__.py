@@ -8,6 +8,7 @@ module = dk.Shrinkage(64)           # drop-in for the ports' Shrinkage
 from . import models, noise
 from ._version import __version__
 from .backends import use_backend
+from .convert import convert, revert
 from .explain import explain
 from .modules import Shrinkage, SoftThreshold, record_tau
 from .ops import abs_mean, shrink, soft_threshold
@@ -17,10 +18,12 @@ __all__ = [
     "SoftThreshold",
     "__version__",
     "abs_mean",
+    "convert",
     "explain",
     "models",
     "noise",
     "record_tau",
+    "revert",
     "shrink",
     "soft_threshold",
     "use_backend",

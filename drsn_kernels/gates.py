@@ -86,6 +86,8 @@ def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
     children = tuple(gate._modules.values())
     types = tuple(map(type, children))
     if types != _NORMED and types != _PLAIN:
+        if nn.SyncBatchNorm in types:
+            return "the gate's SyncBatchNorm takes its statistics from all ranks"
         return "the gate is not Linear, [BatchNorm1d], ReLU, Linear, Sigmoid"
     if any(_GLOBAL_HOOKS):
         return "global module hooks are set"

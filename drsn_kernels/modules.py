@@ -1,6 +1,7 @@
 """Drop-in modules: thin shells around the operators, with the names and state_dict keys of the public ports."""
 
 import contextlib
+import math
 import numbers
 from collections.abc import Callable, Iterator
 
@@ -23,13 +24,18 @@ class Shrinkage(nn.Module):
         reduction: the gate's hidden width is channels // reduction (at least 1).
         norm: BatchNorm1d between the gate's layers, as in the paper; without it the keys are ``fc.0`` and ``fc.2``.
         activation: the class of the gate's activation.
+        rd_ratio, rd_channels, rd_divisor: timm's way to say the hidden width, so that the class fits its ``attn_layer``
+            slot: channels * rd_ratio rounded to a multiple of rd_divisor (8 unless given), or rd_channels itself.
+            Instead of reduction. Such networks need ``zero_init_last=False`` (docs/deploy.md says why).
+        device, dtype: of the gate's parameters, as in torch.nn.
 
     Shapes:
         x (N, C, \*spatial), residual of the same shape -> (N, C, \*spatial).
 
     Raises:
-        TypeError, ValueError: channels or reduction not a positive integer, gap_size not 1, unknown average; in
-        forward what :func:`drsn_kernels.shrink` raises.
+        TypeError, ValueError: channels, reduction, rd_channels or rd_divisor not a positive integer, rd_ratio not a
+        positive number, reduction beside rd_ratio or rd_channels, gap_size not 1, unknown average; in forward what
+        :func:`drsn_kernels.shrink` raises.
 
     Equivalent to::
 
@@ -48,22 +54,23 @@ class Shrinkage(nn.Module):
         reduction: int = 1,
         norm: bool = True,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        rd_ratio: float | None = None,
+        rd_channels: int | None = None,
+        rd_divisor: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("reduction", reduction)):
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a positive integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value}")
+        hidden = _hidden(channels, reduction, rd_ratio, rd_channels, rd_divisor)
         if gap_size not in (1, (1,), (1, 1), [1], [1, 1]) or isinstance(gap_size, bool):
             raise ValueError(f"gap_size must be 1, (1,) or (1, 1), because the average is global; got {gap_size!r}")
         if average not in ("channel", "sample", None):
             raise ValueError(f"average must be 'channel', 'sample' or None, got {average!r}")
-        hidden = max(channels // reduction, 1)
-        layers: list[nn.Module] = [nn.Linear(channels, hidden)]
+        where = {"device": device, "dtype": dtype}
+        layers: list[nn.Module] = [nn.Linear(channels, hidden, **where)]
         if norm:
-            layers.append(nn.BatchNorm1d(hidden))
-        layers += [activation(), nn.Linear(hidden, 1 if average == "sample" else channels), nn.Sigmoid()]
+            layers.append(nn.BatchNorm1d(hidden, **where))
+        layers += [activation(), nn.Linear(hidden, 1 if average == "sample" else channels, **where), nn.Sigmoid()]
         self.channels = channels
         self.average = average
         self.fc = nn.Sequential(*layers)
@@ -82,6 +89,29 @@ class Shrinkage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, average={self.average!r}"
+
+
+def _hidden(channels: int, reduction: int, rd_ratio: float | None, rd_channels: int | None, rd_divisor: int) -> int:
+    """The width of the gate's hidden layer, by reduction or by timm's arguments."""
+    given = {"channels": channels, "reduction": reduction, "rd_divisor": rd_divisor}
+    if rd_channels is not None:
+        given["rd_channels"] = rd_channels
+    for name, value in given.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a positive integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value}")
+    if rd_ratio is None and rd_channels is None:
+        return max(channels // reduction, 1)
+    if reduction != 1:
+        raise ValueError(f"the gate's width is said twice: reduction={reduction} and rd_ratio or rd_channels")
+    if rd_channels is not None:
+        return rd_channels
+    if not isinstance(rd_ratio, numbers.Real) or isinstance(rd_ratio, bool):
+        raise TypeError(f"rd_ratio must be a positive number, got {rd_ratio!r}")
+    if not 0 < rd_ratio < math.inf:
+        raise ValueError(f"rd_ratio must be a positive number, got {rd_ratio}")
+    return max(int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor, rd_divisor)  # timm's rounding
 
 
 class SoftThreshold(nn.Module):
@@ -115,7 +145,7 @@ class SoftThreshold(nn.Module):
 
 @contextlib.contextmanager
 def record_tau(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside the block, the threshold of every :class:`Shrinkage` in `model`, by module name.
+    """Inside the block, the threshold of every :class:`Shrinkage` and converted module in `model`, by module name.
 
     Yields a dict that each forward pass updates: name -> tau of the latest pass, (N, C) or (N, 1), detached, float32
     (float64 for float64). A module registered under several names appears under each; `model` itself is named "".
@@ -127,12 +157,12 @@ def record_tau(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             model(x)
         taus["layer1.0.shrinkage"].mean()
     """
-    names: dict[Shrinkage, list[str]] = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Shrinkage):
+        if isinstance(module, Shrinkage) or "_drsn_plans" in module.__dict__:  # of convert
             names.setdefault(module, []).append(name)
     if not names:
-        raise ValueError(f"record_tau found no drsn_kernels.Shrinkage in {type(model).__name__}")
+        raise ValueError(f"record_tau found no drsn_kernels.Shrinkage in {type(model).__name__}, and nothing converted")
     taus: dict[str, torch.Tensor] = {}
     outer = {module: module.__dict__.get("_tau_sink") for module in names}
 

@@ -6,12 +6,11 @@ PyTorch user would write it. `close` allows twice the error of the plain form an
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-
-import drsn_kernels as dk
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 AVERAGES = ["channel", "sample", None]
@@ -78,16 +77,21 @@ def smooth_gate(channels: int, out: int | None = None, norm: bool = False) -> nn
     return nn.Sequential(*layers, nn.Linear(5, out or channels), nn.Sigmoid())
 
 
-def gate_of(channels: int, kind: str, average: str | None = "channel", reduction: int = 1) -> nn.Sequential:
-    """A standard gate: "plain", with a "norm" in eval, or with "batch norm" in training; statistics not trivial."""
-    gate = dk.Shrinkage(channels, average=average, reduction=reduction, norm=kind != "plain").fc
-    if kind != "plain":
-        norm = gate[1]
+def standard_gate(channels: int, hidden: int, outputs: int, kind: str) -> nn.Sequential:
+    """A standard gate of any width: "plain", with a "norm" in eval, or with "batch norm" in training."""
+    norms = [] if kind == "plain" else [nn.BatchNorm1d(hidden)]
+    gate = nn.Sequential(nn.Linear(channels, hidden), *norms, nn.ReLU(), nn.Linear(hidden, outputs), nn.Sigmoid())
+    for norm in norms:  # statistics that are not trivial
         for t in (norm.weight, norm.running_var):
             nn.init.uniform_(t, 0.5, 1.5)
         for t in (norm.bias, norm.running_mean):
             nn.init.uniform_(t, -0.2, 0.2)
     return gate.train(kind == "batch norm")
+
+
+def gate_of(channels: int, kind: str, average: str | None = "channel", reduction: int = 1) -> nn.Sequential:
+    """The standard gate of `Shrinkage`."""
+    return standard_gate(channels, max(channels // reduction, 1), 1 if average == "sample" else channels, kind)
 
 
 def features(shape: Sequence[int], dtype=torch.float32, device="cpu", zeros: bool = True) -> torch.Tensor:
@@ -140,7 +144,7 @@ def without_ties(g: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.T
 # ---- tolerances ------------------------------------------------------------------------------------------------------
 
 
-def close(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "result", scale=None) -> None:
+def close(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what="result", scale=None, units=16) -> None:
     """|actual - exact| <= 2 * the plain form's worst error + rounding to actual's dtype + a few units of the scale.
 
     The scale is the largest exact value, and where that allows too little, scale(), which knows what cancelled.
@@ -153,7 +157,7 @@ def close(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: 
     exact = exact.detach()
     size = exact.abs().max()
     # in float64 the plain form is the exact one; what remains is the order of the additions
-    units = (1000 if computed.eps < 1e-12 else 16) * computed.eps
+    units = (1000 if computed.eps < 1e-12 else units) * computed.eps
     allowed = 2 * (plain.detach().double() - exact).abs().max() + units * size + unit.smallest_normal * unit.eps
     if unit.eps > computed.eps:  # the last step rounds to actual's dtype, to nearest
         allowed = allowed + (unit.eps / 2 * exact.abs() * (1 + 1e-3)).clamp(min=unit.smallest_normal * unit.eps)
@@ -199,3 +203,54 @@ def check(fn: Callable, formula: Callable, inputs: dict[str, torch.Tensor | None
 
     for i, (label, actual, right, simple) in enumerate(zip(labels, *results, strict=True)):
         close(actual, right, simple, label, lambda i=i: before_cancellation(i))
+
+
+def _one_step(step, x, residual, gate, average, g, tau_g) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and buffers of one step; x and residual are fresh leaves."""
+    x, residual = (None if t is None else t.detach().requires_grad_() for t in (x, residual))
+    y, tau = step(x, gate, average, residual)
+    grads = torch.autograd.grad(
+        [y, tau], [t for t in (x, residual, *gate.parameters()) if t is not None], [g.to(y.dtype), tau_g.to(tau.dtype)]
+    )
+    names = [
+        "dx",
+        *(["dresidual"] if residual is not None else []),
+        *(f"d{name}" for name, _ in gate.named_parameters()),
+    ]
+    return {"y": y, "tau": tau, **dict(zip(names, grads, strict=True)), **dict(gate.named_buffers())}
+
+
+def check_step(ours: Callable, x, residual, gate: nn.Module, average: str | None, g: torch.Tensor, units=16) -> None:
+    """`ours(x, gate, average, residual)` -> (y, tau): outputs, gradients and the gate's buffers after one step.
+
+    Against the oracle in float64, tolerances from the oracle in the dtype of sums.
+    """
+    with torch.no_grad():
+        tau = shrink(x.double(), cast_gate(gate, torch.float64), average)[1]
+    g, tau_g = without_ties(g, x, tau), torch.randn_like(tau)
+
+    def oracle(dtype, gate=gate, g=g, tau_g=tau_g):
+        t, r = x.to(dtype), None if residual is None else residual.to(dtype)
+        return _one_step(shrink, t, r, cast_gate(copy.deepcopy(gate), dtype), average, g, tau_g)
+
+    exact, plain = oracle(torch.float64), oracle(wide(x.dtype))
+    constant = copy.deepcopy(gate).double()  # without the two means that BatchNorm's backward takes away
+    if isinstance(gate, nn.Sequential) and isinstance(gate[1], nn.BatchNorm1d) and gate[1].training:
+        constant[1].momentum = 1.0
+        shrink(x.double(), constant, average)
+        constant.eval()
+
+    def before_cancellation(name: str) -> torch.Tensor:
+        """How large the terms of its sums were: as in check, and with the statistics as constants."""
+        signs = torch.Generator().manual_seed(0)
+        flip = lambda t: t * (torch.randint(2, t.shape, generator=signs) * 2 - 1)  # noqa: E731
+        flips = [(g, tau_g), *((flip(g), flip(tau_g)) for _ in range(8))]
+        return max(oracle(torch.float64, constant, *pair)[name].abs().max() for pair in flips)
+
+    actual = _one_step(ours, x, residual, copy.deepcopy(gate), average, g, tau_g)
+    for name, value in actual.items():
+        if value.is_floating_point():
+            terms = functools.partial(before_cancellation, name)
+            close(value.detach(), exact[name].double(), plain[name], name, terms, units)
+        else:
+            assert torch.equal(value, exact[name]), name

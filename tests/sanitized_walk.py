@@ -4,13 +4,19 @@ python sanitized_walk.py PATH_OF_THE_SANITIZED_EXTENSION
 """
 
 import importlib.util
+import itertools
+import random
 import sys
+import threading
 
 import torch
+from oracle import AVERAGES, DTYPES, standard_gate, varied, wide
 
 import drsn_kernels.backends.cpu as cpu
+from drsn_kernels import gates
 from drsn_kernels.backends import eager
 from drsn_kernels.planes import geometry
+from drsn_kernels.reference import threshold
 
 SHAPES = (
     (2, 3, 1),
@@ -22,6 +28,16 @@ SHAPES = (
     (2, 3, 513),
     (3, 65, 7, 9),
     (1, 2, 32771),
+)
+# Rows and columns of the gate's products on both sides of a tile of 6, a vector, a panel, 64 and 128.
+GATES = (  # x, hidden units
+    ((2, 1, 1), 1),
+    ((7, 5, 9), 3),
+    ((13, 33, 3), 17),
+    ((5, 70, 4, 5), 66),
+    ((131, 3, 2), 2),
+    ((3, 130, 2), 131),
+    ((2, 2, 32771), 1),
 )
 
 
@@ -38,6 +54,108 @@ def check(a: torch.Tensor | None, b: torch.Tensor | None, low: bool) -> None:
         torch.testing.assert_close(a, b, rtol=2e-2 if low else 1e-4, atol=1e-3)
 
 
+def steps(dtype: torch.dtype) -> int:
+    """reduce, apply and grad: how often the last was called."""
+    low, acc, calls = dtype.itemsize == 2, wide(dtype), 0
+    for shape in SHAPES:
+        for x in layouts(torch.randn(shape).to(dtype)):
+            geo, tau = geometry(x), torch.rand(shape[:2], dtype=acc)
+            pooled, bits = cpu.reduce(x, geo, True)
+            check(pooled, eager.reduce(x, geo, False)[0], low)
+            for g in layouts(torch.randn(shape).to(dtype)):
+                y, kept = cpu.apply(x, geo, tau, g, None, 2)
+                check(y, eager.apply(x, geo, tau, g, None, 0)[0], low)
+                for arguments in (
+                    dict(g=g, kept=kept[0], sign=kept[1], want_dtau=True),
+                    dict(g=g, kept=kept[0], sign=bits[0], want_dx=False, want_dtau=True),
+                    dict(g=g, kept=kept[0], sign=bits[0], nonzero=bits[1], pooled_grad=tau),
+                    dict(g=None, kept=None, sign=bits[0], nonzero=bits[1], pooled_grad=tau),
+                ):
+                    ours = cpu.grad(geo, dtype, **arguments)
+                    for a, b in zip(ours, eager.grad(geo, dtype, **arguments), strict=True):
+                        check(a, b, low)
+                    calls += 1
+    return calls
+
+
+def step_with_gate(x, residual, g, gate, average, block: int, want_tau: bool, want_dx: bool) -> None:
+    """standard_forward and standard_backward, each stage against PyTorch on what the stage before it gave."""
+    cpu.standard_plan = lambda *call: cpu.StandardPlan("", block, "")
+    geo, parts, low = geometry(x), gates.standard_gate(gate, x), x.dtype.itemsize == 2
+    assert isinstance(parts, gates.StandardGate), parts
+    y, tau, kept = cpu.standard_forward(x, geo, parts, average, residual, None, True, True)
+    pooled = eager.reduce(x, geo, False)[0].requires_grad_()
+    expected = threshold(parts.alpha(pooled), pooled, average)
+    torch.testing.assert_close(kept.pooled, pooled)
+    torch.testing.assert_close(tau, expected, rtol=2e-4, atol=2e-5)
+    check(y, eager.apply(x, geo, tau, residual, None, 0)[0], low)
+    if not parts.batch_stats:  # without what is kept for backward, and in place
+        again = cpu.standard_forward(x, geo, parts, average, residual, torch.empty_like(x), False, False)[0]
+        assert torch.equal(again, y)
+
+    parts = parts._replace(mean=kept.mean, var=kept.var)
+    tau_g = torch.randn_like(tau) if want_tau else None
+    dx, *grads = cpu.standard_backward(geo, x.dtype, parts, average, kept, g, tau_g, want_dx)
+    sign, nonzero, mask = kept.bits
+    total = eager.grad(geo, x.dtype, g, mask, sign, want_dx=False, want_dtau=True)[1].sum_to_size(tau.shape)
+    wanted = [pooled, *(p for p in parts[:6] if p is not None)]
+    from_gate, *exact = torch.autograd.grad(expected, wanted, total if tau_g is None else total + tau_g)
+    for ours, right in zip((t for t in grads if t is not None), exact, strict=True):
+        assert (ours - right).norm() <= 1e-3 * right.norm() + 1e-4 * max(t.norm() for t in exact)
+    if want_dx:
+        right = eager.grad(geo, x.dtype, g, mask, sign, nonzero, from_gate)[0]
+        assert (dx - right).double().norm() <= (2e-2 if low else 1e-3) * right.double().norm()
+
+
+def steps_with_gates(dtype: torch.dtype) -> int:
+    """Every average, number of alphas, sort of gate and layout of x; the rest in turns."""
+    calls = 0
+    added = itertools.cycle(range(6))
+    options = itertools.cycle(itertools.product((0, 1, 2, 3), (False, True), (True, True, False)))
+    for shape, hidden in GATES:
+        residuals, gs = ([t for t in layouts(torch.randn(shape).to(dtype))] for _ in range(2))
+        for x in layouts(varied(shape, dtype)):
+            for average, outputs, kind in itertools.product(AVERAGES, {1, shape[1]}, ("plain", "norm", "batch norm")):
+                if outputs == 1 < shape[1] and shape[2] == 32771:
+                    continue  # seconds, and the gate is no other
+                gate = standard_gate(shape[1], hidden, outputs, kind).to(wide(dtype))
+                block, want_tau, want_dx = next(options)
+                which = next(added)
+                step_with_gate(x, None if which == 5 else residuals[which], gs[calls % 5], gate, average,
+                               0 if kind == "batch norm" else block, want_tau, want_dx)  # fmt: skip
+                calls += 1
+    return calls
+
+
+def outputs_from_the_arena(native) -> int:
+    """Blocks taken and freed by several threads at a time, under limits that change."""
+    held: list[torch.Tensor] = []
+    failed: list[int] = []
+
+    def run(seed: int) -> None:
+        order = random.Random(seed)
+        for _ in range(40):
+            made = torch.from_dlpack(native.empty(0, (order.randint(1, 3), 1 << 19), (1 << 19, 1))).fill_(seed)
+            held.append(made)
+            if len(held) > 6:
+                other = held.pop(0)
+                if not (other == other[0, 0]).all():
+                    failed.append(seed)
+            if order.random() < 0.2:
+                native.set_cache_limit(order.randint(0, 5) << 20)
+            native.empty(0, (1 << 19,), (1,))  # a capsule that nobody takes
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    held.clear()
+    native.set_cache_limit(0)
+    assert not failed and native.cached_bytes() == 0
+    return 160
+
+
 def main(path: str) -> None:
     spec = importlib.util.spec_from_file_location("drsn_kernels._cpu", path)
     native = importlib.util.module_from_spec(spec)
@@ -45,30 +163,15 @@ def main(path: str) -> None:
     cpu._cpu, cpu.MISSING = native, None
     native.set_parallel_for(cpu._torch_parallel_for())
     torch.manual_seed(0)
-    calls = 0
+    calls = fused = 0
     for isa in native.available_isas():
         native.set_isa(isa)
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            low, acc = dtype.itemsize == 2, torch.float64 if dtype == torch.float64 else torch.float32
-            for shape in SHAPES:
-                for x in layouts(torch.randn(shape).to(dtype)):
-                    geo, tau = geometry(x), torch.rand(shape[:2], dtype=acc)
-                    pooled, bits = cpu.reduce(x, geo, True)
-                    check(pooled, eager.reduce(x, geo, False)[0], low)
-                    for g in layouts(torch.randn(shape).to(dtype)):
-                        y, kept = cpu.apply(x, geo, tau, g, None, 2)
-                        check(y, eager.apply(x, geo, tau, g, None, 0)[0], low)
-                        for arguments in (
-                            dict(g=g, kept=kept[0], sign=kept[1], want_dtau=True),
-                            dict(g=g, kept=kept[0], sign=bits[0], want_dx=False, want_dtau=True),
-                            dict(g=g, kept=kept[0], sign=bits[0], nonzero=bits[1], pooled_grad=tau),
-                            dict(g=None, kept=None, sign=bits[0], nonzero=bits[1], pooled_grad=tau),
-                        ):
-                            ours = cpu.grad(geo, dtype, **arguments)
-                            for a, b in zip(ours, eager.grad(geo, dtype, **arguments), strict=True):
-                                check(a, b, low)
-                            calls += 1
-    print(f"sanitized walk: {calls} backward calls ok on {', '.join(native.available_isas())}")
+        for dtype in DTYPES:
+            calls += steps(dtype)
+            fused += steps_with_gates(dtype)
+    blocks = outputs_from_the_arena(native)
+    print(f"sanitized walk: {calls} backward calls, {fused} with a fused gate and {2 * blocks} outputs ok on "
+          f"{', '.join(native.available_isas())}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,26 @@
-"""Random shapes, strides, dtypes, thresholds, averages and residuals against the float64 oracle, on every backend."""
+"""Random shapes, strides, dtypes, thresholds, averages, residuals and gates against the float64 oracle.
+
+The `kernels` fixture gives each test the backends, and the cpu backend's instruction sets.
+"""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import AVERAGES, DTYPES, abs_mean, cast_gate, check, shrink, smooth_gate, soft_threshold, wide, without_ties
+from oracle import (
+    AVERAGES,
+    DTYPES,
+    abs_mean,
+    cast_gate,
+    check,
+    check_step,
+    shrink,
+    smooth_gate,
+    soft_threshold,
+    standard_gate,
+    wide,
+    without_ties,
+)
 
 from drsn_kernels.backends import cpu
 
@@ -79,6 +95,46 @@ def compare(kernels, case: dict) -> None:
     assert lying[0] == lying[2] and (case["inplace"] or lying[0] == lying[1])
 
 
+# ---- the standard gate, which cpu and triton fuse with the step ------------------------------------------------------
+
+BLOCKS = [0, 1, 2, 3]  # samples a block; 0: stages
+
+
+@st.composite
+def gated_cases(draw) -> dict:
+    case = draw(cases())
+    shape, dtype = case["x"].shape, case["x"].dtype
+    kind = draw(st.sampled_from(["plain", "norm", "batch norm"]))
+    assume(kind != "batch norm" or shape[0] > 1)
+    hidden = draw(st.sampled_from([1, 2, 3, 5, 8, 17, 33, 70]))
+    gate = standard_gate(shape[1], hidden, 1 if case["one"] else shape[1], kind).to(wide(dtype))
+    if kind != "plain":  # a large eps: nearly equal samples are not amplified, which would show rounding only
+        gate[1].eps, gate[1].momentum = draw(st.sampled_from([0.1, 1.0])), draw(st.sampled_from([0.1, 0.0, 1.0]))
+    if 0 not in case["x"].stride():  # samples at levels of their own, for the same reason
+        case["x"].mul_(0.5 + torch.rand(shape[0], *[1] * (len(shape) - 1)))
+    return {**case, "gate": gate, "block": draw(st.sampled_from(BLOCKS))}
+
+
+def compare_gated(kernels, case: dict, monkeypatch) -> None:
+    """The cpu backend in blocks or in stages, whatever the shape would take."""
+    monkeypatch.setattr(cpu, "standard_plan", lambda *call: cpu.StandardPlan("", 0 if call[-1] else case["block"], ""))
+    x, gate = case["x"], case["gate"]
+    exact = cast_gate(gate, torch.float64)
+    with torch.no_grad():
+        hidden = exact[0](abs_mean(x.double()))
+        if exact[1].training and len(exact) == 5:  # equal averages: what BatchNorm makes of them is rounding
+            assume((hidden.std(0, correction=0) > 1e-3 * hidden.mean(0).abs()).all())
+        assume(exact[1:-3](hidden).abs().min() > 1e-4)  # rounding would decide on which side of 0 a unit is
+
+    def ours(x, gate, average, residual):
+        start = x * 1 if case["inplace"] else x
+        return kernels.shrink(
+            start, gate, average=average, residual=residual, inplace=case["inplace"], return_tau=True
+        )  # fmt: skip
+
+    check_step(ours, x, case["residual"], gate, case["average"], case["g"], units=128)  # through two layers and a norm
+
+
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
@@ -93,6 +149,19 @@ def test_random_cases(kernels, case):
 @given(case=cases())
 def test_many_random_cases(kernels, case):
     compare(kernels, case)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=SHARED, derandomize=True)
+@given(case=gated_cases())
+def test_random_standard_gates(kernels, case, monkeypatch):
+    compare_gated(kernels, case, monkeypatch)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, suppress_health_check=SHARED)
+@given(case=gated_cases())
+def test_many_random_standard_gates(kernels, case, monkeypatch):
+    compare_gated(kernels, case, monkeypatch)
 
 
 @pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")

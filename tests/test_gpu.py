@@ -167,6 +167,63 @@ def test_a_training_step_in_a_cuda_graph(kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_inference_in_a_cuda_graph(kind):
+    model = network(kind).eval()
+    x = torch.randn(8, 1, 256, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        model(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = model(x)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        with torch.no_grad():
+            torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.gpu
+def test_graphed_callables():
+    """torch.cuda.make_graphed_callables captures forward and backward as two graphs."""
+    plain, x = network("plain"), torch.randn(8, 1, 256, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(plain), (x,))
+    for _ in range(3):
+        x = torch.randn_like(x)
+        results = []
+        for model in (graphed, plain):
+            model.zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+            results.append([y.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_reduced_overhead(backend):
+    """torch.compile's own CUDA graphs, around the reference and around the opaque ops."""
+    plain = network("norm")
+    model = copy.deepcopy(plain)
+    with dk.use_backend(backend):
+        compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+        for _ in range(4):
+            x = torch.randn(8, 1, 256, device="cuda")
+            torch.compiler.cudagraph_mark_step_begin()
+            results = []
+            for run, own in ((compiled, model), (plain, plain)):
+                y = run(x)
+                gradients = torch.autograd.grad(y.square().sum(), list(own.parameters()))
+                results.append([t.clone() for t in (y.detach(), *gradients)])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     model, x = network("norm"), torch.randn(8, 1, 256, device="cuda", requires_grad=True)
     model(x).sum().backward()

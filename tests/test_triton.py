@@ -9,7 +9,7 @@ import functools
 
 import pytest
 import torch
-from oracle import AVERAGES, LAYOUTS, cast_gate, close, features, gate_of, shrink, varied, wide, without_ties
+from oracle import AVERAGES, LAYOUTS, check_step, features, gate_of, varied, wide
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -113,50 +113,13 @@ def plan(request, monkeypatch):
     return request.param
 
 
-def results(step, x, residual, gate, average, g, tau_g) -> dict[str, torch.Tensor]:
-    """Outputs, gradients and buffers of one step; x and residual are fresh leaves."""
-    x, residual = (None if t is None else t.detach().requires_grad_() for t in (x, residual))
-    y, tau = step(x, gate, average, residual)
-    grads = torch.autograd.grad(
-        [y, tau], [t for t in (x, residual, *gate.parameters()) if t is not None], [g.to(y.dtype), tau_g.to(tau.dtype)]
-    )
-    names = [
-        "dx",
-        *(["dresidual"] if residual is not None else []),
-        *(f"d{name}" for name, _ in gate.named_parameters()),
-    ]
-    return {"y": y, "tau": tau, **dict(zip(names, grads, strict=True)), **dict(gate.named_buffers())}
-
-
 def compare(x, residual, gate, average, g, fused: bool = False) -> None:
-    """Ours against the oracle in float64, tolerances from the oracle in the dtype of sums."""
-    with torch.no_grad():
-        tau = shrink(x.double(), cast_gate(gate, torch.float64), average)[1]
-    g, tau_g = without_ties(g, x, tau), torch.randn_like(tau)
-
     def ours(x, gate, average, residual):
         y, tau = dk.shrink(x, gate, average=average, residual=residual, return_tau=True)
         assert type(y.grad_fn).__name__.startswith("StandardShrink") == fused
         return y, tau
 
-    def oracle(dtype, gate=gate):
-        t, r = x.to(dtype), None if residual is None else residual.to(dtype)
-        return results(shrink, t, r, cast_gate(copy.deepcopy(gate), dtype), average, g, tau_g)
-
-    exact, plain = oracle(torch.float64), oracle(wide(x.dtype))
-    batch_norm = isinstance(gate, nn.Sequential) and isinstance(gate[1], nn.BatchNorm1d) and gate[1].training
-    before = exact  # before BatchNorm's backward takes two means away: the same with the statistics as constants
-    if batch_norm:
-        before = copy.deepcopy(gate).double()
-        before[1].momentum = 1.0
-        shrink(x.double(), before, average)
-        before = oracle(torch.float64, before.eval())
-    actual = results(ours, x, residual, copy.deepcopy(gate), average, g, tau_g)
-    for name, value in actual.items():
-        if value.is_floating_point():
-            close(value.detach(), exact[name].double(), plain[name], name, lambda name=name: before[name].abs().max())
-        else:
-            assert torch.equal(value, exact[name]), name
+    check_step(ours, x, residual, gate, average, g)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,9 @@ def _cache_limit() -> int:
     if given is not None:
         if not given.isdecimal():
             raise ValueError(f"the environment variable DRSN_CACHE_MIB takes a whole number of MiB, got {given!r}")
-        return int(given) << 20
+        return min(int(given) << 20, sys.maxsize)
+    if _cpu is None:
+        return 0
     return min(512 << 20, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16)
 
 

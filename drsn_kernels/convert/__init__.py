@@ -1,0 +1,186 @@
+"""convert and revert: the fused operators inside models that exist already."""
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..modules import Shrinkage
+from ..untouched import untouched
+from .plans import Converted, converted_class, install, remove
+from .probe import Finding, examine
+from .tracing import first_line
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module that was examined, under all its names."""
+
+    names: tuple[str, ...]
+    module: str  # its class
+    outcome: str  # "converted", "left alone", "written inline"
+    detail: str  # what runs now, or why it is left alone, or the lines to change
+    difference: float | None = None  # the largest on the probes in float64, relative: y, gradients, statistics
+    own_difference: float | None = None  # of y in the module's own dtype
+
+
+@dataclass(frozen=True)
+class Report:
+    """What convert did, printed as a table; rows with the same class and text are printed as one."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def _with(self, outcome: str) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.outcome == outcome)
+
+    @property
+    def converted(self) -> tuple[Row, ...]:
+        return self._with("converted")
+
+    @property
+    def left_alone(self) -> tuple[Row, ...]:
+        return self._with("left alone")
+
+    @property
+    def inline(self) -> tuple[Row, ...]:
+        return self._with("written inline")
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.outcome, row.module, row.detail), []).append(row)
+        lines = [("outcome", "class", "modules", "off in float64", "off in its dtype", "")]
+        for (outcome, module, detail), rows in groups.items():
+            names = [" = ".join(name or "(the model)" for name in row.names) for row in rows]
+            shown = ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+            apart = (_number(r.difference for r in rows), _number(r.own_difference for r in rows))
+            lines.append((outcome, module, shown, *apart, detail))
+        if len(lines) == 1:
+            lines = [("no module was examined: all are torch's, drsn_kernels' own or converted already",)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join([*("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines), *self.notes])
+
+    __repr__ = __str__
+
+
+def _number(values) -> str:
+    known = [v for v in values if v is not None]
+    return f"{max(known):.1g}" if known else "-"
+
+
+def convert(model: nn.Module) -> Report:
+    """Make every module of `model` that computes the shrinkage step compute it with the fused operators. In place.
+
+    A module is found by what it computes, never by its name: its forward is run on a copy with random numbers, in train
+    and in eval mode, and where its output is ``sign(x) * max(|x| - tau, 0)`` and tau follows from the mean of \\|x\\|
+    (or of x) over the spatial dimensions by code of its own, that code is kept and the rest is replaced by
+    :func:`drsn_kernels.shrink`. Outputs, gradients, statistics and attributes that it sets must agree to rounding in
+    both modes, in float64 where the module runs in it; else it is left alone, and the report says why. A gate that is
+    one module is called as it is, hooks included; a standard gate may be fused, as in :func:`drsn_kernels.shrink`.
+
+    The object stays the same and gets another class, a subclass of its own: names, aliases, hooks on it and on its
+    children, parameters, buffers, optimizers, state_dict keys, isinstance, train and eval, deepcopy and pickle (the
+    reader needs drsn_kernels) go on as before, and :func:`revert` gives it its class back. Probing leaves no trace: it
+    needs memory for one module at a time in float64.
+
+    Parameters, buffers and children are looked up at every call. The module's own forward still runs where a call has
+    more arguments than x or another number of dimensions than was probed, and after a number or flag of the module
+    (``self.eps``) was changed. Do not call convert while another thread runs a model: torch.fx, which traces, reroutes
+    module calls meanwhile.
+
+    Args:
+        model: any module; also one that is a shrinkage module itself.
+
+    Returns:
+        A report: ``rows``, and of those ``converted``, ``left_alone`` and ``inline`` (blocks that write the operator
+        among other code: the lines, and the call to put there). ``print(report)`` is a table.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+
+    Equivalent to, for each module that is found::
+
+        def forward(self, x):  # instead of its own
+            return dk.shrink(x, self.gate, average="channel")  # or "sample", None, and its own code as the gate
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
+    findings: dict[nn.Module, Finding] = {}
+    with untouched([model]), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as plain:
+        for device in filter(torch.amp.is_autocast_available, devices):
+            plain.enter_context(torch.autocast(device, enabled=False))
+        _examine(model, findings)
+    for module, found in findings.items():
+        if found.plans:
+            try:
+                install(module, found.plans)
+            except TypeError as error:  # a class that does not let its objects change theirs
+                findings[module] = Finding(why=f"its class cannot be extended: {error}")
+    rows = []
+    for module, found in findings.items():
+        row = partial(Row, tuple(names[module]), type(module).__name__)
+        if found.plans:
+            plans = ", ".join(dict.fromkeys(map(str, found.plans.values())))
+            rows.append(row("converted", plans, found.difference, found.own_difference))
+        elif found.inline:
+            rows.append(row("written inline", found.why))
+        elif not any(isinstance(m, (Converted, Shrinkage)) for m in module.modules()):
+            rows.append(row("left alone", found.why))
+    return Report(tuple(rows), tuple(_notes(names)))
+
+
+def revert(model: nn.Module) -> list[str]:
+    """Undo :func:`convert`: every converted module of `model` gets its class and forward back. In place.
+
+    Returns:
+        The names of the modules that were reverted, each object once.
+
+    Raises:
+        TypeError: model is not an nn.Module. ValueError: a converted module's class was changed since (by
+        parametrizations or fully_shard, say). Nothing has been reverted then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    converted = [(name, m) for name, m in model.named_modules() if isinstance(m, Converted)]
+    for name, m in converted:
+        if type(m) is not converted_class(m._drsn_class):
+            raise ValueError(f"cannot revert {name or 'the model'}: its class was changed to {type(m).__name__} since")
+    for _, m in converted:
+        remove(m)
+    return [name for name, _ in converted]
+
+
+_MODELS = f"{__package__.split('.')[0]}.models"  # built on the fused operators
+
+
+def _examine(module: nn.Module, findings: dict[nn.Module, Finding]) -> None:
+    """From the outside in: what is inside a converted module is its gate."""
+    if module in findings or isinstance(module, (Converted, Shrinkage)):
+        return
+    if not type(module).__module__.startswith(("torch.", _MODELS)):
+        try:
+            findings[module] = examine(module)
+        except Exception as error:  # the user's code runs there, on what it was not written for
+            findings[module] = Finding(why=f"the probe fails: {first_line(error)}")
+        if findings[module].plans:
+            return
+    for child in module.children():
+        _examine(child, findings)
+
+
+def _notes(names: dict[nn.Module, list[str]]):
+    for module, (name, *_) in names.items():
+        what = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            yield f"{what} is TorchScript and stays as it is: convert before torch.jit.script or trace"
+        elif hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            yield f"{what} is compiled: what was converted in it is compiled again at its next call"
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            yield f"{what} wraps the model: what it wraps has been converted"

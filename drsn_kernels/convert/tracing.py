@@ -1,0 +1,239 @@
+"""A module's forward as a list of calls with their values, recorded on a copy.
+
+The module's own code is traced by torch.fx; its children are called as they are and appear as one call each. Beside the
+symbolic call each real one is made, so every node has a value, the number of dimensions is an ordinary integer, and
+code may branch on it. Sizes stay symbolic: what is found holds for every batch and length.
+"""
+
+import copy
+import dis
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unexplained(Exception):
+    """Why a module is left alone."""
+
+
+def private_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy to try things on: parameters and buffers of its own (floating-point ones in `dtype`), all of them
+    differentiable leaves, and none of the user's hooks. torch's own hooks compute weights (weight_norm) and stay."""
+
+    def ours(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
+
+    memo: dict[int, Any] = {}
+    for m in module.modules():
+        for p in m._parameters.values():
+            if p is not None:
+                memo[id(p)] = nn.Parameter(ours(p), requires_grad=p.is_floating_point())
+        for value in (*m._buffers.values(), *_plain_tensors(m.__dict__.values())):
+            if value is not None and id(value) not in memo:
+                own = ours(value) if value.grad_fn is None else value.detach().clone()
+                memo[id(value)] = own  # deepcopy refuses a cached tensor that has a graph
+    duplicate = copy.deepcopy(module, memo)
+    for m in duplicate.modules():
+        for kind in _HOOKS:
+            hooks = m.__dict__[kind]
+            for key in [key for key, hook in hooks.items() if not _of_torch(hook)]:
+                del hooks[key]
+    return duplicate
+
+
+def _of_torch(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.")
+
+
+def _plain_tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _plain_tensors(value)
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what a forward pass may change: buffers, and tensors cached as attributes."""
+    found = {f"buffer {name}": t for name, t in module.named_buffers()}
+    for path, m in module.named_modules():
+        prefix = f"attribute {path}." if path else "attribute "
+        found.update({prefix + name: t for name, t in m.__dict__.items() if isinstance(t, torch.Tensor)})
+    return {name: t.detach().clone() for name, t in found.items()}
+
+
+class Untraceable(Unexplained):
+    """Its forward does something that symbolic values do not take part in."""
+
+
+class Differs(Unexplained):
+    """It is the operator in what it returns, but not in every respect or mode."""
+
+
+class _Root(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner.forward(x)
+
+
+class _Value(fx.Proxy):
+    """A symbolic value that knows its real one where that is the same for every batch and length."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.node.meta["value"]
+        if isinstance(value, torch.Tensor):
+            if name in ("dim", "ndimension"):
+                return lambda: value.dim()
+            if name == "ndim":
+                return value.dim()
+            if name == "shape":
+                return self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        value = self.node.meta["value"]
+        if isinstance(value, (tuple, list)):
+            return len(value)
+        raise TraceError("len of a tensor")
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, x: torch.Tensor, known: set[nn.Module]) -> None:
+        super().__init__()
+        self.x, self.known, self.calling = x, known, False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        return (obj[i] for i in range(len(obj)))
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(obj.node.meta["value"]) if _asserted(_users_frame()) else super().to_bool(obj)
+
+    def is_leaf_module(self, m: nn.Module, path: str) -> bool:
+        return True
+
+    def call_module(self, m, forward, args, kwargs):
+        if self.calling or m not in self.known:  # one that forward makes for the call, as nn.ReLU()(x)
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        return attr_val if self.calling else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        self.calling = True
+        try:
+            value = node.meta["value"] = self._call(kind, target, args, kwargs)
+        finally:
+            self.calling = False
+        # what it was when it was made: a later operation may write over it
+        node.meta["seen"] = value.clone() if isinstance(value, torch.Tensor) else value
+        node.meta["line"] = _line()
+        if kind == "call_module":
+            node.meta["module"] = self.root.get_submodule(target)
+        return node
+
+    def _call(self, kind: str, target: Any, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["value"])
+        if kind == "placeholder":
+            return self.x
+        if kind == "output":
+            return args[0]
+        if kind == "call_function":
+            return target(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        found = self.root
+        for name in target.split("."):
+            found = getattr(found, name)
+        return found(*args, **kwargs) if kind == "call_module" else found
+
+
+def _users_frame() -> FrameType | None:
+    """The user's code that runs."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", __package__)):
+        frame = frame.f_back
+    return frame
+
+
+def _line() -> tuple[str, int] | None:
+    frame = _users_frame()
+    return frame and (frame.f_code.co_filename, frame.f_lineno)
+
+
+def _asserted(frame: FrameType | None) -> bool:
+    """Whether what the frame asks about goes into an assert: that one is true, or there would be no value."""
+    if frame is None:
+        return False
+    ahead = [i for i in dis.get_instructions(frame.f_code) if i.offset >= frame.f_lasti][:4]
+    return any(i.opname == "LOAD_ASSERTION_ERROR" or i.argrepr == "AssertionError" for i in ahead)
+
+
+class Trace:
+    """One forward pass of a copy of `module`: nodes, input x, output y, and attributes that the pass has set."""
+
+    def __init__(self, module: nn.Module, x: torch.Tensor, training: bool) -> None:
+        inner = private_copy(module, x.dtype).train(training)
+        before = [(m, {k: (v, _size(v)) for k, v in m.__dict__.items()}) for m in inner.modules()]
+        version = x._version
+        torch.manual_seed(0)
+        try:
+            with torch.no_grad():
+                graph = _Tracer(x, set(inner.modules())).trace(_Root(inner))
+        except TraceError:
+            raise Unexplained("its forward branches on sizes or values of x, or loops over them") from None
+        except Exception as error:
+            raise Untraceable(f"its forward cannot be traced: {first_line(error)}") from None
+        if x._version != version:
+            raise Unexplained("its forward writes over x")
+        self.nodes = [n for n in graph.nodes if n.op != "output"]
+        self.x = self.nodes[0]
+        returned = next(n for n in graph.nodes if n.op == "output").args[0]
+        if not isinstance(returned, fx.Node):
+            raise Unexplained("it does not return one tensor")
+        self.y: fx.Node = returned
+        self.effects: list[tuple[str, fx.Node]] = []
+        for m, attributes in before:
+            for name, value in m.__dict__.items():
+                was, size = attributes.get(name, (None, 0))
+                if m is inner and isinstance(value, fx.Proxy):
+                    self.effects.append((name, value.node))
+                elif isinstance(value, fx.Proxy) or value is not was or _size(value) != size:
+                    if not isinstance(value, torch.Tensor):  # those are compared when it runs
+                        raise Unexplained(f"its forward changes the attribute {name}")
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, (list, dict, set)) else 0
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def takes_one_argument(module: nn.Module) -> bool:
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature to be had
+        pass
+    return True
