@@ -48,7 +48,7 @@ class Kept(NamedTuple):
 
     bits: torch.Tensor | None  # (3, words): sign, nonzero, kept
     pooled: torch.Tensor | None  # A (N, C)
-    hidden: torch.Tensor | None  # u (N, H)
+    hidden: torch.Tensor | None  # u (N, H); of the cpu backend u, alpha and the batch's statistics, one after the other
     alpha: torch.Tensor | None  # (N, O)
     mean: torch.Tensor | None  # (H,), of the batch or running
     var: torch.Tensor | None

@@ -154,23 +154,26 @@ def test_a_refused_row_fails_the_command(monkeypatch, capsys):
 # ---- timing ----
 
 
-def test_calls_take_turns_and_what_is_untimed_stays_out():
+def test_calls_take_turns_in_a_new_order_each_round_and_what_is_untimed_stays_out():
     order = []
     calls = {
         "a": Call(lambda: order.append("a")),
         "b": Call(lambda: order.append("b"), lambda: order.append("before b")),
     }
-    ticks = iter(range(100))
 
     def clock(call):
         if call.before:
             call.before()
         call.run()
-        return {"time": next(ticks)}
+        return {"time": len(order)}
 
-    samples = interleaved(calls, rounds=2, clock=clock, warmup=1)
-    assert order == ["a", "before b", "b"] * 3
-    assert samples == {"a": {"time": [2, 4]}, "b": {"time": [3, 5]}}
+    samples = interleaved(calls, rounds=20, clock=clock, warmup=1)
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    turns = [["a", "before b", "b"], ["before b", "b", "a"]]
+    assert len(rounds) == 21 and all(turn in turns for turn in rounds) and all(turn in rounds for turn in turns)
+    # each sample is of its own call: the clock's reading is where the call stands in the order
+    for name in calls:
+        assert [order[at - 1] for at in samples[name]["time"]] == [name] * 20
 
 
 def test_the_wall_clock_leaves_out_what_comes_before(monkeypatch):

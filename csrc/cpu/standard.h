@@ -39,15 +39,17 @@ ApplyArgs part(ApplyArgs a, int64_t first, int64_t count) {
 template <class S> void forward_as(const StandardForwardArgs& args) {
   const Gate<S> gate(args.gate);
   const int64_t n = gate.n, h = gate.h;
-  Scratch<S> v(n * h);
-  S* const tau = static_cast<S*>(const_cast<void*>(args.apply.tau));
+  Scratch<S> v(n * h), own(args.apply.tau ? 0 : n * gate.c);
+  ApplyArgs last = args.apply;
+  if (!last.tau) last.tau = own.data;
+  S* const tau = static_cast<S*>(const_cast<void*>(last.tau));
   const auto pool = [&](int64_t first, int64_t count) {
     reduce(part(args.reduce, first, count));
     gate.first_layer(first, count);
   };
   const auto shrink = [&](int64_t first, int64_t count) {
     gate.second_layer(first, count, v.data + first * h, tau);
-    apply(part(args.apply, first, count));
+    apply(part(last, first, count));
   };
   if (!args.block) {
     pool(0, n);

@@ -271,8 +271,8 @@ def _standard(x, geo, parts, backend, gate, average, residual, grads, overwrite,
             residual=residual, return_tau=return_tau,
         )  # fmt: skip
     if keep:
-        call = Call(parts, backend, geo, average, overwrite, return_tau)
-        y, _, *tau = apply_standard(x, residual, *parameters, call)
+        call = Call(backend, geo, average, overwrite, return_tau)
+        y, _, *tau = apply_standard(x, residual, *parameters, parts, call)
         tau = tau[0] if tau else None
     else:
         y, tau, _ = backend.standard_forward(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import eager
-from ..gates import StandardGate
+from ..gates import Kept, StandardGate
 from ..planes import Geometry
 from ..reference import threshold
 from .dispatch import direct_apply, is_eager_grad
@@ -22,7 +22,6 @@ from .dispatch import direct_apply, is_eager_grad
 class Call(NamedTuple):
     """What the node is told besides its tensors."""
 
-    parts: StandardGate
     backend: object
     geometry: Geometry
     average: str | None
@@ -34,13 +33,14 @@ class StandardShrink(torch.autograd.Function):
     """(x, residual, w1, b1, gamma, beta, w2, b2) -> (y, A), or (y, A, tau)."""
 
     @staticmethod
-    def forward(ctx, x, residual, w1, b1, gamma, beta, w2, b2, call):
+    def forward(ctx, x, residual, w1, b1, gamma, beta, w2, b2, parts, call):
         ctx.set_materialize_grads(False)
         y, tau, kept = call.backend.standard_forward(
-            x, call.geometry, call.parts, call.average, residual, x if call.inplace else None, True, call.return_tau
+            x, call.geometry, parts, call.average, residual, x if call.inplace else None, True, call.return_tau
         )
         ctx.save_for_backward(*kept, w1, b1, gamma, beta, w2, b2)
-        ctx.call, ctx.dtype = call._replace(parts=call.parts._replace(**dict.fromkeys(_TENSORS))), x.dtype
+        # not parts itself: the tensors of a node live in saved_tensors only
+        ctx.call, ctx.dtype, ctx.eps, ctx.batch_stats = call, x.dtype, parts.eps, parts.batch_stats
         if call.inplace:
             ctx.mark_dirty(x)
         return (y, kept.pooled, tau) if call.return_tau else (y, kept.pooled)
@@ -50,23 +50,22 @@ class StandardShrink(torch.autograd.Function):
         residual_grad = g if ctx.needs_input_grad[1] else None
         want = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:8]
         if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
-            return None, residual_grad, *[None] * 7
-        bits, pooled, hidden, alpha, mean, var, *parameters = ctx.saved_tensors
-        call = ctx.call
-        parts = call.parts._replace(**dict(zip(_PARAMETERS, parameters, strict=True)), mean=mean, var=var)
+            return None, residual_grad, *[None] * 8
+        *kept, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
+        kept, call = Kept(*kept), ctx.call
+        parts = StandardGate(
+            w1, b1, gamma, beta, w2, b2, kept.mean, kept.var, None, ctx.eps, 0.0, ctx.batch_stats
+        )  # fmt: skip
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
-            kept = (bits, pooled, hidden, alpha, mean, var)
             dx, *grads = call.backend.standard_backward(
                 call.geometry, ctx.dtype, parts, call.average, kept, g, tau_grad, want[0]
             )
         else:
-            dx, *grads = _differentiable(call, ctx.dtype, parts, bits, pooled, g, pooled_grad, tau_grad, want)
+            dx, *grads = _differentiable(call, ctx.dtype, parts, kept.bits, kept.pooled, g, pooled_grad, tau_grad, want)
         grads = [grad if wanted else None for grad, wanted in zip(grads, want[1:], strict=True)]
-        return dx, residual_grad, *grads, None
+        return dx, residual_grad, *grads, None, None
 
 
-_PARAMETERS = ("w1", "b1", "gamma", "beta", "w2", "b2")
-_TENSORS = (*_PARAMETERS, "mean", "var", "batches")  # those of a node live in saved_tensors, not in its Call
 apply_standard = direct_apply(StandardShrink)
 
 
