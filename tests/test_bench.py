@@ -257,6 +257,11 @@ def test_the_command_writes_json_csv_and_plots(tmp_path, capsys):
     assert (tmp_path / "shrink_train-both-fp32.png").stat().st_size > 1000
     command = json.loads((tmp_path / "results.json").read_text("utf-8"))["command"]
     assert command.startswith("python -m drsn_kernels ")
+    page = (tmp_path / "results.md").read_text("utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| shrink_")]
+    assert command in page and f"torch: {torch.__version__}" in page and "aim: at most 1.18" in page
+    assert [line.split("|")[1].strip() for line in lines] == list(dict.fromkeys(one["case"] for one in rows))
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):

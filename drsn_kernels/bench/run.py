@@ -179,9 +179,9 @@ def _rows(cases: Sequence[Case], settings: Settings, about: dict) -> tuple[list[
 
 
 def _write(out: Path, rows: list[dict]) -> None:
-    arguments = shlex.join(sys.argv[1:])
-    written = [record.write_json(out / "results.json", rows, f"python -m drsn_kernels {arguments}"),
-               record.write_csv(out / "results.csv", rows)]  # fmt: skip
+    command = f"python -m drsn_kernels {shlex.join(sys.argv[1:])}"
+    written = [record.write_json(out / "results.json", rows, command), record.write_csv(out / "results.csv", rows),
+               record.write_markdown(out / "results.md", rows, summary.figures(rows), command)]  # fmt: skip
     try:
         require("matplotlib", "demo")
     except ImportError as error:
