@@ -162,7 +162,8 @@ def write_markdown(path: Path, rows: list[dict], figures: Iterable[object], comm
         cases.setdefault(one["case"], {})[one["provider"]] = one
     about = [f"{name}: {rows[0][name]}" for name in ENVIRONMENT if rows[0][name] not in ("", "none")]
     lines = [f"`{command}`", "", *(f"- {part}" for part in about), "", "```", *map(str, figures), "```", ""]
-    lines += ["Medians in milliseconds.", "", f"| case | {' | '.join(providers)} |", "|---" * (len(providers) + 1) + "|"]
+    lines += ["Medians in milliseconds.", "", f"| case | {' | '.join(providers)} |"]
+    lines.append("|---" * (len(providers) + 1) + "|")
     for case, found in cases.items():
         cells = (f"{found[name]['median_ms']:.3g}" if name in found else "" for name in providers)
         lines.append(f"| {case} | {' | '.join(cells)} |")
