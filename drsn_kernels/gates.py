@@ -111,6 +111,8 @@ def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
             return "the gate's BatchNorm1d has no affine parameters or no running statistics"
         if type(momentum) is not float and type(momentum) is not int:
             return "the gate's BatchNorm1d has no fixed momentum"
+        if training and not eps > 0:
+            return "the gate's BatchNorm1d has an eps that torch refuses"  # with its own error
         if training and not norm.track_running_stats:
             return "the gate's BatchNorm1d does not track running statistics"
         if batches is None or batches.dtype != torch.int64 or batches.device != x.device:

@@ -33,8 +33,8 @@ def soft_threshold(x: torch.Tensor, tau: torch.Tensor, residual: torch.Tensor | 
     acc = accumulate_dtype(x.dtype)
     wide, tau = x.to(acc), align_tau(tau.to(acc), x)
     if torch.compiler.is_dynamo_compiling():
-        # The same numbers and derivatives, ties, NaN and negative tau included, in a form that inductor makes vector
-        # code of, forward and backward: on 8 MiB a training step takes 3.2 ms instead of 19.
+        # The same numbers, and the same derivatives wherever x and tau are finite, ties and negative tau included, in a
+        # form that inductor makes vector code of: on 8 MiB a training step takes 3.2 ms instead of 19.
         positive = torch.relu(tau)
         y = wide - torch.clamp(wide, -positive, positive) - torch.sign(wide) * tau.clamp(max=0)
     else:

@@ -170,11 +170,11 @@ class StandardCall(NamedTuple):
 
     @property
     def saved(self) -> int:
-        """Three planes, A, the hidden units, alpha, and the batch's statistics. Running ones are the module's."""
+        """Three planes, A, the hidden units, alpha, and the statistics, of running ones a copy."""
         if not self.keep:
             return 0
         gate = self.sums() + self.sums(self.hidden) + self.sums(self.outputs)
-        return 3 * self.plane + gate + (self.statistics if self.coupled else 0)
+        return 3 * self.plane + gate + (self.statistics if self.norm else 0)
 
 
 # ---- anything in PyTorch ---------------------------------------------------------------------------------------------

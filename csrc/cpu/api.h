@@ -86,7 +86,7 @@ struct StandardBackwardArgs {
   GradArgs dtau, dx;  // dx.dx may be absent
   GateArgs gate;
   const void* tau_grad;  // (N, C) or (N, 1) like tau, or absent
-  void *dw1, *db1, *dgamma, *dbeta, *dw2, *db2;
+  void *dw1, *db1, *dgamma, *dbeta, *dw2, *db2;  // each absent where nobody wants it
 };
 
 struct Kernels {

@@ -38,6 +38,8 @@ class StandardShrink(torch.autograd.Function):
         y, tau, kept = call.backend.standard_forward(
             x, call.geometry, parts, call.average, residual, x if call.inplace else None, True, call.return_tau
         )
+        if kept.mean is not None and not parts.batch_stats:  # a training step in between would overwrite them
+            kept = kept._replace(mean=kept.mean.clone(), var=kept.var.clone())
         ctx.save_for_backward(*kept, w1, b1, gamma, beta, w2, b2)
         # not parts itself: the tensors of a node live in saved_tensors only
         ctx.call, ctx.dtype, ctx.eps, ctx.batch_stats = call, x.dtype, parts.eps, parts.batch_stats
@@ -58,7 +60,7 @@ class StandardShrink(torch.autograd.Function):
         )  # fmt: skip
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
             dx, *grads = call.backend.standard_backward(
-                call.geometry, ctx.dtype, parts, call.average, kept, g, tau_grad, want[0]
+                call.geometry, ctx.dtype, parts, call.average, kept, g, tau_grad, want
             )
         else:
             dx, *grads = _differentiable(call, ctx.dtype, parts, kept.bits, kept.pooled, g, pooled_grad, tau_grad, want)
@@ -76,7 +78,8 @@ def _differentiable(call, dtype, parts, bits, pooled, g, pooled_grad, tau_grad, 
     if g is not None:
         dtau = eager.grad(call.geometry, dtype, g, kept, sign, want_dx=False, want_dtau=True)[1]
     recording = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # the fused gate computes in float32 under autocast too
+    with torch.enable_grad(), torch.autocast(pooled.device.type, enabled=False):
         if not recording or not pooled.requires_grad:
             pooled = pooled.detach().requires_grad_()
         tau = threshold(parts.alpha(pooled), pooled, call.average)
