@@ -175,8 +175,8 @@ _AVERAGES = {"channel": 0, "sample": 1, None: 2}  # Average in csrc/cpu/api.h
 
 # Beyond this many products torch's own matrix products win back what fusing saves. Time of the called gate over that of
 # the fused one, a training step. AVX-512: (128, 512, 16) 1.14, (128, 1024, 16) 1.05, (512, 1024, 4) 0.91,
-# (128, 2048, 4) 0.85. AVX2: (128, 256, 16) 1.04, (512, 256, 16) 0.94, (128, 512, 16) 0.86. Portable: (128, 64, 32) 1.01,
-# (128, 128, 16) 0.91, (128, 512, 16) 0.70.
+# (128, 2048, 4) 0.85. AVX2: (128, 256, 16) 1.04, (512, 256, 16) 0.94, (128, 512, 16) 0.86.
+# Portable: (128, 64, 32) 1.01, (128, 128, 16) 0.91, (128, 512, 16) 0.70.
 _MOST_PRODUCTS = {"avx512": 1 << 29, "avx2": 1 << 24, "portable": 1 << 20}
 
 
