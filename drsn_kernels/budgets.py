@@ -120,14 +120,10 @@ def shrink(
         fused = on.fuses(hidden, outputs)
     if fused:
         dense = on.geometry[1]
-        call = StandardCall(
+        return traffic.standard(on.backend, StandardCall(
             on.geometry, (on.strides, dense, residual_strides or dense), dtype, on.device, hidden, outputs, average,
             norm, norm and training, eps, momentum, residual, grad, return_tau, input_grad,
-        )  # fmt: skip
-        forward, backward = on.backend.standard_budgets(call)
-        if grad and norm and not training:  # ops/standard_shrink.py copies the running statistics
-            forward += Budget(call.statistics, call.statistics, ("aten::clone", "aten::clone"))
-        return forward, backward
+        ))  # fmt: skip
     return on.any_gate(outputs, average, residual, return_tau, grad, input_grad)
 
 

@@ -177,6 +177,14 @@ class StandardCall(NamedTuple):
         return 3 * self.plane + gate + (self.statistics if self.norm else 0)
 
 
+def standard(backend, call: StandardCall) -> tuple[Budget, Budget]:
+    """Forward and backward of ops/standard_shrink.py: the backend's, and the copies of running statistics in eval."""
+    forward, backward = backend.standard_budgets(call)
+    if call.keep and call.norm and not call.coupled:
+        forward += Budget(call.statistics, call.statistics, ("aten::clone", "aten::clone"))
+    return forward, backward
+
+
 # ---- anything in PyTorch ---------------------------------------------------------------------------------------------
 
 

@@ -41,8 +41,11 @@ def _floor(case: Case, part: str) -> float:
         return NETWORK_FLOOR[part]
     if part == "y":
         return FLOOR[case.dtype]
-    # ties.py does not reach into a unit: there rounding now and then decides one term of a sum over all elements
-    tie = 4 / math.sqrt(case.numel) if case.op == "unit" and case.numel >= 4096 else 0
+    tie = 0.0  # where ties.py does not reach, rounding decides one term of a sum now and then
+    if case.op == "unit" and case.numel >= 4096:
+        tie = 4 / math.sqrt(case.numel)
+    if case.dtype == "bf16" and part == "gradients":
+        tie = 2 / math.sqrt(math.prod(case.shape[:2]))  # hidden units of the gate
     return FLOOR[case.dtype] + CANCELS + tie
 
 

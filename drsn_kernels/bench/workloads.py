@@ -120,7 +120,7 @@ class _Calls:
         self.target = torch.randint(8, case.shape[:1], device=device)
 
     def clear_of_ties(self, port: nn.Module) -> None:
-        """Change the port's parameters and x. bfloat16 is too coarse for it, a network's inner values are not at hand."""
+        """Change the port's parameters and x (ties.py). bfloat16 is too coarse for it, a network too deep."""
         if self.x.dtype == torch.float32 and self.case.op not in (*NETWORK, "abs_mean"):
             clear_hidden_units(port, self.x)
             if self.case.op != "unit":
