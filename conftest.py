@@ -22,6 +22,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--benchmark"):
         return
+    rounds = config.getoption("--benchmark-rounds")
+    if rounds is not None and rounds < 1:
+        raise pytest.UsageError(f"--benchmark-rounds must be at least 1, got {rounds}")
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError('--benchmark needs pytest-benchmark: pip install "drsn_kernels[bench]"')
     if not config.option.file_or_dir:  # not testpaths
@@ -31,3 +34,9 @@ def pytest_configure(config):
 def pytest_ignore_collect(collection_path, config):
     inside = BENCHMARKS in (collection_path, *collection_path.parents)
     return True if inside and not config.getoption("--benchmark") else None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    asked = [(config.invocation_params.dir / name.split("::")[0]).resolve() for name in config.option.file_or_dir]
+    if not config.getoption("--benchmark") and any(BENCHMARKS in (path, *path.parents) for path in asked):
+        terminalreporter.write_line("benchmarks/ is not run without --benchmark: pytest --benchmark")

@@ -120,7 +120,7 @@ def shrink(
         fused = on.fuses(hidden, outputs)
     if fused:
         dense = on.geometry[1]
-        return on.backend.standard_budgets(StandardCall(
+        return traffic.standard(on.backend, StandardCall(
             on.geometry, (on.strides, dense, residual_strides or dense), dtype, on.device, hidden, outputs, average,
             norm, norm and training, eps, momentum, residual, grad, return_tau, input_grad,
         ))  # fmt: skip

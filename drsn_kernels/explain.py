@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, ModuleType
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from . import backends, budgets, recording, traffic
-from .gates import StandardGate, looks_standard
+from .gates import StandardGate, looks_standard, standard_gate
 from .ops.dispatch import opaque_when_compiled
 from .traffic import Budget, Plan, StandardCall
 from .untouched import untouched
@@ -73,16 +74,17 @@ class Explanation:
         return "\n".join([*table, "", *(f"{_ranges(found)}: {reason}" for reason, found in reasons.items())])
 
 
-def explain(fn: Callable, x: Any, *more_args: Any, strict: bool = False) -> Explanation:
-    """Run fn(x, *more_args) once, print how each operator call in it ran, and return that.
+def explain(fn: Callable, /, *args: Any, strict: bool = False, **kwargs: Any) -> Explanation:
+    """Run fn(*args, **kwargs) once, print how each operator call in it ran, and return that.
 
     Nothing else is left behind (`untouched.untouched`): buffers, BatchNorm statistics, gradients, random numbers,
-    training flags and the arguments are as before, for `fn` itself and for modules that it is bound to, closes over or
-    is given. What torch.compile would trace is run eagerly, and reported as compiled.
+    training flags and the tensors among the arguments (in dicts, lists and tuples too) are as before, for `fn` itself
+    and for modules that it is bound to, closes over or is given. What torch.compile would trace is run eagerly, and
+    reported as compiled. Calls of other threads are not looked at.
 
     Args:
-        fn: a module or any callable; x, more_args: what it is called with.
-        strict: raise instead of reporting a fallback.
+        fn: a module or any callable; args, kwargs: what it is called with.
+        strict: not given to fn; raise instead of reporting a fallback.
 
     Raises:
         TypeError: fn is not callable. RuntimeError: with `strict`, a call runs in pure PyTorch although its device has
@@ -90,13 +92,13 @@ def explain(fn: Callable, x: Any, *more_args: Any, strict: bool = False) -> Expl
     """
     if not callable(fn):
         raise TypeError(f"fn must be a module or a callable, got {type(fn).__name__}")
-    modules = _modules_of(fn, more_args)
+    modules = _modules_of(fn, args, kwargs)
     recorder = _Recorder(modules, strict)
     before = recording.active
-    with untouched(modules.values(), [a for a in (x, *more_args) if isinstance(a, torch.Tensor)]), _not_compiling():
+    with untouched(modules.values(), (args, kwargs)), _not_compiling():
         recording.active = recorder
         try:
-            fn(x, *more_args)
+            fn(*args, **kwargs)
         finally:
             recording.active = before
     explanation = Explanation(tuple(recorder.calls))
@@ -119,6 +121,7 @@ class _Recorder:
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.thread = threading.get_ident()
         self.names: dict[int, str] = {}
         for prefix, root in self.modules.items():
             for name, module in root.named_modules(prefix=prefix):
@@ -130,6 +133,8 @@ class _Recorder:
         gate: Any = None, parts: StandardGate | str | None = None, average: str | None = None, outputs: int = 0,
         residual: torch.Tensor | None = None, return_tau: bool = False, tau: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
+        if threading.get_ident() != self.thread:
+            return
         module, compiled = _place(sys._getframe(1), self.names)
         about = {"op": op, "module": module, "shape": tuple(x.shape), "dtype": x.dtype, "layout": _layout(x)}
         no_gate = None if gate is None else False
@@ -163,7 +168,7 @@ class _Recorder:
             )  # fmt: skip
         common = {"backend": backend.name, "grad": keep, "strides": x.stride(), "device": x.device}
         if fused:
-            forward, backward = backend.standard_budgets(described)
+            forward, backward = traffic.standard(backend, described)
         elif op == "shrink":
             forward, backward = budgets.shrink(
                 x.shape, x.dtype, **common, fused=False, outputs=outputs, average=average, return_tau=return_tau,
@@ -179,7 +184,9 @@ class _Recorder:
         plan = backend.plan(op, geo, strides, x.dtype, x.device, described, planes)
         reason, fell_back = backends.why(x)
         fallback = f"running in pure PyTorch: {reason}" if fell_back else ""
-        if not fallback and isinstance(parts, str) and looks_standard(gate) and hasattr(backend, "standard_forward"):
+        # where the backend itself prefers to call a gate, that is its plan
+        declined = hasattr(backend, "standard_forward") and isinstance(standard_gate(gate, x), str)
+        if not fallback and declined and looks_standard(gate):
             fallback = f"the standard gate is not fused: {parts}"
         self._add(Call(
             **about, backend=backend.name, why=reason, plan=plan, forward=forward, backward=backward,
@@ -218,7 +225,7 @@ def _place(frame: FrameType | None, names: dict[int, str]) -> tuple[str, bool]:
     return module or "", bool(compiled)
 
 
-def _modules_of(fn: Callable, more_args: tuple) -> dict[str, nn.Module]:
+def _modules_of(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Module]:
     """By name: the modules that fn is, is bound to, closes over, names in its own file, or is given."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -246,7 +253,8 @@ def _modules_of(fn: Callable, more_args: tuple) -> dict[str, nn.Module]:
                     look(key, item)
 
     look("", fn)
-    look("argument", more_args)
+    look("argument", args)
+    look("argument", kwargs)
     return found
 
 

@@ -48,7 +48,7 @@ class Kept(NamedTuple):
 
     bits: torch.Tensor | None  # (3, words): sign, nonzero, kept
     pooled: torch.Tensor | None  # A (N, C)
-    hidden: torch.Tensor | None  # u (N, H)
+    hidden: torch.Tensor | None  # u (N, H); of the cpu backend u, alpha and the batch's statistics, one after the other
     alpha: torch.Tensor | None  # (N, O)
     mean: torch.Tensor | None  # (H,), of the batch or running
     var: torch.Tensor | None
@@ -113,6 +113,8 @@ def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
             return "the gate's BatchNorm1d has no affine parameters or no running statistics"
         if type(momentum) is not float and type(momentum) is not int:
             return "the gate's BatchNorm1d has no fixed momentum"
+        if training and not eps > 0:
+            return "the gate's BatchNorm1d has an eps that torch refuses"  # with its own error
         if training and not norm.track_running_stats:
             return "the gate's BatchNorm1d does not track running statistics"
         if batches is None or batches.dtype != torch.int64 or batches.device != x.device:

@@ -170,11 +170,19 @@ class StandardCall(NamedTuple):
 
     @property
     def saved(self) -> int:
-        """Three planes, A, the hidden units, alpha, and the batch's statistics. Running ones are the module's."""
+        """Three planes, A, the hidden units, alpha, and the statistics, of running ones a copy."""
         if not self.keep:
             return 0
         gate = self.sums() + self.sums(self.hidden) + self.sums(self.outputs)
-        return 3 * self.plane + gate + (self.statistics if self.coupled else 0)
+        return 3 * self.plane + gate + (self.statistics if self.norm else 0)
+
+
+def standard(backend, call: StandardCall) -> tuple[Budget, Budget]:
+    """Forward and backward of ops/standard_shrink.py: the backend's, and the copies of running statistics in eval."""
+    forward, backward = backend.standard_budgets(call)
+    if call.keep and call.norm and not call.coupled:
+        forward += Budget(call.statistics, call.statistics, ("aten::clone", "aten::clone"))
+    return forward, backward
 
 
 # ---- anything in PyTorch ---------------------------------------------------------------------------------------------

@@ -2,19 +2,22 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 
 @contextlib.contextmanager
-def untouched(modules: Iterable[nn.Module] = (), tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+def untouched(modules: Iterable[nn.Module] = (), arguments: Any = ()) -> Iterator[None]:
     """Whatever runs inside, afterwards these are as before: every module's mode, buffers and parameters' ``.grad``, the
-    content and ``.grad`` of `tensors`, and torch's random number generators.
+    content and ``.grad`` of the tensors in `arguments` (in dicts, lists and tuples at any depth), and torch's random
+    number generators.
 
     Buffers are the same tensors with the same content and version, so a graph that was recorded before can still go
     backward. Inside, every ``.grad`` is None. Parameters' values are not kept: do not step an optimizer inside.
     """
+    tensors = list(_tensors(arguments))
     every = list({id(m): m for root in modules for m in root.modules()}.values())
     modes = [(module, module.training) for module in every]
     registered = [(m, name, b) for m in every for name, b in m._buffers.items() if b is not None]
@@ -46,6 +49,14 @@ def untouched(modules: Iterable[nn.Module] = (), tensors: Iterable[torch.Tensor]
                         t.copy_(content)
             for t, grad in grads:
                 t.grad = grad
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _expanded(t: torch.Tensor) -> bool:

@@ -16,8 +16,8 @@ from drsn_kernels.backends import cpu
 from drsn_kernels.bench import measure, record, run
 from drsn_kernels.bench.cases import MODES, OPERATORS, Case, select
 from drsn_kernels.bench.measure import Call, interleaved
+from drsn_kernels.bench.providers import FLOOR, PORT, Provider
 from drsn_kernels.bench.run import Settings
-from drsn_kernels.bench.workloads import build
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["bench", "--device", "cpu", "--quick", "--shapes", "F", "--ops", "shrink_train", "shrink_eval",
@@ -36,7 +36,7 @@ def short(monkeypatch):
 
 def test_quick_is_small_and_full_has_everything():
     quick, standard, full = (select("ABCDE", grid) for grid in ("quick", "standard", "full"))
-    assert len(quick) < 20 and len(quick) < len(standard) < len(full)
+    assert len(quick) <= 20 and len(quick) < len(standard) < len(full)
     assert {case.op for case in full} >= {*OPERATORS, "paper_network", "network_1d", "network_image"}
     assert {(case.mode, case.dtype, case.channels_last) for case in full if case.op == "unit"} >= set(
         itertools.product(MODES, ("fp32", "bf16"), (False, True))
@@ -112,38 +112,6 @@ def test_threads_are_measured_beside_the_floors_own():
 # ---- the check ----
 
 
-def test_a_wrong_provider_is_refused(monkeypatch):
-    def wrong(change):
-        def built(*arguments, **options):
-            calls, port, exact = build(*arguments, **options)
-            right = calls["torch"].run
-            return calls | {"torch": replace(calls["torch"], run=lambda: change(list(right())))}, port, exact
-
-        return built
-
-    def changed(index, by):
-        def change(outputs):
-            outputs[index] = by(outputs[index])
-            return tuple(outputs)
-
-        return change
-
-    def explode(outputs):
-        raise RuntimeError("out of luck")
-
-    case = Case("shrink_train", "F", (4, 6, 40))
-    for change, said in (
-        (changed(0, lambda y: y * 1.001), "y differs"),
-        (changed(1, torch.zeros_like), "dx differs"),
-        (changed(2, lambda dw: dw.neg()), "gradients differs"),
-        (changed(0, lambda y: y * float("nan")), "y differs"),
-        (explode, "raised RuntimeError: out of luck"),
-    ):
-        rows, refused = run.measure(case, ONCE, ABOUT, built=wrong(change))
-        assert list(refused) == ["torch"] and refused["torch"].startswith(said)
-        assert "torch" not in {one["provider"] for one in rows} and len(rows) >= 3
-
-
 def test_a_refused_row_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(run, "_objection", lambda judge, call: "y differs")
     assert main(QUICK) == 1
@@ -154,23 +122,26 @@ def test_a_refused_row_fails_the_command(monkeypatch, capsys):
 # ---- timing ----
 
 
-def test_calls_take_turns_and_what_is_untimed_stays_out():
+def test_calls_take_turns_in_a_new_order_each_round_and_what_is_untimed_stays_out():
     order = []
     calls = {
         "a": Call(lambda: order.append("a")),
         "b": Call(lambda: order.append("b"), lambda: order.append("before b")),
     }
-    ticks = iter(range(100))
 
     def clock(call):
         if call.before:
             call.before()
         call.run()
-        return {"time": next(ticks)}
+        return {"time": len(order)}
 
-    samples = interleaved(calls, rounds=2, clock=clock, warmup=1)
-    assert order == ["a", "before b", "b"] * 3
-    assert samples == {"a": {"time": [2, 4]}, "b": {"time": [3, 5]}}
+    samples = interleaved(calls, rounds=20, clock=clock, warmup=1)
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    turns = [["a", "before b", "b"], ["before b", "b", "a"]]
+    assert len(rounds) == 21 and all(turn in turns for turn in rounds) and all(turn in rounds for turn in turns)
+    # each sample is of its own call: the clock's reading is where the call stands in the order
+    for name in calls:
+        assert [order[at - 1] for at in samples[name]["time"]] == [name] * 20
 
 
 def test_the_wall_clock_leaves_out_what_comes_before(monkeypatch):
@@ -254,6 +225,11 @@ def test_the_command_writes_json_csv_and_plots(tmp_path, capsys):
     assert (tmp_path / "shrink_train-both-fp32.png").stat().st_size > 1000
     command = json.loads((tmp_path / "results.json").read_text("utf-8"))["command"]
     assert command.startswith("python -m drsn_kernels ")
+    page = (tmp_path / "results.md").read_text("utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| shrink_")]
+    assert command in page and f"torch: {torch.__version__}" in page and "aim: at most 1.18" in page
+    assert [line.split("|")[1].strip() for line in lines] == list(dict.fromkeys(one["case"] for one in rows))
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
@@ -279,6 +255,8 @@ def test_a_file_that_is_no_result_is_refused_before_anything_runs(tmp_path, caps
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--tolerance", "-1"], "tolerance must be at least 0, got -1"),
         (["--shapes", "XY"], "got XY"),
+        (["--shapes", ""], "got none"),
+        (["--out", f"{__file__}/inside"], "out must be a folder that can be written, got "),
         (["--slow-down", "cuda=2"], "no case here has a provider 'cuda'"),
         (["--compare", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
     ],
@@ -294,7 +272,7 @@ def test_a_device_that_is_not_there_is_an_error(capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["cpu", "cpu=fast", "cpu=0.5", "=2"])
+@pytest.mark.parametrize("text", ["cpu", "cpu=fast", "cpu=0.5", "=2", "cpu=nan", "cpu=inf"])
 def test_slow_down_takes_a_provider_and_a_factor(text, capsys):
     with pytest.raises(SystemExit):
         main([*QUICK, "--slow-down", text])
@@ -321,6 +299,42 @@ def test_the_command_exits_with_one_on_a_regression(tmp_path, capsys, monkeypatc
     assert main([*again, "--tolerance", "0.6"]) == 0
 
 
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "interleaved", lambda calls, *_, **__: {name: {"time": [1.0] * 3} for name in calls})
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    return tmp_path / "results.json"
+
+
+def test_a_provider_that_is_gone_fails_the_gate(stored, capsys, monkeypatch):
+    monkeypatch.setattr(run, "providers_of", lambda case, settings: [FLOOR, PORT, Provider("other", "ours", "torch")])
+    assert main([*QUICK, "--compare", str(stored)]) == 1
+    assert "MISSING shrink_train-F-16x4x2048x1-fp32-both torch: " in capsys.readouterr().out
+
+
+def test_a_stored_run_without_a_case_of_this_one_is_refused_before_anything_runs(stored, capsys):
+    capsys.readouterr()
+    assert main(["bench", "--device", "cpu", "--quick", "--shapes", "C", "--compare", str(stored)]) == 1
+    captured = capsys.readouterr()
+    assert "no row of ours for any of the" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("stop, status", [(KeyboardInterrupt(), 130), (RuntimeError("out of luck"), 1)])
+def test_what_was_measured_before_a_stop_is_written(tmp_path, capsys, monkeypatch, stop, status):
+    right, done = run.measure, []
+
+    def stopped(case, *rest):
+        if done:
+            raise stop
+        done.append(case)
+        return right(case, *rest)
+
+    monkeypatch.setattr(run, "measure", stopped)
+    assert main([*QUICK, "--out", str(tmp_path)]) == status
+    assert {one["case"] for one in record.read_json(tmp_path / "results.json")} == {done[0].id}
+    assert "stopped after 1 of 2 cases" in capsys.readouterr().out
+
+
 # ---- pytest --benchmark ----
 
 
@@ -345,11 +359,16 @@ def test_pytest_benchmark_runs_a_test_for_each_case_and_provider(tmp_path):
 def test_pytest_alone_collects_no_benchmark_and_the_flag_nothing_else():
     done = pytest_run("--collect-only", "benchmarks", "benchmarks/bench_operators.py")
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "test_speed" not in done.stdout
+    assert "pytest --benchmark" in done.stdout
     done = pytest_run("--benchmark", "--collect-only")
     assert done.returncode == 0 and "tests/" not in done.stdout
     assert "paper_network-N-128x1x2048-fp32-step-port" in done.stdout
 
 
-def test_pytest_benchmark_names_unknown_shapes():
-    done = pytest_run("--benchmark", "--benchmark-shapes", "Z")
-    assert done.returncode != 0 and "shapes takes letters of ABCDEFG, got Z" in done.stdout + done.stderr
+@pytest.mark.parametrize("option, value, status, message", [
+    ("shapes", "Z", pytest.ExitCode.INTERRUPTED, "shapes takes letters of ABCDEFG, got Z"),
+    ("rounds", "0", pytest.ExitCode.USAGE_ERROR, "--benchmark-rounds must be at least 1, got 0"),
+])  # fmt: skip
+def test_pytest_benchmark_names_what_is_wrong(option, value, status, message):
+    done = pytest_run("--benchmark", f"--benchmark-{option}", value)
+    assert done.returncode == status and (done.stdout + done.stderr).count(message) == 1

@@ -63,6 +63,23 @@ def test_the_gate_refuses_what_it_cannot_compare():
         compare.compare([row(STEADY)], [row(STEADY)], float("nan"))
 
 
+def test_what_this_run_lacks_is_missing():
+    other = replace(TRAIN, dtype="bf16")
+    stored = [row(STEADY, name) for name in ("cpu", "torch", "cpu-compiled", "port")] + [row(STEADY, case=other)]
+    now = [row(STEADY, "torch")]
+    said = [f"MISSING {TRAIN.id} {name}: in the stored run, not in this one" for name in ("cpu", "cpu-compiled")]
+    assert compare.missing(now, stored) == said
+    assert compare.missing(now, stored, {TRAIN.id}) == said[:1]  # a run that was told not to compile
+    assert compare.missing(stored, now) == []
+
+
+def test_a_stored_run_of_other_cases_is_refused():
+    compare.check_cases({TRAIN.id}, [row(STEADY)])
+    for stored in ([row(STEADY, "port")], [row(STEADY, case=replace(TRAIN, dtype="bf16"))]):
+        with pytest.raises(ValueError, match="no row of ours for any of the 1 cases selected"):
+            compare.check_cases({TRAIN.id}, stored)
+
+
 # ---- the figures ----
 
 

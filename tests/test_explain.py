@@ -1,6 +1,7 @@
 """explain: what it says of each way a call can go, that it is what the call does, and that it leaves no trace."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -286,6 +287,39 @@ def test_strict_raises_instead_of_a_fallback():
         assert len(dk.explain(fine, x, strict=True)) == 2
 
 
+def test_calls_of_other_threads_are_neither_told_of_nor_strict():
+    x, tied = torch.randn(3, 6, 40), torch.rand(3, 6, 40)
+    raised = []
+
+    def elsewhere():
+        try:
+            dk.soft_threshold(x, tied)  # a fallback
+        except RuntimeError as error:
+            raised.append(error)
+
+    def run(t):
+        other = threading.Thread(target=elsewhere)
+        other.start(), other.join()
+        return dk.abs_mean(t)
+
+    for strict in (False, True):
+        assert [call.op for call in dk.explain(run, x, strict=strict)] == ["abs_mean"]
+    assert raised == []
+
+
+def test_keyword_arguments_are_fns_own():
+    x = torch.randn(3, 6, 40)
+    (call,) = dk.explain(dk.shrink, x=x, gate=torch.sigmoid, residual=x.clone(), strict=False)
+    assert (call.op, call.shape) == ("shrink", (3, 6, 40))
+    (call,) = dk.explain(lambda t, fn: fn(t), x, fn=dk.abs_mean, strict=True)
+    assert call.op == "abs_mean"
+    model = nn.Sequential(dk.Shrinkage(6))
+    (call,) = dk.explain(lambda t, *, models: models["a"](t), x, models={"a": model})
+    assert call.module == "argument['models']['a'].0"
+    with pytest.raises(TypeError, match="thoroughly"):
+        dk.explain(dk.abs_mean, x, thoroughly=True)
+
+
 def test_what_is_refused():
     with pytest.raises(TypeError, match="fn must be a module or a callable, got int"):
         dk.explain(3, torch.randn(2, 3, 4))
@@ -350,6 +384,25 @@ def test_nothing_changes(name, how):
         for (grad, kept), p in zip(grads, (x, *module.parameters()), strict=True):
             assert p.grad is grad and torch.equal(grad, kept)
         y.sum().backward()
+
+
+def test_inputs_in_containers_are_restored():
+    batch = {"x": torch.randn(3, 6, 40), "more": [(torch.randn(2),), torch.randn(2, requires_grad=True)]}
+    tensors = [batch["x"], batch["more"][0][0], batch["more"][1]]
+    before = [t.detach().clone() for t in tensors]
+    grad = tensors[2].grad = torch.ones(2)
+
+    def run(inputs, *, again):
+        (inputs["more"][1] * 2).sum().backward()
+        with torch.no_grad():
+            for t in (inputs["x"], inputs["more"][0][0], inputs["more"][1], again[0]):
+                t.add_(1)
+        return dk.abs_mean(inputs["x"])
+
+    again = [torch.zeros(4)]
+    assert len(dk.explain(run, batch, again=again)) == 1
+    assert all(map(torch.equal, tensors, before)) and torch.equal(again[0], torch.zeros(4))
+    assert tensors[2].grad is grad and torch.equal(grad, torch.ones(2))
 
 
 def test_nothing_changes_where_the_model_raises():

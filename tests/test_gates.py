@@ -1,10 +1,14 @@
 """What counts as the standard gate, which a backend may compute itself, and what must be called."""
 
+import copy
+
 import pytest
 import torch
 from oracle import gate_of
 from torch import nn
 
+import drsn_kernels as dk
+from drsn_kernels.backends import cpu
 from drsn_kernels.gates import StandardGate, standard_gate
 
 
@@ -64,3 +68,95 @@ def test_the_standard_gate_is_recognised():
         assert "global" in standard_gate(gate_of(4, "norm", "channel"), x)
     finally:
         handle.remove()
+
+
+# ---- what a user could see of the fused gate ----
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def fusing(request):
+    """The cpu backend fuses the gate, the torch backend calls it: nobody may see which."""
+    if request.param == "cpu" and cpu._cpu is None:
+        pytest.skip(f"no compiled CPU kernels: {cpu.MISSING}")
+    with dk.use_backend(request.param, strict=True):
+        yield request.param
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5])
+def test_an_eps_that_torch_refuses_raises_torchs_error(fusing, eps):
+    module = dk.Shrinkage(4)
+    module.fc[1].eps = eps
+    with pytest.raises((RuntimeError, ValueError), match="eps"):
+        module(torch.randn(3, 4, 5))
+
+
+def test_a_tiny_eps_is_not_lost_in_float32(fusing):
+    module = dk.Shrinkage(4)
+    module.fc[1].eps = 1e-50
+    torch.nn.init.zeros_(module.fc[0].weight)  # hidden units of variance 0
+    assert module(torch.randn(3, 4, 5)).isfinite().all()
+
+
+def test_a_training_step_between_an_eval_forward_and_its_backward(fusing):
+    torch.manual_seed(0)
+    module, x = dk.Shrinkage(4), torch.randn(6, 4, 9, requires_grad=True)
+    evaluated = copy.deepcopy(module).eval()
+    expected = torch.autograd.grad(evaluated(x).sum(), [x, *evaluated.parameters()])
+    y = module.eval()(x)
+    module.train()(x.detach() + 3).sum().backward()
+    got = torch.autograd.grad(y.sum(), [x, *module.parameters()])
+    if fusing == "cpu":  # torch itself uses the statistics of the later step without a word
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("frozen", [(), ("0.weight", "0.bias"), ("3.weight",), ("1.weight", "1.bias"), "all"])
+def test_frozen_parameters_get_no_gradient_and_change_no_other(frozen):
+    torch.manual_seed(0)
+    module = dk.Shrinkage(5).double()
+    x = torch.randn(4, 5, 7, dtype=torch.float64, requires_grad=True)
+    for name, parameter in module.fc.named_parameters():
+        parameter.requires_grad = frozen != "all" and name not in frozen
+    grads = []
+    for backend in ("cpu", "torch"):
+        module.zero_grad()
+        with dk.use_backend(backend):
+            grads.append((torch.autograd.grad(module(x).square().sum(), x, retain_graph=True)[0],))
+            module(x).square().sum().backward()
+        grads[-1] += tuple(p.grad for p in module.parameters())
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_a_residual_alone_keeps_nothing_of_x(fusing):
+    module, x = dk.Shrinkage(4).requires_grad_(False), torch.randn(3, 4, 50)
+    residual = torch.randn(3, 4, 50, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y, tau = dk.shrink(x, module.fc, residual=residual, return_tau=True)
+    g = torch.randn_like(y)
+    assert torch.equal(torch.autograd.grad(y, residual, g)[0], g)
+    if fusing == "cpu":
+        assert not kept and not tau.requires_grad
+
+
+def test_create_graph_under_autocast_gives_the_same_gradient(fusing):
+    torch.manual_seed(0)
+    module, x = dk.Shrinkage(16), torch.randn(8, 16, 30, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        plain, recorded = (torch.autograd.grad(y.sum(), x, create_graph=create, retain_graph=True)[0]
+                           for create in (False, True))  # fmt: skip
+    torch.testing.assert_close(plain, recorded)
+
+
+def test_beyond_the_limit_of_products_the_gate_is_called():
+    if cpu._cpu is None:
+        pytest.skip("no compiled CPU kernels")
+    x = torch.randn(3, 8, 5)
+    parts = standard_gate(dk.Shrinkage(8).fc, x)
+    assert cpu.standard_unsupported(x, parts) is None
+    huge = x[:1].expand(1 << 30, 8, 5)
+    assert "products in the gate" in cpu.standard_unsupported(huge, parts)

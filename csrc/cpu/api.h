@@ -77,7 +77,7 @@ struct GateArgs {
 
 struct StandardForwardArgs {
   ReduceArgs reduce;  // out is gate.pooled
-  ApplyArgs apply;    // tau (N, C), or (N, 1) with tau_c 0, is written first
+  ApplyArgs apply;    // tau (N, C), or (N, 1) with tau_c 0, is written first; absent where nobody wants it
   GateArgs gate;
   int64_t block;  // samples that are pooled, gated and shrunk together; 0, and with batch statistics: the whole batch
 };
@@ -86,7 +86,7 @@ struct StandardBackwardArgs {
   GradArgs dtau, dx;  // dx.dx may be absent
   GateArgs gate;
   const void* tau_grad;  // (N, C) or (N, 1) like tau, or absent
-  void *dw1, *db1, *dgamma, *dbeta, *dw2, *db2;
+  void *dw1, *db1, *dgamma, *dbeta, *dw2, *db2;  // each absent where nobody wants it
 };
 
 struct Kernels {
@@ -107,5 +107,7 @@ extern const Kernels kernels_avx2, kernels_avx512;
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody, void* context);
 extern ParallelFor parallel_for;
+
+[[noreturn]] void out_of_memory();  // throws: Python's MemoryError
 
 }  // namespace drsn

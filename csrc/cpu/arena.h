@@ -7,6 +7,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -18,7 +19,7 @@ class Arena {
  public:
   // Null where the system has no memory.
   void* acquire(size_t bytes) {
-    const size_t size = (bytes + kHuge - 1) & ~(kHuge - 1);
+    const size_t size = round(bytes);
     if (void* p = take(size)) return p;
     void* p = map(size);
     if (!p) {  // what is kept may be what is missing
@@ -29,10 +30,10 @@ class Arena {
   }
 
   void release(void* p, size_t bytes) {
-    const size_t size = (bytes + kHuge - 1) & ~(kHuge - 1);
+    const size_t size = round(bytes);
     // Never wait: in a child forked while another thread held the lock, it stays locked for ever.
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock() || size > limit_) {
+    if (!lock.owns_lock() || size > limit_ || free_.size() == free_.capacity()) {  // growing might throw
       munmap(p, size);
       return;
     }
@@ -51,13 +52,18 @@ class Arena {
     if (lock.owns_lock()) shrink(bytes);
   }
   size_t cached() const { return cached_; }
+  Arena() { free_.reserve(kMostBlocks); }
 
  private:
   struct Block {
     void* p;
     size_t size;
   };
-  static constexpr size_t kHuge = 2 << 20;  // size and alignment of a huge page
+  static constexpr size_t kHuge = 2 << 20;    // alignment, so that huge pages fit
+  static constexpr size_t kGranule = 64 << 10;  // whole huge pages would double the memory of a tensor of 2.1 MiB
+  static constexpr size_t kMostBlocks = 1024;
+
+  static size_t round(size_t bytes) { return (bytes + kGranule - 1) & ~(kGranule - 1); }
 
   void* take(size_t size) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -95,7 +101,8 @@ class Arena {
 
   std::mutex mutex_;
   std::vector<Block> free_;
-  size_t cached_ = 0, limit_ = 0;
+  std::atomic<size_t> cached_{0};
+  size_t limit_ = 0;
 };
 
 }  // namespace drsn

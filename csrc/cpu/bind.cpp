@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +17,14 @@ namespace py = pybind11;
 namespace drsn {
 
 ParallelFor parallel_for = nullptr;
+
+struct NoMemory : std::bad_alloc {  // Python's MemoryError
+  std::string message;
+  explicit NoMemory(const std::string& what) : message("drsn_kernels: out of memory for " + what) {}
+  const char* what() const noexcept override { return message.c_str(); }
+};
+
+void out_of_memory() { throw NoMemory("the sums of a CPU kernel"); }
 
 namespace {
 
@@ -67,8 +76,9 @@ py::capsule empty(int dtype, const py::tuple& shape, const py::tuple& strides) {
   owner->bytes = size_t(items) * kinds[dtype].bits / 8;
   owner->data = arena().acquire(owner->bytes);
   if (!owner->data) {
+    const size_t bytes = owner->bytes;
     delete owner;
-    throw std::bad_alloc();
+    throw NoMemory("an output of " + std::to_string(bytes) + " bytes");
   }
   owner->tensor = {{owner->data, {kDLCPU, 0}, rank, kinds[dtype], owner->shape, owner->strides, 0}, owner, give_back};
   return py::capsule(&owner->tensor, "dltensor", [](PyObject* capsule) {

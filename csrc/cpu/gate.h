@@ -114,7 +114,7 @@ template <class S> struct Gate {
 
   void fold() const {
     for (int64_t j = 0; j < h; ++j) {
-      const S rstd = a.norm ? S(1) / S(std::sqrt(in<S>(a.var)[j] + S(a.eps))) : S(1);
+      const S rstd = a.norm ? S(1 / std::sqrt(double(in<S>(a.var)[j]) + a.eps)) : S(1);
       scale()[j] = a.norm ? in<S>(a.gamma)[j] * rstd : S(1);
       shift()[j] = a.norm ? in<S>(a.beta)[j] - in<S>(a.mean)[j] * scale()[j] : S(0);
     }

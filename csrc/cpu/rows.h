@@ -30,7 +30,7 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class S> struct Scratch {  // zero-filled memory
   S* data;
   explicit Scratch(int64_t n) : data(static_cast<S*>(std::calloc(size_t(n ? n : 1), sizeof(S)))) {
-    if (!data) std::abort();
+    if (!data) out_of_memory();
   }
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
@@ -41,10 +41,23 @@ template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const
   if (tasks <= 0) return;  // an empty tensor; the walks below divide by its sizes
   const int64_t grain = max64(1, kGrain / max64(1, elements_per_task));
   if (!parallel_for || tasks <= grain) return f(int64_t(0), tasks);
+  struct Shared {
+    const F& f;
+    int failed;
+  } shared{f, 0};
   const int32_t error = parallel_for(
-      0, tasks, grain, [](int64_t b, int64_t e, void* c) { (*static_cast<const F*>(c))(b, e); },
-      const_cast<void*>(static_cast<const void*>(&f)));
-  if (error) f(int64_t(0), tasks);  // f throws nothing, so torch can only have refused before it started
+      0, tasks, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        auto& s = *static_cast<Shared*>(context);
+        try {
+          s.f(begin, end);
+        } catch (...) {  // a thread of the pool must not throw; nothing but memory can be missing
+          __atomic_store_n(&s.failed, 1, __ATOMIC_RELAXED);
+        }
+      },
+      &shared);
+  if (error) f(int64_t(0), tasks);  // torch can only have refused before it started
+  if (shared.failed) out_of_memory();
 }
 
 // ---- plane words -----------------------------------------------------------------------------------------------------

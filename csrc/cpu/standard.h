@@ -39,15 +39,17 @@ ApplyArgs part(ApplyArgs a, int64_t first, int64_t count) {
 template <class S> void forward_as(const StandardForwardArgs& args) {
   const Gate<S> gate(args.gate);
   const int64_t n = gate.n, h = gate.h;
-  Scratch<S> v(n * h);
-  S* const tau = static_cast<S*>(const_cast<void*>(args.apply.tau));
+  Scratch<S> v(n * h), own(args.apply.tau ? 0 : n * gate.c);
+  ApplyArgs last = args.apply;
+  if (!last.tau) last.tau = own.data;
+  S* const tau = static_cast<S*>(const_cast<void*>(last.tau));
   const auto pool = [&](int64_t first, int64_t count) {
     reduce(part(args.reduce, first, count));
     gate.first_layer(first, count);
   };
   const auto shrink = [&](int64_t first, int64_t count) {
     gate.second_layer(first, count, v.data + first * h, tau);
-    apply(part(args.apply, first, count));
+    apply(part(last, first, count));
   };
   if (!args.block) {
     pool(0, n);
@@ -82,15 +84,17 @@ template <class S> void backward_as(const StandardBackwardArgs& args) {
                           around.data + i * c);
   });
   product<S>({o, dz.data, o, 1, in<S>(a.w2), h, nullptr, du.data, h}, n, h);
-  gate.norm_grad(du.data, v.data, out<S>(args.db1), out<S>(args.dgamma), out<S>(args.dbeta));
-  each_column<S>(n, o, [&](int64_t j, int lanes) {
+  Scratch<S> unwanted(3 * h);
+  const auto wanted = [&](void* p, int64_t i) { return p ? out<S>(p) : unwanted.data + i * h; };
+  gate.norm_grad(du.data, v.data, wanted(args.db1, 0), wanted(args.dgamma, 1), wanted(args.dbeta, 2));
+  if (args.db2) each_column<S>(n, o, [&](int64_t j, int lanes) {
     using V = Vec<S>;
     double sums[1][V::W];
     sum_column<1, S>(n, sums, [&](int64_t i, V* s) DRSN_LAMBDA { s[0] = s[0] + load<V>(dz.data + i * o + j, lanes); });
     Gate<S>::take(sums[0], out<S>(args.db2) + j, lanes);
   });
-  product<S>({n, dz.data, 1, o, v.data, h, nullptr, out<S>(args.dw2), h}, o, h);
-  product<S>({n, du.data, 1, h, in<S>(a.pooled), c, nullptr, out<S>(args.dw1), c}, h, c);
+  if (args.dw2) product<S>({n, dz.data, 1, o, v.data, h, nullptr, out<S>(args.dw2), h}, o, h);
+  if (args.dw1) product<S>({n, du.data, 1, h, in<S>(a.pooled), c, nullptr, out<S>(args.dw1), c}, h, c);
   if (!args.dx.dx) return;
   // dA, where the direct part lies
   product<S>({h, du.data, h, 1, in<S>(a.w1), c, around.data, around.data, c}, n, c);

@@ -75,13 +75,19 @@ def unsupported(x: torch.Tensor) -> str | None:
     return f"x has {x.dim()} dimensions, the cpu kernels take at most 8"
 
 
-_ARENA_BYTES = 1 << 20  # outputs from this size to _CACHE_BYTES take memory that is kept when they are freed: arena.h
+_ARENA_BYTES = 2 << 20  # outputs from this size to _CACHE_BYTES take memory that is kept when they are freed: arena.h
 
 
 def _output(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if _ARENA_BYTES <= math.prod(shape) * dtype.itemsize <= _CACHE_BYTES:
         return torch.from_dlpack(_cpu.empty(_DTYPES[dtype], shape, strides))
     return torch.empty_strided(shape, strides, dtype=dtype, device=_CPU)
+
+
+def empty_cache() -> None:
+    """Give the memory of freed outputs back to the system (the environment variable DRSN_CACHE_MIB limits it)."""
+    _cpu.set_cache_limit(0)
+    _cpu.set_cache_limit(_CACHE_BYTES)
 
 
 # torch.empty_strided parses its arguments in 0.8 us, torch.empty in 1.3 us (2.1 us with a torch.Size)
@@ -170,7 +176,18 @@ def grad(
 _AVERAGES = {"channel": 0, "sample": 1, None: 2}  # Average in csrc/cpu/api.h
 
 
+# Beyond this many products torch's own matrix products win back what fusing saves. Time of the called gate over that of
+# the fused one, a training step. AVX-512: (128, 512, 16) 1.14, (128, 1024, 16) 1.05, (512, 1024, 4) 0.91,
+# (128, 2048, 4) 0.85. AVX2: (128, 256, 16) 1.04, (512, 256, 16) 0.94, (128, 512, 16) 0.86.
+# Portable: (128, 64, 32) 1.01, (128, 128, 16) 0.91, (128, 512, 16) 0.70.
+_MOST_PRODUCTS = {"avx512": 1 << 29, "avx2": 1 << 24, "portable": 1 << 20}
+
+
 def standard_unsupported(x: torch.Tensor, parts: StandardGate) -> str | None:
+    outputs, hidden = parts.w2.shape
+    products, most = x.shape[0] * hidden * (x.shape[1] + outputs), _MOST_PRODUCTS[_cpu.isa()]
+    if products > most:
+        return f"{products} products in the gate: beyond {most} torch's matrix products are faster"
     return None
 
 
@@ -226,24 +243,34 @@ def standard_forward(
     else:
         y, y_strides = out, out.stride()
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def new(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty_strided((rows, columns), (columns, 1), dtype=acc, device=_CPU)
-
     bits = _planes(3, _cpu.plane_words(shape, dense)) if keep else None
-    pooled, u, alpha = new(n, c), new(n, hidden), new(n, outputs)
-    tau = new(n, 1 if outputs == 1 and average != "channel" else c)
-    mean, var = parts.mean, parts.var
-    if parts.batch_stats:
-        mean, var = new(2, hidden)
+    pooled, tau = _pooled(shape, dtype), None
+    if want_tau:
+        columns = 1 if outputs == 1 and average != "channel" else c
+        tau = torch.empty_strided((n, columns), (columns, 1), dtype=acc, device=_CPU)
+    # u, alpha and the statistics in one tensor: three allocations and a split less, 5 us of a call
+    size = n * (hidden + outputs) + (2 * hidden if parts.batch_stats else 0)
+    state = torch.empty_strided((size,), (1,), dtype=acc, device=_CPU)
+    mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
+    kept = Kept(bits, pooled, state, None, mean, var)
     added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
     _cpu.standard_forward(
         _DTYPES[dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y_strides, added, added_strides,
-        0 if bits is None else bits.data_ptr(), tau.data_ptr(), _AVERAGES[average], hidden, outputs,
-        parts.batch_stats, parts.eps, parts.momentum, _addresses(*parts[:9]),
-        _addresses(pooled, u, alpha, mean, var), standard_plan(geo, dtype, hidden, outputs, parts.batch_stats).block,
+        0 if bits is None else bits.data_ptr(), 0 if tau is None else tau.data_ptr(), _AVERAGES[average],
+        hidden, outputs, parts.batch_stats, parts.eps, parts.momentum, _addresses(*parts[:9]),
+        _state(kept, n, hidden, outputs), standard_plan(geo, dtype, hidden, outputs, parts.batch_stats).block,
     )  # fmt: skip
-    return y, tau if want_tau else None, Kept(bits, pooled, u, alpha, mean, var)
+    return y, tau, kept
+
+
+def _state(kept: Kept, n: int, hidden: int, outputs: int) -> tuple[int, ...]:
+    """Addresses of A, u, alpha, mean and variance."""
+    u, item = kept.hidden.data_ptr(), kept.hidden.element_size()
+    alpha = u + n * hidden * item
+    mean = alpha + n * outputs * item
+    if kept.mean is not None:
+        return kept.pooled.data_ptr(), u, alpha, kept.mean.data_ptr(), kept.var.data_ptr()
+    return kept.pooled.data_ptr(), u, alpha, mean, mean + hidden * item
 
 
 def standard_backward(
@@ -254,21 +281,21 @@ def standard_backward(
     kept: Kept,
     g: torch.Tensor,
     tau_grad: torch.Tensor | None,
-    want_dx: bool,
+    want: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """dx, and the gradients of w1, b1, gamma, beta, w2, b2."""
+    """dx, and the gradients of w1, b1, gamma, beta, w2, b2; those that are wanted."""
     shape, dense = geo
-    bits, *state = kept
     outputs, hidden = parts.w2.shape
-    dx = _output(shape, dense, dtype) if want_dx else None
-    grads = [None if p is None else torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=_CPU)
-             for p in parts[:6]]  # fmt: skip
+    dx = _output(shape, dense, dtype) if want[0] else None
+    grads = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=_CPU) if p is not None and wanted else None
+             for p, wanted in zip(parts[:6], want[1:], strict=True)]  # fmt: skip
     if tau_grad is not None:
         tau_grad = tau_grad.contiguous()
     _cpu.standard_backward(
-        _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(), 0 if dx is None else dx.data_ptr(), bits.data_ptr(),
-        0 if tau_grad is None else tau_grad.data_ptr(), _AVERAGES[average], hidden, outputs, parts.batch_stats,
-        parts.eps, _addresses(*parts[:9]), _addresses(*state), _addresses(*grads),
+        _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(), 0 if dx is None else dx.data_ptr(),
+        kept.bits.data_ptr(), 0 if tau_grad is None else tau_grad.data_ptr(), _AVERAGES[average], hidden, outputs,
+        parts.batch_stats, parts.eps, _addresses(*parts[:9]),
+        _state(kept, shape[0], hidden, outputs), _addresses(*grads),
     )  # fmt: skip
     return dx, *grads
 
@@ -307,12 +334,12 @@ def standard_budgets(call: StandardCall) -> tuple[Budget, Budget]:
     reads = 1 if block else 2
     gate = call.sums() + call.sums(call.hidden) + call.sums(call.outputs)
     statistics = call.statistics if call.coupled else 0
-    made = gate + call.tau + statistics
+    made = gate + (call.tau if call.want_tau else 0) + statistics
     forward = Budget(
         (reads + call.residual) * call.full + call.first_layer + call.second_layer + call.norm_read,
         call.full + (3 * call.plane if call.keep else 0) + made + statistics,
         ("standard_forward",),
-        (0 if call.want_tau else call.tau) + (0 if call.keep else gate + statistics),
+        0 if call.keep else gate + statistics,
         call.saved,
     )
     if not call.keep:

@@ -92,10 +92,10 @@ def standard_forward(x, geo, parts, average, residual, out, keep, want_tau):
     return run(x, geo, parts, average, residual, out, keep, want_tau)
 
 
-def standard_backward(geo, dtype, parts, average, kept, g, tau_grad, want_dx):
+def standard_backward(geo, dtype, parts, average, kept, g, tau_grad, want):
     from ..triton.standard import backward as run
 
-    return run(geo, dtype, parts, average, kept, g, tau_grad, want_dx)
+    return run(geo, dtype, parts, average, kept, g, tau_grad, want[0])
 
 
 # ---- budgets and plans (traffic.py, explain.py) ----

@@ -1,6 +1,7 @@
 """The arguments of the command; `pytest --benchmark` has the same under its own prefix."""
 
 import argparse
+import math
 from pathlib import Path
 
 from .cases import OPS, SHAPES
@@ -34,6 +35,6 @@ def slow_down(text: str) -> tuple[str, float]:
         value = float(factor)
     except ValueError:
         value = 0
-    if not name or value < 1:
-        raise argparse.ArgumentTypeError(f"takes PROVIDER=FACTOR with a factor of at least 1, got {text!r}")
+    if not name or not 1 <= value < math.inf:  # nor nan
+        raise argparse.ArgumentTypeError(f"takes PROVIDER=FACTOR with a finite factor of at least 1, got {text!r}")
     return name, value

@@ -1,11 +1,12 @@
 """The regression gate: ratios to the floor of the same run, now and stored, so that a busy machine does not decide.
 
 A row of ours is a regression where its ratio exceeds the stored one by more than the tolerance and three standard
-errors of the two medians. Providers that are not ours are not judged.
+errors of the two medians. One that the stored run has and this one has not fails as well: a backend that does not load,
+or a row that was refused, is no pass. Providers that are not ours are not judged.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .measure import geometric_mean
@@ -44,6 +45,25 @@ def check_same_device(rows: Sequence[dict], stored: Sequence[dict]) -> None:
         now, before = rows[0][name], stored[0][name]
         if now != before and (name == "device" or not rows[0]["driver"]):
             raise ValueError(f"the stored run was made with {name} {before}, this one with {now}: record a run here")
+
+
+def check_cases(cases: Collection[str], stored: Sequence[dict]) -> None:
+    """Raises ValueError where the stored run has no row of ours for any of the cases that are to be run."""
+    if not any(row["case"] in cases and row["provider"] in OURS for row in stored):
+        raise ValueError(f"the stored run has no row of ours for any of the {len(cases)} cases selected")
+
+
+def missing(rows: Sequence[dict], stored: Sequence[dict], uncompiled: Collection[str] = ()) -> list[str]:
+    """A line for each stored row of ours whose case is in this run without it. `uncompiled`: cases that this run does
+    not compile because it was told so, or is smaller; their stored compiled rows are not missing."""
+    cases = {row["case"] for row in rows}
+    now = {(row["case"], row["provider"]) for row in rows}
+    return [
+        f"MISSING {case} {provider}: in the stored run, not in this one"
+        for case, provider in dict.fromkeys((row["case"], row["provider"]) for row in stored)
+        if case in cases and provider in OURS and (case, provider) not in now
+        and not (provider.endswith("-compiled") and case in uncompiled)
+    ]  # fmt: skip
 
 
 def compare(rows: Sequence[dict], stored: Sequence[dict], tolerance: float = TOLERANCE) -> list[Change]:

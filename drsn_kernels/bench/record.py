@@ -152,3 +152,20 @@ def write_csv(path: Path, rows: Iterable[dict]) -> Path:
         for one in rows:
             writer.writerow(one | {"shape": "x".join(map(str, one["shape"]))})
     return path
+
+
+def write_markdown(path: Path, rows: list[dict], figures: Iterable[object], command: str) -> Path:
+    """The figures, and a table for people: a line for each case, milliseconds by provider, the floor first."""
+    providers = list(dict.fromkeys(one["provider"] for one in rows))
+    cases: dict[str, dict[str, dict]] = {}
+    for one in rows:
+        cases.setdefault(one["case"], {})[one["provider"]] = one
+    about = [f"{name}: {rows[0][name]}" for name in ENVIRONMENT if rows[0][name] not in ("", "none")]
+    lines = [f"`{command}`", "", *(f"- {part}" for part in about), "", "```", *map(str, figures), "```", ""]
+    lines += ["Medians in milliseconds.", "", f"| case | {' | '.join(providers)} |"]
+    lines.append("|---" * (len(providers) + 1) + "|")
+    for case, found in cases.items():
+        cells = (f"{found[name]['median_ms']:.3g}" if name in found else "" for name in providers)
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path

@@ -4,6 +4,7 @@ import argparse
 import gc
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,8 @@ def command(options: argparse.Namespace) -> int:
     """Run, print, write and compare; the exit status. Raises ValueError, OSError before any work is done."""
     device = check_device(options.device)
     grid = "quick" if options.quick else "full" if options.full else "standard"
-    cases = select(options.shapes or ("ABCDEG" if device == "cuda" else "ABCDE"), grid, device, options.ops)
+    letters = ("ABCDEG" if device == "cuda" else "ABCDE") if options.shapes is None else options.shapes
+    cases = select(letters, grid, device, options.ops)
     rounds = ROUNDS[grid] if options.rounds is None else options.rounds
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -141,13 +143,23 @@ def command(options: argparse.Namespace) -> int:
     about = record.environment(device)
     if stored is not None:
         compare.check_same_device([about], stored)
+        compare.check_cases({case.id for case in cases}, stored)
     if options.slow_down and not any(options.slow_down[0] == p.name for c in cases for p in providers_of(c, settings)):
         raise ValueError(f"slow-down: no case here has a provider {options.slow_down[0]!r}")
+    if options.out:
+        _check_folder(options.out)
     for name, value in about.items():
         print(f"{name:10s}{value}")
     if device == "cpu" and backends.cpu.MISSING:
         print(f"without the cpu backend: {backends.cpu.MISSING}")
-    rows, refusals = _rows(cases, settings, about)
+    rows: list[dict] = []
+    try:
+        refusals = _measure_all(cases, settings, about, rows)
+    except BaseException:  # Ctrl-C too: an hour's rows are not thrown away
+        print(f"\nstopped after {len({one['case'] for one in rows})} of {len(cases)} cases")
+        if options.out and rows:
+            _write(options.out, rows)
+        raise
     print("\nsummary")
     for figure in summary.figures(rows):
         print(figure)
@@ -157,14 +169,25 @@ def command(options: argparse.Namespace) -> int:
     if refusals:
         print(f"{refusals} rows refused: see WRONG above")
     if stored is not None:
+        lost = compare.missing(rows, stored, {c.id for c in cases if compiled_forms(c, settings) != "all"})
+        print("".join(f"{text}\n" for text in lost), end="")
         lines, regression = compare.report(compare.compare(rows, stored, options.tolerance))
         print("\n".join(lines))
-        failed |= regression
+        failed |= regression or bool(lost)
     return int(failed)
 
 
-def _rows(cases: Sequence[Case], settings: Settings, about: dict) -> tuple[list[dict], int]:
-    rows, refusals = [], 0
+def _check_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise OSError(f"out must be a folder that can be written, got {out}: {error.strerror}") from error
+
+
+def _measure_all(cases: Sequence[Case], settings: Settings, about: dict, rows: list[dict]) -> int:
+    """Fill `rows` case by case; how many were refused."""
+    refusals = 0
     print(f"\n{len(cases)} cases\n{HEADER}")
     for case in cases:
         new, refused = measure(case, settings, about)
@@ -175,13 +198,13 @@ def _rows(cases: Sequence[Case], settings: Settings, about: dict) -> tuple[list[
             print(f"  {name:20s}WRONG: {why}", flush=True)
         rows += new
         refusals += len(refused)
-    return rows, refusals
+    return refusals
 
 
 def _write(out: Path, rows: list[dict]) -> None:
-    arguments = shlex.join(sys.argv[1:])
-    written = [record.write_json(out / "results.json", rows, f"python -m drsn_kernels {arguments}"),
-               record.write_csv(out / "results.csv", rows)]  # fmt: skip
+    command = f"python -m drsn_kernels {shlex.join(sys.argv[1:])}"
+    written = [record.write_json(out / "results.json", rows, command), record.write_csv(out / "results.csv", rows),
+               record.write_markdown(out / "results.md", rows, summary.figures(rows), command)]  # fmt: skip
     try:
         require("matplotlib", "demo")
     except ImportError as error:

@@ -14,6 +14,7 @@ from . import baselines
 from .cases import NETWORK, Case
 from .measure import Call
 from .providers import PORT, Provider
+from .ties import clear_hidden_units, clear_thresholds
 
 TRAINING = ("shrink_train", "shrink_any_gate", "unit")  # their forward pass is recorded for a backward pass
 SHRINKAGE = {"port": baselines.PortShrinkage, "best": baselines.BestShrinkage, "ours": Shrinkage}
@@ -118,6 +119,14 @@ class _Calls:
         self.x, self.g, self.leaf = x, g, x.clone().requires_grad_()
         self.target = torch.randint(8, case.shape[:1], device=device)
 
+    def clear_of_ties(self, port: nn.Module) -> None:
+        """Change the port's parameters and x (ties.py). bfloat16 is too coarse for it, a network too deep."""
+        if self.x.dtype == torch.float32 and self.case.op not in (*NETWORK, "abs_mean"):
+            clear_hidden_units(port, self.x)
+            if self.case.op != "unit":
+                clear_thresholds(port, self.x)
+                self.leaf.data.copy_(self.x)
+
     def exact(self) -> "_Calls":
         """The same tensors in float64."""
         other = object.__new__(_Calls)
@@ -184,6 +193,7 @@ def build(case: Case, providers: Iterable[Provider], device: str, seed: int = 0)
     torch.manual_seed(seed)
     shared = _Calls(case, device)
     port = module(case, "port")
+    shared.clear_of_ties(port)
     state = port.state_dict()
 
     def made(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -104,6 +104,10 @@ def _threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_poo
     return alpha_grad, pooled_grad
 
 
+def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     try:
         return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
@@ -206,6 +210,8 @@ def shrink(
     overwrite = inplace and not by_copy
     parts = _fusable(gate, x, backend)
     if not isinstance(parts, str):
+        if grads and fused is not None and fused.requires_grad and not _any_requires_grad(x, *parts[:6]):
+            fused = None  # added afterwards: its gradient is g, for which nothing need be kept
         y, tau = _standard(x, geo, parts, backend, gate, average, fused, grads, overwrite, return_tau)
         return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
     pool, handle = None, x
@@ -264,15 +270,15 @@ def _fusable(gate, x: torch.Tensor, backend) -> StandardGate | str:
 def _standard(x, geo, parts, backend, gate, average, residual, grads, overwrite, return_tau):
     """(y, tau or None), gate and step computed together."""
     parameters = parts[:6]
-    keep = grads and any(t is not None and t.requires_grad for t in (x, residual, *parameters))
+    keep = grads and _any_requires_grad(x, *parameters)
     if recording.active is not None:
         recording.active(
             "shrink", x, backend, keep=keep, gate=gate, parts=parts, average=average, outputs=parts.w2.shape[0],
             residual=residual, return_tau=return_tau,
         )  # fmt: skip
     if keep:
-        call = Call(parts, backend, geo, average, overwrite, return_tau)
-        y, _, *tau = apply_standard(x, residual, *parameters, call)
+        call = Call(backend, geo, average, overwrite, return_tau)
+        y, _, *tau = apply_standard(x, residual, *parameters, parts, call)
         tau = tau[0] if tau else None
     else:
         y, tau, _ = backend.standard_forward(

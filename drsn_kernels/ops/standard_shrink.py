@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import eager
-from ..gates import StandardGate
+from ..gates import Kept, StandardGate
 from ..planes import Geometry
 from ..reference import threshold
 from .dispatch import direct_apply, is_eager_grad
@@ -22,7 +22,6 @@ from .dispatch import direct_apply, is_eager_grad
 class Call(NamedTuple):
     """What the node is told besides its tensors."""
 
-    parts: StandardGate
     backend: object
     geometry: Geometry
     average: str | None
@@ -34,13 +33,16 @@ class StandardShrink(torch.autograd.Function):
     """(x, residual, w1, b1, gamma, beta, w2, b2) -> (y, A), or (y, A, tau)."""
 
     @staticmethod
-    def forward(ctx, x, residual, w1, b1, gamma, beta, w2, b2, call):
+    def forward(ctx, x, residual, w1, b1, gamma, beta, w2, b2, parts, call):
         ctx.set_materialize_grads(False)
         y, tau, kept = call.backend.standard_forward(
-            x, call.geometry, call.parts, call.average, residual, x if call.inplace else None, True, call.return_tau
+            x, call.geometry, parts, call.average, residual, x if call.inplace else None, True, call.return_tau
         )
+        if kept.mean is not None and not parts.batch_stats:  # a training step in between would overwrite them
+            kept = kept._replace(mean=kept.mean.clone(), var=kept.var.clone())
         ctx.save_for_backward(*kept, w1, b1, gamma, beta, w2, b2)
-        ctx.call, ctx.dtype = call._replace(parts=call.parts._replace(**dict.fromkeys(_TENSORS))), x.dtype
+        # not parts itself: the tensors of a node live in saved_tensors only
+        ctx.call, ctx.dtype, ctx.eps, ctx.batch_stats = call, x.dtype, parts.eps, parts.batch_stats
         if call.inplace:
             ctx.mark_dirty(x)
         return (y, kept.pooled, tau) if call.return_tau else (y, kept.pooled)
@@ -50,23 +52,22 @@ class StandardShrink(torch.autograd.Function):
         residual_grad = g if ctx.needs_input_grad[1] else None
         want = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:8]
         if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
-            return None, residual_grad, *[None] * 7
-        bits, pooled, hidden, alpha, mean, var, *parameters = ctx.saved_tensors
-        call = ctx.call
-        parts = call.parts._replace(**dict(zip(_PARAMETERS, parameters, strict=True)), mean=mean, var=var)
+            return None, residual_grad, *[None] * 8
+        *kept, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
+        kept, call = Kept(*kept), ctx.call
+        parts = StandardGate(
+            w1, b1, gamma, beta, w2, b2, kept.mean, kept.var, None, ctx.eps, 0.0, ctx.batch_stats
+        )  # fmt: skip
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
-            kept = (bits, pooled, hidden, alpha, mean, var)
             dx, *grads = call.backend.standard_backward(
-                call.geometry, ctx.dtype, parts, call.average, kept, g, tau_grad, want[0]
+                call.geometry, ctx.dtype, parts, call.average, kept, g, tau_grad, want
             )
         else:
-            dx, *grads = _differentiable(call, ctx.dtype, parts, bits, pooled, g, pooled_grad, tau_grad, want)
+            dx, *grads = _differentiable(call, ctx.dtype, parts, kept.bits, kept.pooled, g, pooled_grad, tau_grad, want)
         grads = [grad if wanted else None for grad, wanted in zip(grads, want[1:], strict=True)]
-        return dx, residual_grad, *grads, None
+        return dx, residual_grad, *grads, None, None
 
 
-_PARAMETERS = ("w1", "b1", "gamma", "beta", "w2", "b2")
-_TENSORS = (*_PARAMETERS, "mean", "var", "batches")  # those of a node live in saved_tensors, not in its Call
 apply_standard = direct_apply(StandardShrink)
 
 
@@ -77,7 +78,8 @@ def _differentiable(call, dtype, parts, bits, pooled, g, pooled_grad, tau_grad, 
     if g is not None:
         dtau = eager.grad(call.geometry, dtype, g, kept, sign, want_dx=False, want_dtau=True)[1]
     recording = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # the fused gate computes in float32 under autocast too
+    with torch.enable_grad(), torch.autocast(pooled.device.type, enabled=False):
         if not recording or not pooled.requires_grad:
             pooled = pooled.detach().requires_grad_()
         tau = threshold(parts.alpha(pooled), pooled, call.average)
