@@ -16,7 +16,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "cpu": Rule(None, "the two have not been timed against each other on a CPU"),
+    "cpu": Rule(None, "opaque took 1.2 to 1.6 times as long from 1 to 24 MiB, and 0.76 on one shape of 19 MiB"),
     "cuda": Rule(None, "not yet run on a GPU"),
 }
 _OTHERS = Rule(None, "no kernels for this device")
