@@ -222,6 +222,16 @@ template <class S> struct Gate {
       take(sums[0], db1 + j, lanes);
     });
   }
+  void centre_pooled(S* to) const {
+    const S* const pooled = in<S>(a.pooled);
+    each_column<S>(n, c, [&](int64_t j, int lanes) {
+      double sum[1][V::W];
+      S mean[V::W];
+      sum_column<1, S>(n, sum, [&](int64_t i, V* s) DRSN_LAMBDA { s[0] = s[0] + load<V>(pooled + i * c + j, lanes); });
+      for (int w = 0; w < V::W; ++w) mean[w] = S(sum[0][w] / double(n));
+      for (int64_t i = 0; i < n; ++i) store(load<V>(pooled + i * c + j, lanes) - V::load(mean), to + i * c + j, lanes);
+    });
+  }
   static void take(const double* sums, S* to, int lanes) {
     for (int w = 0; w < lanes; ++w) to[w] = S(sums[w]);
   }

@@ -94,7 +94,13 @@ template <class S> void backward_as(const StandardBackwardArgs& args) {
     Gate<S>::take(sums[0], out<S>(args.db2) + j, lanes);
   });
   if (args.dw2) product<S>({n, dz.data, 1, o, v.data, h, nullptr, out<S>(args.dw2), h}, o, h);
-  if (args.dw1) product<S>({n, du.data, 1, h, in<S>(a.pooled), c, nullptr, out<S>(args.dw1), c}, h, c);
+  if (args.dw1) {
+    // Behind batch statistics the sum of du over the batch is 0 but for rounding, which A, nearly the same for every sample,
+    // would multiply: A less its mean gives the same gradient, more exactly.
+    Scratch<S> centred(a.batch_stats ? n * c : 0);
+    if (a.batch_stats) gate.centre_pooled(centred.data);
+    product<S>({n, du.data, 1, h, a.batch_stats ? centred.data : in<S>(a.pooled), c, nullptr, out<S>(args.dw1), c}, h, c);
+  }
   if (!args.dx.dx) return;
   // dA, where the direct part lies
   product<S>({h, du.data, h, 1, in<S>(a.w1), c, around.data, around.data, c}, n, c);

@@ -66,6 +66,7 @@ class Judge:
     def objection(self, call: Call) -> str | None:
         """What is wrong with this very call's results, or None."""
         for part, error in self._errors(call.once()).items():
+            # four: the compiler's order of a sum that cancels came out at 2.1 times the port's error
             limit = 4 * self.port[part] + _floor(self.case, part)
             if not error <= limit:  # also where it is NaN
                 return f"{part} differs from the popular port in float64 by {error:.1e} (norm), allowed {limit:.1e}"

@@ -10,8 +10,7 @@ from ..bench.baselines import PortShrinkage
 from ..modules import Shrinkage
 
 SHAPES = ((32, 24, 333), (16, 32, 17, 19))
-# An error is fine up to four times PyTorch's own in that dtype, plus this: in the gradient of the gate's first weight
-# nearly all of a sum cancels behind the batch normalisation, and the order of the sum decides what is left.
+# An error is fine up to twice PyTorch's own in that dtype, plus this.
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-11}
 PARTS = ("y", "dx", "gate")
 
@@ -60,7 +59,7 @@ def run() -> list[dict]:
             ok, worst = True, [0.0, 0.0, 0.0]
             for shape in SHAPES:
                 ours, plain = _compare(name, dtype, shape)
-                ok &= all(a <= 4 * b + floor for a, b in zip(ours, plain, strict=True))
+                ok &= all(a <= 2 * b + floor for a, b in zip(ours, plain, strict=True))
                 worst = [max(w, e) for w, e in zip(worst, ours, strict=True)]
             label = str(dtype).removeprefix("torch.")
             rows.append({"backend": name, "dtype": label, "ok": ok, **dict(zip(PARTS, worst, strict=True))})
