@@ -1,79 +1,9 @@
 // What the binding calls and each instruction set implements.
 #pragma once
 
-#include <cstdint>
+#include "../common/args.h"
 
 namespace drsn {
-
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-
-constexpr int kMaxDims = 6;  // spatial dimensions
-
-// Strides in elements. Spatial dimensions in walking order, size-1 ones dropped and neighbours merged where possible.
-struct Strides {
-  int64_t n = 0, c = 0;
-  int dims = 0;
-  int64_t size[kMaxDims] = {}, stride[kMaxDims] = {};
-};
-
-// How a tensor is walked: see drsn_kernels/planes.py for the order and the layout of the planes.
-struct Walk {
-  int64_t n = 0, c = 0, l = 0;
-  bool channels_last = false;
-  int64_t row_bytes = 0;  // bytes of one row in a plane
-};
-
-struct ReduceArgs {  // out = mean |x|; planes optional (both or none)
-  DType dtype;
-  Walk walk;
-  const void* x;
-  Strides xs;
-  void* out;  // (N, C), float or double
-  uint8_t *sign, *nonzero;
-};
-
-struct ApplyArgs {  // y = soft_threshold(x, tau) [+ residual]; kept optional, sign only with kept
-  DType dtype;
-  Walk walk;
-  const void* x;
-  Strides xs;
-  void* y;
-  Strides ys;
-  const void* tau;  // float or double, strides in elements, 0 where broadcast
-  int64_t tau_n, tau_c;
-  const void* residual;
-  Strides rs;
-  uint8_t *kept, *sign;
-};
-
-struct GradArgs {
-  // dx = kept * g + s * da / L    where dx is given; g or da may be absent
-  // dtau = - sum_L s * kept * g   where dtau is given
-  DType dtype;
-  Walk walk;
-  const void* g;
-  Strides gs;
-  const void* da;  // (N, C), float or double, contiguous
-  void* dx;
-  Strides ds;
-  void* dtau;  // (N, C), float or double
-  const uint8_t *kept, *sign, *nonzero;
-};
-
-enum class Average : int { channel = 0, sample = 1, none = 2 };
-
-// The standard gate: u = A w1' + b1, v = relu(norm(u)), alpha = sigmoid(v w2' + b2). float, or double for f64.
-struct GateArgs {
-  int64_t n, c, h, o;
-  Average average;
-  bool norm, batch_stats;
-  double eps, momentum;
-  const void *w1, *b1, *gamma, *beta, *w2, *b2;
-  void *running_mean, *running_var;
-  int64_t* batches;
-  void *pooled, *hidden, *alpha;  // A (N, C), u (N, H), alpha (N, O)
-  void *mean, *var;               // (H,): what normalises u; written where they are of the batch
-};
 
 struct StandardForwardArgs {
   ReduceArgs reduce;  // out is gate.pooled
