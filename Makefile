@@ -1,6 +1,8 @@
 # make demo    the main job: check, speed and learning on this machine, a few minutes
 # make test    the test suite against the installed package, at most 10 minutes on 2 cores
 # make test-all  and the long ones: clean installs, sanitizers, fuzzing
+# make experiments  the networks on real data under noise, hours; resumable; VIBRATION=, SPEECH=, IMAGE= name the folders,
+#              EXPERIMENTS="--jobs 2 --quick ..." the rest; without a folder simulated vibration
 # make bench   the benchmarks, about an hour; BENCH=--quick: a few minutes
 # make lint    ruff, and the workflows in .github against their schema and zizmor
 # make gpu     everything that needs a GPU: tests, sanitizers, benchmarks; leaves gpu-report/report.md
@@ -18,11 +20,15 @@ DATA ?=
 OUT ?= demo-out
 BENCH ?=
 BENCH_OUT ?= bench-out
+VIBRATION ?=
+SPEECH ?=
+IMAGE ?=
+EXPERIMENTS ?=
 CONSTRAINTS ?= constraints.txt
 TESTS := $(BIN)/pytest
 FUZZ ?=
 
-.PHONY: demo test test-all test-all-only info bench lint gpu clean
+.PHONY: demo test test-all test-all-only info bench experiments lint gpu clean
 
 demo: $(VENV)/installed
 	cd $(VENV) && bin/python -m drsn_kernels demo --out $(abspath $(OUT)) $(if $(DATA),--data $(abspath $(DATA)))
@@ -40,6 +46,10 @@ test-all-only: $(VENV)/installed
 
 bench: $(VENV)/installed
 	cd $(VENV) && bin/python -m drsn_kernels bench --out $(abspath $(BENCH_OUT)) $(BENCH)
+
+experiments: $(VENV)/installed
+	$(BIN)/python -m experiments.run $(if $(VIBRATION),--vibration "$(VIBRATION)") $(if $(SPEECH),--speech "$(SPEECH)") \
+	  $(if $(IMAGE),--image "$(IMAGE)") $(if $(VIBRATION)$(SPEECH)$(IMAGE),,--simulated) $(EXPERIMENTS)
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .
@@ -59,7 +69,7 @@ $(VENV)/linters: constraints.txt
 
 $(VENV)/packages: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm onnx onnxruntime onnxscript
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm scikit-learn onnx onnxruntime onnxscript
 	touch $@
 
 # Installed, not imported from the source tree: a stale build or a file missing from the package shows at once.

@@ -23,19 +23,41 @@ argument, what was given and what is accepted. Which way a call goes: [plans.md]
 where, with its test: [support.md](support.md). When another way is the better one: [limits.md](limits.md).
 """
 SECTIONS = {
-    "Operators": ["soft_threshold", "abs_mean", "shrink"],
-    "Modules": ["Shrinkage", "SoftThreshold", "record_tau"],
+    "Operators": ["soft_threshold", "abs_mean", "shrink", "squeeze_excite"],
+    "Modules": ["Shrinkage", "SoftThreshold", "SqueezeExcite", "record_tau"],
     "Models that exist": ["convert", "revert"],
     "Looking and choosing": ["explain", "use_backend"],
     "Networks": [
         "models.ResidualShrinkageUnit",
         "models.DRSN",
+        "models.network",
         "models.paper_network",
+        "models.cifar_network",
+        "models.network18",
         "models.resnet",
+        "models.senet",
         "models.convnet",
         "models.parameter_groups",
     ],
-    "Noise and data": ["noise.add_noise", "data.simulate_bearing", "data.load_cwru"],
+    "Noise and data": [
+        "noise.add_noise",
+        "data.Dataset",
+        "data.simulate_bearing",
+        "data.load_cwru",
+        "data.load_speech",
+        "data.LogMel",
+        "data.load_idx",
+        "data.load_digits",
+    ],
+    "Training": [
+        "train.Recipe",
+        "train.RandomNoise",
+        "train.train_epoch",
+        "train.epoch_batches",
+        "train.train_step",
+        "train.predict",
+        "train.accuracy",
+    ],
 }
 TAIL = """## Environment
 
@@ -89,7 +111,7 @@ def items(lines: list[str]) -> str:
 
 
 def reference() -> str:
-    from drsn_kernels import data  # noqa: F401  an attribute of dk from here on
+    from drsn_kernels import data, train  # noqa: F401  attributes of dk from here on
 
     parts = [HEAD]
     for title, names in SECTIONS.items():

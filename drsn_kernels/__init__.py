@@ -10,12 +10,13 @@ from ._version import __version__
 from .backends import use_backend
 from .convert import convert, revert
 from .explain import explain
-from .modules import Shrinkage, SoftThreshold, record_tau
-from .ops import abs_mean, shrink, soft_threshold
+from .modules import Shrinkage, SoftThreshold, SqueezeExcite, record_tau
+from .ops import abs_mean, shrink, soft_threshold, squeeze_excite
 
 __all__ = [
     "Shrinkage",
     "SoftThreshold",
+    "SqueezeExcite",
     "__version__",
     "abs_mean",
     "convert",
@@ -26,5 +27,6 @@ __all__ = [
     "revert",
     "shrink",
     "soft_threshold",
+    "squeeze_excite",
     "use_backend",
 ]

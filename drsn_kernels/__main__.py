@@ -1,4 +1,4 @@
-"""python -m drsn_kernels info | demo | warmup | bench"""
+"""python -m drsn_kernels info | demo | train | warmup | bench"""
 
 import argparse
 import json
@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from . import info
-from .bench.arguments import add_arguments
+from .bench import arguments as bench_arguments
+from .train import arguments as train_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--channels-last", action="store_true", help="inputs and model in channels_last order")
     warm.add_argument("--target", metavar="GPU", help="without a GPU: cuda:80, cuda:90, cuda:100 or hip:gfx942")
     bench = commands.add_parser("bench", help="time every operator beside ports, compiler and copies; compare runs")
-    add_arguments(bench)
+    bench_arguments.add_arguments(bench)
+    train = commands.add_parser("train", help="train a network of the paper on vibration, speech or images")
+    train_arguments.add_arguments(train)
     return parser
 
 
@@ -53,6 +56,10 @@ def _run(options: argparse.Namespace) -> int:
         from .bench.run import command
 
         return command(options)
+    if options.command == "train":
+        from .train.command import command
+
+        return command(options)
     from .demo import run
 
     run(options.data, options.out, quick=options.quick, epochs=options.epochs, seed=options.seed)
@@ -60,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(train_arguments.join_snr(sys.argv[1:] if arguments is None else arguments))
     if options.command == "info":
         report = info.collect()
         print(json.dumps(report, indent=2)) if options.json else info.show(report)

@@ -14,7 +14,7 @@ from . import traffic
 from .backends import BACKENDS
 from .gates import StandardGate
 from .planes import Geometry
-from .reference import accumulate_dtype, threshold
+from .reference import SOFT, Rule, accumulate_dtype, threshold
 from .traffic import Budget, StandardCall, like
 
 Strides = tuple[int, ...]
@@ -59,20 +59,22 @@ def soft_threshold(
     grad: bool = True,
     input_grad: bool = True,
     tau_grad: bool = True,
+    rule: Rule = SOFT,
     strides: Strides | None = None,
     device: torch.device | None = None,
 ) -> tuple[Budget, Budget]:
     """`drsn_kernels.soft_threshold` of x (N, C, *spatial) with tau of shape `tau`, (N, C) by default.
 
-    input_grad, tau_grad: which of the two require a gradient, where `grad` is set. The rest as in `abs_mean`.
+    input_grad, tau_grad: which of the two require a gradient, where `grad` is set; rule: of the threshold, which
+    changes what pure PyTorch does. The rest as in `abs_mean`.
     """
     on = _On(shape, dtype, backend, channels_last, strides, device)
     n, c = on.geometry[0][:2]
     tau = (n, c) if tau is None else tau
     if not grad or not (input_grad or tau_grad):
-        return on.apply(tau, False, 0), Budget()
-    forward = dataclasses.replace(on.apply(tau, False, 2), saved=2 * on.plane)
-    backward = on.grad(masked=True, pooled=False, dx=input_grad, dtau=tau_grad)
+        return on.apply(tau, False, 0, rule), Budget()
+    forward = dataclasses.replace(on.apply(tau, False, 2, rule), saved=2 * on.plane)
+    backward = on.grad(masked=True, pooled=False, dx=input_grad, dtau=tau_grad, rule=rule)
     if tau_grad and tau != (n, c):
         backward += traffic.traced(lambda t: t.sum_to_size(tau), like(n, c, dtype=on.sums))
         backward += Budget(workspace=traffic.sums_bytes(on.geometry, dtype))
@@ -95,6 +97,7 @@ def shrink(
     fused: bool | None = None,
     grad: bool = True,
     input_grad: bool = True,
+    rule: Rule = SOFT,
     strides: Strides | None = None,
     residual_strides: Strides | None = None,
     device: torch.device | None = None,
@@ -108,6 +111,7 @@ def shrink(
         norm, training: the standard gate has a BatchNorm1d; it is in training, so takes its statistics from the batch.
         fused: the backend computes the gate. By default where it can; False for a gate that is called.
         grad: something requires a gradient; input_grad: x does.
+        rule: of the threshold; but for SOFT, the gate is called.
         eps, momentum: of the norm; they change no byte, only which prepared launches are looked at.
 
     The rest as in `abs_mean`.
@@ -117,14 +121,57 @@ def shrink(
     hidden = c if hidden is None else hidden
     outputs = (1 if average == "sample" else c) if outputs is None else outputs
     if fused is None:
-        fused = on.fuses(hidden, outputs)
+        fused = rule == SOFT and on.fuses(hidden, outputs)
     if fused:
         dense = on.geometry[1]
         return traffic.standard(on.backend, StandardCall(
             on.geometry, (on.strides, dense, residual_strides or dense), dtype, on.device, hidden, outputs, average,
             norm, norm and training, eps, momentum, residual, grad, return_tau, input_grad,
         ))  # fmt: skip
-    return on.any_gate(outputs, average, residual, return_tau, grad, input_grad)
+    return on.any_gate(outputs, average, residual, return_tau, grad, input_grad, rule)
+
+
+def squeeze_excite(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str,
+    outputs: int | None = None,
+    residual: bool = False,
+    channels_last: bool = False,
+    grad: bool = True,
+    input_grad: bool = True,
+    gate_grad: bool = True,
+    strides: Strides | None = None,
+    device: torch.device | None = None,
+) -> tuple[Budget, Budget]:
+    """`drsn_kernels.squeeze_excite` of x (N, C, *spatial): x itself is kept for the gradient of the gate's factors.
+
+    Args:
+        outputs: factors that the gate returns for a sample, C or 1; C by default.
+        input_grad, gate_grad: which of x and the factors require a gradient, where `grad` is set.
+
+    The rest as in `abs_mean`.
+    """
+    on = _On(shape, dtype, backend, channels_last, strides, device)
+    n, c = on.geometry[0][:2]
+    s = (n, c if outputs is None else outputs)
+    input_grad, gate_grad = grad and input_grad, grad and gate_grad
+    mean, scale, sums, dx = on.backend.squeeze_excite_budgets(
+        on.geometry, on.strides, dtype, on.device, s, residual, gate_grad
+    )
+    # A and ds go to the gate and its gradient: what it keeps of them is the gate's
+    pooled, backward = Budget(workspace=traffic.sums_bytes(on.geometry, dtype)), Budget()
+    forward = mean + scale + pooled
+    if gate_grad:
+        forward += Budget(saved=traffic.map_bytes(on.geometry, dtype))
+        backward += sums + pooled
+        if s[1] != c:
+            backward += traffic.traced(lambda t: t.sum(1, keepdim=True), like(n, c, dtype=on.sums), inner=True)
+    if input_grad:
+        forward += Budget(saved=traffic.sums_bytes(on.geometry, dtype, s[1]))
+        backward += dx
+    return forward, backward
 
 
 class _On:
@@ -150,14 +197,14 @@ class _On:
     def reduce(self, planes: bool) -> Budget:
         return self.backend.reduce_budget(self.geometry, self.strides, self.dtype, self.device, planes)
 
-    def apply(self, tau: tuple[int, int], residual: bool, planes: int) -> Budget:
+    def apply(self, tau: tuple[int, int], residual: bool, planes: int, rule: Rule) -> Budget:
         args = self.geometry, self.strides, self.dtype, self.device
-        return self.backend.apply_budget(*args, tau, residual, planes)
+        return self.backend.apply_budget(*args, tau, residual, planes, rule)
 
-    def grad(self, *, masked: bool, pooled: bool, dx: bool, dtau: bool) -> Budget:
+    def grad(self, *, masked: bool, pooled: bool, dx: bool, dtau: bool, rule: Rule = SOFT) -> Budget:
         """For a g that lies as x does."""
         args = self.geometry, self.geometry[1], self.dtype, self.device
-        return self.backend.grad_budget(*args, masked, pooled, dx, dtau)
+        return self.backend.grad_budget(*args, masked, pooled, dx, dtau, rule)
 
     def fuses(self, hidden: int, outputs: int) -> bool:
         if not hasattr(self.backend, "standard_budgets"):
@@ -168,7 +215,7 @@ class _On:
         x = torch.empty_strided(self.geometry[0], self.strides, dtype=self.dtype, device="meta")
         return self.backend.standard_unsupported(x, parts) is None
 
-    def any_gate(self, outputs, average, residual, return_tau, grad, input_grad) -> tuple[Budget, Budget]:
+    def any_gate(self, outputs, average, residual, return_tau, grad, input_grad, rule) -> tuple[Budget, Budget]:
         from .ops.shrink import _threshold_grad
 
         n, c = self.geometry[0][:2]
@@ -179,16 +226,16 @@ class _On:
         if return_tau and average is None:
             tau = traffic.traced(torch.clone, alpha)
         planes = 0 if not grad else 1 if input_grad else 2
-        forward = self.reduce(planes == 1) + tau + self.apply((n, columns), residual, planes)
+        forward = self.reduce(planes == 1) + tau + self.apply((n, columns), residual, planes, rule)
         if not grad:
             return forward + Budget(workspace=small), Budget()
         saved = 3 - (planes == 2)
         forward += Budget(saved=saved * self.plane + small + traffic.sums_bytes(self.geometry, self.dtype, outputs))
         dtau = like(n, c, dtype=self.sums)
-        backward = self.grad(masked=True, pooled=False, dx=False, dtau=True) + Budget(workspace=small)
+        backward = self.grad(masked=True, pooled=False, dx=False, dtau=True, rule=rule) + Budget(workspace=small)
         backward += traffic.traced(_threshold_grad, dtau, None, alpha, pooled, average, True, input_grad, inner=True)
         if input_grad:
-            backward += self.grad(masked=True, pooled=True, dx=True, dtau=False)
+            backward += self.grad(masked=True, pooled=True, dx=True, dtau=False, rule=rule)
         return forward, backward
 
 

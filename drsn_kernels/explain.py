@@ -16,6 +16,7 @@ from torch import nn
 from . import backends, budgets, recording, traffic
 from .gates import StandardGate, looks_standard, standard_gate
 from .ops.dispatch import opaque_when_compiled
+from .reference import SOFT, Rule
 from .traffic import Budget, Plan, StandardCall
 from .untouched import untouched
 
@@ -24,7 +25,7 @@ from .untouched import untouched
 class Call:
     """One operator call. Budgets are None where PyTorch or a compiler decides what the reference becomes."""
 
-    op: str  # abs_mean, soft_threshold or shrink
+    op: str  # abs_mean, soft_threshold, shrink or squeeze_excite
     module: str  # qualified name of the innermost module it happened in, "" outside of modules
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -132,6 +133,7 @@ class _Recorder:
         self, op: str, x: torch.Tensor, backend: ModuleType | None, *, keep: bool = False, why: str | None = None,
         gate: Any = None, parts: StandardGate | str | None = None, average: str | None = None, outputs: int = 0,
         residual: torch.Tensor | None = None, return_tau: bool = False, tau: torch.Tensor | None = None,
+        gate_grad: bool = True, rule: Rule = SOFT,
     ) -> None:  # fmt: skip
         if threading.get_ident() != self.thread:
             return
@@ -139,7 +141,7 @@ class _Recorder:
         about = {"op": op, "module": module, "shape": tuple(x.shape), "dtype": x.dtype, "layout": _layout(x)}
         no_gate = None if gate is None else False
         if compiled:
-            opaque, reason = opaque_when_compiled(x)
+            opaque, reason = opaque_when_compiled(x) if op != "squeeze_excite" else (False, "it has none")
             plan = Plan("decomposed", _FUSES, (("opaque ops", reason),), None)
             if opaque:
                 plan = Plan("opaque ops", reason, (), None)
@@ -161,6 +163,8 @@ class _Recorder:
         strides = (x.stride(), dense, dense if residual is None else residual.stride())
         fused = isinstance(parts, StandardGate)
         described: StandardCall | str | None = parts
+        if op == "squeeze_excite":
+            described = "squeeze_excite calls every gate"
         if fused:
             described = StandardCall(
                 geo, strides, x.dtype, x.device, parts.w1.shape[0], outputs, average, parts.gamma is not None,
@@ -172,25 +176,33 @@ class _Recorder:
         elif op == "shrink":
             forward, backward = budgets.shrink(
                 x.shape, x.dtype, **common, fused=False, outputs=outputs, average=average, return_tau=return_tau,
-                residual=residual is not None, input_grad=x.requires_grad,
+                residual=residual is not None, input_grad=x.requires_grad, rule=rule,
+            )  # fmt: skip
+        elif op == "squeeze_excite":
+            forward, backward = budgets.squeeze_excite(
+                x.shape, x.dtype, **common, outputs=outputs, residual=residual is not None, input_grad=x.requires_grad,
+                gate_grad=gate_grad,
             )  # fmt: skip
         elif op == "abs_mean":
             forward, backward = budgets.abs_mean(x.shape, x.dtype, **common)
         else:
             forward, backward = budgets.soft_threshold(
-                x.shape, x.dtype, **common, tau=tuple(tau.shape), input_grad=x.requires_grad, tau_grad=tau.requires_grad
-            )
+                x.shape, x.dtype, **common, tau=tuple(tau.shape), input_grad=x.requires_grad,
+                tau_grad=tau.requires_grad, rule=rule,
+            )  # fmt: skip
         planes = 0 if not keep else 2 if op != "shrink" or not x.requires_grad else 1
         plan = backend.plan(op, geo, strides, x.dtype, x.device, described, planes)
         reason, fell_back = backends.why(x)
         fallback = f"running in pure PyTorch: {reason}" if fell_back else ""
         # where the backend itself prefers to call a gate, that is its plan
-        declined = hasattr(backend, "standard_forward") and isinstance(standard_gate(gate, x), str)
+        fusing = op == "shrink" and hasattr(backend, "standard_forward")
+        declined = fusing and isinstance(standard_gate(gate, x), str)
         if not fallback and declined and looks_standard(gate):
             fallback = f"the standard gate is not fused: {parts}"
         self._add(Call(
             **about, backend=backend.name, why=reason, plan=plan, forward=forward, backward=backward,
-            fused=fused if op == "shrink" else None, gate=parts if isinstance(parts, str) else "", fallback=fallback,
+            fused=None if gate is None else fused, gate=described if isinstance(described, str) else "",
+            fallback=fallback,
         ))  # fmt: skip
 
     def _add(self, call: Call) -> None:

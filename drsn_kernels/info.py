@@ -7,7 +7,7 @@ import platform
 import sys
 
 OPTIONAL = {"numpy": "demo", "scipy": "demo", "matplotlib": "demo", "tqdm": "demo", "triton": "triton"}
-OPTIONAL |= {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "timm": "timm"}
+OPTIONAL |= {"scikit-learn": "train", "onnx": "export", "onnxruntime": "export", "onnxscript": "export", "timm": "timm"}
 
 
 def _version(name: str) -> str | None:

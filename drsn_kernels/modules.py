@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .ops import shrink, soft_threshold
+from .ops import checks, shrink, soft_threshold, squeeze_excite
 
 
 class Shrinkage(nn.Module):
@@ -24,6 +24,8 @@ class Shrinkage(nn.Module):
         reduction: the gate's hidden width is channels // reduction (at least 1).
         norm: BatchNorm1d between the gate's layers, as in the paper; without it the keys are ``fc.0`` and ``fc.2``.
         activation: the class of the gate's activation.
+        threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which the gate does not learn, or
+            leaky.
         rd_ratio, rd_channels, rd_divisor: timm's way to say the hidden width, so that the class fits its ``attn_layer``
             slot: channels * rd_ratio rounded to a multiple of rd_divisor (8 unless given), or rd_channels itself.
             Instead of reduction. Such networks need ``zero_init_last=False`` (docs/deploy.md says why).
@@ -54,6 +56,8 @@ class Shrinkage(nn.Module):
         reduction: int = 1,
         norm: bool = True,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        threshold: str = "soft",
+        slope: float = 0.0,
         rd_ratio: float | None = None,
         rd_channels: int | None = None,
         rd_divisor: int = 8,
@@ -62,24 +66,25 @@ class Shrinkage(nn.Module):
     ) -> None:
         super().__init__()
         hidden = _hidden(channels, reduction, rd_ratio, rd_channels, rd_divisor)
-        if gap_size not in (1, (1,), (1, 1), [1], [1, 1]) or isinstance(gap_size, bool):
-            raise ValueError(f"gap_size must be 1, (1,) or (1, 1), because the average is global; got {gap_size!r}")
+        _check_gap_size(gap_size)
         if average not in ("channel", "sample", None):
             raise ValueError(f"average must be 'channel', 'sample' or None, got {average!r}")
-        where = {"device": device, "dtype": dtype}
-        layers: list[nn.Module] = [nn.Linear(channels, hidden, **where)]
-        if norm:
-            layers.append(nn.BatchNorm1d(hidden, **where))
-        layers += [activation(), nn.Linear(hidden, 1 if average == "sample" else channels, **where), nn.Sigmoid()]
         self.channels = channels
         self.average = average
-        self.fc = nn.Sequential(*layers)
+        checks.rule(threshold, slope)
+        self.threshold, self.slope = threshold, slope
+        outputs = 1 if average == "sample" else channels
+        self.fc = _gate(channels, hidden, outputs, norm, activation, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         sink = self.__dict__.get("_tau_sink")
+        y = shrink(
+            x, self.fc, average=self.average, residual=residual, threshold=self.threshold, slope=self.slope,
+            return_tau=sink is not None,
+        )  # fmt: skip
         if sink is None:
-            return shrink(x, self.fc, average=self.average, residual=residual)
-        y, tau = shrink(x, self.fc, average=self.average, residual=residual, return_tau=True)
+            return y
+        y, tau = y
         sink(tau.detach())
         return y
 
@@ -88,11 +93,85 @@ class Shrinkage(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_tau_sink"}
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, average={self.average!r}"
+        hard = f", threshold={self.threshold!r}" if self.threshold != "soft" else ""
+        leaky = f", slope={self.slope}" if self.slope else ""
+        return f"{self.channels}, average={self.average!r}{hard}{leaky}"
 
 
-def _hidden(channels: int, reduction: int, rd_ratio: float | None, rd_channels: int | None, rd_divisor: int) -> int:
-    """The width of the gate's hidden layer, by reduction or by timm's arguments."""
+class SqueezeExcite(nn.Module):
+    r"""Squeeze-and-excitation: each channel scaled by a factor in (0, 1), which a gate computes from all averages.
+
+    The paper's relative of :class:`Shrinkage`, and takes its place in a network: the same arguments but for `average`
+    (Hu et al. 2018, equations 2 to 4, figure 2).
+
+    Args:
+        channels: C of the input (N, C, \*spatial).
+        gap_size: as in :class:`Shrinkage`: 1, (1,) or (1, 1), because the average is global.
+        reduction: the gate's hidden width is channels // reduction (at least 1).
+        norm: BatchNorm1d between the gate's layers; without it, as in SENet, the keys are ``fc.0`` and ``fc.2``.
+        activation: the class of the gate's activation.
+        bias: of the linear layers; False for checkpoints of the ports' ``SELayer``, whose layers have none.
+        rd_ratio, rd_channels, rd_divisor: timm's way to say the hidden width, instead of reduction: channels * rd_ratio
+            rounded to a multiple of rd_divisor (8 unless given), or rd_channels itself.
+        device, dtype: of the gate's parameters, as in torch.nn.
+
+    Shapes:
+        x (N, C, \*spatial), residual of the same shape -> (N, C, \*spatial).
+
+    Raises:
+        TypeError, ValueError: as in :class:`Shrinkage`; in forward what :func:`drsn_kernels.squeeze_excite` raises.
+
+    Equivalent to::
+
+        s = fc(x.mean(dim=spatial))
+        y = x * s                                     # s broadcast over the spatial dimensions
+        y = y + residual                              # where one is given
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        gap_size: int | tuple[int, ...] = 1,
+        *,
+        reduction: int = 16,
+        norm: bool = False,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        bias: bool = True,
+        rd_ratio: float | None = None,
+        rd_channels: int | None = None,
+        rd_divisor: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = _hidden(channels, reduction, rd_ratio, rd_channels, rd_divisor, default=16)
+        _check_gap_size(gap_size)
+        self.channels = channels
+        self.fc = _gate(channels, hidden, channels, norm, activation, bias, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return squeeze_excite(x, self.fc, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"
+
+
+def _check_gap_size(gap_size: int | tuple[int, ...]) -> None:
+    if gap_size not in (1, (1,), (1, 1), [1], [1, 1]) or isinstance(gap_size, bool):
+        raise ValueError(f"gap_size must be 1, (1,) or (1, 1), because the average is global; got {gap_size!r}")
+
+
+def _gate(channels: int, hidden: int, outputs: int, norm: bool, activation, bias=True, **where) -> nn.Sequential:
+    """Linear, [BatchNorm1d], activation, Linear, Sigmoid."""
+    norms = [nn.BatchNorm1d(hidden, **where)] if norm else []
+    first, last = nn.Linear(channels, hidden, bias, **where), nn.Linear(hidden, outputs, bias, **where)
+    return nn.Sequential(first, *norms, activation(), last, nn.Sigmoid())
+
+
+def _hidden(
+    channels: int, reduction: int, rd_ratio: float | None, rd_channels: int | None, rd_divisor: int, default: int = 1
+) -> int:
+    """The width of the gate's hidden layer, by reduction (`default` unless given) or by timm's arguments."""
     given = {"channels": channels, "reduction": reduction, "rd_divisor": rd_divisor}
     if rd_channels is not None:
         given["rd_channels"] = rd_channels
@@ -103,7 +182,7 @@ def _hidden(channels: int, reduction: int, rd_ratio: float | None, rd_channels: 
             raise ValueError(f"{name} must be a positive integer, got {value}")
     if rd_ratio is None and rd_channels is None:
         return max(channels // reduction, 1)
-    if reduction != 1:
+    if reduction != default:
         raise ValueError(f"the gate's width is said twice: reduction={reduction} and rd_ratio or rd_channels")
     if rd_channels is not None:
         return rd_channels
@@ -159,7 +238,8 @@ def record_tau(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Shrinkage) or "_drsn_plans" in module.__dict__:  # of convert
+        plans = module.__dict__.get("_drsn_plans", {})  # of convert
+        if isinstance(module, Shrinkage) or any(not plan.scales for plan in plans.values()):
             names.setdefault(module, []).append(name)
     if not names:
         raise ValueError(f"record_tau found no drsn_kernels.Shrinkage in {type(model).__name__}, and nothing converted")

@@ -76,7 +76,7 @@ def sums_bytes(geo: Geometry, dtype: torch.dtype, columns: int | None = None) ->
     return n * (c if columns is None else columns) * accumulate_dtype(dtype).itemsize
 
 
-# ---- the three kernels of every backend ------------------------------------------------------------------------------
+# ---- the kernels of every backend ------------------------------------------------------------------------------------
 
 
 def reduce(geo: Geometry, dtype: torch.dtype, planes: bool, kernel: str, parts: int = 1) -> Budget:
@@ -100,6 +100,11 @@ def grad(
     planes = masked + (dtau or pooled) + pooled  # kept, sign, nonzero
     read = masked * full + planes * plane_bytes(geo) + pooled * sums
     return Budget(read, dx * full + dtau * parts * sums, (kernel,))
+
+
+def products(geo: Geometry, dtype: torch.dtype, kernel: str, parts: int = 1) -> Budget:
+    """Two tensors of x's shape -> the sums of their product, or as many partial ones."""
+    return Budget(2 * map_bytes(geo, dtype), parts * sums_bytes(geo, dtype), (kernel,))
 
 
 def added_up(size: int, parts: int) -> Budget:

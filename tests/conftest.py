@@ -98,6 +98,10 @@ class Variant:
     def shrink(self) -> Callable:
         return self._call(dk.shrink)
 
+    @functools.cached_property
+    def squeeze_excite(self) -> Callable:
+        return self._call(dk.squeeze_excite)
+
 
 # A new backend joins the suite here, by one line.
 KERNELS = [

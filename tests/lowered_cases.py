@@ -20,7 +20,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 class Expected:
     """One launch: how many times its code loads and stores a whole tile of the feature map, by pointer argument.
 
-    In straight-line code, and in a turn of a loop. Where x, residual, g, y or dx is not listed, it must move nothing.
+    In straight-line code, and in a turn of a loop. Where x, times, residual, g, y or dx is not listed, it must move
+    nothing.
     """
 
     kernel: str
@@ -162,16 +163,34 @@ def abs_mean_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
-def soft_threshold_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+def soft_threshold_case(shape: tuple[int, ...], dtype: torch.dtype, note: str = "", **options) -> Case:
     def make():
         x = feature_map(shape, dtype).requires_grad_()
         tau = torch.rand(shape[:2] + (1,) * (len(shape) - 2)).requires_grad_()
-        return lambda: dk.soft_threshold(x, tau)
+        return lambda: dk.soft_threshold(x, tau, **options)
 
     return Case(
-        _name("soft_threshold", shape, dtype), make, shape, dtype, budget_of("soft_threshold", shape, dtype),
+        _name("soft_threshold", shape, dtype, note), make, shape, dtype, budget_of("soft_threshold", shape, dtype),
         forward=(expected("apply_kernel", {"x": 1}, {"y": 1}),),
         backward=(expected("grad_kernel", {"g": 1}, {"dx": 1}, loop=_long(shape, dtype)),),
+        width=width_of(shape, dtype),
+    )  # fmt: skip
+
+
+def squeeze_excite_case(shape: tuple[int, ...], dtype: torch.dtype, residual: bool = False) -> Case:
+    def make():
+        x, gate = feature_map(shape, dtype).requires_grad_(), torch.nn.Sigmoid()
+        added = feature_map(shape, dtype) if residual else None
+        return lambda: dk.squeeze_excite(x, gate, residual=added)
+
+    long, loads = _long(shape, dtype), {"x": 1, "residual": 1} if residual else {"x": 1}
+    return Case(
+        _name("squeeze_excite", shape, dtype, "residual" if residual else ""), make, shape, dtype,
+        budget_of("squeeze_excite", shape, dtype, residual=residual),
+        forward=(expected("reduce_kernel", {"x": 1}, loop=long), expected("apply_kernel", loads, {"y": 1})),
+        backward=(  # these kernels call g x, x times, and dx y
+            expected("reduce_kernel", {"x": 1, "times": 1}, loop=long), expected("apply_kernel", {"x": 1}, {"y": 1}),
+        ),
         width=width_of(shape, dtype),
     )  # fmt: skip
 
@@ -235,6 +254,11 @@ CASES += [shrink_case((4, 64, 28, 28), F32, residual=True), shrink_case((8, 16, 
 CASES += [op((8, 16, 1000), F32) for op in (abs_mean_case, soft_threshold_case)]
 CASES += [op((4, 64, 28, 28), BF16) for op in (abs_mean_case, soft_threshold_case)]
 CASES += [op((4, 8, 9600), F32) for op in (abs_mean_case, soft_threshold_case)]
+CASES += [soft_threshold_case((8, 16, 1000), F32, "hard", threshold="hard")]
+CASES += [soft_threshold_case(shape, F32, "leaky", slope=0.1) for shape in ((8, 16, 1000), (4, 64, 28, 28))]
+CASES += [squeeze_excite_case((8, 16, 1024), dtype, residual=True) for dtype in (F32, BF16)]
+CASES += [squeeze_excite_case(shape, F32) for shape in ((8, 64, 49), (4, 8, 9600))]
+CASES += [squeeze_excite_case((4, 64, 28, 28), dtype) for dtype in (F32, BF16)]
 CASES += [gate_case((8, 16, 1024), F32, "eval", (ONE_PASS,))]
 CASES += [
     gate_case((8, 16, 1024), dtype, "no BatchNorm", (ONE_PASS,), ONE_PASS_BACK, norm=False) for dtype in (F32, BF16)

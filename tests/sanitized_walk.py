@@ -15,8 +15,9 @@ from oracle import AVERAGES, DTYPES, standard_gate, varied, wide
 import drsn_kernels.backends.cpu as cpu
 from drsn_kernels import gates
 from drsn_kernels.backends import eager
+from drsn_kernels.backends.cpu_plan import StandardPlan
 from drsn_kernels.planes import geometry
-from drsn_kernels.reference import threshold
+from drsn_kernels.reference import Rule, threshold
 
 SHAPES = (
     (2, 3, 1),
@@ -62,9 +63,25 @@ def steps(dtype: torch.dtype) -> int:
             geo, tau = geometry(x), torch.rand(shape[:2], dtype=acc)
             pooled, bits = cpu.reduce(x, geo, True)
             check(pooled, eager.reduce(x, geo, False)[0], low)
+            check(cpu.mean(x, geo), eager.mean(x, geo), low)
             for g in layouts(torch.randn(shape).to(dtype)):
                 y, kept = cpu.apply(x, geo, tau, g, None, 2)
                 check(y, eager.apply(x, geo, tau, g, None, 0)[0], low)
+                for added, da in ((g, None), (None, None), (None, tau)):
+                    if da is None:
+                        check(cpu.scale(x, geo, tau, added), eager.scale(x, geo, tau, added), low)
+                    check(cpu.scale_grad(geo, dtype, g, tau, da), eager.scale_grad(geo, dtype, g, tau, da), low)
+                for rule in (Rule(0.0, 0.0), Rule(0.3, 0.7)):  # hard, leaky
+                    for added in (g, None):
+                        right = eager.apply(x, geo, tau, added, None, 0, rule)[0]
+                        check(cpu.apply(x, geo, tau, added, None, 2, rule)[0], right, low)
+                    for wanted in ({"want_dtau": True}, {"nonzero": bits[1], "pooled_grad": tau}, {}):
+                        ours = cpu.grad(geo, dtype, g, kept[0], kept[1], rule=rule, **wanted)
+                        right = eager.grad(geo, dtype, g, kept[0], kept[1], rule=rule, **wanted)
+                        for a, b in zip(ours, right, strict=True):
+                            check(a, b, low)
+                sums, size = eager.scale_sums(geo, g, x), eager.scale_sums(geo, g.abs(), x.abs())
+                assert ((cpu.scale_sums(geo, g, x) - sums).abs() <= 1e-5 * size).all()
                 for arguments in (
                     dict(g=g, kept=kept[0], sign=kept[1], want_dtau=True),
                     dict(g=g, kept=kept[0], sign=bits[0], want_dx=False, want_dtau=True),
@@ -80,7 +97,7 @@ def steps(dtype: torch.dtype) -> int:
 
 def step_with_gate(x, residual, g, gate, average, block: int, want_tau: bool, want_dx: bool) -> None:
     """standard_forward and standard_backward, each stage against PyTorch on what the stage before it gave."""
-    cpu.standard_plan = lambda *call: cpu.StandardPlan("", block, "")
+    cpu.standard_plan = lambda *call: StandardPlan("", block, "")
     geo, parts, low = geometry(x), gates.standard_gate(gate, x), x.dtype.itemsize == 2
     assert isinstance(parts, gates.StandardGate), parts
     y, tau, kept = cpu.standard_forward(x, geo, parts, average, residual, None, True, True)

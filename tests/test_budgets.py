@@ -12,6 +12,7 @@ import drsn_kernels as dk
 from drsn_kernels import budgets, traffic
 from drsn_kernels.backends import cpu, triton
 from drsn_kernels.ops import dispatch
+from drsn_kernels.reference import Rule
 
 pytestmark = pytest.mark.unpoisoned  # poison would be operations of its own
 
@@ -63,7 +64,7 @@ class Measured:
         return run
 
 
-_CPU_KERNELS = ("reduce", "apply", "grad", "standard_forward", "standard_backward")
+_CPU_KERNELS = ("reduce", "apply", "grad", "standard_forward", "standard_backward", "mean", "scale", "scale_sums")
 
 
 @pytest.fixture(params=["cpu", "torch", "triton"])
@@ -172,6 +173,38 @@ def test_shrink_with_the_standard_gate(backend, measured, shape, average, norm, 
     with torch.set_grad_enabled(mode != "no grad"):
         op = torch.no_grad()(lambda: module(x)) if mode == "no grad" else lambda: module(x)
         check(op, budget, measured, leaves, module)
+
+
+@pytest.mark.parametrize("rule", [Rule(0.0, 0.0), Rule(0.3, 0.7)], ids=["hard", "leaky"])
+def test_other_thresholds(backend, measured, rule):
+    shape, options = (4, 6, 100), {"threshold": "soft" if rule.offset else "hard", "slope": rule.inside}
+    x, tau, alpha = (t.requires_grad_() for t in (features(shape, "rows"), torch.rand(4, 6), torch.rand(4, 6)))
+    budget = budgets.soft_threshold(shape, backend=backend, rule=rule)
+    check(lambda: dk.soft_threshold(x, tau, **options), budget, measured, [x, tau])
+    budget = budgets.shrink(shape, backend=backend, rule=rule)
+    op = lambda: dk.shrink(x, lambda _: alpha, **options)  # noqa: E731
+    check(op, budget, measured, [x, alpha], given=alpha.numel() * 4)
+
+
+@pytest.mark.parametrize("wants", ["x and factors", "x", "factors", "none"])
+@pytest.mark.parametrize("columns", [True, False], ids=["a factor for each channel", "for each sample"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squeeze_excite(backend, measured, layout, residual, columns, wants):
+    """The gate is a parameter: nothing of its own is in the counts."""
+    if backend == "torch" and wants == "x and factors":
+        pytest.skip("this gate leaves A without a gradient, and pure PyTorch then does less than budgeted")
+    shape = (4, 6, 100)
+    x, w = features(shape, layout), torch.rand(4, 6 if columns else 1)
+    x.requires_grad_("x" in wants), w.requires_grad_("factors" in wants)
+    added = features(shape, layout) if residual else None
+    budget = budgets.squeeze_excite(
+        shape, backend=backend, outputs=w.shape[1], residual=residual, channels_last=layout == "channels_last",
+        grad=wants != "none", input_grad=x.requires_grad, gate_grad=w.requires_grad,
+    )  # fmt: skip
+    given = (x.numel() * w.requires_grad + w.numel() * x.requires_grad) * 4
+    leaves = [t for t in (x, w) if t.requires_grad]
+    check(lambda: dk.squeeze_excite(x, lambda _: w, residual=added), budget, measured, leaves, given=given)
 
 
 FULL, PLANE, SMALL = 128 * 64 * 1024 * 4, 128 * 64 * 1024 // 8, 128 * 64 * 4

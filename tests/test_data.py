@@ -203,14 +203,50 @@ def test_cwru_says_what_it_skips(tmp_path, write, caplog):
     for name in ("IR007_0.mat", "IR007_3.mat", "B028_0.mat", "Normal_0.mat", "readme.mat"):
         write(tmp_path / name, torch.randn(1000, generator=seeded()))
     with caplog.at_level("WARNING", "drsn_kernels"):
-        data = load_cwru(tmp_path, length=100)
-    assert set(data.train_y.tolist()) == {0}
-    normal, other, missing = data.notes
-    assert normal.startswith("Skipped Normal_0.mat: the normal baseline is published at 48 kHz")
-    assert all(name in other for name in ("IR007_3.mat", "B028_0.mat", "readme.mat"))
+        data = load_cwru(tmp_path, length=100, normal=False)
+    assert set(data.train_y.tolist()) == {0} and len(data.class_names) == 9
+    other, missing = data.notes
+    assert all(name in other for name in ("IR007_3.mat", "B028_0.mat", "Normal_0.mat", "readme.mat"))
     assert missing.startswith("No recordings of IR014, ") and "OR021" in missing
     assert caplog.messages == list(data.notes)
     assert len(load_cwru(tmp_path, length=100, loads=(3,)).train_x) == len(data.train_x)
+
+
+def tone(hertz, samples, rate=48_000):
+    return torch.sin(2 * math.pi * hertz / rate * torch.arange(samples, dtype=torch.float64))
+
+
+def test_cwru_normal_baseline_is_brought_to_12_khz(tmp_path, write):
+    samples = 240_000  # the public Normal_0.mat has 243,938, at 48 kHz
+    write(tmp_path / "IR007_0.mat", torch.randn(20_000, generator=seeded()))
+    write(tmp_path / "Normal_0.mat", tone(1000, samples) + tone(17_000, samples))
+    data = load_cwru(tmp_path, length=1200)
+    assert data.class_names[-1] == "normal" and len(data.class_names) == 10
+    assert (data.test_y == 9).sum() == (samples * 3 // 10 // 4) // 1200
+    spectrum = torch.fft.rfft(data.test_x[data.test_y == 9, 0]).abs()
+    assert (spectrum.argmax(1) == 100).all()  # 1,000 Hz in bins of 10 Hz
+    assert spectrum[:, 500].max() < 1e-3 * spectrum[:, 100].min()  # 17 kHz would fold to 5 kHz
+    assert any("Decimated from 48 to 12 kHz: Normal_0.mat" in note for note in data.notes)
+    assert any("recording chain" in note for note in data.notes)
+
+    write(tmp_path / "Normal_0.mat", tone(1000, 60_000, rate=12_000))  # five seconds of a copy at 12 kHz
+    copied = load_cwru(tmp_path, length=1200)
+    assert (copied.test_y == 9).sum() == 15
+    ours, theirs = (d.test_x[d.test_y == 9].flatten()[20:-20] for d in (data, copied))  # a filter begins and ends
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+    assert not any("Decimated" in note for note in copied.notes)
+
+
+def test_cwru_decimation_mixes_no_sample_across_the_split(tmp_path, write):
+    signal = torch.randn(200_000, generator=seeded(), dtype=torch.float64)
+    write(tmp_path / "IR007_0.mat", signal)  # a fault published at 48 kHz
+    before = load_cwru(tmp_path, length=500, stride=500)
+    signal[140_000:] = torch.randn(60_000, generator=seeded(1), dtype=torch.float64)
+    write(tmp_path / "IR007_0.mat", signal)
+    after = load_cwru(tmp_path, length=500, stride=500)
+    assert len(before.train_x) == 70 and len(before.test_x) == 30
+    assert torch.equal(before.train_x, after.train_x)
+    assert not (before.test_x == after.test_x).flatten(1).all(1).any()
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -238,9 +274,10 @@ def test_cwru_errors_name_the_file(tmp_path, write):
     with pytest.raises(ValueError, match=message):
         load_cwru(path.parent, length=100)
     for bad, message in (
-        (noise[:200], "IR007_0.mat is too short: 200 samples split at 140"),
+        (noise[:200], "IR007_0.mat is too short: its 140 samples for training and 60 for testing leave no window"),
         (torch.full((1000,), float("nan")), "IR007_0.mat holds NaN or Inf"),
         (torch.cat([noise, torch.zeros(500)]), "IR007_0.mat holds 100 equal samples in a row"),
+        (torch.cat([tone(100, 190_000), torch.zeros(9000)]), "IR007_0.mat holds 100 equal samples in a row"),
     ):
         write(path, bad)
         with pytest.raises(ValueError, match=message):

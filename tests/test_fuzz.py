@@ -23,6 +23,7 @@ from oracle import (
 )
 
 from drsn_kernels.backends import cpu
+from drsn_kernels.backends.cpu_plan import StandardPlan
 
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 129]
 
@@ -117,7 +118,7 @@ def gated_cases(draw) -> dict:
 
 def compare_gated(kernels, case: dict, monkeypatch) -> None:
     """The cpu backend in blocks or in stages, whatever the shape would take."""
-    monkeypatch.setattr(cpu, "standard_plan", lambda *call: cpu.StandardPlan("", 0 if call[-1] else case["block"], ""))
+    monkeypatch.setattr(cpu, "standard_plan", lambda *call: StandardPlan("", 0 if call[-1] else case["block"], ""))
     x, gate = case["x"], case["gate"]
     exact = cast_gate(gate, torch.float64)
     with torch.no_grad():

@@ -19,7 +19,10 @@ def one_thread(isolated):
     torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
 
 
-@pytest.mark.parametrize("name, count", [("convnet", 8416), ("resnet", 8416), ("drsn-cs", 10220), ("drsn-cw", 11552)])
+@pytest.mark.parametrize(
+    "name, count",
+    [("convnet", 8416), ("resnet", 8416), ("drsn-cs", 10220), ("drsn-cw", 11552), ("senet", 11552)],
+)
 def test_paper_network_of_table_ii(name, count):
     model = paper_network(name)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
@@ -54,12 +57,12 @@ def test_shortcut_against_a_loop(cin, cout, stride):
         for i in range(wanted.shape[2]):
             wanted[:, front + c, i] = x[:, c, i * stride]
     unit = ResidualShrinkageUnit(cin, cout, stride).eval()
-    assert torch.equal(unit.identity(x), wanted)
+    assert torch.equal(unit.shortcut(x), wanted)
     assert unit(x).shape == wanted.shape
 
     image = torch.randn(2, cin, 6, 13)
     unit = ResidualShrinkageUnit(cin, cout, stride, dims=2)
-    identity = unit.identity(image)
+    identity = unit.shortcut(image)
     assert torch.equal(identity[:, front : front + cin], image[:, :, ::stride, ::stride])
     assert not identity[:, :front].any() and not identity[:, front + cin :].any()
     assert unit(image).shape == identity.shape
@@ -75,7 +78,7 @@ def test_unit_is_pre_activation_with_the_identity_as_residual(attention, average
     )
     y = unit(x)
     ((z, residual),) = given
-    assert unit.shrinkage.average == average and torch.equal(residual, unit.identity(x))
+    assert unit.shrinkage.average == average and torch.equal(residual, unit.shortcut(x))
 
     bn1, relu1, conv1, bn2, relu2, conv2 = unit.residual_function
     torch.testing.assert_close(z, conv2(bn2(conv1(bn1(x).relu())).relu()))
@@ -87,10 +90,10 @@ def test_unit_is_pre_activation_with_the_identity_as_residual(attention, average
 
 def test_baselines_differ_by_shrinkage_and_shortcut_only():
     x = torch.randn(4, 4, 32)
-    plain = ResidualShrinkageUnit(4, 8, 2, attention=None, shortcut=False)
+    plain = ResidualShrinkageUnit(4, 8, 2, attention=None, shortcut=None)
     residual = ResidualShrinkageUnit(4, 8, 2, attention=None)
     residual.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(residual(x), plain(x) + residual.identity(x))
+    torch.testing.assert_close(residual(x), plain(x) + residual.shortcut(x))
     assert (
         set(resnet().state_dict())
         == set(convnet().state_dict())
@@ -100,7 +103,7 @@ def test_baselines_differ_by_shrinkage_and_shortcut_only():
 
 
 @pytest.mark.parametrize("dims, shape", [(1, (4, 2, 33)), (2, (4, 2, 17, 20))])
-@pytest.mark.parametrize("attention", ["cw", "cs", None])
+@pytest.mark.parametrize("attention", ["cw", "cs", "se", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_forward_backward_pickle_deepcopy(dims, shape, attention, dtype):
     model = DRSN(2, 3, dims=dims, attention=attention, **SMALL).to(dtype)
@@ -155,14 +158,14 @@ def test_weight_decay_groups():
         (
             lambda: ResidualShrinkageUnit(4, 4, attention="CW"),
             ValueError,
-            "attention must be one of 'cw', 'cs' or None",
+            "attention must be one of 'cw', 'cs', 'se' or None, got 'CW'",
         ),
         (lambda: DRSN(stages=((4, 4),)), ValueError, r"stages must be a sequence of \(channels, units, stride\)"),
         (lambda: DRSN(stages=()), ValueError, "stages must be"),
         (lambda: DRSN(stages=((4, 0, 1),)), ValueError, "units must be a positive integer, got 0"),
         (lambda: DRSN(stem=(4,)), ValueError, r"stem must be \(channels, stride\)"),
         (lambda: DRSN(classes=0), ValueError, "classes must be a positive integer, got 0"),
-        (lambda: paper_network("vgg"), ValueError, "name must be one of drsn-cw, drsn-cs, resnet, convnet, got 'vgg'"),
+        (lambda: paper_network("vgg"), ValueError, "name must be one of 'convnet', .*, 'drsn-cw', got 'vgg'"),
         (lambda: DRSN()(torch.randn(2, 2048)), ValueError, r"x must have shape \(N, 1, length\), got \(2, 2048\)"),
         (lambda: DRSN(3, dims=2)(torch.randn(2, 1, 8, 8)), ValueError, r"\(N, 3, height, width\), got \(2, 1, 8, 8\)"),
         (lambda: ResidualShrinkageUnit(4, 8)(torch.randn(2, 3, 8)), ValueError, r"\(N, 4, length\), got \(2, 3, 8\)"),

@@ -30,7 +30,7 @@ if backend._missing() is None:
 
 def forget_plans():
     for module in (apply, grad, reduce):
-        module.prepare.cache_clear()
+        module._prepare.cache_clear()
     standard._prepare_forward.cache_clear()
     standard._prepare_backward.cache_clear()
 

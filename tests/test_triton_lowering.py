@@ -88,7 +88,7 @@ def test_the_budget_reads_and_writes_the_feature_map_as_often(lowered, case):
 def test_the_feature_map_is_moved_as_often_as_budgeted(lowered, case, target):
     for launch, expected in pairs(lowered, target, case):
         assert launch["unattributed"] == 0, launch
-        for argument, kind in [(a, "ld") for a in ("x", "residual", "g")] + [(a, "st") for a in ("y", "dx")]:
+        for argument, kind in [(a, "ld") for a in ("x", "times", "residual", "g")] + [(a, "st") for a in ("y", "dx")]:
             found = launch["by_argument"].get(f"{kind} {argument}", {"bytes": [0, 0]})["bytes"]
             wanted = [expected.tiles(kind, loop).get(argument, 0) * launch["tile_bytes"] for loop in (False, True)]
             assert found == wanted, (launch["kernel"], kind, argument, launch)

@@ -23,16 +23,25 @@ struct Walk {
   int64_t row_bytes = 0;  // bytes of one row in a plane
 };
 
-struct ReduceArgs {  // out = mean |x|; planes optional (both or none)
+// What reduce adds up: |x| or x for their means, x * times for its sum.
+enum class Sum : int { magnitudes, values, products };
+
+// What apply makes of x and t, its threshold or factor: soft_threshold(x, t), piecewise(x, t, ...), or x * t.
+enum class Map : int { soft, pieces, scale };
+
+struct ReduceArgs {  // out = mean |x|, or another Sum; planes optional (both or none), with |x| only
   DType dtype;
   Walk walk;
   const void* x;
   Strides xs;
   void* out;  // (N, C), float or double
   uint8_t *sign, *nonzero;
+  Sum sum = Sum::magnitudes;
+  const void* times = nullptr;  // of x's shape
+  Strides ts = {};
 };
 
-struct ApplyArgs {  // y = soft_threshold(x, tau) [+ residual]; kept optional, sign only with kept
+struct ApplyArgs {  // y = map(x, tau) [+ residual] [+ shift / L]; kept optional, sign only with kept; neither where it scales
   DType dtype;
   Walk walk;
   const void* x;
@@ -44,11 +53,15 @@ struct ApplyArgs {  // y = soft_threshold(x, tau) [+ residual]; kept optional, s
   const void* residual;
   Strides rs;
   uint8_t *kept, *sign;
+  Map map = Map::soft;
+  double inside = 0, offset = 1;  // of pieces
+  const void* shift = nullptr;    // (N, C), float or double, contiguous; where it scales, without a residual
 };
 
 struct GradArgs {
   // dx = kept * g + s * da / L    where dx is given; g or da may be absent
   // dtau = - sum_L s * kept * g   where dtau is given
+  // by other pieces, inside * g is in the place of 0 where it is not kept, and dtau is offset times that
   DType dtype;
   Walk walk;
   const void* g;
@@ -58,6 +71,7 @@ struct GradArgs {
   Strides ds;
   void* dtau;  // (N, C), float or double
   const uint8_t *kept, *sign, *nonzero;
+  double inside = 0, offset = 1;
 };
 
 enum class Average : int { channel = 0, sample = 1, none = 2 };

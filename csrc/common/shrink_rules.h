@@ -21,6 +21,28 @@ template <class S> DRSN_HD S magnitude(S x) { return x < S(0) ? -x : (x == S(0) 
 
 template <class S> DRSN_HD bool is_nonzero(S x) { return !(x == S(0)); }
 
+// The rules over any type V of one or more lanes: the CPU's vectors, a GPU's single lane.
+
+// y without a residual, and in `kept` the elements that a gradient passes through.
+template <class V, class Mask> DRSN_HD V soft_threshold(V x, V tau, Mask& kept) {
+  const V magnitude = x.abs(), excess = magnitude - tau;
+  const Mask nonzero = x.nonzero();
+  kept = V::both(V::not_le(magnitude, tau), nonzero);
+  // sign(x) is multiplied in: 0 * excess is NaN where tau is NaN or -inf, as in eager PyTorch
+  return V::set(1).keep(nonzero).negate(x.negative()) * excess.keep(V::not_le(excess, V::set(0)));
+}
+
+// x - sign(x) * offset * tau in `kept`, inside * x elsewhere. NaN is kept, 0 is not.
+template <class V, class Mask> DRSN_HD V piecewise(V x, V tau, V inside, V offset, Mask& kept) {
+  kept = V::both(V::not_le(x.abs(), tau), x.nonzero());
+  return (x - (tau * offset).negate(x.negative())).keep(kept) + (x * inside).keep(V::mask(~V::bits(kept)));
+}
+
+// s * share, the gradient that comes back through A; `share` is dA / L.
+template <class V, class Mask> DRSN_HD V direct_grad(V share, Mask negative, Mask nonzero) {
+  return share.keep(nonzero).negate(negative);
+}
+
 // Bits of a row in a plane: rows never share a byte, and rows of more than 16 elements own whole 32-bit words.
 DRSN_HD int64_t plane_row_bits(int64_t length) { return length <= 8 ? 8 : length <= 16 ? 16 : (length + 31) / 32 * 32; }
 

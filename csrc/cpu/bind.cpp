@@ -96,24 +96,51 @@ void reduce(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t
 
 void apply(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
            const py::tuple& ys, uintptr_t tau, const py::tuple& tau_shape, const py::tuple& ts, uintptr_t residual, const py::tuple& rs,
-           uintptr_t kept, uintptr_t sign) {
+           uintptr_t kept, uintptr_t sign, double inside, double factor) {
   const Shape s(shape, dense);
+  const Map map = inside == 0 && factor == 1 ? Map::soft : Map::pieces;
   const int64_t tau_n = item(tau_shape, 0) == 1 ? 0 : item(ts, 0), tau_c = item(tau_shape, 1) == 1 ? 0 : item(ts, 1);
   const ApplyArgs args{DType(dtype), s.walk,        pointer<void>(x),         s.strides(xs), pointer<void>(y),
                        s.strides(ys), pointer<void>(tau), tau_n,              tau_c,         pointer<void>(residual),
-                       s.strides(rs), pointer<uint8_t>(kept), pointer<uint8_t>(sign)};
+                       s.strides(rs), pointer<uint8_t>(kept), pointer<uint8_t>(sign), map, inside, factor};
   py::gil_scoped_release release;
   kernels->apply(args);
 }
 
 void grad(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t da,
-          uintptr_t dx, uintptr_t dtau, uintptr_t kept, uintptr_t sign, uintptr_t nonzero) {
+          uintptr_t dx, uintptr_t dtau, uintptr_t kept, uintptr_t sign, uintptr_t nonzero, double inside, double factor) {
   const Shape s(shape, dense);
   const GradArgs args{DType(dtype),      s.walk,       pointer<void>(g),       s.strides(gs), pointer<void>(da),
                       pointer<void>(dx), s.strides(dense), pointer<void>(dtau), pointer<uint8_t>(kept),
-                      pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)};
+                      pointer<uint8_t>(sign), pointer<uint8_t>(nonzero), inside, factor};
   py::gil_scoped_release release;
   kernels->grad(args);
+}
+
+void mean(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t out) {
+  const Shape s(shape, dense);
+  const ReduceArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(out), nullptr, nullptr, Sum::values};
+  py::gil_scoped_release release;
+  kernels->reduce(args);
+}
+
+void scale(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
+           uintptr_t factors, const py::tuple& fs, uintptr_t residual, const py::tuple& rs, uintptr_t shift) {
+  const Shape s(shape, dense);
+  const ApplyArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(dense),
+                       pointer<void>(factors), item(fs, 0), item(fs, 1), pointer<void>(residual), s.strides(rs), nullptr, nullptr,
+                       Map::scale, 0, 1, pointer<void>(shift)};
+  py::gil_scoped_release release;
+  kernels->apply(args);
+}
+
+void scale_sums(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t x,
+                const py::tuple& xs, uintptr_t out) {
+  const Shape s(shape, dense);
+  const ReduceArgs args{DType(dtype), s.walk, pointer<void>(g), s.strides(gs), pointer<void>(out), nullptr, nullptr,
+                        Sum::products, pointer<void>(x), s.strides(xs)};
+  py::gil_scoped_release release;
+  kernels->reduce(args);
 }
 
 void standard_forward(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
@@ -187,8 +214,11 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace drsn;
   m.doc() = "CPU kernels of drsn_kernels; called by drsn_kernels.backends.cpu, which checks what it passes.";
   m.def("reduce", &reduce, "out (N, C) = mean |x|, and the planes sign and nonzero where not 0");
-  m.def("apply", &apply, "y = sign(x) relu(|x| - tau) + residual, and the planes kept and sign where not 0");
+  m.def("apply", &apply, "y = sign(x) relu(|x| - tau) + residual, or of other pieces, and the planes kept and sign where not 0");
   m.def("grad", &grad, "dx = kept g + s dA / L and dtau = -sum s kept g, each where its pointer is not 0");
+  m.def("mean", &mean, "out (N, C) = mean x");
+  m.def("scale", &scale, "y = x f + residual, or x f + shift / L; factors f by their strides, 0 where they are broadcast");
+  m.def("scale_sums", &scale_sums, "out (N, C) = sum g x");
   m.def("plane_words", &plane_words, "32-bit words in one plane of a tensor of this shape and dense strides");
   m.def("set_parallel_for", [](uintptr_t p) { parallel_for = reinterpret_cast<ParallelFor>(p); },
         "The address of torch_parallel_for, or 0 for serial kernels.");

@@ -150,28 +150,33 @@ template <bool CL, class S, class F> DRSN_INLINE void sum_rows(const Walk& w, S*
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------
 
-template <class T, bool CL, bool PLANES> void reduce_as(const ReduceArgs& a) {
+template <class T, bool CL, Sum SUM, bool PLANES> void reduce_as(const ReduceArgs& a) {
   using S = typename Compute<T>::type;
-  const auto x = rows<T>(a.x, a.xs, a.walk);
+  const auto x = rows<T>(a.x, a.xs, a.walk), times = rows<T>(a.times, a.ts, a.walk);
+  const bool contiguous = x.contiguous && times.contiguous;
   uint8_t *const sign = a.sign, *const nonzero = a.nonzero;
   const int64_t bytes = a.walk.row_bytes;
-  const auto any = [&](T* row, int64_t start, int64_t count, int64_t plane, S* sums) __attribute__((noinline)) {
-    alignas(64) T buffer[kChunk];
-    pieces(x.contiguous, start, count, [&](int64_t i, int64_t len) {
+  const auto any = [&](T* x_row, T* times_row, int64_t start, int64_t count, int64_t plane,
+                       S* sums) __attribute__((noinline)) {
+    alignas(64) T x_buffer[kChunk], times_buffer[SUM == Sum::products ? kChunk : 1];
+    pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
-      reduce_row<false, T, CL, PLANES>(x.fetch(row, i, len, buffer), len, CL ? sums + i : sums, offset(sign, at), offset(nonzero, at),
-                                       bytes - i / 8);
+      reduce_row<false, T, CL, SUM, PLANES>(x.fetch(x_row, i, len, x_buffer),
+                                            SUM == Sum::products ? times.fetch(times_row, i, len, times_buffer) : nullptr, len,
+                                            CL ? sums + i : sums, offset(sign, at), offset(nonzero, at), bytes - i / 8);
     });
   };
-  sum_rows<CL>(a.walk, static_cast<S*>(a.out), 1.0 / double(a.walk.l),
-               [=, &x, &any](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) DRSN_LAMBDA {
-                 T* const row = x.row(n, j);
-                 if (start || count > 64 || !x.contiguous) return any(row, start, count, plane, sums);
-                 reduce_row<true, T, CL, PLANES>(row, count, sums, offset(sign, plane), offset(nonzero, plane), bytes);
+  const double scale = SUM == Sum::products ? 1.0 : 1.0 / double(a.walk.l);
+  sum_rows<CL>(a.walk, static_cast<S*>(a.out), scale,
+               [=, &x, &times, &any](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane, S* sums) DRSN_LAMBDA {
+                 T *const x_row = x.row(n, j), *const times_row = SUM == Sum::products ? times.row(n, j) : nullptr;
+                 if (start || count > 64 || !contiguous) return any(x_row, times_row, start, count, plane, sums);
+                 reduce_row<true, T, CL, SUM, PLANES>(x_row, times_row, count, sums, offset(sign, plane), offset(nonzero, plane),
+                                                      bytes);
                });
 }
 
-template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
+template <class T, bool CL, Map MAP, bool RESIDUAL, bool SHIFT> void apply_as(const ApplyArgs& a) {
   using S = typename Compute<T>::type;
   const auto x = rows<T>(a.x, a.xs, a.walk), y = rows<T>(a.y, a.ys, a.walk), res = rows<T>(a.residual, a.rs, a.walk);
   const bool contiguous = x.contiguous && y.contiguous && res.contiguous;
@@ -187,33 +192,47 @@ template <class T, bool CL, bool RESIDUAL> void apply_as(const ApplyArgs& a) {
     tau = wide.data;
     tau_n = a.walk.c;
   }
+  const int64_t channels = a.walk.c;
+  Scratch<S> shares(SHIFT ? a.walk.n * channels : 0);  // shift / L; -0, which changes nothing, where there is none
+  if constexpr (SHIFT) {
+    const S *const shift = static_cast<const S*>(a.shift), length = S(a.walk.l);
+    for (int64_t i = 0; i < a.walk.n * channels; ++i) shares.data[i] = shift ? shift[i] / length : S(-0.0);
+  }
+  const S* const share = shares.data;
+  const double inside = a.inside, factor = a.offset;
   uint8_t *const kept = a.kept, *const sign = a.sign;
-  const auto any = [&](T* x_row, T* y_row, T* res_row, const S* t, int64_t start, int64_t count,
+  const auto any = [&](T* x_row, T* y_row, T* res_row, const S* t, const S* shift, int64_t start, int64_t count,
                        int64_t plane) __attribute__((noinline)) {
     alignas(64) T x_buffer[kChunk], y_buffer[kChunk], res_buffer[kChunk];
     pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
-      apply_row<false, T, CL, RESIDUAL>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer), CL ? t + i : t,
-                                 res.fetch(res_row, i, len, res_buffer), len, offset(kept, at),
-                                 offset(sign, at), bytes - i / 8);
+      apply_row<false, T, CL, MAP, RESIDUAL, SHIFT>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer),
+                                                    CL ? t + i : t, res.fetch(res_row, i, len, res_buffer),
+                                                    SHIFT && CL ? shift + i : shift, inside, factor, len, offset(kept, at),
+                                                    offset(sign, at), bytes - i / 8);
       y.put(y_row, i, len, y_buffer);
     });
   };
   for_rows(a.walk, [=, &x, &y, &res, &any](int64_t n, int64_t j, int64_t start, int64_t count,
                                            int64_t plane) DRSN_LAMBDA {
     const S* t = CL ? tau + n * tau_n : tau + n * tau_n + j * tau_c;
-    T *const x_row = x.row(n, j), *const y_row = y.row(n, j), *const res_row = RESIDUAL ? res.row(n, j) : nullptr;
-    if (start || count > 64 || !contiguous) return any(x_row, y_row, res_row, t, start, count, plane);
-    apply_row<true, T, CL, RESIDUAL>(x_row, y_row, t, res_row, count, offset(kept, plane),
-                                     offset(sign, plane), bytes);
+    const S* shift = SHIFT ? share + n * channels + (CL ? 0 : j) : nullptr;
+    constexpr bool optional = MAP == Map::pieces;  // no code of its own with and without a residual, nor for short rows
+    T *const x_row = x.row(n, j), *const y_row = y.row(n, j);
+    T* const res_row = RESIDUAL && (!optional || res.base) ? res.row(n, j) : nullptr;
+    if (optional || start || count > 64 || !contiguous) return any(x_row, y_row, res_row, t, shift, start, count, plane);
+    if constexpr (!optional)
+      apply_row<true, T, CL, MAP, RESIDUAL, SHIFT>(x_row, y_row, t, res_row, shift, inside, factor, count, offset(kept, plane),
+                                                   offset(sign, plane), bytes);
   });
 }
 
-template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(const GradArgs& a) {
+template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU, bool LEAKY> void grad_as(const GradArgs& a) {
   using S = typename Compute<T>::type;
   const auto g = rows<T>(a.g, a.gs, a.walk), dx = rows<T>(a.dx, a.ds, a.walk);
   const bool contiguous = g.contiguous && dx.contiguous;
   const int64_t channels = a.walk.c, bytes = a.walk.row_bytes;
+  const double inside = a.inside;
   const S *const da = static_cast<const S*>(a.da), length = S(a.walk.l);
   Scratch<S> scaled(DA && CL ? a.walk.n * channels : 0);  // dA / L, in the row walk divided a row at a time
   if constexpr (DA && CL) {
@@ -226,8 +245,8 @@ template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(co
     alignas(64) T g_buffer[kChunk], dx_buffer[kChunk];
     pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
-      grad_row<false, T, CL, G, DA, DX, DTAU>(g.fetch(g_row, i, len, g_buffer), DX ? dx.target(dx_row, i, dx_buffer) : nullptr,
-                                       CL ? direct + i : direct, CL && DTAU ? sums + i : sums, len, offset(kept, at),
+      grad_row<false, T, CL, G, DA, DX, DTAU, LEAKY>(g.fetch(g_row, i, len, g_buffer), DX ? dx.target(dx_row, i, dx_buffer) : nullptr,
+                                       CL ? direct + i : direct, CL && DTAU ? sums + i : sums, inside, len, offset(kept, at),
                                        offset(sign, at), offset(nonzero, at), bytes - i / 8);
       if constexpr (DX) dx.put(dx_row, i, len, dx_buffer);
     });
@@ -237,12 +256,13 @@ template <class T, bool CL, bool G, bool DA, bool DX, bool DTAU> void grad_as(co
     T *const g_row = G ? g.row(n, j) : nullptr, *const dx_row = DX ? dx.row(n, j) : nullptr;
     const S one = DA && !CL ? da[n * channels + j] / length : S(0);
     const S* direct = DA && CL ? share + n * channels : &one;
-    if (start || count > 64 || !contiguous) return any(g_row, dx_row, direct, start, count, plane, sums);
-    grad_row<true, T, CL, G, DA, DX, DTAU>(g_row, dx_row, direct, sums, count, offset(kept, plane), offset(sign, plane),
-                                           offset(nonzero, plane), bytes);
+    if (LEAKY || start || count > 64 || !contiguous) return any(g_row, dx_row, direct, start, count, plane, sums);
+    if constexpr (!LEAKY)
+      grad_row<true, T, CL, G, DA, DX, DTAU, LEAKY>(g_row, dx_row, direct, sums, inside, count, offset(kept, plane),
+                                                    offset(sign, plane), offset(nonzero, plane), bytes);
   };
   if constexpr (DTAU) {
-    sum_rows<CL>(a.walk, static_cast<S*>(a.dtau), -1.0, row);
+    sum_rows<CL>(a.walk, static_cast<S*>(a.dtau), -a.offset, row);
   } else {
     for_rows(a.walk, [row](int64_t n, int64_t j, int64_t start, int64_t count, int64_t plane) DRSN_LAMBDA {
       row(n, j, start, count, plane, nullptr);
@@ -262,15 +282,27 @@ template <class F> void with_dtype(DType dtype, const F& f) {
 }
 
 template <class T, bool CL> void reduce_walk(const ReduceArgs& a) {
-  a.sign ? reduce_as<T, CL, true>(a) : reduce_as<T, CL, false>(a);
+  switch (a.sum) {
+    case Sum::magnitudes: return a.sign ? reduce_as<T, CL, Sum::magnitudes, true>(a) : reduce_as<T, CL, Sum::magnitudes, false>(a);
+    case Sum::values: return reduce_as<T, CL, Sum::values, false>(a);
+    case Sum::products: return reduce_as<T, CL, Sum::products, false>(a);
+  }
 }
 template <class T, bool CL> void apply_walk(const ApplyArgs& a) {
-  a.residual ? apply_as<T, CL, true>(a) : apply_as<T, CL, false>(a);
+  switch (a.map) {
+    case Map::soft: return a.residual ? apply_as<T, CL, Map::soft, true, false>(a) : apply_as<T, CL, Map::soft, false, false>(a);
+    case Map::pieces: return apply_as<T, CL, Map::pieces, true, false>(a);
+    case Map::scale: return a.residual ? apply_as<T, CL, Map::scale, true, false>(a) : apply_as<T, CL, Map::scale, false, true>(a);
+  }
+}
+template <class T, bool CL, bool LEAKY> void grad_of(const GradArgs& a) {
+  if (a.dtau) return grad_as<T, CL, true, false, true, true, LEAKY>(a);
+  return a.da ? grad_as<T, CL, true, true, true, false, LEAKY>(a) : grad_as<T, CL, true, false, true, false, LEAKY>(a);
 }
 template <class T, bool CL> void grad_walk(const GradArgs& a) {
-  if (a.dtau) return a.dx ? grad_as<T, CL, true, false, true, true>(a) : grad_as<T, CL, true, false, false, true>(a);
-  if (!a.g) return grad_as<T, CL, false, true, true, false>(a);
-  return a.da ? grad_as<T, CL, true, true, true, false>(a) : grad_as<T, CL, true, false, true, false>(a);
+  if (!a.g) return grad_as<T, CL, false, true, true, false, false>(a);
+  if (!a.dx) return grad_as<T, CL, true, false, false, true, false>(a);
+  a.inside == 0 ? grad_of<T, CL, false>(a) : grad_of<T, CL, true>(a);
 }
 
 void reduce(const ReduceArgs& a) {

@@ -156,15 +156,17 @@ template <bool CL, class V, class S> struct Sums {
 
 // ---- rows: SHORT ones, of at most 64 elements, go inline into the walk; longer ones are called ------------------------------------------------------------------------------------------------------------
 
-template <bool SHORT, class T, bool CL, bool PLANES>
-DRSN_INLINE void reduce_row(const T* x, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {
+template <bool SHORT, class T, bool CL, Sum SUM, bool PLANES>
+DRSN_INLINE void reduce_row(const T* x, const T* times, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {
   using V = Vec<typename Compute<T>::type>;
   Sums<CL, V, typename Compute<T>::type> total(sums);
   each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     uint64_t s = 0, z = 0;
     each_vector<V>(part, count, [&](int k, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes);
-      total.add(k, i + j, lanes, a.abs());
+      if constexpr (SUM == Sum::magnitudes) total.add(k, i + j, lanes, a.abs());
+      if constexpr (SUM == Sum::values) total.add(k, i + j, lanes, a);
+      if constexpr (SUM == Sum::products) total.add(k, i + j, lanes, a * load<V>(times + i + j, lanes));
       if constexpr (PLANES) {
         s |= V::bits(a.negative()) << j;
         z |= V::bits(a.nonzero()) << j;
@@ -178,22 +180,27 @@ DRSN_INLINE void reduce_row(const T* x, int64_t n, typename Compute<T>::type* su
   total.finish();
 }
 
-template <bool SHORT, class T, bool CL, bool RESIDUAL>
-DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* residual, int64_t n, uint8_t* kept,
-               uint8_t* sign, int64_t bytes) {
+// inside and offset: of Map::pieces.
+template <bool SHORT, class T, bool CL, Map MAP, bool RESIDUAL, bool SHIFT>
+DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* residual,
+               const typename Compute<T>::type* shift, double inside, double offset, int64_t n, uint8_t* kept, uint8_t* sign,
+               int64_t bytes) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
     uint64_t k = 0, s = 0;
     each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(tau, i + j, lanes);
-      const V magnitude = a.abs(), excess = magnitude - t;
-      const auto nonzero = a.nonzero();
-      k |= V::bits(V::both(V::not_le(magnitude, t), nonzero)) << j;
-      s |= V::bits(a.negative()) << j;
-      // sign(x) is multiplied in: 0 * excess is NaN where tau is NaN or -inf, as in eager PyTorch
-      V out = V::set(1).keep(nonzero).negate(a.negative()) * excess.keep(V::not_le(excess, V::set(0)));
-      if constexpr (RESIDUAL) out = out + load<V>(residual + i + j, lanes);
+      V out = a * t;
+      if constexpr (MAP != Map::scale) {
+        decltype(a.nonzero()) above;
+        if constexpr (MAP == Map::soft) out = soft_threshold(a, t, above);
+        if constexpr (MAP == Map::pieces) out = piecewise(a, t, V::set(S(inside)), V::set(S(offset)), above);
+        k |= V::bits(above) << j;
+        s |= V::bits(a.negative()) << j;
+      }
+      if constexpr (SHIFT) out = out + coefficient<CL, V>(shift, i + j, lanes);
+      if (RESIDUAL && (MAP != Map::pieces || residual)) out = out + load<V>(residual + i + j, lanes);
       store(out, y + i + j, lanes);
     });
     if (kept) put_word(kept + i / 8, part.full ? 8 : bytes - i / 8, k);
@@ -201,9 +208,10 @@ DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* ta
   });
 }
 
-template <bool SHORT, class T, bool CL, bool G, bool DA, bool DX, bool DTAU>
-DRSN_INLINE void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename Compute<T>::type* dtau, int64_t n,
-              const uint8_t* kept, const uint8_t* sign, const uint8_t* nonzero, int64_t bytes) {
+// LEAKY: inside * g where it is not kept, instead of 0.
+template <bool SHORT, class T, bool CL, bool G, bool DA, bool DX, bool DTAU, bool LEAKY>
+DRSN_INLINE void grad_row(const T* g, T* dx, const typename Compute<T>::type* da, typename Compute<T>::type* dtau,
+              double inside, int64_t n, const uint8_t* kept, const uint8_t* sign, const uint8_t* nonzero, int64_t bytes) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   Sums<CL, V, S> total(dtau);
@@ -218,9 +226,10 @@ DRSN_INLINE void grad_row(const T* g, T* dx, const typename Compute<T>::type* da
       if constexpr (G) {
         out = load<V>(g + i + j, lanes).keep(V::mask(k >> j));
         if constexpr (DTAU) total.add(a, i + j, lanes, out.negate(negative));
+        if constexpr (LEAKY) out = out + (load<V>(g + i + j, lanes) * V::set(S(inside))).keep(V::mask(~k >> j));
       }
       if constexpr (DA) {
-        const V direct = coefficient<CL, V>(da, i + j, lanes).keep(V::mask(z >> j)).negate(negative);
+        const V direct = direct_grad(coefficient<CL, V>(da, i + j, lanes), negative, V::mask(z >> j));
         out = G ? out + direct : direct;
       }
       if constexpr (DX) store(out, dx + i + j, lanes);

@@ -2,9 +2,11 @@
 
 A backend is a module with a `name`, `unsupported(x)` (None, or the reason in words) and three kernels:
 
-    reduce(x, geo, planes)                     -> A (N, C), and int32 (2, words) of sign and nonzero, or None
-    apply(x, geo, tau, residual, out, planes)  -> y, and int32 (planes, words) of kept [and sign], or None
-    grad(geo, dtype, g, kept, sign, ...)       -> dx and/or dtau, from the planes
+    reduce(x, geo, planes)                           -> A (N, C), and int32 (2, words) of sign and nonzero, or None
+    apply(x, geo, tau, residual, out, planes, rule)  -> y, and int32 (planes, words) of kept [and sign], or None
+    grad(geo, dtype, g, kept, sign, ...)             -> dx and/or dtau, from the planes
+
+and four for squeeze_excite: mean and scale forward, scale_sums and scale_grad backward.
 
 geo is x's shape and dense strides (planes.geometry), computed once a call.
 `torch` (pure PyTorch, any device) is the reference for all of them. A new backend joins by one line in BACKENDS and,

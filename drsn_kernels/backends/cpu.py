@@ -4,14 +4,15 @@ import ctypes
 import math
 import os
 import sys
-from typing import NamedTuple
 
 import torch
 
 from .. import traffic
 from ..gates import Kept, StandardGate
 from ..planes import Geometry, order
+from ..reference import SOFT, Rule
 from ..traffic import Budget, Plan, StandardCall
+from .cpu_plan import standard_plan
 
 name = "cpu"
 _CPU = torch.device("cpu")  # outputs go there whatever torch.set_default_device says
@@ -122,6 +123,7 @@ def apply(
     residual: torch.Tensor | None,
     out: torch.Tensor | None,
     planes: int,
+    rule: Rule = SOFT,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape, dense = geo
     strides = x.stride()
@@ -139,7 +141,7 @@ def apply(
     added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
     _cpu.apply(
         _DTYPES[x.dtype], shape, dense, x.data_ptr(), strides, y.data_ptr(), y_strides,
-        tau.data_ptr(), tau.shape, tau.stride(), added, added_strides, kept, sign,
+        tau.data_ptr(), tau.shape, tau.stride(), added, added_strides, kept, sign, *rule,
     )  # fmt: skip
     return y, bits
 
@@ -154,6 +156,7 @@ def grad(
     pooled_grad: torch.Tensor | None = None,
     want_dx: bool = True,
     want_dtau: bool = False,
+    rule: Rule = SOFT,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     shape, dense = geo
     dx = _output(shape, dense, dtype) if want_dx else None
@@ -166,9 +169,46 @@ def grad(
         0 if pooled_grad is None else pooled_grad.data_ptr(),
         0 if dx is None else dx.data_ptr(), 0 if dtau is None else dtau.data_ptr(),
         0 if kept is None else kept.data_ptr(), 0 if sign is None else sign.data_ptr(),
-        0 if nonzero is None else nonzero.data_ptr(),
+        0 if nonzero is None else nonzero.data_ptr(), *rule,
     )  # fmt: skip
     return dx, dtau
+
+
+# ---- squeeze_excite --------------------------------------------------------------------------------------------------
+
+
+def mean(x: torch.Tensor, geo: Geometry) -> torch.Tensor:
+    out = _pooled(geo[0], x.dtype)
+    _cpu.mean(_DTYPES[x.dtype], *geo, x.data_ptr(), x.stride(), out.data_ptr())
+    return out
+
+
+def scale(x: torch.Tensor, geo: Geometry, s: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return _scaled(x, geo, x.dtype, s, residual, None)
+
+
+def scale_sums(geo: Geometry, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    ds = _pooled(geo[0], x.dtype)
+    _cpu.scale_sums(_DTYPES[x.dtype], *geo, g.data_ptr(), g.stride(), x.data_ptr(), x.stride(), ds.data_ptr())
+    return ds
+
+
+def scale_grad(
+    geo: Geometry, dtype: torch.dtype, g: torch.Tensor, s: torch.Tensor, mean_grad: torch.Tensor | None
+) -> torch.Tensor:
+    return _scaled(g, geo, dtype, s, None, None if mean_grad is None else mean_grad.contiguous())
+
+
+def _scaled(x, geo, dtype, s, residual, shift) -> torch.Tensor:
+    """x * s + residual, or x * s + shift / L."""
+    y = _output(*geo, dtype)
+    strides = tuple([0 if size == 1 else stride for size, stride in zip(s.shape, s.stride(), strict=True)])
+    added, added_strides = (0, geo[1]) if residual is None else (residual.data_ptr(), residual.stride())
+    _cpu.scale(
+        _DTYPES[dtype], *geo, x.data_ptr(), x.stride(), y.data_ptr(), s.data_ptr(), strides, added, added_strides,
+        0 if shift is None else shift.data_ptr(),
+    )  # fmt: skip
+    return y
 
 
 # ---- the standard gate, computed together with the step (gates.py) ---------------------------------------------------
@@ -189,35 +229,6 @@ def standard_unsupported(x: torch.Tensor, parts: StandardGate) -> str | None:
     if products > most:
         return f"{products} products in the gate: beyond {most} torch's matrix products are faster"
     return None
-
-
-class StandardPlan(NamedTuple):
-    """How the forward pass with the standard gate walks the batch."""
-
-    name: str
-    block: int  # samples pooled, gated and shrunk together; 0: each stage over the whole batch
-    why: str
-
-
-# Forward in eval, cold, 16 MiB, stages against blocks of 128, 256, 512 KiB, 1 MiB: 64 channels 1.04, 0.76, 0.77, 0.76,
-# 0.81 ms; 256 channels (512 KiB of weights) 1.17, 1.04, -, 1.11, 1.19; 512 channels (2 MiB) 1.55, 2.79, -, 2.36, 2.08.
-_BLOCK_BYTES = 256 << 10
-_WEIGHT_BYTES = 512 << 10
-
-
-def standard_plan(geo: Geometry, dtype: torch.dtype, hidden: int, outputs: int, coupled: bool) -> StandardPlan:
-    if coupled:
-        return StandardPlan("stages", 0, "batch statistics need all of the batch pooled before any of it is shrunk")
-    n, c, *spatial = geo[0]
-    weights = (c + outputs) * hidden * (8 if dtype == torch.float64 else 4)
-    if weights > _WEIGHT_BYTES:
-        return StandardPlan(
-            "stages", 0, f"{weights >> 10} KiB of weights, read for each block, leave x no room in the cache"
-        )
-    block = max(_BLOCK_BYTES // max(c * math.prod(spatial) * dtype.itemsize, 1), 1)
-    if n < 4 * block:
-        return StandardPlan("stages", 0, f"{n} samples are too few for the threads to share in blocks of {block}")
-    return StandardPlan("blocks", block, f"blocks of {block} samples are shrunk while they are in the cache")
 
 
 def _addresses(*tensors: torch.Tensor | None) -> tuple[int, ...]:
@@ -319,13 +330,23 @@ def reduce_budget(geo, strides, dtype, device, planes):
     return traffic.reduce(geo, dtype, planes, "reduce")
 
 
-def apply_budget(geo, strides, dtype, device, tau, residual, planes):
+def apply_budget(geo, strides, dtype, device, tau, residual, planes, rule=SOFT):
     size = tau[0] * tau[1] * traffic.accumulate_dtype(dtype).itemsize
     return traffic.apply(geo, dtype, size, residual, planes, "apply")
 
 
-def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau):
+def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau, rule=SOFT):
     return traffic.grad(geo, dtype, masked, pooled, dx, dtau, "grad")
+
+
+def squeeze_excite_budgets(geo, strides, dtype, device, s, residual, pooled):
+    factors, sums = traffic.sums_bytes(geo, dtype, s[1]), traffic.sums_bytes(geo, dtype)
+    return (
+        traffic.reduce(geo, dtype, False, "mean"),
+        traffic.apply(geo, dtype, factors, residual, 0, "scale"),
+        traffic.products(geo, dtype, "scale_sums"),
+        traffic.apply(geo, dtype, factors + pooled * sums, False, 0, "scale"),
+    )
 
 
 def standard_budgets(call: StandardCall) -> tuple[Budget, Budget]:
@@ -360,7 +381,7 @@ def plan(op, geo, strides, dtype, device, gate, planes):
         if taken.block:
             return Plan(taken.name, taken.why, not_taken)
         return Plan(taken.name, "each stage takes the whole batch", (*not_taken, ("blocks", taken.why)))
-    if op == "shrink":
+    if gate is not None:
         not_taken += (("gate fused", gate),)
     return Plan("passes over x", where, not_taken)
 

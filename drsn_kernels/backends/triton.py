@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from ..reference import accumulate_dtype
+from ..reference import SOFT, accumulate_dtype
 
 name = "triton"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -65,16 +65,43 @@ def reduce(x, geo, planes):
     return run(x, geo, planes)
 
 
-def apply(x, geo, tau, residual, out, planes):
+def apply(x, geo, tau, residual, out, planes, rule=SOFT):
     from ..triton.apply import apply as run
 
-    return run(x, geo, tau, residual, out, planes)
+    return run(x, geo, tau, residual, out, planes, rule)
 
 
-def grad(geo, dtype, g, kept, sign, nonzero=None, pooled_grad=None, want_dx=True, want_dtau=False):
+def grad(geo, dtype, g, kept, sign, nonzero=None, pooled_grad=None, want_dx=True, want_dtau=False, rule=SOFT):
     from ..triton.grad import grad as run
 
-    return run(geo, dtype, g, kept, sign, nonzero, pooled_grad, want_dx, want_dtau)
+    return run(geo, dtype, g, kept, sign, nonzero, pooled_grad, want_dx, want_dtau, rule)
+
+
+# ---- squeeze_excite ----
+
+
+def mean(x, geo):
+    from ..triton.reduce import mean as run
+
+    return run(x, geo)
+
+
+def scale(x, geo, s, residual):
+    from ..triton.apply import scale as run
+
+    return run(x, geo, s, residual)
+
+
+def scale_sums(geo, g, x):
+    from ..triton.reduce import scale_sums as run
+
+    return run(geo, g, x)
+
+
+def scale_grad(geo, dtype, g, s, mean_grad):
+    from ..triton.apply import scale_grad as run
+
+    return run(geo, dtype, g, s, mean_grad)
 
 
 # ---- the standard gate, computed together with the step (gates.py) ----
@@ -107,16 +134,29 @@ def reduce_budget(geo, strides, dtype, device, planes):
     return budget(geo, strides, dtype, device, planes)
 
 
-def apply_budget(geo, strides, dtype, device, tau, residual, planes):
+def apply_budget(geo, strides, dtype, device, tau, residual, planes, rule=SOFT):
     from ..triton.apply import budget
 
     return budget(geo, dtype, tau[0] * tau[1] * accumulate_dtype(dtype).itemsize, residual, planes)
 
 
-def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau):
+def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau, rule=SOFT):
     from ..triton.grad import budget
 
     return budget(geo, strides, dtype, device, masked, pooled, dx, dtau)
+
+
+def squeeze_excite_budgets(geo, strides, dtype, device, s, residual, pooled):
+    from ..triton.apply import budget
+    from ..triton.reduce import products_budget
+
+    n, c = geo[0][:2]
+    return (
+        reduce_budget(geo, strides, dtype, device, False),
+        apply_budget(geo, strides, dtype, device, s, residual, 0),
+        products_budget(geo, (geo[1], strides), dtype, device),
+        budget(geo, dtype, n * (s[1] + pooled * c) * accumulate_dtype(dtype).itemsize, False, 0),
+    )
 
 
 def standard_budgets(call):

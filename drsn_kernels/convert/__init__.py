@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..modules import Shrinkage
+from ..modules import Shrinkage, SqueezeExcite
 from ..untouched import untouched
 from .plans import Converted, converted_class, install, remove
 from .probe import Finding, examine
@@ -72,14 +72,16 @@ def _number(values) -> str:
 
 
 def convert(model: nn.Module) -> Report:
-    """Make every module of `model` that computes the shrinkage step compute it with the fused operators. In place.
+    """Make every module of `model` that computes shrinkage, or squeeze-and-excitation, use the fused operators.
 
-    A module is found by what it computes, never by its name: its forward is run on a copy with random numbers, in train
-    and in eval mode, and where its output is ``sign(x) * max(|x| - tau, 0)`` and tau follows from the mean of \\|x\\|
-    (or of x) over the spatial dimensions by code of its own, that code is kept and the rest is replaced by
-    :func:`drsn_kernels.shrink`. Outputs, gradients, statistics and attributes that it sets must agree to rounding in
-    both modes, in float64 where the module runs in it; else it is left alone, and the report says why. A gate that is
-    one module is called as it is, hooks included; a standard gate may be fused, as in :func:`drsn_kernels.shrink`.
+    In place. A module is found by what it computes, never by its name: its forward is run on a copy with random
+    numbers, in train and in eval mode, and where its output is ``sign(x) * max(|x| - tau, 0)`` and tau follows from the
+    mean of \\|x\\| (or of x) over the spatial dimensions by code of its own, that code is kept and the rest is replaced
+    by :func:`drsn_kernels.shrink`; where it is x times a factor for each plane that follows from the mean of x, by
+    :func:`drsn_kernels.squeeze_excite`. Outputs, gradients, statistics and attributes that it sets must agree to
+    rounding in both modes, in float64 where the module runs in it; else it is left alone, and the report says why. A
+    gate that is one module is called as it is, hooks included; a standard gate may be fused, as in
+    :func:`drsn_kernels.shrink`.
 
     The object stays the same and gets another class, a subclass of its own: names, aliases, hooks on it and on its
     children, parameters, buffers, optimizers, state_dict keys, isinstance, train and eval, deepcopy and pickle (the
@@ -131,7 +133,7 @@ def convert(model: nn.Module) -> Report:
             rows.append(row("converted", plans, found.difference, found.own_difference))
         elif found.inline:
             rows.append(row("written inline", found.why))
-        elif not any(isinstance(m, (Converted, Shrinkage)) for m in module.modules()):
+        elif not any(isinstance(m, _OURS) for m in module.modules()):
             rows.append(row("left alone", found.why))
     return Report(tuple(rows), tuple(_notes(names)))
 
@@ -157,12 +159,13 @@ def revert(model: nn.Module) -> list[str]:
     return [name for name, _ in converted]
 
 
+_OURS = (Converted, Shrinkage, SqueezeExcite)
 _MODELS = f"{__package__.split('.')[0]}.models"  # built on the fused operators
 
 
 def _examine(module: nn.Module, findings: dict[nn.Module, Finding]) -> None:
     """From the outside in: what is inside a converted module is its gate."""
-    if module in findings or isinstance(module, (Converted, Shrinkage)):
+    if module in findings or isinstance(module, _OURS):
         return
     if not type(module).__module__.startswith(("torch.", _MODELS)):
         try:

@@ -1,8 +1,9 @@
-"""Which calls of a trace make up sign(u) * max(|u| - t, 0), and a plan that does the same in the fused operators.
+"""Which calls of a trace make up sign(u) * max(|u| - t, 0), or u * t, and a plan that does the same with our operators.
 
 Found by values. Where y is not 0, |u| - |y| is the threshold: it must be the same along each plane, and some call must
 have computed it. Everything behind that call, back to u, is the module's own way from u to the threshold. It depends
 on u by its pooling alone if it gives the same when run on the pooled u, a tensor that is its own average.
+Squeeze-and-excitation is found in the same way: y / u is the factor.
 """
 
 import os
@@ -18,11 +19,19 @@ from .tracing import Differs, Trace, Unexplained
 
 
 class Match(NamedTuple):
-    """y = sign(u) * max(|u| - t, 0), all three nodes of a trace."""
+    """y = sign(u) * max(|u| - t, 0) or, where it scales, u * t: all three nodes of a trace."""
 
     u: fx.Node
     y: fx.Node
     t: fx.Node
+    scales: bool = False
+
+    @property
+    def underived(self) -> str:
+        """Why there is no plan."""
+        if self.scales:
+            return "it scales x by factors that do not follow from the mean of x"
+        return "its threshold does not follow from the mean of |x| or x"
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -65,10 +74,28 @@ def rows_of(u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def match_module(trace: Trace) -> Match:
     """The whole module is the operator: u is x and y is what it returns."""
     u, y = trace.x.meta["value"], trace.y.meta["seen"]
-    t = _holding(trace, rows_of(u, y), u)
+    try:
+        rows, scales = rows_of(u, y), False
+    except Unexplained:
+        rows, scales = factors_of(u, y), True
+        if rows is None:
+            raise
+    t = _holding(trace, rows, u)
     if t is None:
-        raise Unexplained("it shrinks by a threshold that none of its own operations returns")
-    return Match(trace.x, trace.y, t)
+        what = "scales by a factor" if scales else "shrinks by a threshold"
+        raise Unexplained(f"it {what} that none of its own operations returns")
+    return Match(trace.x, trace.y, t, scales)
+
+
+def factors_of(u: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+    """The factors (N, C) by which y is u scaled, if it is; not where all of them are 1."""
+    if not isinstance(y, torch.Tensor) or y.shape != u.shape or not y.isfinite().all():
+        return None
+    flat, scaled = u.flatten(2), y.flatten(2).to(u.dtype)
+    factors = (flat * scaled).sum(2) / flat.square().sum(2)
+    if not close(scaled, flat * factors.unsqueeze(2)) or close(factors, torch.ones_like(factors)):
+        return None
+    return factors
 
 
 def match_inside(trace: Trace) -> Match | None:
@@ -149,17 +176,20 @@ def plans_for(trace: Trace, match: Match) -> Iterator[Plan]:
     u, t = match.u.meta["seen"], match.t.meta["seen"]
     behind = _behind(match.t)
     if match.u not in behind:
-        yield _threshold_plan(trace, match, None, {})
+        if not match.scales:
+            yield _threshold_plan(trace, match, None, {})
         return
     spatial = list(range(2, u.dim()))
     for pool, pooled in (("abs", u.abs().mean(spatial)), ("signed", u.mean(spatial))):
+        if match.scales and pool == "abs":
+            continue
         averages = {n: n.meta["seen"].dim() for n in behind if n is not match.u and _is_average(n, pooled)}
-        if pool == "abs" and not trace.effects:
+        if match.scales == (pool == "signed") and not trace.effects:
             plan = _gate_plan(trace, match, t, pooled, averages)
             if plan is not None:
                 yield plan
         if t.dim() not in (2, u.dim()) or t.shape[0] != u.shape[0]:
-            raise Unexplained("its threshold is shared by the samples of a batch")
+            raise Unexplained(f"its {'factor' if match.scales else 'threshold'} is shared by the samples of a batch")
         for known in (averages, {}):
             plan = _threshold_plan(trace, match, pool, known)
             if plan is not None:
@@ -196,7 +226,7 @@ def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict
             index[node] = len(index)
             steps.append(_step(node, index))
     effects = tuple((name, index[node]) for name, node in trace.effects)
-    return ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects)
+    return ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects, match.scales)
 
 
 def _step(node: fx.Node, index: dict[fx.Node, int]) -> Step:
@@ -232,6 +262,7 @@ _STANDARD = ((nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid), (nn.Linear, nn.BatchNo
 def _gate_plan(trace, match, t, pooled, averages) -> GatePlan | None:
     rows = _as_rows(t, pooled, match.u.meta["seen"].dim())
     forms = (("channel", pooled), ("sample", pooled.mean(1, keepdim=True)), (None, torch.ones_like(pooled)))
+    forms = forms[2:] if match.scales else forms
     for node in trace.nodes:
         alpha = node.meta["seen"]
         if node in averages or not _is_float(node) or alpha.dim() != 2 or not averages.keys() & _behind(node):
@@ -240,7 +271,7 @@ def _gate_plan(trace, match, t, pooled, averages) -> GatePlan | None:
             continue
         for average, factor in forms:
             if close((alpha * factor).expand_as(rows), rows) and (gate := gate_of(node, averages)) is not None:
-                return GatePlan(gate, average)
+                return GatePlan(gate, average, match.scales)
     return None
 
 

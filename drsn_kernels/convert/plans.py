@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..ops import shrink, soft_threshold
+from ..ops import shrink, soft_threshold, squeeze_excite
 
 Sink = Callable[[torch.Tensor], None] | None  # of record_tau
 
@@ -65,13 +65,17 @@ def at(module: nn.Module, path: str) -> Any:
 
 @dataclass(frozen=True)
 class GatePlan:
-    """shrink(x, gate, average=...) with a gate that is one module, or a chain that makes up the standard gate."""
+    """shrink(x, gate, average=...) or squeeze_excite(x, gate), the gate being one module, or a chain that makes up the
+    standard gate."""
 
     gate: str | tuple[str | Callable[[], nn.Module], ...]  # a path; or paths and, for functions, classes
     average: str | None
+    scales: bool = False  # squeeze_excite, which has no threshold
 
     def __call__(self, module: nn.Module, x: torch.Tensor, sink: Sink = None) -> torch.Tensor:
         gate = at(module, self.gate) if isinstance(self.gate, str) else self._chain(module)
+        if self.scales:
+            return squeeze_excite(x, gate)
         if sink is None:
             return shrink(x, gate, average=self.average)
         y, tau = shrink(x, gate, average=self.average, return_tau=True)
@@ -90,6 +94,8 @@ class GatePlan:
 
     def __str__(self) -> str:
         gate = f"self.{self.gate}" if isinstance(self.gate, str) else "the standard gate of its layers"
+        if self.scales:
+            return f"squeeze_excite(x, {gate})"
         return f"shrink(x, {gate}, average={self.average!r})"
 
 
@@ -111,7 +117,7 @@ def _in_turn(layers: list[nn.Module], a: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ThresholdPlan:
-    """The module's own code from the pooled x to the threshold, and the fused operators around it.
+    """The module's own code from the pooled x to the threshold, or to the factors, and the fused operators around it.
 
     The code runs on tensors that are their own average: A as (N, C, 1, ...), or wherever the average appears in it.
     """
@@ -121,8 +127,11 @@ class ThresholdPlan:
     steps: tuple[Step, ...]
     tau: int
     effects: tuple[tuple[str, int], ...]  # attributes that forward sets, as thresholds kept for a look
+    scales: bool = False  # squeeze_excite: `tau` is the factors
 
     def __call__(self, module: nn.Module, x: torch.Tensor, sink: Sink = None) -> torch.Tensor:
+        if self.scales:
+            return squeeze_excite(x, _Gate(self._threshold, module, x, None))
         if self.pool == "abs":
             return shrink(x, _Gate(self._threshold, module, x, sink), average=None)
         pooled = x.mean(list(range(2, x.dim()))) if self.pool == "signed" else None
@@ -147,6 +156,8 @@ class ThresholdPlan:
         return tau
 
     def __str__(self) -> str:
+        if self.scales:
+            return "squeeze_excite(x, its own code)"
         if self.pool == "abs":
             return "shrink(x, its own code, average=None)"
         return f"soft_threshold(x, its own code of {'the mean of x' if self.pool else 'its parameters'})"

@@ -166,7 +166,7 @@ def _explain(module: nn.Module, shape: _Shape, dtype: torch.dtype) -> tuple[dict
                 plans[training] = plan
                 break
             if training not in plans:
-                raise reason or Unexplained("its threshold does not follow from the mean of |x| or x")
+                raise reason or Unexplained(match.underived)
         except Unexplained as problem:
             kind = type(problem) if raised is Unexplained else raised
             raise kind(f"{mode}{problem}") from None

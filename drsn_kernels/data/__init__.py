@@ -1,7 +1,29 @@
-"""Vibration data for the demo: a simulated bearing, and a reader for the CWRU recordings."""
+"""Vibration, speech and images: readers of the original formats, and data that need no files.
 
-from ._windows import Windows, standardise
+=================  =====================================================  ==================================
+simulate_bearing   simulated vibration, 1 x 2048, eight states of health  nothing to download
+load_cwru          Case Western Reserve University bearings, .mat         recordings split in time
+load_speech        folders of LABEL_SPEAKER_TAKE.wav, log-mel images      takes or speakers held out
+load_idx           MNIST, Fashion-MNIST and their relatives, idx(.gz)     the official test files
+load_digits        scikit-learn's 8 x 8 digits                            nothing to download
+=================  =====================================================  ==================================
+
+All of them return a :class:`Dataset`.
+"""
+
+from ._dataset import Dataset, standardise
 from .bearing import simulate_bearing
 from .cwru import load_cwru
+from .images import load_digits, load_idx
+from .speech import LogMel, load_speech
 
-__all__ = ["Windows", "load_cwru", "simulate_bearing", "standardise"]
+__all__ = [
+    "Dataset",
+    "LogMel",
+    "load_cwru",
+    "load_digits",
+    "load_idx",
+    "load_speech",
+    "simulate_bearing",
+    "standardise",
+]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._windows import Windows, standardise
+from ._dataset import Dataset, standardise
 
 SAMPLING_RATE = 12_000.0
 MODES_HZ = (2_150.0, 3_300.0)
@@ -212,7 +212,7 @@ def simulate_bearing(
     *,
     length: int = 2048,
     generator: torch.Generator | None = None,
-) -> Windows:
+) -> Dataset:
     """Windows of simulated bearing vibration at 12 kHz in eight states of health.
 
     Training and test windows come from different recordings, so from other speeds, phases, loads and resonances.
@@ -245,7 +245,7 @@ def simulate_bearing(
         ]
         labels = torch.arange(len(CLASSES)).repeat_interleave(recordings * windows_per_recording)
         splits += [standardise(torch.cat(windows).reshape(-1, 1, length)), labels]
-    return Windows(
+    return Dataset(
         *splits,
         class_names=tuple(CLASSES),
         sampling_rate=SAMPLING_RATE,

@@ -14,7 +14,7 @@ import torch
 
 from .. import info
 from .._extras import require
-from ..data import Windows, load_cwru, simulate_bearing
+from ..data import Dataset, load_cwru, simulate_bearing
 from . import check, learning, speed
 
 
@@ -22,7 +22,7 @@ def _heading(number: int, title: str) -> None:
     print(f"\n{number}. {title}\n{'-' * (len(title) + 3)}", flush=True)
 
 
-def _data(folder: Path | None, seed: int) -> Windows:
+def _data(folder: Path | None, seed: int) -> Dataset:
     if folder is None:
         return simulate_bearing(generator=torch.Generator().manual_seed(seed))
     return load_cwru(folder)

@@ -1,8 +1,7 @@
 """The learning part of the demo: DRSN-CW against the same ResNet on noisy vibration windows.
 
-The recipe is the paper's (Zhao et al., IEEE TII 2020, DOI 10.1109/TII.2019.2943898): its networks of Table II, SGD with
-momentum 0.9, learning rate 0.1, 0.01 and 0.001 for 40 %, 40 % and 20 % of the epochs, batch 128, weight decay 1e-4 on
-the weights of convolutions and linear layers.
+The networks (Table II) and the recipe (train/recipe.py) are the paper's: Zhao et al., IEEE TII 2020, DOI
+10.1109/TII.2019.2943898.
 """
 
 import json
@@ -11,20 +10,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .._extras import require
-from ..data import Windows
-from ..models import paper_network, parameter_groups
+from ..data import Dataset
+from ..models import paper_network
 from ..modules import record_tau
 from ..noise import add_noise
+from ..train import Recipe, accuracy, train_epoch
 from . import plots
 
 SNR_DB = (-5.0, -3.0, 0.0, 3.0, 5.0)
 TAU_SNR_DB = (-5.0, 15.0)
 MODELS = {"drsn-cw": "DRSN-CW", "resnet": "ResNet"}
-BATCH = 128
 EPOCHS = 40
 QUICK_EPOCHS, QUICK_TRAIN, QUICK_TEST = 10, 1024, 256
 
@@ -83,35 +81,18 @@ def train(
     device of the model.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    optimizer = torch.optim.SGD(parameter_groups(model), lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.4 * epochs), round(0.8 * epochs)])
+    recipe = Recipe(epochs)
+    optimizer = recipe.optimizer(model)
+    schedule = recipe.schedule(optimizer)
     levels = torch.tensor(snr_db)
+
+    def noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return noisy(x, levels[torch.randint(len(levels), (len(x),), generator=generator)], generator)
+
     for _ in _progress(epochs, label):
-        model.train()
-        order = torch.randperm(len(x), generator=generator)
-        snr = levels[torch.randint(len(levels), (len(x),), generator=generator)]
-        inputs, targets = noisy(x, snr, generator)[order], y[order]
-        batches = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=False))
-        if len(batches) > 1 and len(batches[-1][0]) < BATCH // 2:
-            batches.pop()  # a few windows are too few for batch statistics
-        total = torch.zeros((), device=device)
-        for inputs, targets in batches:
-            loss = F.cross_entropy(model(inputs.to(device)), targets.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
+        loss = train_epoch(model, optimizer, x, y, recipe.batch, generator=generator, noise=noise)
         schedule.step()
-    return float(total) / len(batches)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Predicted classes (N,) on the CPU, in eval mode."""
-    model.eval()
-    device = next(model.parameters()).device
-    return torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in x.split(2 * BATCH)])
+    return loss
 
 
 @torch.no_grad()
@@ -121,7 +102,7 @@ def thresholds(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     found: dict[str, list[torch.Tensor]] = {}
     with record_tau(model) as taus:
-        for batch in x.split(2 * BATCH):
+        for batch in x.split(256):
             model(batch.to(device))
             for name, tau in taus.items():
                 found.setdefault(name, []).append(tau.float().mean(1).cpu())
@@ -163,10 +144,9 @@ def _print_accuracy(results: dict) -> None:
     print("\nTest accuracy in % at each SNR")
     print(f"{'model':<10}" + "".join(f"{snr:>+8g} dB" for snr in SNR_DB) + f"{'mean':>10}")
     for name, label in MODELS.items():
-        accuracy = results[name]["accuracy"]
         print(
             f"{label:<10}"
-            + "".join(f"{100 * value:>11.1f}" for value in accuracy.values())
+            + "".join(f"{100 * value:>11.1f}" for value in results[name]["accuracy"].values())
             + f"{100 * results[name]['mean_accuracy']:>10.1f}"
         )
     gain = 100 * (results["drsn-cw"]["mean_accuracy"] - results["resnet"]["mean_accuracy"])
@@ -183,7 +163,7 @@ def _print_thresholds(result: dict) -> None:
 
 
 def run(
-    dataset: Windows,
+    dataset: Dataset,
     out: Path,
     *,
     quick: bool,
@@ -233,14 +213,14 @@ def run(
         start = time.perf_counter()
         loss = train(model, train_x, train_y, epochs=epochs, seed=seed, label=label)
         seconds = time.perf_counter() - start
-        accuracy = {f"{snr:g}": float((predict(model, x) == test_y).double().mean()) for snr, x in tests.items()}
+        accuracies = {f"{snr:g}": accuracy(model, x, test_y) for snr, x in tests.items()}
         models[name] = model
         results[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "train_seconds": seconds,
             "final_loss": loss,
-            "accuracy": accuracy,
-            "mean_accuracy": sum(accuracy.values()) / len(accuracy),
+            "accuracy": accuracies,
+            "mean_accuracy": sum(accuracies.values()) / len(accuracies),
         }
     _print_accuracy(results)
     tau, noise_rms, relative = _tau_against_noise(models["drsn-cw"], test_x, seed + 2)

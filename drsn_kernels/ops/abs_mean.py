@@ -10,6 +10,7 @@ import torch
 from .. import backends, recording, reference
 from ..backends import eager
 from ..planes import geometry
+from ..reference import SOFT
 from . import checks
 from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, use_registered_ops
 
@@ -39,15 +40,17 @@ class AbsMean(torch.autograd.Function):
     def backward(ctx, pooled_grad, alias_grad=None):
         handed = ctx.handed.pop(current_backward(), None)
         g = kept = dx = None
+        rule = SOFT
         if handed is not None:
-            g, kept, (sign, nonzero) = handed
+            g, kept, (sign, nonzero), rule = handed
         elif pooled_grad is not None:
             sign, nonzero = ctx.saved_tensors[0]
         if g is not None or pooled_grad is not None:
             backend = ctx.backend if is_eager_grad(g, pooled_grad) else eager
             dx, _ = backend.grad(
-                ctx.geometry, ctx.dtype, g, kept, sign if pooled_grad is not None else None, nonzero, pooled_grad
-            )
+                ctx.geometry, ctx.dtype, g, kept, sign if pooled_grad is not None else None, nonzero, pooled_grad,
+                rule=rule,
+            )  # fmt: skip
         if alias_grad is not None:
             dx = alias_grad if dx is None else dx + alias_grad
         return dx, None, None, None, None

@@ -1,6 +1,10 @@
 """Arguments checked before anything runs: one sentence with what was given and what is accepted."""
 
+import numbers
+
 import torch
+
+from ..reference import SOFT, Rule
 
 
 def features(x: torch.Tensor, rank: int) -> None:
@@ -37,6 +41,19 @@ def inplace(x: torch.Tensor, r: torch.Tensor | None) -> None:
         )
     if r is not None and r is not x and r.dtype != x.dtype and torch.promote_types(r.dtype, x.dtype) != x.dtype:
         raise ValueError(f"inplace=True keeps x's dtype {x.dtype}, but adding a residual of {r.dtype} promotes it")
+
+
+def rule(threshold: str, slope: float) -> Rule:
+    """The rule of the arguments that soft_threshold, shrink and Shrinkage share."""
+    if threshold not in ("soft", "hard"):
+        raise ValueError(f"threshold must be 'soft' or 'hard', got {threshold!r}")
+    if not isinstance(slope, numbers.Real) or isinstance(slope, bool):
+        raise TypeError(f"slope must be a number from 0 to less than 1, got {slope!r}")
+    if not 0 <= slope < 1:
+        raise ValueError(f"slope must be a number from 0 to less than 1, got {slope}")
+    if threshold == "hard":
+        return Rule(float(slope), 0.0)
+    return Rule(float(slope), 1.0 - slope) if slope else SOFT
 
 
 def gate_output(alpha: torch.Tensor, x: torch.Tensor) -> None:

@@ -18,15 +18,16 @@ Kept for it: the planes sign and nonzero (AbsMean), kept (Apply), alpha and A: 3
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from .. import backends, recording, reference
 from ..backends import eager
 from ..gates import StandardGate, standard_gate
 from ..planes import geometry
+from ..reference import SOFT
 from . import checks
 from .abs_mean import apply_abs_mean, traced_abs_mean
 from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, use_registered_ops, will_run
+from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 from .standard_shrink import Call, apply_standard
 
@@ -37,17 +38,17 @@ class Apply(torch.autograd.Function):
     """(x, alpha, A, residual) -> y, or (y, tau). `pool` is the AbsMean node whose alias x is, if there is one."""
 
     @staticmethod
-    def forward(ctx, x, alpha, pooled, residual, geo, average, pool, backend, inplace, return_tau):
+    def forward(ctx, x, alpha, pooled, residual, geo, average, pool, backend, inplace, return_tau, rule):
         ctx.set_materialize_grads(False)
         tau = reference.threshold(alpha, pooled, average)
         if return_tau and average is None:
             tau = tau.clone()  # an output that is an input would be a view of the gate's tensor
         planes = 1 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
-        y, bits = backend.apply(x, geo, tau, residual, x if inplace else None, planes)
+        y, bits = backend.apply(x, geo, tau, residual, x if inplace else None, planes, rule)
         if planes:
             ctx.save_for_backward(bits, alpha, pooled)
             ctx.geometry = geo
-        ctx.average, ctx.pool, ctx.backend, ctx.dtype = average, pool, backend, x.dtype
+        ctx.average, ctx.pool, ctx.backend, ctx.dtype, ctx.rule = average, pool, backend, x.dtype, rule
         if inplace:
             ctx.mark_dirty(x)
         return (y, tau) if return_tau else y
@@ -57,7 +58,7 @@ class Apply(torch.autograd.Function):
         want_x, want_alpha, want_pooled, want_residual = ctx.needs_input_grad[:4]
         residual_grad = g if want_residual else None
         if not (want_x or want_alpha or want_pooled) or (g is None and tau_grad is None):
-            return None, None, None, residual_grad, None, None, None, None, None, None
+            return None, None, None, residual_grad, None, None, None, None, None, None, None
         bits, alpha, pooled = ctx.saved_tensors
         planes = ctx.pool.saved_tensors[0] if ctx.pool is not None else None
         kept, sign = bits[0], bits[1] if planes is None else planes[0]
@@ -67,11 +68,13 @@ class Apply(torch.autograd.Function):
             here = want_x and planes is None  # no AbsMean node on x's way: the masked gradient is written here
             want_dtau = want_alpha or want_pooled
             if here or want_dtau:
-                x_grad, dtau = backend.grad(ctx.geometry, ctx.dtype, g, kept, sign, want_dx=here, want_dtau=want_dtau)
+                x_grad, dtau = backend.grad(
+                    ctx.geometry, ctx.dtype, g, kept, sign, want_dx=here, want_dtau=want_dtau, rule=ctx.rule
+                )
         if planes is not None and want_x and will_run(ctx.pool):
-            ctx.pool.handed[current_backward()] = (g, kept, planes)  # instead of returning g: see AbsMean
+            ctx.pool.handed[current_backward()] = (g, kept, planes, ctx.rule)  # instead of returning g: see AbsMean
         alpha_grad, pooled_grad = _threshold_grad(dtau, tau_grad, alpha, pooled, ctx.average, want_alpha, want_pooled)
-        return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None, None
+        return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None, None, None
 
 
 _apply = direct_apply(Apply)
@@ -115,37 +118,6 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
 
-def _first_float(module: nn.Module) -> torch.dtype | None:
-    """dtype of the module's first floating-point parameter; a plain walk without module.parameters()'s generators."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.is_floating_point():
-            return parameter.dtype
-    for child in module._modules.values():
-        if child is not None:
-            dtype = _first_float(child)
-            if dtype is not None:
-                return dtype
-    return None
-
-
-def _autocast(device: str) -> bool:
-    try:
-        return torch.is_autocast_enabled(device)
-    except RuntimeError:  # a device that autocast does not know, such as meta
-        return False
-
-
-def _call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """alpha in the accumulate dtype. The gate sees A in its parameters' dtype; under autocast, torch decides."""
-    dtype = _first_float(gate) if isinstance(gate, nn.Module) else None
-    if dtype is not None and dtype != pooled.dtype and not _autocast(x.device.type):
-        alpha = gate(pooled.to(dtype))
-    else:
-        alpha = gate(pooled)
-    checks.gate_output(alpha, x)
-    return alpha if alpha.dtype == pooled.dtype else alpha.to(pooled.dtype)
-
-
 def shrink(
     x: torch.Tensor,
     gate: Callable[[torch.Tensor], torch.Tensor],
@@ -154,6 +126,8 @@ def shrink(
     residual: torch.Tensor | None = None,
     inplace: bool = False,
     return_tau: bool = False,
+    threshold: str = "soft",
+    slope: float = 0.0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Adaptive soft thresholding: pool \|x\|, let `gate` turn it into thresholds, shrink x by them.
 
@@ -166,14 +140,17 @@ def shrink(
         residual: added to the result in the same pass; x's shape and device, dtype by torch's promotion.
         inplace: overwrite x and return it, in training too.
         return_tau: return (y, tau); tau is (N, C) or (N, 1), float32 (float64 for float64 x), and differentiable.
+        threshold, slope: as in :func:`drsn_kernels.soft_threshold`: "hard", or leaky. A gate is then called, never
+            fused. Through a hard threshold it does not learn: the derivative of y in tau is 0, and so are the gradients
+            that y sends to the gate's parameters.
 
     Returns:
         y with x's shape, dtype and memory format, or (y, tau).
 
     Raises:
         TypeError: x, residual or the gate's output is not a tensor of an accepted dtype, gate is not callable.
-        ValueError: a shape or device does not fit, unknown average, inplace on a leaf that requires grad or on an
-        expanded tensor. Nothing is changed then.
+        ValueError: a shape or device does not fit, unknown average, threshold or slope, inplace on a leaf that requires
+        grad or on an expanded tensor. Nothing is changed then.
 
     Source: Zhao et al. 2020, equations 3 to 11. Equivalent to::
 
@@ -185,6 +162,7 @@ def shrink(
     checks.features(x, rank=3)
     if average not in AVERAGES:
         raise ValueError(f"average must be 'channel', 'sample' or None, got {average!r}")
+    rule = checks.rule(threshold, slope)
     if not callable(gate):
         raise TypeError(f"gate must be a callable (N, C) -> (N, C) or (N, 1), got {type(gate).__name__}")
     if residual is not None:
@@ -199,7 +177,7 @@ def shrink(
         if recording.active is not None:
             recording.elsewhere("shrink", x, why, gate=gate)
         pooled = traced_abs_mean(x)
-        return _compose(x, pooled, _call_gate(gate, pooled, x), average, residual, inplace, return_tau)
+        return _compose(x, pooled, call_gate(gate, pooled, x), average, residual, inplace, return_tau, rule)
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
     fused = residual if residual is None or residual.dtype == x.dtype else None
@@ -208,7 +186,7 @@ def shrink(
     # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
     by_copy = inplace and grads and x._is_view()
     overwrite = inplace and not by_copy
-    parts = _fusable(gate, x, backend)
+    parts = _fusable(gate, x, backend) if rule == SOFT else "the fused gate has soft thresholds only"
     if not isinstance(parts, str):
         if grads and fused is not None and fused.requires_grad and not _any_requires_grad(x, *parts[:6]):
             fused = None  # added afterwards: its gradient is g, for which nothing need be kept
@@ -220,24 +198,24 @@ def shrink(
         pool = pooled.grad_fn
     else:
         pooled = backend.reduce(x, geo, planes=False)[0]
-    alpha = _call_gate(gate, pooled, x)
+    alpha = call_gate(gate, pooled, x)
     why = not_eager(alpha)
     if why is not None:  # a gate of tensor subclasses
         if recording.active is not None:
             recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
-        return _compose(handle, pooled, alpha, average, residual, inplace, return_tau)
+        return _compose(handle, pooled, alpha, average, residual, inplace, return_tau, rule)
     keep = grads and (x.requires_grad or alpha.requires_grad or (fused is not None and fused.requires_grad))
     if recording.active is not None:
         recording.active(
             "shrink", x, backend, keep=grads and (x.requires_grad or alpha.requires_grad), gate=gate, parts=parts,
-            average=average, outputs=alpha.shape[1], residual=fused, return_tau=return_tau,
+            average=average, outputs=alpha.shape[1], residual=fused, return_tau=return_tau, rule=rule,
         )  # fmt: skip
     if keep:
-        out = _apply(handle, alpha, pooled, fused, geo, average, pool, backend, overwrite, return_tau)
+        out = _apply(handle, alpha, pooled, fused, geo, average, pool, backend, overwrite, return_tau, rule)
         y, tau = out if return_tau else (out, None)
     else:
         tau = reference.threshold(alpha, pooled, average)
-        y = backend.apply(x, geo, tau, fused, x if overwrite else None, planes=0)[0]
+        y = backend.apply(x, geo, tau, fused, x if overwrite else None, 0, rule)[0]
         _overwritten(x if overwrite else None)
         if return_tau and average is None:
             tau = tau.clone()  # the gate's own tensor otherwise
@@ -290,13 +268,13 @@ def _standard(x, geo, parts, backend, gate, average, residual, grads, overwrite,
     return y, tau
 
 
-def _compose(x, pooled, alpha, average, residual, inplace, return_tau):
+def _compose(x, pooled, alpha, average, residual, inplace, return_tau, rule):
     """The rest of shrink from soft_threshold and ordinary autograd: right under every transform, compiler, subclass."""
     tau = reference.threshold(alpha, pooled, average)
-    if residual is not None and residual.dtype == x.dtype and not use_registered_ops(x):
-        y = reference.soft_threshold(x, tau, residual)  # rounded once, as in the kernels
+    if residual is not None and residual.dtype == x.dtype and not (rule == SOFT and use_registered_ops(x)):
+        y = reference.soft_threshold(x, tau, residual, rule)  # rounded once, as in the kernels
     else:
-        y = traced_soft_threshold(x, tau)
+        y = traced_soft_threshold(x, tau, rule)
         y = y if residual is None else y + residual
     if inplace:
         y = x.copy_(y)

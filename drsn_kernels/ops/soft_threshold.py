@@ -4,6 +4,8 @@
     kept = not (|x| <= tau) and x != 0
     dx   = kept * g                        dtau = -sum s * kept * g over what tau is broadcast along
 
+Hard and leaky thresholds (reference.Rule) are the same kernels with other constants, and keep the same planes.
+
 Forward reads x and writes y and, for a gradient, the planes kept and sign (2 bits an element). Backward reads g and the
 planes once and writes dx, with dtau summed on the way.
 """
@@ -15,6 +17,7 @@ import torch
 from .. import backends, recording, reference
 from ..backends import eager
 from ..planes import geometry
+from ..reference import SOFT, Rule
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
 
@@ -23,43 +26,62 @@ class SoftThreshold(torch.autograd.Function):
     """x (N, C, *spatial), tau (N | 1, C | 1) in the accumulate dtype -> y."""
 
     @staticmethod
-    def forward(ctx, x, tau, geo, backend):
-        y, bits = backend.apply(x, geo, tau, None, None, planes=2)
+    def forward(ctx, x, tau, geo, backend, rule):
+        y, bits = backend.apply(x, geo, tau, None, None, 2, rule)
         ctx.save_for_backward(bits)
-        ctx.backend, ctx.geometry, ctx.dtype, ctx.tau_shape = backend, geo, x.dtype, tau.shape
+        ctx.backend, ctx.geometry, ctx.dtype, ctx.tau_shape, ctx.rule = backend, geo, x.dtype, tau.shape, rule
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         kept, sign = ctx.saved_tensors[0]
         backend = ctx.backend if is_eager_grad(g) else eager
         want_dx, want_dtau = ctx.needs_input_grad[:2]
-        dx, dtau = backend.grad(ctx.geometry, ctx.dtype, g, kept, sign, want_dx=want_dx, want_dtau=want_dtau)
-        return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None
+        dx, dtau = backend.grad(
+            ctx.geometry, ctx.dtype, g, kept, sign, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule
+        )
+        return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None, None
 
 
 _apply = direct_apply(SoftThreshold)
 
 
-def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
+def soft_threshold(
+    x: torch.Tensor, tau: float | torch.Tensor, *, threshold: str = "soft", slope: float = 0.0
+) -> torch.Tensor:
     r"""Soft thresholding: shrink every element towards zero by tau, and to zero within it.
 
-    Shapes:
-        x of any shape, floating point; y has x's shape, dtype and memory format.
-        tau a number or 0-dim tensor for any x; (N, 1) or (N, C) for x (N, C, \*spatial); or a tensor of x's rank that
-        broadcasts to x. A tau that varies along the spatial dimensions runs in plain PyTorch.
+    Args:
+        x: of any shape, floating point.
+        tau: a number or 0-dim tensor for any x; (N, 1) or (N, C) for x (N, C, \*spatial); or a tensor of x's rank that
+            broadcasts to x. A tau that varies along the spatial dimensions runs in plain PyTorch.
+        threshold: "hard" leaves x as it is outside of \|x\| <= tau.
+        slope: y = slope * x within \|x\| <= tau, 0 <= slope < 1. A soft threshold stays continuous:
+            y = sign(x) * (\|x\| - (1 - slope) * tau) outside.
+
+    Returns:
+        y with x's shape, dtype and memory format.
 
     Raises:
-        TypeError: x or tau is not floating point. ValueError: tau has another shape or device.
+        TypeError: x or tau is not floating point. ValueError: tau has another shape or device; unknown threshold or
+        slope.
 
-    The derivative is 0 where \|x\| == tau; a negative tau expands; NaN and Inf go through as in the form below.
-    Sums and tau are float32 (float64 for float64 x). Source: Zhao et al. 2020, equations 3 and 4. Equivalent to::
+    dx is 1 outside and `slope` inside; dtau is -(1 - slope) * sign(x) outside and 0 inside. Where \|x\| == tau, and
+    where x is 0, both are those of inside. A hard threshold's dtau is 0 everywhere: tau decides which elements stay,
+    and not what becomes of them, so nothing that tau is computed from learns through it. A negative tau expands; NaN
+    and Inf go through as in the forms below. Sums and tau are float32 (float64 for float64 x). Source: Zhao et al.
+    2020, equations 3 and 4. Equivalent to::
 
         x.sign() * (x.abs() - tau).relu()          # tau (N, C) seen as (N, C, 1, ...)
+
+        outside = ~(x.abs() <= tau) & (x != 0)     # with another threshold or a slope
+        offset = 0 if threshold == "hard" else 1 - slope
+        torch.where(outside, x - x.sign() * offset * tau, slope * x)
     """
+    rule = checks.rule(threshold, slope)
     checks.features(x, rank=0)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(tau, torch.Tensor):
@@ -73,33 +95,34 @@ def soft_threshold(x: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
     why = not_eager(x, tau)
     if why is None and x.numel():
         if x.dim() < 2:
-            return soft_threshold(x.reshape(1, 1, -1), tau.reshape(1, 1, -1) if tau.dim() else tau).view(x.shape)
+            rows = tau.reshape(1, 1, -1) if tau.dim() else tau
+            return soft_threshold(x.reshape(1, 1, -1), rows, threshold=threshold, slope=slope).view(x.shape)
         rows = _per_channel(tau)
         if rows is not None:
             backend = backends.select(x)
             keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
             if recording.active is not None:
-                recording.active("soft_threshold", x, backend, keep=keep, tau=rows)
+                recording.active("soft_threshold", x, backend, keep=keep, tau=rows, rule=rule)
             if keep:
-                return _apply(x, rows, geometry(x), backend)
-            return backend.apply(x, geometry(x), rows, None, None, planes=0)[0]
+                return _apply(x, rows, geometry(x), backend, rule)
+            return backend.apply(x, geometry(x), rows, None, None, 0, rule)[0]
         backends.fall_back(f"soft_threshold runs in pure PyTorch where {_SPATIAL}")
         why = _SPATIAL
     if recording.active is not None:
         recording.elsewhere("soft_threshold", x, why)
-    return traced_soft_threshold(x, tau)
+    return traced_soft_threshold(x, tau, rule)
 
 
 _SPATIAL = "tau varies along the spatial dimensions"
 
 
-def traced_soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+def traced_soft_threshold(x: torch.Tensor, tau: torch.Tensor, rule: Rule = SOFT) -> torch.Tensor:
     """The same for tensors that raw pointers are of no use for; tau in the dtype of sums."""
-    if x.dim() >= 2 and use_registered_ops(x):
+    if rule == SOFT and x.dim() >= 2 and use_registered_ops(x):
         rows = _per_channel(tau)
         if rows is not None:
             return torch.ops.drsn_kernels.soft_threshold(x, rows)[0]
-    return reference.soft_threshold(x, tau)
+    return reference.soft_threshold(x, tau, rule=rule)
 
 
 def _per_channel(tau: torch.Tensor) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 """apply: y = sign(x) * relu(|x| - tau) [+ residual], and the bit planes kept [and sign].
 
-tau is given, or computed on the way from the standard gate's hidden units (gate.tau_of).
+tau is given, or computed on the way from the standard gate's hidden units (gate.tau_of). For squeeze_excite the same
+kernel makes y = x * s [+ residual] and dx = g * s + dA / L; MAP says which.
 Reads x (and the residual) once; writes y and 1 or 2 bits an element. One launch, backwards through the tensor: after
 `reduce`, which reads x forwards, the part of x read last is still in L2.
 """
@@ -13,16 +14,18 @@ import triton.language as tl
 
 from .. import traffic
 from ..planes import Geometry, words
+from ..reference import SOFT, Rule
 from .gate import tau_of
 from .launch import Prepared, kernel, tiled, units_of
 from .plans import ON_THE_WAY_REGISTERS
-from .tiles import length_of_rows, offsets, pack, piece, sign_bit, soft_threshold, tile, units
+from .tiles import length_of_rows, offsets, pack, piece, piecewise, sign_bit, soft_threshold, tile, units
 
 
-@kernel(pointers=15, aligned=("x", "y", "residual"))
+@kernel(pointers=16, aligned=("x", "y", "residual"))
 def apply_kernel(
-    x, y, residual, tau, planes, pooled, hidden, mean, var, gamma, beta, w2, b2, alpha_out, tau_out,
+    x, y, residual, tau, planes, shift, pooled, hidden, mean, var, gamma, beta, w2, b2, alpha_out, tau_out,
     plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, xs, ys, rs, tau_n, tau_c, C, H,
+    MAP: tl.constexpr, INSIDE: tl.constexpr, OFFSET: tl.constexpr,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, BH: tl.constexpr,
     TWO_PLANES: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
@@ -70,7 +73,18 @@ def apply_kernel(
         tl.store(planes + at, pack(kept.to(tl.int32), UNIT_BITS), units_live)
         if TWO_PLANES:
             tl.store(planes + plane_units + at, pack(sign_bit(value), UNIT_BITS), units_live)
-    result = soft_threshold(value, threshold)
+    if MAP == "scale":
+        result = value * threshold
+    elif MAP == "soft":
+        result = soft_threshold(value, threshold)
+    else:
+        result = piecewise(value, threshold, INSIDE, OFFSET)
+    if shift is not None:
+        share = tl.load(shift + sample * (Q if CHANNELS_LAST else P) + c, threshold_live, 0.0) / L.to(ACC)
+        if CHANNELS_LAST:
+            result += share[None, :]
+        else:
+            result += share[:, None]
     if residual is not None:
         rows, columns = offsets(n, p, q, p_sizes, q_sizes, rs, R_UNIT, ALIGN)
         result += tl.load(residual + rows[:, None] + columns[None, :], live, 0.0).to(ACC)
@@ -89,7 +103,6 @@ class Gate(NamedTuple):
     dot: int = 1
 
 
-@functools.lru_cache(maxsize=4096)
 def prepare(
     geo: Geometry,
     strides: tuple,
@@ -98,19 +111,27 @@ def prepare(
     device: torch.device,
     two_planes: bool,
     gate: Gate = Gate(),  # noqa: B008  immutable
+    what: str = "soft",
+    rule: Rule = SOFT,
 ) -> tuple[Prepared, int]:
     """The launch for x, y and the residual of these strides, and the bits of a plane's unit."""
+    return _prepare(geo, strides, tau_strides, dtype, device, two_planes, gate, what, rule)
+
+
+@functools.lru_cache(maxsize=4096)  # apart from the defaults: arguments left out would be another key
+def _prepare(geo, strides, tau_strides, dtype, device, two_planes, gate, what, rule) -> tuple[Prepared, int]:
     on = tiled(geo, strides, dtype, device, False)
     registers = {} if gate.channels == 0 else {"maxnreg": ON_THE_WAY_REGISTERS}
     launch = on.prepare(
-        apply_kernel, (*tau_strides, gate.channels, gate.hidden), TWO_PLANES=two_planes, AVERAGE=gate.average,
-        ONE=gate.one, EPS=gate.eps, BH=gate.dot, X_UNIT=on.walk.operands[0].unit, Y_UNIT=on.walk.operands[1].unit,
-        R_UNIT=on.walk.operands[2].unit, **registers,
+        apply_kernel, (*tau_strides, gate.channels, gate.hidden), TWO_PLANES=two_planes,
+        MAP=what if rule == SOFT else "pieces", INSIDE=rule.inside, OFFSET=rule.offset,
+        AVERAGE=gate.average, ONE=gate.one, EPS=gate.eps, BH=gate.dot, X_UNIT=on.walk.operands[0].unit,
+        Y_UNIT=on.walk.operands[1].unit, R_UNIT=on.walk.operands[2].unit, **registers,
     )  # fmt: skip
     return launch, on.walk.unit_bits
 
 
-NO_GATE = (None,) * 10
+NO_GATE = (None,) * 11  # nor a shift
 
 
 def apply(
@@ -120,16 +141,39 @@ def apply(
     residual: torch.Tensor | None,
     out: torch.Tensor | None,
     planes: int,
+    rule: Rule = SOFT,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    shape, dense = geo
     device = x.device
-    y = torch.empty_strided(shape, dense, dtype=x.dtype, device=device) if out is None else out
+    y = torch.empty_strided(*geo, dtype=x.dtype, device=device) if out is None else out
     bits = torch.empty((planes, words(geo)), dtype=torch.int32, device=device) if planes else None
     strides = (x.stride(), y.stride(), (y if residual is None else residual).stride())
-    tau_strides = tuple(0 if size == 1 else stride for size, stride in zip(tau.shape, tau.stride(), strict=True))
-    launch, unit_bits = prepare(geo, strides, tau_strides, x.dtype, device, planes == 2)
+    launch, unit_bits = prepare(geo, strides, _broadcast(tau), x.dtype, device, planes == 2, rule=rule)
     launch(device, x, y, residual, tau, units_of(bits, unit_bits), *NO_GATE)
     return y, bits
+
+
+def _broadcast(tau: torch.Tensor) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else stride for size, stride in zip(tau.shape, tau.stride(), strict=True))
+
+
+def scale(x: torch.Tensor, geo: Geometry, s: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return _scaled(x, geo, x.dtype, s, residual, None)
+
+
+def scale_grad(
+    geo: Geometry, dtype: torch.dtype, g: torch.Tensor, s: torch.Tensor, mean_grad: torch.Tensor | None
+) -> torch.Tensor:
+    return _scaled(g, geo, dtype, s, None, None if mean_grad is None else mean_grad.contiguous())
+
+
+def _scaled(x, geo, dtype, s, residual, shift) -> torch.Tensor:
+    """x * s + residual, or x * s + shift / L."""
+    device = x.device
+    y = torch.empty_strided(*geo, dtype=dtype, device=device)
+    strides = (x.stride(), geo[1], (y if residual is None else residual).stride())
+    launch, _ = prepare(geo, strides, _broadcast(s), dtype, device, False, what="scale")
+    launch(device, x, y, residual, s, None, shift, *NO_GATE[1:])
+    return y
 
 
 def budget(geo: Geometry, dtype: torch.dtype, tau: int, residual: bool, planes: int) -> traffic.Budget:

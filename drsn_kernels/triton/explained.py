@@ -39,6 +39,8 @@ def plan(
     """strides: of x, y and the residual. gate: shrink's, or why it is not fused. planes: 0 where nothing is kept."""
     if isinstance(gate, StandardCall):
         return _standard(gate)
+    if op == "squeeze_excite":
+        return _squeeze_excite(geo, strides, dtype, device, gate, planes)
     n, c = geo[0][:2]
     launches = []
     if op != "soft_threshold":
@@ -52,8 +54,23 @@ def plan(
     why = "; ".join(dict.fromkeys(launch.plan.why for launch in launches))
     if op != "shrink":
         return _of(launches, "one launch each way", why, ())
-    why = f"a gate of torch's stands between them; {why}"
-    return _of(launches, "two launches each way", why, [("gate fused", gate)])
+    return _of(launches, "two launches each way", f"{_BETWEEN}; {why}", [("gate fused", gate)])
+
+
+_BETWEEN = "a gate of torch's stands between them"
+
+
+def _squeeze_excite(geo, strides, dtype, device, gate, planes) -> Plan:
+    factors, dense = (geo[0][1], 1), geo[1]
+    launches = [
+        reduce.prepare(geo, strides[0], dtype, device, "values").launch,
+        apply.prepare(geo, strides, factors, dtype, device, False, what="scale")[0],
+    ]
+    if planes:
+        launches.append(reduce.prepare(geo, dense, dtype, device, "products", strides[0]).launch)
+        launches.append(apply.prepare(geo, (dense,) * 3, factors, dtype, device, False, what="scale")[0])
+    why = "; ".join(dict.fromkeys(launch.plan.why for launch in launches))
+    return _of(launches, "two launches each way", f"{_BETWEEN}; {why}", [("gate fused", gate)])
 
 
 def _standard(call: StandardCall) -> Plan:

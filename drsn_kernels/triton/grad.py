@@ -1,5 +1,7 @@
 """grad: dx = kept * g + s * dA / L and dtau = -sum_l s * kept * g, each if wanted, from g and the bit planes.
 
+By another rule (reference.Rule), INSIDE * g is in the place of 0 where it is not kept, and dtau is OFFSET times that.
+
 Reads g once (not at all for abs_mean alone) and 1 to 3 bits an element; writes dx. One launch, and a sum of partials
 (splits, N, C) where dtau's rows are split. Without dtau it runs backwards through the tensor, so that after the pass
 which summed dtau the part of g read last is still in L2.
@@ -14,7 +16,7 @@ import triton.language as tl
 
 from .. import traffic
 from ..planes import Geometry
-from ..reference import accumulate_dtype
+from ..reference import SOFT, Rule, accumulate_dtype
 from .gate import pooled_grad_of
 from .launch import Prepared, kernel, tiled, units_of
 from .plans import ON_THE_WAY_REGISTERS
@@ -24,8 +26,9 @@ from .tiles import length_of_rows, offsets, piece, tile, units, unpack
 @triton.jit
 def _grad_tile(
     g, kept, sign, nonzero, share, dx, t, N, P, Q, splits, UNITS, p_sizes, q_sizes, gs, ds,
-    G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, UNIT_BITS: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+    INSIDE: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+    UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """s * kept * g of one tile (0 without a sign plane), its dx stored. share is dA / L of its rows or columns."""
     n, p, q, first, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, REVERSE)
@@ -35,13 +38,17 @@ def _grad_tile(
     if g is not None:
         rows, columns = offsets(n, p, q, p_sizes, q_sizes, gs, G_UNIT, ALIGN)
         value = tl.load(g + rows[:, None] + columns[None, :], live, 0.0).to(ACC)
-        masked = tl.where(unpack(tl.load(kept + at, units_live, 0), UNIT_BITS), value, 0.0)
+        outside = unpack(tl.load(kept + at, units_live, 0), UNIT_BITS)
+        masked = tl.where(outside, value, 0.0)
     signed = tl.zeros((R, B), ACC)
     if sign is not None:
         negative = unpack(tl.load(sign + at, units_live, 0), UNIT_BITS)
         signed = tl.where(negative, -masked, masked)
     if dx is not None:
         result = masked
+        if INSIDE != 0.0:
+            if g is not None:
+                result = tl.where(outside, value, INSIDE * value)
         if share is not None:
             direct = tl.where(negative, -share, share)
             result += tl.where(unpack(tl.load(nonzero + at, units_live, 0), UNIT_BITS), direct, 0.0)
@@ -54,8 +61,9 @@ def _grad_tile(
 def grad_kernel(
     g, kept, sign, nonzero, pooled_grad, dx, dtau, du, w1, around,
     plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, gs, ds, C, H, BH: tl.constexpr,
-    G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr,
-    UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    INSIDE: tl.constexpr, OFFSET: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dtau (splits, N, C): this piece's part of it."""
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
@@ -88,15 +96,17 @@ def grad_kernel(
         for t in range(start, stop, STEP):
             total += _grad_tile(
                 g, kept, sign, nonzero, share, dx, t, N, P, Q, splits, UNITS, p_sizes, q_sizes, gs, ds,
-                G_UNIT, D_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, REVERSE, ACC,
+                INSIDE, G_UNIT, D_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, REVERSE, ACC,
             )  # fmt: skip
     else:
         total = _grad_tile(
             g, kept, sign, nonzero, share, dx, start, N, P, Q, splits, UNITS, p_sizes, q_sizes, gs, ds,
-            G_UNIT, D_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, REVERSE, ACC,
+            INSIDE, G_UNIT, D_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, REVERSE, ACC,
         )  # fmt: skip
     if dtau is not None:
         sums = -tl.sum(total, AXIS)
+        if OFFSET != 1.0:
+            sums *= OFFSET
         dtau += (tl.program_id(0) % splits).to(tl.int64) * N * (Q if CHANNELS_LAST else P)
         tl.store(dtau + at, sums, sums_live)
 
@@ -107,7 +117,6 @@ class Call(NamedTuple):
     unit_bits: int
 
 
-@functools.lru_cache(maxsize=4096)
 def prepare(
     geo: Geometry,
     strides: tuple,
@@ -115,13 +124,20 @@ def prepare(
     device: torch.device,
     want_dtau: bool,
     gate: tuple[int, int, int] = (0, 0, 1),
+    rule: Rule = SOFT,
 ) -> Call:
     """The launch for g and dx of these strides. gate: C, H and the units at a time, where it computes dA."""
+    return _prepare(geo, strides, dtype, device, want_dtau, gate, rule)
+
+
+@functools.lru_cache(maxsize=4096)  # apart from the defaults: arguments left out would be another key
+def _prepare(geo, strides, dtype, device, want_dtau, gate, rule) -> Call:
     on = tiled(geo, strides, dtype, device, want_dtau)
     registers = {} if gate[0] == 0 else {"maxnreg": ON_THE_WAY_REGISTERS}
     launch = on.prepare(
-        grad_kernel, gate[:2], BH=gate[2], G_UNIT=on.walk.operands[0].unit, D_UNIT=on.walk.operands[1].unit, **registers
-    )
+        grad_kernel, gate[:2], BH=gate[2], INSIDE=rule.inside, OFFSET=rule.offset, G_UNIT=on.walk.operands[0].unit,
+        D_UNIT=on.walk.operands[1].unit, **registers,
+    )  # fmt: skip
     return Call(launch, on.plan.splits, on.walk.unit_bits)
 
 
@@ -135,13 +151,14 @@ def grad(
     pooled_grad: torch.Tensor | None = None,
     want_dx: bool = True,
     want_dtau: bool = False,
+    rule: Rule = SOFT,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     shape, dense = geo
     if pooled_grad is not None:
         pooled_grad = pooled_grad.contiguous()  # (N, C)-sized
     device = (g if g is not None else pooled_grad).device
     dx = torch.empty_strided(shape, dense, dtype=dtype, device=device) if want_dx else None
-    call = prepare(geo, (dense if g is None else g.stride(), dense), dtype, device, want_dtau)
+    call = prepare(geo, (dense if g is None else g.stride(), dense), dtype, device, want_dtau, rule=rule)
     dtau = None
     if want_dtau:
         dtau = torch.empty((call.splits, *shape[:2]), dtype=accumulate_dtype(dtype), device=device)

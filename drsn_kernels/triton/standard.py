@@ -171,7 +171,7 @@ def forward(
         )  # fmt: skip
         return y, tau, kept
 
-    partial, _ = reduce.partial_means(x, geo, bits)
+    partial, _ = reduce.partial_sums(x, geo, bits)
     pooled, hidden = new(n, c), new(n, call.hidden)
     if parts.batch_stats:
         mean, var = new(2, call.hidden)
@@ -183,8 +183,9 @@ def forward(
     if step.alpha is None:
         alpha = new(n, call.outputs) if keep else None
         step.apply(
-            device, x, y, residual, None, kept_plane, pooled, hidden, mean, var, *norm, parts.w2, parts.b2, alpha, tau
-        )
+            device, x, y, residual, None, kept_plane, None, pooled, hidden, mean, var, *norm, parts.w2, parts.b2,
+            alpha, tau,
+        )  # fmt: skip
     else:
         alpha = new(n, call.outputs)
         used = new(n, 1 if call.one_tau else c) if tau is None else tau

@@ -84,6 +84,14 @@ def soft_threshold(x, tau):
 
 
 @triton.jit
+def piecewise(x, tau, INSIDE: tl.constexpr, OFFSET: tl.constexpr):
+    """x - sign(x) * OFFSET * tau outside of |x| <= tau, NaN included; INSIDE * x elsewhere, and where x is 0."""
+    shift = OFFSET * tau
+    outside = (x != 0) & ((tl.abs(x) <= tau) == 0)
+    return tl.where(outside, tl.where(x < 0, x + shift, x - shift), INSIDE * x)
+
+
+@triton.jit
 def tile(
     t, N, P, Q, splits, R: tl.constexpr, B: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,

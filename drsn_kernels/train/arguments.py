@@ -1,0 +1,73 @@
+"""The arguments of `python -m drsn_kernels train`."""
+
+import argparse
+import math
+from pathlib import Path
+
+from ..models import NAMES
+from ..noise import KINDS
+
+# What a run is: stored in its config.json, and taken from there by --resume.
+DEFAULTS = {
+    "task": "vibration",
+    "data": None,
+    "model": "drsn-cw",
+    "noise": "gaussian",
+    "snr": (-5.0, 5.0),
+    "epochs": 100,
+    "batch": 128,
+    "lr": 0.1,
+    "seed": 0,
+    "test_speakers": (),
+    "without_normal": False,
+}
+TASKS = ("vibration", "speech", "image")
+
+
+def decibels(text: str) -> tuple[float, float]:
+    """ "-5:5" or "0" -> (lowest, highest)."""
+    low, _, high = text.partition(":")
+    try:
+        values = float(low), float(high or low)
+    except ValueError:
+        values = (math.nan, math.nan)
+    if not (all(map(math.isfinite, values)) and values[0] <= values[1]):
+        raise argparse.ArgumentTypeError(f"takes LOWEST:HIGHEST or one number, in decibels, got {text!r}")
+    return values
+
+
+def join_snr(arguments: list[str]) -> list[str]:
+    """--snr -5:5 as --snr=-5:5: argparse takes -5:5 for an option, because it is no number."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--snr":
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    return joined
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a run are left out of the namespace unless they are given, so that --resume can tell."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--task", choices=TASKS, help="default vibration")
+    parser.add_argument("--data", type=Path, metavar="FOLDER",
+                        help="vibration: CWRU .mat files (default: simulated bearings); speech: LABEL_SPEAKER_TAKE.wav "
+                        "files; image: idx files as of MNIST (default: scikit-learn's digits)")  # fmt: skip
+    parser.add_argument("--model", choices=NAMES, help="default drsn-cw")
+    parser.add_argument("--noise", choices=(*KINDS, "none"), help="in training and test; default gaussian")
+    parser.add_argument("--snr", type=decibels, metavar="DB",
+                        help="LOWEST:HIGHEST, drawn for each sample and epoch, or a number; default -5:5")  # fmt: skip
+    parser.add_argument("--epochs", type=int, metavar="N", help="default 100")
+    parser.add_argument("--batch", type=int, metavar="N", help="samples a step, over all processes; default 128")
+    parser.add_argument("--lr", type=float, help="at first; a tenth after 40 %% and 80 %% of the epochs; default 0.1")
+    parser.add_argument("--seed", type=int, help="of weights, order and noise; default 0")
+    parser.add_argument("--test-speakers", metavar="NAME,NAME", type=lambda text: tuple(text.split(",")),
+                        help="speech: hold these speakers out instead of takes 0 to 4")  # fmt: skip
+    parser.add_argument("--without-normal", action="store_true", help="vibration: without the class of Normal_*.mat")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("train-out"), help="default train-out")
+    parser.add_argument("--resume", action="store_true", default=False,
+                        help="continue the run in --out exactly, with its options")  # fmt: skip
+    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--save-minutes", type=float, default=5.0, metavar="MINUTES",
+                        help="between checkpoints inside an epoch; default 5")  # fmt: skip

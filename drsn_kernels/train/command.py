@@ -1,0 +1,210 @@
+"""`python -m drsn_kernels train`: a task's data, a network, the paper's recipe, and a folder of results."""
+
+import argparse
+import contextlib
+import json
+import logging
+import shlex
+import zlib
+from pathlib import Path
+
+import torch
+
+from .. import info
+from .._extras import require
+from ..data import Dataset, load_cwru, load_digits, load_idx, load_speech, simulate_bearing
+from ..models import network
+from . import files
+from .arguments import DEFAULTS
+from .ranks import Ranks, join, leave
+from .recipe import RandomNoise, Recipe, predict
+from .run import Run, Stopped
+
+CONFIG, RESULTS = "config.json", "results.json"
+DIMS = {"vibration": 1, "speech": 2, "image": 2}  # of what the network sees
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
+    """What the run is, as JSON holds it; and the config.json of the run that is continued."""
+    given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
+    if given.get("data") is not None:
+        given["data"] = str(given["data"].resolve())
+    given = json.loads(json.dumps(given))
+    path = options.out / CONFIG
+    if not options.resume:
+        if path.exists():
+            raise ValueError(
+                f"--out {options.out} already holds a run: continue it with --resume, or name another folder"
+            )
+        return json.loads(json.dumps(DEFAULTS)) | given, None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = config["settings"]
+    except FileNotFoundError:
+        raise ValueError(f"--resume needs a run in --out, but {options.out} has no {CONFIG}") from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    for name, value in given.items():
+        if name != "data" and value != settings[name]:  # the folder may have moved; its contents are compared
+            raise ValueError(
+                f"--resume continues a run with {_flag(name)} {settings[name]}, got {value}: leave the option out, "
+                "or start another run"
+            )
+    return settings | given, config
+
+
+def _check(settings: dict) -> None:
+    """Options that do not go together; before any data are read."""
+    task, folder = settings["task"], settings["data"]
+    if task == "speech" and folder is None:
+        raise ValueError("--task speech needs --data FOLDER with recordings named LABEL_SPEAKER_TAKE.wav")
+    for name, belongs in (("test_speakers", "speech"), ("without_normal", "vibration")):
+        if settings[name] and task != belongs:
+            raise ValueError(f"{_flag(name)} belongs to --task {belongs}, got --task {task}")
+    for module in ("numpy", "matplotlib"):
+        require(module, "train")
+
+
+def _load(settings: dict) -> Dataset:
+    task, folder = settings["task"], settings["data"]
+    if task == "speech":
+        return load_speech(folder, test_speakers=settings["test_speakers"])
+    if task == "image":
+        return load_digits() if folder is None else load_idx(folder)
+    if folder is None:
+        return simulate_bearing(generator=torch.Generator().manual_seed(settings["seed"]))
+    return load_cwru(folder, normal=not settings["without_normal"])
+
+
+def _checksum(data: Dataset) -> int:
+    """Of every value: what a folder held when the run began."""
+    checksum = 0
+    for tensor in (data.train_x, data.train_y, data.test_x, data.test_y):
+        checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
+    return checksum
+
+
+def _describe(data: Dataset) -> dict:
+    return {
+        "description": data.description,
+        "notes": list(data.notes),
+        "classes": list(data.class_names),
+        "train_samples": len(data.train_x),
+        "test_samples": len(data.test_x),
+        "crc32": _checksum(data),
+    }
+
+
+def _finish(run: Run, settings: dict, out: Path, parameters: int) -> dict:
+    """Write results.json and the plots, by the first process."""
+    data, classes = run.data, len(run.data.class_names)
+    predicted = predict(run.model, run.test_x)
+    confusion = torch.bincount(data.test_y * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    counts = confusion.sum(1).tolist()
+    results = {
+        "settings": settings,
+        "parameters": parameters,
+        "processes": run.ranks.world,
+        "epochs": len(run.history),
+        "train_loss": run.history[-1]["train_loss"],
+        "train_accuracy": run.history[-1]["train_acc"],
+        "test_accuracy": int(confusion.trace()) / len(data.test_y),
+        "recall": {
+            name: right / count if count else None
+            for name, right, count in zip(data.class_names, confusion.diagonal().tolist(), counts, strict=True)
+        },
+        "confusion": confusion.tolist(),  # a row for each true class, a column for each predicted one
+        "seconds": sum(row["seconds"] for row in run.history),
+        "samples_per_s": sum(row["samples_per_s"] for row in run.history) / len(run.history),
+    }
+    files.draw_curves(out / "curves.png", run.history)
+    files.draw_confusion(out / "confusion.png", confusion, data.class_names)
+    files.write_json(out / RESULTS, results)
+    return results
+
+
+def _train(options: argparse.Namespace, ranks: Ranks) -> None:
+    settings, config = _settings(options)
+    _check(settings)
+    recipe = Recipe(settings["epochs"], settings["batch"], settings["lr"])
+    noise = None if settings["noise"] == "none" else RandomNoise(settings["noise"], tuple(settings["snr"]))
+    if not options.save_minutes >= 0:
+        raise ValueError(f"--save-minutes must be at least 0, got {options.save_minutes}")
+    data = _load(settings)
+    smallest = min(recipe.batch // 2, len(data.train_x), len(data.test_x))
+    if smallest < ranks.world:
+        raise ValueError(
+            f"every process needs a sample of each batch: {ranks.world} are too many for {smallest} samples"
+        )
+    found = _describe(data)
+    if config is not None and settings["data"] is not None and found["crc32"] != config["data"]["crc32"]:
+        raise ValueError(f"--data {settings['data']} does not hold what the run in {options.out} was started with")
+    ranks.wait()  # all have looked whether there is a run
+    if ranks.first:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if config is None:
+            files.write_json(
+                options.out / CONFIG,
+                {"settings": settings, "data": found, "processes": ranks.world, "environment": info.collect()},
+            )
+
+    torch.manual_seed(settings["seed"])
+    dims, channels, classes = DIMS[settings["task"]], data.train_x.shape[1], len(data.class_names)
+    net = network(settings["model"], dims=dims, in_channels=channels, classes=classes).to(ranks.device)
+    parameters = sum(p.numel() for p in net.parameters())
+    test_x = data.test_x
+    if noise is not None:  # the same at every epoch, and for every model
+        test_x = noise(test_x, torch.Generator().manual_seed(settings["seed"] + 1))
+    ranks.wait()  # the folder is there
+    run = Run(
+        net, data, recipe, noise=noise, test_x=test_x, seed=settings["seed"], out=options.out, ranks=ranks,
+        save_seconds=60 * options.save_minutes,
+    )  # fmt: skip
+    if ranks.first:
+        low, high = settings["snr"]
+        snr = "" if noise is None else f" at {low:g} dB" if low == high else f" at {low:g} to {high:g} dB"
+        processes = "" if ranks.world == 1 else f", {ranks.world} processes"
+        print(
+            f"{data.description}\n{settings['model']} with {parameters:,} parameters on {ranks.device}{processes}; "
+            f"noise: {settings['noise']}{snr}",
+            flush=True,
+        )
+        if config is not None:
+            print(f"continuing in epoch {len(run.history) + 1} after {run.step} steps", flush=True)
+    run.train()
+    if ranks.first:
+        results = _finish(run, settings, options.out, parameters)
+        print(
+            f"Test accuracy {100 * results['test_accuracy']:.2f} % after {results['epochs']} epochs and "
+            f"{results['seconds']:.0f} s. Written to {options.out}: {CONFIG}, log.csv, {RESULTS}, curves.png, "
+            "confusion.png, checkpoint.pt"
+        )
+
+
+def command(options: argparse.Namespace) -> int:
+    """Run the options of arguments.py; the exit status: 0, or 128 and the signal's number if one ended the run.
+
+    Raises:
+        ImportError, OSError, ValueError: an option, a file or a package, said in one sentence, before any training.
+    """
+    ranks = join(options.device)
+    if not ranks.first:  # what is left out of the data is said once
+        logging.getLogger("drsn_kernels").setLevel(logging.ERROR)
+    # The sentence once: the other processes come to the same end.
+    alike = contextlib.nullcontext() if ranks.first else contextlib.suppress(ImportError, OSError, ValueError)
+    try:
+        with alike:
+            _train(options, ranks)
+            return 0
+        return 1
+    except Stopped as stopped:
+        if ranks.first:
+            again = f"python -m drsn_kernels train --resume --out {shlex.quote(str(options.out))}"
+            print(f"\nstopped by {stopped}; to continue exactly from here: {again}", flush=True)
+        return 128 + stopped.number
+    finally:
+        leave()

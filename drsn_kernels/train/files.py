@@ -1,0 +1,92 @@
+"""What a run leaves in its folder. Every file is written aside and moved into place, so none is ever half written."""
+
+import csv
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .._extras import require
+
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_acc", "seconds", "samples_per_s")
+
+
+def replace(path: Path, write: Callable) -> Path:
+    """Call write(file), a binary file beside `path`, and put it in the place of `path` when it is on the disk."""
+    aside = path.with_name(f".{path.name}.part")
+    with open(aside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return path
+
+
+def write_json(path: Path, content: dict) -> Path:
+    return replace(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def write_log(path: Path, history: Sequence[dict]) -> Path:
+    """log.csv: a row for each epoch."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: f"{row[name]:.6g}" for name in COLUMNS} for row in history)
+    return replace(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_checkpoint(path: Path, state: dict) -> Path:
+    return replace(path, lambda file: torch.save(state, file))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The state that :func:`write_checkpoint` wrote, on the CPU; ValueError naming the file if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint, so it may be damaged: {error}") from error
+
+
+def _figure(**options):
+    return require("matplotlib.figure", "train").Figure(layout="constrained", **options)
+
+
+def draw_curves(path: Path, history: Sequence[dict]) -> Path:
+    """Loss, and accuracy in training and test, by epoch, as a PNG; returns the path."""
+    figure = _figure(figsize=(9, 3.5))
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
+    loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
+    for name, label in (("train_acc", "training"), ("test_acc", "test")):
+        accuracy.plot(epochs, [100 * row[name] for row in history], marker=".", label=label)
+    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="%")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    return replace(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+
+
+def draw_confusion(path: Path, confusion: torch.Tensor, class_names: Sequence[str]) -> Path:
+    """Counts (true class, predicted class), coloured by the share of the true class, as a PNG; returns the path."""
+    size = max(4.0, 0.5 * len(class_names) + 2)
+    figure = _figure(figsize=(size + 1, size))
+    axes = figure.add_subplot()
+    shares = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, rotation=60, ha="right")
+    axes.set_yticks(ticks, class_names)
+    axes.set(title="Test set", xlabel="predicted", ylabel="true")
+    for i, row in enumerate(confusion.tolist()):
+        for j, count in enumerate(row):
+            if count:
+                axes.text(j, i, count, ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.5 else "k")
+    figure.colorbar(image, label="share of the true class")
+    return replace(path, lambda file: figure.savefig(file, dpi=150, format="png"))

@@ -1,0 +1,175 @@
+"""The paper's training recipe, once, for the demo, the training command and the experiments.
+
+Source: Zhao et al., "Deep Residual Shrinkage Networks for Fault Diagnosis", IEEE TII 2020, 16(7):4681-4690,
+DOI 10.1109/TII.2019.2943898: SGD with momentum 0.9, learning rate 0.1, 0.01 and 0.001 for 40 %, 40 % and 20 % of 100
+epochs, batches of 128, weight decay 1e-4 on the weights of convolutions and linear layers, noise of -5 to 5 dB.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..models import parameter_groups
+from ..noise import KINDS, add_noise
+
+# (x, generator) -> x with fresh noise
+Noise = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The paper's optimizer and schedule.
+
+    Attributes:
+        epochs: in all; the learning rate falls to a tenth after 40 % and again after 80 % of them.
+        batch: samples in a step, over all processes.
+        lr, momentum: of SGD.
+        weight_decay: of the weights of convolutions and linear layers; nothing else decays.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    epochs: int = 100
+    batch: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 1), ("batch", 2)):  # batch statistics need two samples
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        for name in ("lr", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+
+    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
+        return torch.optim.SGD(parameter_groups(model, self.weight_decay), lr=self.lr, momentum=self.momentum)
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.MultiStepLR:
+        """Call its `step()` after each epoch."""
+        milestones = [max(1, round(share * self.epochs)) for share in (0.4, 0.8)]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+
+
+@dataclass(frozen=True)
+class RandomNoise:
+    """Noise for every sample at an SNR of its own, drawn evenly from a range: ``noise(x, generator)``.
+
+    Attributes:
+        kind: of drsn_kernels.noise.add_noise: "gaussian", "laplace", "pink" or "uniform".
+        snr_db: (lowest, highest) in decibels; equal for one fixed SNR.
+
+    Raises:
+        ValueError: an unknown kind, or a range that is not two finite numbers in ascending order.
+    """
+
+    kind: str = "gaussian"
+    snr_db: tuple[float, float] = (-5.0, 5.0)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        low, high = self.snr_db
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ValueError(f"snr_db must be (lowest, highest) in decibels, got {self.snr_db!r}")
+
+    def __call__(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """x (N, *shape) -> a new tensor of that shape; the generator lies on the device of x."""
+        low, high = self.snr_db
+        snr = low + (high - low) * torch.rand(len(x), generator=generator, device=x.device)
+        return add_noise(x, snr, self.kind, generator)
+
+
+def epoch_batches(
+    x: torch.Tensor, y: torch.Tensor, batch: int, *, generator: torch.Generator, noise: Noise | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of one epoch, in an order from the generator and with fresh noise on all of x.
+
+    A last batch of less than half the size is left out (unless it is the only one): a few samples are too few for
+    batch statistics. Nothing else draws from the generator, so its state at the start decides the epoch.
+
+    Args:
+        x, y: (N, *shape) and int64 (N,), on the CPU.
+        batch: samples in a batch.
+        generator: for the order, then for the noise.
+        noise: such as :class:`RandomNoise`; None for none.
+    """
+    order = torch.randperm(len(x), generator=generator)
+    inputs = x if noise is None else noise(x, generator)
+    batches = list(zip(inputs[order].split(batch), y[order].split(batch), strict=True))
+    if len(batches) > 1 and len(batches[-1][0]) < batch // 2:
+        batches.pop()
+    return batches
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, weight: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step on a batch (B, *shape), (B,); the mean cross-entropy and the number of right answers before it.
+
+    Both are tensors () on the model's device, so that nothing waits for a GPU. The loss is multiplied by `weight`:
+    with several processes, a rank's share of the batch times their number, and DDP's mean over the ranks is then the
+    mean over the batch.
+    """
+    device = next(model.parameters()).device
+    x, y = x.to(device), y.to(device)
+    logits = model(x)
+    loss = F.cross_entropy(logits, y) * weight
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), (logits.detach().argmax(1) == y).sum()
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batch: int,
+    *,
+    generator: torch.Generator,
+    noise: Noise | None = None,
+) -> float:
+    """Train on every sample once (see :func:`epoch_batches`); returns the mean of the batches' losses.
+
+    A model whose data have a transform is trained as ``nn.Sequential(data.transform, network)``, because noise belongs
+    on the signal before it.
+
+    Example::
+
+        recipe, generator = Recipe(epochs=40), torch.Generator().manual_seed(0)
+        optimizer = recipe.optimizer(model)
+        schedule = recipe.schedule(optimizer)
+        for _ in range(recipe.epochs):
+            train_epoch(model, optimizer, x, y, recipe.batch, generator=generator, noise=RandomNoise("pink", (0, 0)))
+            schedule.step()
+    """
+    model.train()
+    batches = epoch_batches(x, y, batch, generator=generator, noise=noise)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for inputs, targets in batches:
+        total += train_step(model, optimizer, inputs, targets)[0]
+    return float(total) / len(batches)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: torch.Tensor, batch: int = 256) -> torch.Tensor:
+    """Predicted classes (N,) of x (N, *shape) on the CPU, in eval mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in x.split(batch)])
+
+
+def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Share of x (N, *shape) whose predicted class is y (N,), between 0 and 1."""
+    return float((predict(model, x) == y).double().mean())

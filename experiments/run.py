@@ -1,0 +1,139 @@
+"""Train what is missing in the grid of experiments.
+
+    python -m experiments.run --vibration FOLDER --speech FOLDER --image FOLDER [--jobs 2] [--minutes 75] [--quick]
+
+Every run is one row of OUT/results.csv, written when it ends. A command that is stopped, in whatever way, loses the
+runs that are under way; the same command goes on with what is missing, and once a seed is complete with the next one.
+"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from drsn_kernels.models import NAMES, network
+from drsn_kernels.train.recipe import Recipe, accuracy, train_epoch
+
+from . import ROOT, report
+from .results import Result, Run, append, missing, read
+from .tasks import TASKS, data, noise
+
+EPOCHS, QUICK_EPOCHS = 40, 2
+FOLDERS = {"vibration": "CWRU .mat files", "speech": "LABEL_SPEAKER_TAKE.wav files", "image": "MNIST's idx files"}
+
+
+def execute(run: Run, folder: Path | None, quick: bool) -> Result:
+    """Train and test one network by the paper's recipe, on one thread; the same run gives the same accuracy.
+
+    The seed decides the weights, the order and all noise; the models of a condition see the same noise.
+    """
+    torch.set_num_threads(1)
+    task, dataset = TASKS[run.task], data(run.task, folder, quick)
+    train_noise, test_noise = noise(run.condition, dataset.sampling_rate)
+    torch.manual_seed(run.seed)
+    options = {"in_channels": dataset.train_x.shape[1], "classes": len(dataset.class_names)} | task.network
+    model = nn.Sequential(dataset.transform, network(run.model, **options))
+    recipe, generator = Recipe(epochs=run.epochs), torch.Generator().manual_seed(run.seed)
+    optimizer = recipe.optimizer(model)
+    schedule = recipe.schedule(optimizer)
+    start = time.perf_counter()
+    for _ in range(recipe.epochs):
+        train_epoch(
+            model, optimizer, dataset.train_x, dataset.train_y, recipe.batch, generator=generator, noise=train_noise
+        )
+        schedule.step()
+    seconds = time.perf_counter() - start
+    generator = torch.Generator().manual_seed(1_000_000 + run.seed)
+    draws = [accuracy(model, test_noise(dataset.test_x, generator), dataset.test_y) for _ in range(task.draws)]
+    return Result(sum(draws) / len(draws), seconds)
+
+
+def _end_with_the_command() -> None:
+    """In a worker: end at Ctrl-C, and when the command was killed, instead of waiting for it for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_all(runs: list[Run], folders: dict[str, Path], path: Path, *, jobs: int, until: float, quick: bool) -> int:
+    """Do the runs in processes of one thread each, none begun after the time `until`; the number of runs done."""
+    left, done = list(reversed(runs)), 0
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, context, _end_with_the_command) as pool:
+        under_way = {}
+        while left or under_way:
+            while left and len(under_way) < jobs and time.monotonic() < until:
+                run = left.pop()
+                under_way[pool.submit(execute, run, folders.get(run.task), quick)] = run
+            if not under_way:
+                break
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                result = future.result()
+                append(path, run, result)
+                done += 1
+                print(f"{done}/{len(runs)} {run}: {result.test_acc:.2%} in {result.seconds:.0f} s", flush=True)
+    return done
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__.split("\n")[0])
+    for task, what in FOLDERS.items():
+        parser.add_argument(f"--{task}", type=Path, metavar="FOLDER", help=f"with {what}: do this task")
+    parser.add_argument("--simulated", action="store_true", help="simulated vibration, which needs no files")
+    parser.add_argument("--model", nargs="+", choices=NAMES, default=NAMES, help="default: all")
+    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
+    parser.add_argument("--seeds", type=int, help="of every cell; default: complete the first that is not complete")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default: 1)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--quick", action="store_true", help="a few samples and epochs, to see that everything works")
+    parser.add_argument("--out", type=Path, help="default: docs/experiments; with --quick experiments-quick")
+    parser.add_argument("--paper", type=Path, metavar="CSV", help="the paper's accuracies, for the plots")
+    options = parser.parse_args(arguments)
+    for name in ("epochs", "seeds", "jobs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    options.folders = {task: getattr(options, task).resolve() for task in FOLDERS if getattr(options, task)}
+    options.tasks = [task for task in TASKS if task in options.folders or (task == "simulated" and options.simulated)]
+    if not options.tasks:
+        parser.error("name what to do: --vibration, --speech or --image with a folder, or --simulated")
+    options.epochs = options.epochs or (QUICK_EPOCHS if options.quick else EPOCHS)
+    options.out = options.out or (Path("experiments-quick") if options.quick else ROOT / "docs" / "experiments")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    path = options.out / "results.csv"
+    try:
+        for task in options.tasks:  # what is wrong with a folder is said before hours are spent on another
+            print(data(task, options.folders.get(task), options.quick).description, flush=True)
+        runs = missing(read(path), options.tasks, options.epochs, options.seeds, options.model)
+        print(f"{len(runs)} runs are missing in {path}", flush=True)
+        until = time.monotonic() + 60 * options.minutes
+        run_all(runs, options.folders, path, jobs=options.jobs, until=until, quick=options.quick)
+        return report.write(options.out, options.paper)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is done is in {path}, the same command goes on with the rest", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, ValueError, BrokenProcessPool) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What is recognised under which noise: the sizes, noises and networks of every task. None is tuned to a model."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from drsn_kernels.data import Dataset, load_cwru, load_idx, load_speech, simulate_bearing
+from drsn_kernels.train.recipe import Noise
+
+from . import noises
+
+SNR_DB = (-5.0, -3.0, 0.0, 3.0, 5.0)
+RECORDINGS, SECONDS = 200, 3.0  # of street and workshop noise, for training and again for testing
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A noise and its SNR in dB; None where the noise has no SNR."""
+
+    noise: str
+    snr_db: float | None = None
+
+    def __str__(self) -> str:
+        return self.noise if self.snr_db is None else f"{self.noise} {self.snr_db:g} dB"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, the conditions they are seen under, and the network's layout.
+
+    Attributes:
+        load: folder -> Dataset.
+        conditions: of the grid, in order.
+        network: options of drsn_kernels.models.network.
+        draws: times that the test set is tested, each with noise of its own; small test sets need several.
+    """
+
+    load: Callable[[Path | None], Dataset]
+    conditions: tuple[Condition, ...]
+    network: dict = field(default_factory=dict)
+    draws: int = 1
+
+
+def _vibration(folder: Path) -> Dataset:
+    return load_cwru(folder, length=512, stride=512)
+
+
+def _speech(folder: Path) -> Dataset:
+    return load_speech(folder, test_takes=range(15))  # the official five leave 300 recordings, too few to compare
+
+
+def _simulated(_: None) -> Dataset:
+    return simulate_bearing(length=512, generator=torch.Generator().manual_seed(0))
+
+
+def _images(folder: Path) -> Dataset:
+    data = load_idx(folder)
+    data = replace(data, train_x=data.train_x[:10_000], train_y=data.train_y[:10_000])
+    return replace(data, description=f"{data.description} The first {len(data.train_x)} are used for training.")
+
+
+_SIGNALS = tuple(Condition(kind, snr) for kind in ("gaussian", "laplace", "pink") for snr in SNR_DB)
+# The layout of the authors' CIFAR network at half its width and a quarter of its area, which two cores can train.
+_SMALL_IMAGES = {"dims": 2, "stem": (8, 1), "stages": ((8, 1, 2), (16, 1, 2), (16, 1, 2))}
+TASKS = {
+    "vibration": Task(_vibration, _SIGNALS),
+    "speech": Task(
+        _speech,
+        tuple(Condition(kind, snr) for kind in ("street", "workshop") for snr in (-10.0, -5.0)),
+        _SMALL_IMAGES,
+        draws=2,
+    ),
+    "image": Task(_images, (Condition("uniform"), Condition("pasted")), _SMALL_IMAGES),
+    "simulated": Task(_simulated, _SIGNALS),
+}
+_PLACES = {"street": noises.street, "workshop": noises.workshop}
+_CONTENT = {"uniform": noises.uniform_offset, "pasted": noises.pasted}
+
+
+@functools.lru_cache(maxsize=1)
+def data(task: str, folder: Path | None, quick: bool) -> Dataset:
+    """The task's data, kept by the process for its next run."""
+    loaded = TASKS[task].load(folder)
+    return _part(loaded) if quick else loaded
+
+
+def _part(full: Dataset, train: int = 512, test: int = 256) -> Dataset:
+    """About so many samples, evenly spaced, so that every class keeps its share."""
+    parts = {}
+    for name, count in (("train", train), ("test", test)):
+        x, y = getattr(full, f"{name}_x"), getattr(full, f"{name}_y")
+        index = torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()
+        parts |= {f"{name}_x": x[index], f"{name}_y": y[index]}
+    return replace(full, **parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _recordings(place: str, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """For training and for testing; the same in all runs."""
+    generator = torch.Generator().manual_seed(0)
+    make = functools.partial(_PLACES[place], RECORDINGS, round(SECONDS * rate), rate, generator)
+    return make(), make()
+
+
+def noise(condition: Condition, rate: float | None) -> tuple[Noise, Noise]:
+    """The noise for training and for testing."""
+    if condition.noise in _PLACES:
+        train, test = _recordings(condition.noise, rate)
+        return noises.Recorded(train, condition.snr_db), noises.Recorded(test, condition.snr_db)
+    if condition.noise in _CONTENT:
+        return (_CONTENT[condition.noise],) * 2
+    return (noises.AtSNR(condition.noise, condition.snr_db),) * 2

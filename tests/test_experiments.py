@@ -1,0 +1,298 @@
+"""experiments/: the noises, the rows, what is done next, repeatable runs, tables; and a command that is killed."""
+
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # behind the installed package
+
+from experiments import noises, report, results, run, tasks, timing  # noqa: E402
+from experiments.results import Result, Run  # noqa: E402
+from experiments.tasks import TASKS, Condition  # noqa: E402
+
+RATE = 8000.0
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(isolated):
+    torch.set_num_threads(1)
+
+
+# ---- noises ----------------------------------------------------------------------------------------------------------
+
+
+def power(noise: torch.Tensor, low: float, high: float) -> float:
+    """Share of the power between two frequencies."""
+    spectrum = torch.fft.rfft(noise).abs().square().mean(0)
+    f = torch.fft.rfftfreq(noise.shape[1], 1 / RATE)
+    return float(spectrum[(f >= low) & (f < high)].sum() / spectrum.sum())
+
+
+def kurtosis(noise: torch.Tensor) -> float:
+    """3 for Gaussian noise; more where rare events carry the power."""
+    return float(noise.pow(4).mean() / noise.square().mean() ** 2)
+
+
+def test_street_and_workshop():
+    street = noises.street(12, 24_000, RATE, seeded())
+    workshop = noises.workshop(12, 24_000, RATE, seeded())
+    for noise in (street, workshop):
+        assert noise.shape == (12, 24_000)
+        torch.testing.assert_close(noise.square().mean(1), torch.ones(12))
+    assert power(street, 125, 500) > 0.6 and power(street, 2000, 4000) < 0.05  # engines at 250 Hz
+    level = street.unfold(1, 2400, 2400).square().mean(2)  # of 0.3 s each: vehicles come and go
+    changes = level.amax(1) / level.amin(1)
+    assert changes.median() > 5 and (changes > 1.5).all()
+    assert kurtosis(workshop) > 6  # strokes
+    hum = power(workshop, 44, 56) + power(workshop, 89, 111)
+    assert 0.15 < hum < 0.35  # of 4 / 13 of the power in 12 harmonics, the first two have 0.31 * 1.25 / 1.56
+    assert torch.equal(noises.street(2, 800, RATE, seeded(3)), noises.street(2, 800, RATE, seeded(3)))
+
+
+def test_recorded_noise_has_the_snr_and_pieces_of_the_recordings():
+    recordings = torch.randn(3, 300)
+    x = torch.randn(50, 1, 64) * torch.linspace(0.1, 3, 50).view(-1, 1, 1)
+    added = noises.Recorded(recordings, -7.0)(x, seeded()) - x
+    snr = 10 * (x.square().mean((1, 2)) / added.square().mean((1, 2))).log10()
+    torch.testing.assert_close(snr, torch.full((50,), -7.0), atol=1e-3, rtol=0)
+    pieces = recordings.unfold(1, 64, 1).flatten(0, 1)
+    alike = torch.nn.functional.normalize(added.squeeze(1)) @ torch.nn.functional.normalize(pieces).T
+    found = alike.amax(1)
+    torch.testing.assert_close(found, torch.ones(50), atol=1e-3, rtol=0)
+    assert len(alike.argmax(1).unique()) > 40
+    whole = noises.Recorded(recordings, 0.0)(torch.ones(2, 1, 300), seeded())  # no more samples than x has
+    assert whole.shape == (2, 1, 300)
+
+
+def test_training_and_testing_hear_other_recordings():
+    train, test = tasks.noise(Condition("street", -5.0), 800.0)
+    assert train.snr_db == test.snr_db == -5.0
+    assert train.recordings.shape == test.recordings.shape == (tasks.RECORDINGS, 2400)
+    alike = torch.nn.functional.normalize(train.recordings) @ torch.nn.functional.normalize(test.recordings).T
+    assert alike.abs().max() < 0.9
+
+
+def test_uniform_offset():
+    x = torch.rand(20, 1, 28, 28)
+    added = noises.uniform_offset(x, seeded()) - x
+    assert added.min() > -1e-6 and added.max() < 0.5
+    assert abs(float(added.mean()) - 0.25) < 0.01 and abs(float(added.std()) - 0.5 / math.sqrt(12)) < 0.01
+
+
+def test_pasted_content():
+    x = torch.rand(60, 1, 8, 8)
+    y = noises.pasted(x, seeded())
+    assert (y >= x).all()
+    small = torch.nn.functional.avg_pool2d(x, 2)
+    corners = set()
+    for sample, before in zip(y, x, strict=True):
+        matches = []
+        for row, column in ((0, 0), (0, 4), (4, 0), (4, 4)):
+            inside = torch.zeros(8, 8, dtype=torch.bool)
+            inside[row : row + 4, column : column + 4] = True
+            candidates = torch.maximum(before[0, row : row + 4, column : column + 4], small[:, 0])
+            same = (candidates == sample[0, row : row + 4, column : column + 4]).flatten(1).all(1)
+            if same.any() and torch.equal(sample[0][~inside], before[0][~inside]):
+                matches.append((row, column))
+        assert matches
+        corners.update(matches)
+    assert len(corners) == 4
+
+
+# ---- rows and what is missing ----------------------------------------------------------------------------------------
+
+A = Run("vibration", "resnet", Condition("pink", -5.0), 0, 40)
+B = Run("image", "drsn-cw", Condition("pasted"), 1, 40)
+
+
+def test_rows(tmp_path):
+    path = tmp_path / "new" / "results.csv"
+    assert results.read(path) == {}
+    results.append(path, A, Result(0.123456, 7.04))
+    results.append(path, B, Result(1.0, 12.0))
+    assert path.read_text().splitlines() == [
+        "task,model,noise,snr_db,seed,epochs,test_acc,seconds",
+        "vibration,resnet,pink,-5,0,40,0.12346,7.0",
+        "image,drsn-cw,pasted,,1,40,1.00000,12.0",
+    ]
+    assert results.read(path) == {A: Result(0.12346, 7.0), B: Result(1.0, 12.0)}
+
+
+@pytest.mark.parametrize("cut", range(1, 42))
+def test_a_row_that_was_cut_off_is_done_again(tmp_path, cut):
+    path = tmp_path / "results.csv"
+    results.append(path, B, Result(0.5, 1.0))
+    results.append(path, A, Result(0.25, 2.0))
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert results.read(path) == {B: Result(0.5, 1.0)}
+    results.append(path, A, Result(0.25, 2.0))
+    assert results.read(path) == {B: Result(0.5, 1.0), A: Result(0.25, 2.0)}
+
+
+def test_a_file_of_something_else(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="results.csv must have the columns task,model,noise"):
+        results.read(path)
+
+
+def test_all_models_of_a_condition_come_together():
+    runs = results.missing({}, ["vibration", "image"], 40, None)
+    models = ("convnet", "resnet", "senet", "drsn-cs", "drsn-cw")
+    assert [r.model for r in runs] == list(models) * 17
+    assert all(len({(r.task, r.condition) for r in runs[i : i + 5]}) == 1 for i in range(0, 85, 5))
+    assert {r.seed for r in runs} == {0} and len(set(runs)) == 85
+    assert {(c.noise, c.snr_db) for c in TASKS["vibration"].conditions} == {
+        (noise, snr) for noise in ("gaussian", "laplace", "pink") for snr in (-5, -3, 0, 3, 5)
+    }
+
+
+def test_what_is_missing_comes_first_and_then_another_seed():
+    first = results.missing({}, ["image"], 40, None)
+    done = {r: Result(0.5, 1.0) for r in first if r != first[3]}
+    assert results.missing(done, ["image"], 40, None) == [first[3]]
+    assert results.missing(done, ["image"], 40, 2)[0] == first[3]
+    assert len(results.missing(done, ["image"], 40, 2)) == 1 + len(first)
+    done[first[3]] = Result(0.5, 1.0)
+    assert {r.seed for r in results.missing(done, ["image"], 40, None)} == {1}
+    assert results.missing(done, ["image"], 40, 1) == []
+    assert results.missing(done, ["image"], 20, 1) != []  # other epochs are other runs
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_can_be_repeated_from_its_seed(monkeypatch):
+    data = tasks._part(tasks.data("simulated", None, True), 64, 64)
+    monkeypatch.setattr(run, "data", lambda *_: data)
+    condition = Condition("laplace", 5.0)
+
+    def losses(model, seed):
+        seen = []
+        monkeypatch.setattr(run, "train_epoch", lambda *a, **k: seen.append(train(*a, **k)))
+        result = run.execute(Run("simulated", model, condition, seed, 2), None, True)
+        assert 0 <= result.test_acc <= 1 and result.seconds > 0
+        return seen, result.test_acc
+
+    train = run.train_epoch
+    for model in ("senet", "drsn-cs"):
+        assert losses(model, 3) == losses(model, 3)
+        assert losses(model, 3)[0] != losses(model, 4)[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "name what to do: --vibration, --speech or --image with a folder, or --simulated"),
+        (["--simulated", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--simulated", "--model", "vgg"], "invalid choice: 'vgg'"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_said_at_once(tmp_path, capsys):
+    assert run.main(["--image", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: folder does not exist: {tmp_path / 'none'}\n"
+    assert not (tmp_path / "results.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+def test_a_killed_command_loses_the_run_under_way_only(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "experiments.run", "--simulated", "--quick", "--model", "resnet"]
+    command += ["--epochs", "1", "--out", str(tmp_path)]
+    path = tmp_path / "results.csv"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while len(results.read(path)) < 2 and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    before = results.read(path)
+    assert 2 <= len(before) < 15
+    until = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{child}") for child in children), "a worker outlived the command"
+    again = subprocess.run([*command, "--seeds", "1"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{15 - len(before)} runs are missing" in again.stdout
+    after = results.read(path)
+    assert len(after) == 15 and list(after.items())[: len(before)] == list(before.items())
+    assert (tmp_path / "simulated.png").exists()
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_tables():
+    done = {}
+    for snr, values in ((-5.0, (0.5, 0.6, 0.7)), (-3.0, (0.8,)), (0.0, (0.9,)), (3.0, (1.0,)), (5.0, (1.0,))):
+        for seed, value in enumerate(values):
+            done[Run("vibration", "drsn-cw", Condition("pink", snr), seed, 40)] = Result(value, 1.0)
+    done[Run("vibration", "resnet", Condition("pink", 0.0), 0, 40)] = Result(0.25, 1.0)
+    done[Run("vibration", "resnet", Condition("pink", 3.0), 0, 2)] = Result(0.99, 1.0)  # other epochs stay out
+    text = report.tables(report.cells(done, 40), "vibration")
+    pink = text[text.index("| pink |") :].splitlines()
+    assert pink[0] == "| pink | -5 dB | -3 dB | 0 dB | 3 dB | 5 dB | mean |"
+    mean = statistics.mean((60.0, 80.0, 90.0, 100.0, 100.0))
+    assert pink[6] == f"| DRSN-CW | 60.0 ± 10.0 (3) | 80.0 (1) | 90.0 (1) | 100.0 (1) | 100.0 (1) | {mean:.1f} |"
+    assert pink[3] == "| ResNet |  |  | 25.0 (1) |  |  |  |"
+    assert "99.0" not in text
+
+    image = report.tables(report.cells({B: Result(0.75, 1.0)}, 40), "image").splitlines()
+    assert image[0] == "| noise | uniform | pasted | mean |" and image[6] == "| DRSN-CW |  | 75.0 (1) |  |"
+
+
+def test_report_fills_the_page_between_its_markers(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results.append(tmp_path / "results.csv", A, Result(0.875, 1.0))
+    results.append(tmp_path / "results.csv", B, Result(0.75, 1.0))
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- vibration -->\nold\n<!-- end vibration -->\nafter\n")
+    paper = tmp_path / "paper.csv"
+    paper.write_text("panel,noise,snr_db,method,accuracy_pct\ntest,pink,-5,ResNet,60.5\ntrain,pink,-5,ResNet,99\n")
+    assert report.read_paper(paper) == {("resnet", "pink"): {-5.0: 60.5}}
+    for _ in range(2):
+        assert report.main(["--out", str(tmp_path), "--paper", str(paper)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- vibration -->\n| gaussian |") and "old" not in text
+    assert text.endswith("<!-- end vibration -->\nafter\n") and text.count("| ResNet | 87.5 (1) |") == 1
+    assert "| DRSN-CW |  | 75.0 (1) |  |" in capsys.readouterr().out
+    assert (tmp_path / "vibration.png").stat().st_size > 10_000 and not (tmp_path / "image.png").exists()
+
+
+def test_report_errors(tmp_path, capsys):
+    assert report.main(["--out", str(tmp_path)]) == 1
+    assert "has no results yet" in capsys.readouterr().err
+    paper = tmp_path / "paper.csv"
+    paper.write_text("panel,noise\ntest,pink\n")
+    with pytest.raises(ValueError, match="paper.csv must have the columns panel,noise,snr_db,method,accuracy_pct"):
+        report.read_paper(paper)
+    (tmp_path / "page.md").write_text("no markers")
+    with pytest.raises(ValueError, match="must have <!-- vibration --> and <!-- end vibration --> once"):
+        report.insert(tmp_path / "page.md", "vibration", "text")
+
+
+def test_timing_table():
+    rows = [line.split(" | ") for line in timing.measure(rounds=1, batch=4, length=64).splitlines()[2:]]
+    names = [(report.LABELS[m], form if len(forms) > 1 else "") for m, forms in timing.FORMS.items() for form in forms]
+    assert [(row[0].strip("| "), row[1].strip()) for row in rows] == names
+    assert rows[0][3] == "1.00 (1.00 to 1.00)" and all(float(row[2]) > 0 for row in rows)

@@ -1,0 +1,599 @@
+"""squeeze_excite and SqueezeExcite: values, derivatives, layouts, what is kept, and every way a call can go."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from oracle import DTYPES, LAYOUTS, aligned, cast_gate, check, close, features, smooth_gate, wide
+from test_autograd_memory import Saved
+from test_layouts import traffic
+from test_transforms import aten_only
+from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
+
+import drsn_kernels as dk
+from drsn_kernels.backends import cpu, eager, triton
+from drsn_kernels.planes import geometry
+
+LENGTHS = [1, 17, 65, 129, 1027, 32771]  # around the widths of the kernels: test_ops.py
+SHAPES = [(2, 8, 1024), (8, 4, 512), (1, 3, 9600), (2, 4, 56, 56), (2, 64, 7, 7), (4, 4, 256, 1), (2, 3, 2, 3, 5)]
+SHAPES += [(1, 1, 1), (3, 5, 1), (1, 7, 12), (2, 300, 3)]
+PAIRS = list(itertools.product(["contiguous", "channels_last", "sliced"], repeat=2))
+native = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
+
+
+def formula(x, gate, residual=None):
+    y = x * aligned(gate(x.flatten(2).mean(2)), x.dim())
+    return y if residual is None else y + residual
+
+
+def gate_for(x: torch.Tensor, out: int | None = None) -> nn.Module:
+    return smooth_gate(x.shape[1], out).to(x.device, wide(x.dtype))
+
+
+def check_all(backend, x, gate: nn.Module, residual=None, g: torch.Tensor | None = None) -> None:
+    """y and the gradients of x, residual and every gate parameter."""
+    parameters = dict(gate.named_parameters())
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+    def exact(d, x, residual, *values):
+        given, inner = dict(zip(parameters, values, strict=True)), cast_gate(gate, d)
+        return formula(x, lambda a: functional_call(inner, given, a), residual)
+
+    check(
+        lambda x, residual, *_: backend.squeeze_excite(x, gate, residual=residual),
+        exact,
+        {"x": x, "residual": residual, **parameters},
+        [torch.randn(x.shape, device=x.device).to(dtype) if g is None else g],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths(kernels, dtype, channels_last, length):
+    x = features((2, 3, length), dtype, kernels.device)
+    x = (x.transpose(1, 2) if channels_last else x).requires_grad_()
+    check_all(kernels, x, gate_for(x), torch.randn_like(x).detach().requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("one", [False, True], ids=["per-channel", "per-sample"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(kernels, dtype, one, shape):
+    x = features(shape, dtype, kernels.device).requires_grad_()
+    check_all(kernels, x, gate_for(x, 1 if one else None))
+
+
+def test_compiled(compiled):
+    x = features((3, 6, 70)).requires_grad_()
+    check_all(compiled, x, gate_for(x), torch.randn_like(x).detach().requires_grad_())
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_residual_of_any_dtype(kernels, dtype, residual):
+    x = features((3, 6, 70), dtype, kernels.device).requires_grad_()
+    added = (3 * torch.randn(x.shape, device=x.device)).to(residual)
+    added.requires_grad_(added.is_floating_point())
+    y = kernels.squeeze_excite(x, gate_for(x), residual=added)
+    assert y.dtype is torch.promote_types(dtype, residual)
+    if dtype is torch.float32:
+        check_all(kernels, x, gate_for(x), added)
+    else:  # of another dtype, it is added to the rounded product
+        gate = gate_for(x)
+        added = added.to(torch.float32) if residual is dtype else added
+        assert torch.equal(kernels.squeeze_excite(x, gate, residual=added), kernels.squeeze_excite(x, gate) + added)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+def test_the_sums_are_accurate(kernels, dtype, channels_last):
+    """The mean of x and the sum of g * x, which may cancel: the error is measured by the sum of the magnitudes."""
+    x, g = (torch.randn(2, 3, 40_000).to(kernels.device, dtype) for _ in range(2))
+    if channels_last:
+        x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
+    backend = dk.backends.BACKENDS[kernels.backend]
+    for found, terms in (
+        (backend.mean(x, geometry(x)), x.double() / x.shape[2]),
+        (backend.scale_sums(geometry(x), g, x), g.double() * x.double()),
+    ):
+        assert found.dtype is wide(dtype) and found.shape == (2, 3)
+        limit = (1e-12 if dtype is torch.float64 else 2e-6) * terms.abs().sum(2)
+        assert ((found.double() - terms.sum(2)).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("g_layout", ["contiguous", "sliced channels_last"])
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+def test_layouts(kernels, x_layout, g_layout):
+    """x in one layout, residual and g in the other."""
+    x, residual, g = (LAYOUTS[layout](3, 5, 6, 7) for layout in (x_layout, g_layout, g_layout))
+    x.requires_grad_(), residual.requires_grad_()
+    gate = gate_for(x)
+    y = kernels.squeeze_excite(x, gate, residual=residual)
+    (dx,) = torch.autograd.grad(y, x, g)
+    assert y.stride() == dx.stride() == torch.empty_like(x.detach()).stride()
+    check_all(kernels, x, gate, residual, g)
+
+
+@native
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("x_layout, g_layout", PAIRS)
+def test_one_allocation_each_way_and_no_copy(x_layout, g_layout):
+    """Forward writes y, backward writes dx, and nothing else of that size is allocated, copied or added."""
+    shape = (3, 16, 30, 34)
+    leaf, residual = LAYOUTS[x_layout](*shape).requires_grad_(), LAYOUTS[g_layout](*shape).requires_grad_()
+    gate, g, size = smooth_gate(16), LAYOUTS[g_layout](*shape), torch.Size(shape).numel() * 4
+    x, results = leaf.view_as(leaf), []
+    with dk.use_backend("cpu", strict=True):
+        copies, allocations = traffic(lambda: results.append(dk.squeeze_excite(x, gate, residual=residual)))
+        assert copies == [] and [a for a in allocations if a > size // 8] == [size]
+        wanted = [leaf, residual, *gate.parameters()]
+        copies, allocations = traffic(lambda: results.append(torch.autograd.grad(results[0], wanted, g)))
+        assert copies == [] and [a for a in allocations if a > size // 8] == [size]
+
+
+@native
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+def test_the_same_bits_for_any_number_of_threads(channels_last):
+    x, gate = torch.randn(3, 24, 40_000), smooth_gate(24)
+    x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x).requires_grad_()
+    g, found = torch.randn_like(x), []
+    with dk.use_backend("cpu", strict=True):
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = dk.squeeze_excite(x, gate)
+            found.append((y, *torch.autograd.grad(y, [x, *gate.parameters()], g)))
+    assert all(map(torch.equal, *found))
+
+
+# ---- special values and sizes ----------------------------------------------------------------------------------------
+
+
+def test_nan_and_inf_as_in_pytorch(kernels):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[[1.0, nan]], [[inf, 1.0]], [[-inf, inf]], [[0.0, -0.0]]], device=kernels.device)
+    for gate in (torch.sigmoid, lambda a: torch.zeros_like(a), lambda a: torch.full_like(a, inf)):
+        y, expected = kernels.squeeze_excite(x, gate), formula(x, gate)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
+def test_empty(kernels, shape):
+    x, gate = torch.randn(shape, device=kernels.device, requires_grad=True), lambda a: a.sigmoid()
+    y = kernels.squeeze_excite(x, gate, residual=torch.randn(shape, device=kernels.device))
+    assert y.shape == shape
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.shape == shape
+
+
+def test_batch_statistics_of_one_sample_are_batchnorms_own_error(kernels):
+    module = dk.SqueezeExcite(6, norm=True, reduction=2)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        kernels.squeeze_excite(torch.randn(1, 6, 5), module.fc)
+    assert module.eval()(torch.randn(1, 6, 5)).shape == (1, 6, 5)
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.randn(4, 5), ValueError, r"x must have shape \(N, C, \*spatial\).*got \(4, 5\)"),
+        (torch.ones(2, 3, 4, dtype=torch.int64), TypeError, "x must be a floating-point tensor, got torch.int64"),
+        (None, TypeError, "x must be a floating-point tensor, got NoneType"),
+    ],
+)
+def test_features_that_are_refused(kernels, x, error, message):
+    with pytest.raises(error, match=message):
+        kernels.squeeze_excite(x, torch.sigmoid)
+
+
+def test_arguments_that_are_refused(kernels):
+    x = torch.randn(2, 3, 16)
+    with pytest.raises(TypeError, match=r"gate must be a callable \(N, C\) .*got Tensor"):
+        kernels.squeeze_excite(x, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"gate must return .*\(2, 3\) or \(2, 1\), got \(2, 2\)"):
+        kernels.squeeze_excite(x, lambda a: a[:, :2])
+    with pytest.raises(ValueError, match=r"residual must have x's shape \(2, 3, 16\), got \(2, 3, 1\)"):
+        kernels.squeeze_excite(x, pytest.fail, residual=x[..., :1])  # the gate does not run
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", [1, 3])
+def test_numerical_derivatives_with_batch_norm_in_training(kernels, out):
+    gate = smooth_gate(3, out, norm=True).double()
+    x, residual = (torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = (x, residual, *gate.parameters())
+
+    def run(x, residual, *_):
+        return kernels.squeeze_excite(x, gate, residual=residual)
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+def test_full_jacobians_and_the_third_derivative(kernels):
+    if kernels.interpreted:
+        pytest.skip("seconds in the interpreter; its first and second derivatives are checked above")
+    gate, x = smooth_gate(2).double(), torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: kernels.squeeze_excite(x, gate), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: kernels.squeeze_excite(x, gate), (x,))
+
+    def gradient(x):
+        return torch.autograd.grad(kernels.squeeze_excite(x, gate).square().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradgradcheck(gradient, (x,), fast_mode=True)
+
+
+def test_create_graph_gives_the_same_first_gradient_and_a_penalty_reaches_the_gate(kernels):
+    x, gate = features((3, 6, 70), torch.float64, kernels.device).requires_grad_(), smooth_gate(6).double()
+    wanted, g = [x, *gate.parameters()], torch.randn(3, 6, 70, dtype=torch.float64)
+    plain = torch.autograd.grad(kernels.squeeze_excite(x, gate), wanted, g)
+    graph = torch.autograd.grad(kernels.squeeze_excite(x, gate), wanted, g, create_graph=True)
+    penalties = torch.autograd.grad(graph[0].square().sum(), wanted)
+    exact = torch.autograd.grad(formula(x, gate), wanted, g, create_graph=True)
+    exact_penalties = torch.autograd.grad(exact[0].square().sum(), wanted)
+    for a, b, c in zip((*plain, *penalties), (*graph, *penalties), (*exact, *exact_penalties), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["x", "gate", "residual", "x and gate"])
+def test_some_of_the_gradients(kernels, wanted):
+    leaf, residual = torch.randn(3, 6, 20, requires_grad=True), torch.randn(3, 6, 20, requires_grad=True)
+    gate = smooth_gate(6)
+    choice = {"x": [leaf], "gate": [*gate.parameters()], "residual": [residual]}
+    leaves = [t for name in wanted.split(" and ") for t in choice[name]]
+    g = torch.randn_like(leaf)
+    ours = torch.autograd.grad(kernels.squeeze_excite(leaf, gate, residual=residual), leaves, g)
+    for a, b in zip(ours, torch.autograd.grad(formula(leaf, gate, residual), leaves, g), strict=True):
+        torch.testing.assert_close(a, b)
+    frozen = copy.deepcopy(gate).requires_grad_(False)
+    if wanted == "gate":
+        ours = torch.autograd.grad(kernels.squeeze_excite(leaf.detach(), gate), leaves, g)
+        for a, b in zip(ours, torch.autograd.grad(formula(leaf.detach(), gate), leaves, g), strict=True):
+            torch.testing.assert_close(a, b)
+    if wanted == "x":
+        constant = frozen(leaf.detach().mean(2))  # no factor wants a gradient
+        (dx,) = torch.autograd.grad(kernels.squeeze_excite(leaf, lambda a: constant), leaf, g)
+        torch.testing.assert_close(dx, g * constant[..., None])
+
+
+def test_a_gate_that_looks_at_x_or_whose_output_is_used_elsewhere(kernels):
+    x, gate, seen = torch.randn(3, 6, 20, requires_grad=True), smooth_gate(6), []
+
+    def looking(a):
+        seen.append(gate(a) * x.amax(2))
+        return seen[-1]
+
+    def exact(x):
+        s = gate(x.mean(2)) * x.amax(2)
+        return x * s[..., None], s
+
+    y, g, h = kernels.squeeze_excite(x, looking), torch.randn_like(x), torch.randn(3, 6)
+    right, s = exact(x)
+    for outputs, others, gs in (([y, seen[0]], [right, s], [g, h]), ([seen[0]], [s], [h]), ([y], [right], [g])):
+        (dx,) = torch.autograd.grad(outputs, x, gs, retain_graph=True)
+        torch.testing.assert_close(dx, torch.autograd.grad(others, x, gs, retain_graph=True)[0])
+
+
+def test_backward_twice_and_a_backward_within_a_hook(kernels):
+    x, gate = torch.randn(3, 6, 20, requires_grad=True), smooth_gate(6)
+    y, g = kernels.squeeze_excite(x, gate), torch.randn_like(x)
+    exact = torch.autograd.grad(formula(x, gate), x, g)[0]
+    inner = []
+    gate[0].weight.register_hook(
+        lambda _: inner.append(torch.autograd.grad(y, x, 2 * g, retain_graph=True)[0]) if not inner else None
+    )
+    dx, _ = torch.autograd.grad(y, [x, gate[0].weight], g, retain_graph=True)
+    torch.testing.assert_close(dx, exact)
+    torch.testing.assert_close(inner[0], 2 * exact)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g)[0], exact)
+
+
+def test_x_that_is_overwritten_before_backward_is_an_error(kernels):
+    leaf, gate = torch.randn(3, 6, 20, requires_grad=True), smooth_gate(6)
+    x = leaf * 1
+    y = kernels.squeeze_excite(x, gate)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["per-channel", "per-sample"])
+@pytest.mark.parametrize("wants", ["x and factors", "x", "factors", "nothing"])
+def test_saved_bytes(kernels, wants, one):
+    """x where the factors want a gradient, the factors where x does."""
+    x, s = torch.randn(4, 8, 99), torch.rand(4, 1 if one else 8)
+    x.requires_grad_("x" in wants), s.requires_grad_("factors" in wants)
+    with Saved() as saved:
+        y = kernels.squeeze_excite(x, lambda a: s, residual=torch.randn_like(x))
+    assert saved.bytes == 4 * (x.numel() * s.requires_grad + s.numel() * x.requires_grad)
+    assert y.requires_grad == (wants != "nothing")
+    if y.requires_grad:
+        y.backward(torch.randn_like(y))
+        assert saved.alive == 0
+
+
+# ---- every other way -------------------------------------------------------------------------------------------------
+
+GATE = smooth_gate(3).double()
+TRANSFORMS = {
+    "grad": lambda f: grad(lambda x: f(x).square().sum()),
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x.cos(),)),
+    "hessian": lambda f: hessian(lambda x: f(x).square().sum()),
+    "vmap": lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform):
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    ours, exact = (
+        TRANSFORMS[transform](f)(x) for f in (lambda x: dk.squeeze_excite(x, GATE), lambda x: formula(x, GATE))
+    )
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_compiled_without_a_break_and_exported_as_aten():
+    module, x = dk.SqueezeExcite(6, reduction=2), torch.randn(4, 6, 40, requires_grad=True)
+    found = torch._dynamo.explain(module)(x)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    assert aten_only(exported.graph_module.graph)
+    other = torch.randn(5, 6, 40)
+    torch.testing.assert_close(exported.module()(other), module(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gate_sees_its_own_dtype_and_float32_under_autocast(kernels, dtype):
+    seen = []
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, a):
+            seen.append(a.dtype)
+            return self.linear(a).sigmoid()
+
+    x, gate = torch.randn(3, 6, 40).to(kernels.device, dtype), Gate().to(kernels.device, dtype)
+    assert kernels.squeeze_excite(x, gate).dtype is dtype
+    with torch.autocast(kernels.device, dtype=torch.bfloat16):
+        assert kernels.squeeze_excite(x, gate).dtype is dtype
+    kernels.squeeze_excite(x, lambda a: seen.append(a.dtype) or a)
+    assert seen == [dtype, torch.float32, torch.float32]
+
+
+@native
+def test_explain():
+    x, gate = torch.randn(3, 6, 40, requires_grad=True), smooth_gate(6)
+    with dk.use_backend("cpu"):
+        (call,) = dk.explain(lambda: dk.squeeze_excite(x, gate, residual=x))
+        (frozen,) = dk.explain(lambda: dk.squeeze_excite(x.detach(), gate))
+        (module,) = dk.explain(dk.SqueezeExcite(6), x, strict=True)  # a called gate is no fallback
+    assert (call.op, call.backend, call.plan.name, call.fused) == ("squeeze_excite", "cpu", "passes over x", False)
+    assert call.gate == dict(call.plan.not_taken)["gate fused"] == "squeeze_excite calls every gate"
+    full, small = x.numel() * 4, 3 * 6 * 4
+    assert (call.forward.read, call.forward.written, call.saved) == (3 * full + small, full + small, full + small)
+    assert (call.backward.read, call.backward.written) == (3 * full + 2 * small, full + small)
+    assert (call.forward.kernels, call.backward.kernels) == (("mean", "scale"), ("scale_sums", "scale"))
+    assert frozen.saved == full and frozen.backward.kernels == ("scale_sums",)
+    assert module.fallback == "" and module.module == ""
+    (compiled,) = dk.explain(torch.compile(dk.SqueezeExcite(6)), x)
+    assert (compiled.backend, compiled.plan.name) == ("compiler", "decomposed")
+
+
+def test_explain_of_triton_plans_the_launches_that_are_budgeted():
+    if triton._missing() is not None or not triton.interpreting():
+        pytest.skip("needs Triton, interpreted")
+    x = torch.randn(3, 6, 40, requires_grad=True)
+    with dk.use_backend("triton", strict=True):
+        (call,) = dk.explain(lambda: dk.squeeze_excite(x, smooth_gate(6)), strict=True)
+    assert call.forward.kernels == call.backward.kernels == ("reduce_kernel", "apply_kernel")
+    assert [planned.kernel for planned in call.plan.launches] == [*call.forward.kernels, *call.backward.kernels]
+    assert call.plan.name == "two launches each way"
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+class SELayer(nn.Module):
+    """As in the ports."""
+
+    def __init__(self, channel, reduction=16):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(
+            nn.Linear(channel, channel // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channel // reduction, channel, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.avg_pool(x).view(b, c)
+        y = self.fc(y).view(b, c, 1, 1)
+        return x * y.expand_as(x)
+
+
+def test_the_module_takes_the_ports_checkpoints_and_computes_the_same(kernels):
+    port, ours = SELayer(32), dk.SqueezeExcite(32, bias=False)
+    ours.load_state_dict(port.state_dict())
+    x, g = torch.randn(3, 32, 5, 6, requires_grad=True), torch.randn(3, 32, 5, 6)
+    for a, b in zip(*((m(x), *torch.autograd.grad(m(x), [x, *m.parameters()], g)) for m in (port, ours)), strict=True):
+        torch.testing.assert_close(b, a)
+    torch.testing.assert_close(ours(x, g), port(x) + g)
+
+
+def test_the_modules_arguments():
+    assert [type(m) for m in dk.SqueezeExcite(32).fc] == [nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid]
+    normed = dk.SqueezeExcite(32, (1, 1), reduction=4, norm=True, activation=nn.GELU, dtype=torch.float64)
+    assert [type(m) for m in normed.fc] == [nn.Linear, nn.BatchNorm1d, nn.GELU, nn.Linear, nn.Sigmoid]
+    assert normed.fc[0].weight.shape == (8, 32) and normed.fc[3].weight.dtype is torch.float64
+    assert dk.SqueezeExcite(8).fc[0].out_features == 1  # at least one
+    assert dk.SqueezeExcite(64, rd_ratio=1 / 4).fc[0].out_features == 16
+    assert repr(normed).startswith("SqueezeExcite(\n  32\n")
+    x, g = torch.randn(4, 32, 9, dtype=torch.float64, requires_grad=True), torch.randn(4, 32, 9, dtype=torch.float64)
+    again = copy.deepcopy(normed)
+    close(normed(x), formula(x, again.fc), formula(x, again.fc))
+    (dx,) = torch.autograd.grad(normed(x), x, g)
+    torch.testing.assert_close(dx, torch.autograd.grad(formula(x, again.fc), x, g)[0])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"channels": 0}, ValueError, "channels must be a positive integer, got 0"),
+        ({"channels": 8, "reduction": 2.0}, TypeError, "reduction must be a positive integer, got 2.0"),
+        ({"channels": 8, "gap_size": 2}, ValueError, r"gap_size must be 1, \(1,\) or \(1, 1\).*got 2"),
+        ({"channels": 8, "reduction": 2, "rd_ratio": 0.5}, ValueError, "said twice: reduction=2"),
+    ],
+)
+def test_the_modules_arguments_that_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dk.SqueezeExcite(**arguments)
+
+
+# ---- modules that exist ----------------------------------------------------------------------------------------------
+
+
+class Keepdim(nn.Module):
+    """timm's way: means that keep their dimensions, 1x1 convolutions, any activation."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.fc1, self.bn, self.fc2 = nn.Conv2d(c, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, c, 1)
+
+    def forward(self, x):
+        squeezed = x.mean((2, 3), keepdim=True)
+        return x * nn.functional.hardsigmoid(self.fc2(self.bn(self.fc1(squeezed)).relu()))
+
+
+class Torchvision(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.avgpool, self.fc1, self.fc2 = nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, 4, 1), nn.Conv2d(4, c, 1)
+        self.activation, self.scale_activation = nn.ReLU(), nn.Sigmoid()
+
+    def _scale(self, x):
+        return self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x)))))
+
+    def forward(self, x):
+        return self._scale(x) * x
+
+
+class Efficient(nn.Module):
+    """ECA: a convolution along the channels."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        y = x.flatten(2).mean(-1)
+        return x * self.conv(y.unsqueeze(1)).squeeze(1).sigmoid()[:, :, None, None]
+
+
+class Separate(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.down, self.up = nn.Linear(c, 4), nn.Linear(4, c)
+
+    def forward(self, x):
+        s = torch.sigmoid(self.up(torch.relu(self.down(x.mean([2, 3])))))
+        return x * s.view(s.size(0), s.size(1), 1, 1)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(1, c, 1, 1))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class MaxPooled(SELayer):
+    def forward(self, x):
+        return x * self.fc(x.amax((2, 3)))[:, :, None, None]
+
+
+class Shared(SELayer):
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3))).mean(0)[None, :, None, None]
+
+
+class StraightThrough(SELayer):
+    def forward(self, x):
+        return x * self.fc(x.detach().mean((2, 3)))[:, :, None, None]
+
+
+@pytest.mark.parametrize(
+    "make, plan",
+    [
+        (lambda c: SELayer(c, 2), "squeeze_excite(x, self.fc)"),
+        (Keepdim, "squeeze_excite(x, its own code)"),
+        (Torchvision, "squeeze_excite(x, its own code)"),
+        (Efficient, "squeeze_excite(x, its own code)"),
+        (Separate, "squeeze_excite(x, the standard gate of its layers)"),
+        (lambda c: StraightThrough(c, 2), "squeeze_excite(x, its own code)"),
+    ],
+)
+def test_converted_by_what_it_computes(make, plan):
+    module = make(8)
+    original = copy.deepcopy(module)
+    (row,) = dk.convert(module).converted
+    assert row.detail == plan and row.difference < 1e-8 and row.own_difference < 1e-5
+    assert list(module.state_dict()) == list(original.state_dict()) and isinstance(module, type(original))
+    assert [call.op for call in dk.explain(module, torch.randn(4, 8, 6, 5))] == ["squeeze_excite"]
+    for dtype, training in itertools.product((torch.float32, torch.float64), (True, False)):
+        x = torch.randn(4, 8, 6, 5, dtype=dtype) + torch.randn(4, 8, 1, 1, dtype=dtype)  # averages of 0 suit no norm
+        g, results = torch.randn_like(x.requires_grad_()), []
+        for m in (module, original):
+            m.to(dtype).train(training)
+            y = m(x)
+            results.append([y, *torch.autograd.grad(y, [x, *m.parameters()], g), *m.buffers()])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="nothing converted"):  # it has no threshold
+        dk.record_tau(module).__enter__()
+    assert dk.revert(module) == [""] and type(module) is type(original)
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (LayerScale, "factors that do not follow from the mean of x"),
+        (lambda c: MaxPooled(c, 2), "factors that do not follow from the mean of x"),
+        (lambda c: Shared(c, 2), "its factor is shared by the samples of a batch"),
+    ],
+)
+def test_scaling_by_anything_else_is_left_alone(make, why):
+    module = make(8)
+    report = dk.convert(module)
+    assert not report.converted and not report.inline and why in report.left_alone[0].detail
+
+
+def test_a_network_of_both_is_converted_and_ours_is_left_alone():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), SELayer(8, 2), dk.SqueezeExcite(8), dk.Shrinkage(8))
+    report = dk.convert(net)
+    assert [row.names for row in report.converted] == [("1",)] and not report.left_alone
+    copied = copy.deepcopy(net)
+    x = torch.randn(2, 1, 9, 9)
+    torch.testing.assert_close(copied.eval()(x), net.eval()(x))
+
+
+def test_the_eager_kernels_are_differentiable_without_g():
+    """A gate whose output goes to a loss of its own: there is no g, and dx is dA / L alone."""
+    geo = geometry(torch.empty(2, 3, 5))
+    da = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    dx = eager.scale_grad(geo, torch.float64, None, None, da)
+    assert torch.equal(dx, (da / 5)[..., None].expand(2, 3, 5)) and dx.is_contiguous()

@@ -1,0 +1,340 @@
+"""Hard and leaky thresholds, and element-wise tau: the options of soft_threshold, shrink and Shrinkage."""
+
+import pytest
+import torch
+from oracle import AVERAGES, LAYOUTS, abs_mean, aligned, cast_gate, check, features, smooth_gate, wide, without_ties
+from test_autograd_memory import Saved, plane_bytes
+from test_transforms import aten_only
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+
+import drsn_kernels as dk
+
+RULES = [("hard", 0.0), ("soft", 0.3), ("hard", 0.1)]
+each_rule = pytest.mark.parametrize("threshold, slope", [("hard", 0.0), ("soft", 0.3)], ids=["hard", "leaky"])
+
+
+def thresholded(x, tau, threshold: str, slope: float):
+    """From the definition: slope * x within tau; x outside, for a soft threshold moved so that the two meet at tau."""
+    tau = aligned(tau, x.dim())
+    outside = x if threshold == "hard" else x.sign() * (x.abs() - (1 - slope) * tau)
+    return torch.where(x.abs() <= tau, slope * x, outside) + 0 * tau  # a tau without influence has a gradient of 0
+
+
+def shrunk(x, gate, average, threshold, slope, residual=None):
+    pooled = abs_mean(x)
+    mean = {"channel": lambda: pooled, "sample": lambda: pooled.mean(1, keepdim=True), None: lambda: 1.0}[average]()
+    tau = gate(pooled) * mean
+    y = thresholded(x, tau, threshold, slope)
+    return (y if residual is None else y + residual), tau
+
+
+def check_soft_threshold(kernels, x, tau, threshold, slope, g=None):
+    g = torch.randn(x.shape, device=x.device).to(x.dtype) if g is None else g
+    check(
+        lambda x, tau: kernels.soft_threshold(x, tau, threshold=threshold, slope=slope),
+        lambda d, x, tau: thresholded(x, tau, threshold, slope),
+        {"x": x, "tau": tau},
+        [without_ties(g, x, tau)],
+    )
+
+
+# ---- values and gradients --------------------------------------------------------------------------------------------
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("length", [1, 17, 65, 1027, 32771])
+def test_lengths(kernels, length, channels_last, dtype, threshold, slope):
+    x = features((3, 2, length), dtype, kernels.device)
+    x = (x.transpose(1, 2) if channels_last else x).requires_grad_()
+    tau = (torch.rand(x.shape[:2], dtype=wide(dtype), device=x.device) + 0.1).requires_grad_()
+    check_soft_threshold(kernels, x, tau, threshold, slope)
+
+
+@each_rule
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "image transposed", "expanded channels"])
+def test_layouts(kernels, layout, threshold, slope):
+    x, tau = LAYOUTS[layout](3, 5, 6, 7).requires_grad_(), torch.rand(3, 5).requires_grad_()
+    check_soft_threshold(kernels, x, tau, threshold, slope, LAYOUTS["sliced channels_last"](3, 5, 6, 7))
+    y = kernels.soft_threshold(x, tau, threshold=threshold, slope=slope)
+    assert y.stride() == torch.empty_like(x.detach()).stride()
+
+
+@each_rule
+@pytest.mark.parametrize(
+    "shape, tau_shape",
+    [((4, 3, 50), ()), ((4, 3, 50), (4, 1)), ((4, 3, 50), (1, 3, 1)), ((4, 30), (4, 30)), ((40,), (1,)), ((), ())],
+    ids=str,
+)
+def test_tau_of_every_shape(kernels, shape, tau_shape, threshold, slope):
+    x = features(shape, device=kernels.device).requires_grad_()
+    check_soft_threshold(kernels, x, (torch.rand(tau_shape) + 0.1).to(x.device).requires_grad_(), threshold, slope)
+
+
+@pytest.mark.parametrize("threshold, slope", [("soft", 0.0), *RULES], ids=str)
+@pytest.mark.parametrize("shape, tau_shape", [((4, 3, 50), (4, 3, 50)), ((4, 3, 5, 7), (4, 1, 5, 1)), ((40,), (40,))])
+def test_element_wise_tau(kernels, shape, tau_shape, threshold, slope):
+    """In pure PyTorch on every backend, which strict mode refuses."""
+    x = features(shape, device=kernels.device).requires_grad_()
+    tau = (torch.rand(tau_shape) + 0.1).to(x.device).requires_grad_()
+    with dk.use_backend(kernels.backend):
+        check_soft_threshold(kernels, x, tau, threshold, slope)
+        assert torch.equal(
+            kernels.soft_threshold(x, tau.double().float(), threshold=threshold, slope=slope),
+            dk.reference.soft_threshold(x, tau, rule=dk.ops.checks.rule(threshold, slope)),
+        )
+
+
+@each_rule
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("one", [False, True], ids=["per-channel", "per-sample"])
+@pytest.mark.parametrize("way", ["new", "inplace", "y-tau", "residual", "residual inplace"])
+def test_shrink(kernels, way, one, average, threshold, slope):
+    x = features((3, 6, 70), device=kernels.device).requires_grad_()
+    residual = torch.randn_like(x).detach().requires_grad_() if "residual" in way else None
+    gate = smooth_gate(6, 1 if one else None).to(x.device)
+    parameters, with_tau = dict(gate.named_parameters()), way == "y-tau"
+
+    def ours(x, residual, *_):
+        return kernels.shrink(
+            x * 1 if "inplace" in way else x, gate, average=average, residual=residual, inplace="inplace" in way,
+            return_tau=with_tau, threshold=threshold, slope=slope,
+        )  # fmt: skip
+
+    def exact(d, x, residual, *values):
+        inner, given = cast_gate(gate, d), dict(zip(parameters, values, strict=True))
+        y, tau = shrunk(x, lambda a: functional_call(inner, given, a), average, threshold, slope, residual)
+        return (y, tau) if with_tau else y
+
+    with torch.no_grad():
+        tau = shrunk(x.double(), cast_gate(gate, torch.float64), average, threshold, slope)[1]
+    g = without_ties(torch.randn(x.shape, device=x.device), x, tau)
+    gs = [g, torch.randn(tau.shape)] if with_tau else [g]
+    check(ours, exact, {"x": x, "residual": residual, **parameters}, gs)
+
+
+@pytest.mark.parametrize("threshold, slope", RULES, ids=str)
+def test_float64_constants(kernels, threshold, slope):
+    """The slope is not rounded to float32 on the way."""
+    x, tau = torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True), torch.rand(2, 3, dtype=torch.float64)
+    y = kernels.soft_threshold(x, tau.requires_grad_(), threshold=threshold, slope=slope)
+    g = torch.randn_like(y)
+    exact = thresholded(x, tau, threshold, slope)
+    torch.testing.assert_close(y, exact, rtol=1e-14, atol=1e-15)
+    pairs = (torch.autograd.grad(t, [x, tau], g) for t in (y, exact))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+# ---- derivatives, numerically ----------------------------------------------------------------------------------------
+
+
+def far_from_kinks(shape, tau_of) -> torch.Tensor:
+    for seed in range(100):
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        if (x.abs() - aligned(tau_of(x), x.dim())).abs().min() > 2e-3 and x.abs().min() > 2e-3:
+            return x.requires_grad_()
+    raise AssertionError("no such x")
+
+
+@each_rule
+def test_numerical_derivatives_of_soft_threshold(kernels, threshold, slope):
+    tau = torch.full((2, 2), 0.4, dtype=torch.float64, requires_grad=True)
+    x = far_from_kinks((2, 2, 3), lambda x: tau.detach())
+
+    def run(x, tau):
+        return kernels.soft_threshold(x, tau, threshold=threshold, slope=slope)
+
+    assert torch.autograd.gradcheck(run, (x, tau))
+    assert torch.autograd.gradgradcheck(run, (x, tau))
+
+
+@each_rule
+@pytest.mark.parametrize("average", AVERAGES)
+def test_numerical_derivatives_of_shrink(kernels, average, threshold, slope):
+    if kernels.interpreted and average is None:
+        pytest.skip("seconds in the interpreter, and no other kernel")
+    gate = smooth_gate(3, norm=True).double()
+    x = far_from_kinks((4, 3, 5), lambda x: shrunk(x, gate, average, threshold, slope)[1])
+
+    def run(x, *_):
+        return kernels.shrink(x, gate, average=average, return_tau=True, threshold=threshold, slope=slope)
+
+    inputs = (x, *gate.parameters())
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+# ---- where the pieces meet, and special values -----------------------------------------------------------------------
+
+
+@each_rule
+@pytest.mark.parametrize("way", ["kernels", "reference"])
+def test_at_the_threshold_and_at_zero(kernels, way, threshold, slope):
+    """Both derivatives are those of inside; a soft threshold is continuous."""
+    x = torch.tensor([[[0.5, -0.5, 0.0, -0.0, 0.75, -0.25]]], device=kernels.device, requires_grad=True)
+    tau = torch.full((1, 1), 0.5, device=kernels.device, requires_grad=True)
+    if way == "kernels":
+        y = kernels.soft_threshold(x, tau, threshold=threshold, slope=slope)
+    else:
+        y = dk.reference.soft_threshold(x, tau, rule=dk.ops.checks.rule(threshold, slope))
+    outside = 0.75 if threshold == "hard" else 0.75 - (1 - slope) * 0.5
+    torch.testing.assert_close(y[0, 0], torch.tensor([0.5 * slope, -0.5 * slope, 0.0, 0.0, outside, -0.25 * slope]))
+    dx, dtau = torch.autograd.grad(y, [x, tau], torch.ones_like(y))
+    torch.testing.assert_close(dx[0, 0], torch.tensor([slope, slope, slope, slope, 1.0, slope]))
+    torch.testing.assert_close(dtau, torch.full((1, 1), 0.0 if threshold == "hard" else -(1 - slope)))
+
+
+@each_rule
+def test_nan_inf_and_negative_tau(kernels, threshold, slope):
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([0.0, 1.5, -1.5, inf, -inf, nan])
+    x = values.expand(6, 1, 6).contiguous()
+    for i, tau in enumerate((0.5, -0.5, inf, nan, 0.0, -inf)):
+        y = kernels.soft_threshold(x[:1], tau, threshold=threshold, slope=slope)[0, 0]
+        v = values.double()
+        outside = ~(v.abs() <= tau) & (v != 0)
+        offset = 0.0 if threshold == "hard" else 1 - slope
+        exact = torch.where(outside, v - v.sign() * offset * tau, slope * v).float()
+        torch.testing.assert_close(y, exact, equal_nan=True, msg=lambda m, i=i: f"tau number {i}: {m}")
+        assert y[5].isnan()  # a NaN is not lost
+
+
+# ---- what a hard threshold means for the gate ------------------------------------------------------------------------
+
+
+def test_a_gate_does_not_learn_through_a_hard_threshold(kernels):
+    x, gate = features((3, 6, 70), device=kernels.device).requires_grad_(), smooth_gate(6).to(kernels.device)
+    y, tau = kernels.shrink(x, gate, threshold="hard", return_tau=True)
+    g = torch.randn_like(y)
+    dx, *parameters = torch.autograd.grad(y, [x, *gate.parameters()], g, retain_graph=True)
+    assert not any(p.any() for p in parameters) and torch.equal(dx, torch.where(y.detach() != 0, g, 0))
+    assert all(p.any() for p in torch.autograd.grad(tau.sum(), [*gate.parameters()]))  # a loss of its own reaches it
+
+
+@pytest.mark.parametrize("threshold, slope", RULES, ids=str)
+def test_kept_are_three_bits_as_ever(kernels, threshold, slope):
+    x = torch.randn(4, 8, 999, requires_grad=True)
+    with Saved() as saved:
+        y = kernels.shrink(x, nn.Sigmoid(), threshold=threshold, slope=slope)
+    assert saved.bytes <= 3 * plane_bytes(4, 8, 999) + 2 * 4 * 8 * 4
+    y.backward(torch.randn_like(y))
+    assert saved.alive == 0
+
+
+def test_the_defaults_are_the_soft_threshold_bit_for_bit(kernels):
+    x, tau, gate = torch.randn(3, 6, 70, requires_grad=True), torch.rand(3, 6, requires_grad=True), smooth_gate(6)
+    for run in (
+        lambda **options: kernels.soft_threshold(x, tau, **options),
+        lambda **options: kernels.shrink(x, gate, **options),
+    ):
+        plain, same = run(), run(threshold="soft", slope=0.0)
+        assert torch.equal(plain, same)
+        g = torch.randn_like(plain)
+        assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (plain, same)))
+
+
+# ---- every other way -------------------------------------------------------------------------------------------------
+
+
+@each_rule
+def test_compiled(compiled, threshold, slope):
+    gate, x = smooth_gate(6), features((3, 6, 70)).requires_grad_()
+    y = compiled.shrink(x, gate, threshold=threshold, slope=slope, residual=x)
+    expected = dk.shrink(x, gate, threshold=threshold, slope=slope, residual=x)
+    torch.testing.assert_close(y, expected)
+    g = without_ties(torch.randn_like(x), x, gate(abs_mean(x)) * abs_mean(x))
+    pairs = (torch.autograd.grad(t, [x, *gate.parameters()], g) for t in (y, expected))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@each_rule
+def test_transforms_and_export(threshold, slope):
+    gate, x = smooth_gate(3).double(), torch.randn(2, 3, 5, dtype=torch.float64)
+
+    def ours(x):
+        return dk.shrink(x, gate, threshold=threshold, slope=slope)
+
+    def exact(x):
+        return shrunk(x, gate, "channel", threshold, slope)[0]
+
+    for transform in (
+        lambda f: grad(lambda x: f(x).square().sum())(x),
+        lambda f: jvp(f, (x,), (x.cos(),)),
+        lambda f: vmap(f)(torch.stack([x, 2 * x])),
+    ):
+        torch.testing.assert_close(transform(ours), transform(exact))
+    module = dk.Shrinkage(3, threshold=threshold, slope=slope).eval()
+    exported = torch.export.export(module, (x.float(),))
+    assert aten_only(exported.graph_module.graph)
+    torch.testing.assert_close(exported.module()(x.float()), module(x.float()))
+
+
+def test_the_module(kernels):
+    x, residual = torch.randn(4, 6, 20), torch.randn(4, 6, 20)
+    for threshold, slope in RULES:
+        module = dk.Shrinkage(6, threshold=threshold, slope=slope).eval()
+        with dk.record_tau(module) as taus:
+            y = module(x, residual)
+        torch.testing.assert_close(y, thresholded(x, taus[""], threshold, slope) + residual)
+    assert module.extra_repr() == "6, average='channel', threshold='hard', slope=0.1"
+    assert dk.Shrinkage(6).extra_repr() == "6, average='channel'"
+
+
+def test_explain_says_that_the_standard_gate_steps_aside():
+    x = torch.randn(4, 6, 20, requires_grad=True)
+    for options in ({"threshold": "hard"}, {"slope": 0.2}):
+        (call,) = dk.explain(dk.Shrinkage(6, **options), x, strict=True)  # its plan, and no fallback
+        assert call.fused is False and call.gate == "the fused gate has soft thresholds only"
+        assert dict(call.plan.not_taken)["gate fused"] == call.gate
+    (call,) = dk.explain(lambda: dk.soft_threshold(x, 0.5, slope=0.1))
+    assert call.op == "soft_threshold" and not call.fallback
+
+
+# ---- errors, and modules of others -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"threshold": "firm"}, ValueError, "threshold must be 'soft' or 'hard', got 'firm'"),
+        ({"threshold": None}, ValueError, "threshold must be 'soft' or 'hard', got None"),
+        ({"slope": 1}, ValueError, "slope must be a number from 0 to less than 1, got 1"),
+        ({"slope": -0.1}, ValueError, "slope must be .*got -0.1"),
+        ({"slope": float("nan")}, ValueError, "slope must be .*got nan"),
+        ({"slope": "0.1"}, TypeError, "slope must be .*got '0.1'"),
+        ({"slope": True}, TypeError, "slope must be .*got True"),
+        ({"slope": torch.tensor(0.1)}, TypeError, "slope must be .*got tensor"),
+    ],
+)
+def test_options_that_are_refused(kernels, options, error, message):
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(error, match=message):
+        kernels.soft_threshold(x, 0.5, **options)
+    with pytest.raises(error, match=message):
+        kernels.shrink(x, pytest.fail, **options)  # the gate does not run
+    with pytest.raises(error, match=message):
+        dk.Shrinkage(3, **options)
+
+
+class Theirs(nn.Module):
+    def __init__(self, threshold, slope):
+        super().__init__()
+        self.rule = threshold, slope
+        self.fc = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
+
+    def forward(self, x):
+        average = x.abs().mean(2)
+        tau = (average * self.fc(average)).unsqueeze(2)
+        return thresholded(x, tau, *self.rule)
+
+
+@pytest.mark.parametrize("threshold, slope", RULES, ids=str)
+def test_convert_leaves_other_thresholds_alone(threshold, slope):
+    module = Theirs(threshold, slope)
+    report = dk.convert(module)
+    assert not report.converted and not report.inline and type(module) is Theirs
+    assert "threshold" in report.left_alone[0].detail

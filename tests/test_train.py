@@ -1,0 +1,338 @@
+"""A training run continues exactly wherever it was stopped; the command's files and sentences."""
+
+import csv
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import wave
+
+import pytest
+import torch
+from train_jobs import new_run
+
+from drsn_kernels.__main__ import main
+from drsn_kernels.train import files, run
+from drsn_kernels.train.arguments import decibels
+from drsn_kernels.train.progress import Progress
+from drsn_kernels.train.run import Stopped
+
+
+@pytest.fixture(autouse=True)
+def one_thread(isolated):
+    torch.set_num_threads(1)  # the same bits on every machine, and no loss on a busy one
+
+
+# ---- a run, stopped and continued ------------------------------------------------------------------------------------
+
+
+def after(steps, action, monkeypatch):
+    """Do something after so many training steps from now."""
+    real, count = run.train_step, iter(range(1, 10_000))
+
+    def step(*arguments):
+        result = real(*arguments)
+        if next(count) == steps:
+            action()
+        return result
+
+    monkeypatch.setattr(run, "train_step", step)
+
+
+def assert_equal_runs(a, b):
+    for ours, wanted in ((a.network, b.network), (a.optimizer, b.optimizer)):
+        assert_equal_states(ours.state_dict(), wanted.state_dict())
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_s")} for row in r.history] for r in (a, b)
+    ]
+    assert timeless[0] == timeless[1] and len(a.history) == 3
+    assert torch.equal(a.generator.get_state(), b.generator.get_state())
+
+
+def assert_equal_states(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_states(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            assert_equal_states(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("steps", [1, 5, 7, 15])
+def test_a_signal_stops_after_the_step_and_the_run_continues_exactly(tmp_path, monkeypatch, number, steps):
+    """Epochs of five steps: stopped in the first, at an epoch's end, in the second, and at the very end."""
+    whole = new_run(tmp_path / "whole")
+    whole.out.mkdir()
+    whole.train()
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        after(steps, lambda: os.kill(os.getpid(), number), patch)
+        with pytest.raises(Stopped) as stopped:
+            new_run(tmp_path).train()
+    assert stopped.value.number == number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    torch.manual_seed(99)  # whatever else the process draws
+    continued = new_run(tmp_path)
+    assert (len(continued.history), continued.step) == divmod(steps, 5)
+    continued.train()
+    assert_equal_runs(continued, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    after(2, twice, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        new_run(tmp_path).train()
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_checkpoints_inside_an_epoch(tmp_path, monkeypatch):
+    """With a save after every step, the process may end anywhere: here by an error after twelve steps."""
+
+    class End(Exception):
+        pass
+
+    def end():
+        raise End
+
+    whole = new_run(tmp_path / "whole")
+    whole.out.mkdir()
+    whole.train()
+    with monkeypatch.context() as patch:
+        after(12, end, patch)
+        with pytest.raises(End):
+            new_run(tmp_path, save_seconds=0).train()
+    continued = new_run(tmp_path)
+    assert len(continued.history) == 2 and continued.step == 1
+    continued.train()
+    assert_equal_runs(continued, whole)
+
+
+def test_checkpoints_hold_tensors_and_plain_values_only(tmp_path):
+    finished = new_run(tmp_path)
+    finished.train()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert_equal_states(state["network"], finished.network.state_dict())
+    assert state["epoch"] == 3 and state["step"] == 0 and state["history"] == finished.history
+    assert not list(tmp_path.glob(".*"))  # nothing half written
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = files.write_checkpoint(tmp_path / "checkpoint.pt", {"x": torch.ones(1000)})
+    whole = path.read_bytes()
+    for content in (b"", b"no checkpoint", whole[:100], whole[:-50]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint.pt cannot be read as a checkpoint"):
+            new_run(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    files.replace(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"ne")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        files.replace(path, fail)
+    assert path.read_bytes() == b"old"
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path):
+    with pytest.raises(ValueError, match="the loss became (nan|inf) in epoch 1: lr 1e[+]30 is too large"):
+        new_run(tmp_path, lr=1e30).train()
+
+
+def test_progress_lines_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr("drsn_kernels.train.progress.LINE_SECONDS", 0)
+    for silent in (False, True):
+        with Progress(2, 7, 100, 20, silent=silent) as progress:
+            progress.step(30, lambda: (0.5, 0.25))
+    printed = capsys.readouterr().out
+    assert (
+        printed.startswith("epoch 2/7: 50 of 100 samples, loss 0.5000, accuracy 25.0 %, ") and printed.count("\n") == 1
+    )
+
+
+def test_progress_bar(monkeypatch, capsys):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    monkeypatch.setattr("drsn_kernels.train.progress.BAR_SECONDS", 0)
+    monkeypatch.setattr("tqdm.tqdm", lambda **options: tqdm(**(options | {"disable": False, "mininterval": 0})))
+    with Progress(2, 7, 100, 20, silent=False) as progress:
+        progress.step(30, lambda: (0.5, 0.25))
+    shown = capsys.readouterr().err
+    assert "epoch 2/7:  50%" in shown and "50/100" in shown and "loss 0.5000, accuracy 25.0 %" in shown
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def speech(tmp_path):
+    """Two words, four takes for training and two for testing."""
+    pytest.importorskip("matplotlib", reason="the command draws its results")
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for hertz, word in ((500, "low"), (1500, "high")):
+        for take in range(12):
+            t = torch.arange(2000) / 8000
+            with wave.open(str(folder / f"{word}_ann_{take}.wav"), "wb") as file:
+                file.setparams((1, 2, 8000, 0, "NONE", ""))
+                file.writeframes(struct.pack("<2000h", *(9000 * torch.sin(6.28 * hertz * t + take)).int().tolist()))
+    return folder
+
+
+def train(*arguments):
+    return main(["train", *map(str, arguments)])
+
+
+def test_command_writes_its_files(tmp_path, speech, capsys):
+    out = tmp_path / "a" / "run"
+    options = ("--task", "speech", "--data", speech, "--model", "resnet", "--snr", "-5:5", "--epochs", 2, "--batch", 8)
+    assert train(*options, "--noise", "pink", "--lr", 0.02, "--seed", 7, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "noise: pink at -5 to 5 dB" in printed and "epoch 2/2  lr 0.002  loss" in printed
+    config = json.loads((out / "config.json").read_text())
+    wanted = {"task": "speech", "data": str(speech), "model": "resnet", "noise": "pink", "snr": [-5, 5], "epochs": 2}
+    assert config["settings"].items() >= (wanted | {"batch": 8, "lr": 0.02, "seed": 7}).items()
+    assert config["environment"]["torch"].startswith(torch.__version__) and config["data"]["classes"] == ["high", "low"]
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert list(rows[0]) == ["epoch", "lr", "train_loss", "train_acc", "test_acc", "seconds", "samples_per_s"]
+    assert [(row["epoch"], row["lr"]) for row in rows] == [("1", "0.02"), ("2", "0.002")]
+    results = json.loads((out / "results.json").read_text())
+    confusion = torch.tensor(results["confusion"])
+    assert confusion.sum(1).tolist() == [5, 5]
+    assert results["test_accuracy"] == int(confusion.trace()) / 10 == pytest.approx(float(rows[-1]["test_acc"]))
+    assert results["recall"] == {"high": int(confusion[0, 0]) / 5, "low": int(confusion[1, 1]) / 5}
+    for name in ("curves.png", "confusion.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (
+        sum(state["network"][n].numel() for n in state["network"] if n.endswith(("weight", "bias")))
+        == results["parameters"]
+    )
+
+    assert train(*options, "--out", out) == 1  # not over a run that is there
+    assert f"--out {out} already holds a run: continue it with --resume" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from drsn_kernels.__main__ import main
+from drsn_kernels.train import run
+real, count = run.train_step, iter(range(1, 1000))
+def step(*arguments):
+    result = real(*arguments)
+    if next(count) == {steps}:
+        os.kill(os.getpid(), signal.{name})
+    return result
+run.train_step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_command_killed_inside_an_epoch_and_resumed(tmp_path, speech, capsys):
+    options = ["--task", "speech", "--data", speech, "--epochs", 3, "--batch", 4, "--device", "cpu"]
+    assert train(*options, "--out", tmp_path / "whole") == 0
+    command = ["train", *options, "--out", tmp_path / "killed", "--save-minutes", 0]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(steps=6, name="SIGKILL"), *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "killed" / "results.json").exists()
+    left = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
+    assert (left["epoch"], left["step"]) == (1, 1)  # epochs of four steps; the sixth was not saved yet
+    moved = tmp_path / "moved"
+    speech.rename(moved)
+    assert train("--resume", "--data", moved, "--out", tmp_path / "killed") == 0
+    assert "continuing in epoch 2 after 1 steps" in capsys.readouterr().out
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("killed", "whole")]
+    for key in ("network", "optimizer", "transform", "generator"):
+        assert_equal_states(*(state[key] for state in states))
+    logs = [[row[:5] for row in csv.reader((tmp_path / name / "log.csv").open())] for name in ("killed", "whole")]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_command_stopped_by_ctrl_c_says_how_to_go_on(tmp_path, speech, monkeypatch, capsys):
+    out = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        after(3, lambda: os.kill(os.getpid(), signal.SIGINT), patch)
+        assert train("--task", "speech", "--data", speech, "--epochs", 1, "--batch", 4, "--out", out) == 130
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"to continue exactly from here: python -m drsn_kernels train --resume --out '{out}'")
+    assert train("--resume", "--out", out) == 0
+    assert train("--resume", "--out", out) == 0  # finished: the results again
+    assert "after 1 epochs" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_command_refuses_to_resume_something_else(tmp_path, speech, capsys):
+    out = tmp_path / "out"
+
+    def refused(*options):
+        assert train("--resume", "--out", out, *options) == 1
+        return capsys.readouterr().err
+
+    assert f"--resume needs a run in --out, but {out} has no config.json" in refused()
+    assert train("--task", "speech", "--data", speech, "--epochs", 1, "--batch", 4, "--out", out) == 0
+    capsys.readouterr()
+    assert "continues a run with --epochs 1, got 2" in refused("--epochs", 2)
+    assert "continues a run with --snr [-5.0, 5.0], got [0.0, 0.0]" in refused("--snr", "0")
+    (speech / "low_ann_0.wav").unlink()
+    assert f"--data {speech} does not hold what the run in {out} was started with" in refused()
+    (out / "config.json").write_text("{")
+    assert "config.json is damaged" in refused()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--task", "speech"], "--task speech needs --data FOLDER with recordings named LABEL_SPEAKER_TAKE.wav"),
+        (["--task", "image", "--test-speakers", "ann"], "--test-speakers belongs to --task speech, got --task image"),
+        (["--task", "speech", "--data", "x", "--without-normal"], "--without-normal belongs to --task vibration"),
+        (["--data", "nowhere"], "folder does not exist: "),
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
+        (["--batch", "1"], "batch must be a whole number of at least 2, got 1"),
+        (["--lr", "nan"], "lr must be a number of at least 0, got nan"),
+        (["--save-minutes", "-1"], "--save-minutes must be at least 0, got -1.0"),
+        (["--device", "gpu"], "--device must be cpu, cuda or cuda:INDEX, got 'gpu'"),
+        (["--device", "meta"], "--device must be cpu, cuda or cuda:INDEX, got 'meta'"),
+    ],
+)
+def test_command_errors_are_one_sentence(tmp_path, capsys, options, message):
+    pytest.importorskip("matplotlib", reason="asked for before any data are read")
+    assert train(*options, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--task", "music"], ["--snr", "loud"], ["--snr", "5:-5"], ["--model", "vgg"]])
+def test_command_usage_errors(options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train(*options)
+    assert ended.value.code == 2 and f"argument {options[0]}: " in capsys.readouterr().err
+
+
+def test_command_without_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("numpy")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train("--out", tmp_path / "out") == 1
+    assert "matplotlib is needed here" in (error := capsys.readouterr().err) and "drsn_kernels[train]" in error
+
+
+def test_decibels():
+    assert decibels("-5:5") == (-5.0, 5.0) and decibels("3") == (3.0, 3.0) and decibels("-2.5") == (-2.5, -2.5)

@@ -1,0 +1,107 @@
+"""The training recipe is the paper's, and an epoch follows from its generator."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from drsn_kernels.models import parameter_groups, resnet
+from drsn_kernels.train import RandomNoise, Recipe, accuracy, epoch_batches, predict, train_epoch
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(isolated):
+    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
+
+
+def test_the_recipe_is_the_papers():
+    model = resnet(1, 2, stages=((4, 1, 2),))
+    optimizer = Recipe().optimizer(model)
+    schedule = Recipe().schedule(optimizer)
+    assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+    groups = parameter_groups(model, 1e-4)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [1e-4, 0.0]
+    for ours, wanted in zip(optimizer.param_groups, groups, strict=True):
+        assert [id(p) for p in ours["params"]] == [id(p) for p in wanted["params"]]
+    rates = []
+    for _ in range(Recipe().epochs):
+        rates.append(round(optimizer.param_groups[0]["lr"], 6))
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.1] * 40 + [0.01] * 40 + [0.001] * 20
+    optimizer = Recipe(epochs=1).optimizer(model)
+    Recipe(epochs=1).schedule(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
+        ({"batch": 1}, "batch must be a whole number of at least 2, got 1"),
+        ({"batch": 2.5}, "batch must be a whole number of at least 2, got 2.5"),
+        ({"lr": -1}, "lr must be a number of at least 0, got -1"),
+        ({"lr": math.nan}, "lr must be a number of at least 0, got nan"),
+        ({"momentum": "much"}, "momentum must be a number of at least 0, got 'much'"),
+    ],
+)
+def test_recipe_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**arguments)
+
+
+def test_noise_has_an_snr_of_its_own_for_every_sample():
+    x = torch.randn(500, 1, 64, generator=seeded())
+    noise = RandomNoise("laplace", (-5.0, 5.0))(x, seeded(1)) - x
+    snr = 10 * torch.log10(x.square().mean((1, 2)) / noise.square().mean((1, 2)))
+    assert snr.min() >= -5.001 and snr.max() <= 5.001 and abs(snr.mean()) < 0.5 and abs(snr.std() - 10 / 12**0.5) < 0.3
+    fixed = RandomNoise("pink", (3.0, 3.0))(x, seeded(1)) - x
+    torch.testing.assert_close(10 * torch.log10(x.square().mean((1, 2)) / fixed.square().mean((1, 2))),
+                               torch.full((500,), 3.0), atol=1e-3, rtol=0)  # fmt: skip
+    for arguments, message in (
+        (("brown",), "kind must be one of .*, got 'brown'"),
+        (("pink", (1, 0)), "snr_db must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RandomNoise(*arguments)
+
+
+def test_an_epoch_holds_every_sample_once_and_follows_from_its_generator():
+    x, y = torch.arange(300.0).reshape(300, 1), torch.arange(300)
+    generator = seeded()
+    noise = lambda x, generator: x + 1000 * torch.rand(len(x), 1, generator=generator)  # noqa: E731
+    first = epoch_batches(x, y, 100, generator=generator, noise=noise)
+    second = epoch_batches(x, y, 100, generator=generator, noise=noise)
+    for batches in (first, second):
+        assert torch.equal(torch.cat([y for _, y in batches]).sort().values, y)
+        assert all(((inputs[:, 0] - targets) >= 0).all() for inputs, targets in batches)
+    assert not torch.equal(first[0][1], second[0][1])
+    again = epoch_batches(x, y, 100, generator=seeded(), noise=noise)
+    assert all(torch.equal(a, b) for pair in zip(first, again, strict=True) for a, b in zip(*pair, strict=True))
+    sizes = lambda n, batch: [len(y) for _, y in epoch_batches(x[:n], y[:n], batch, generator=generator)]  # noqa: E731
+    assert sizes(249, 100) == [100, 100] and sizes(250, 100) == [100, 100, 50] and sizes(30, 100) == [30]
+
+
+def test_train_epoch_is_sgd_on_the_mean_loss():
+    x, y = torch.randn(10, 3, generator=seeded()), torch.arange(10) % 2
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(model.state_dict())
+    recipe = Recipe(batch=4)
+    mean = train_epoch(model, recipe.optimizer(model), x, y, 4, generator=seeded())
+    optimizer = torch.optim.SGD(parameter_groups(other), lr=0.1, momentum=0.9)
+    losses = []
+    for inputs, targets in epoch_batches(x, y, 4, generator=seeded()):
+        losses.append(nn.functional.cross_entropy(other(inputs), targets))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert len(losses) == 3 and mean == pytest.approx(sum(float(loss.detach()) for loss in losses) / 3)
+    assert torch.equal(model.weight, other.weight)
+    with torch.no_grad():
+        wanted = model(x).argmax(1)
+    assert torch.equal(predict(model, x, batch=3), wanted) and accuracy(model, x, wanted) == 1.0
