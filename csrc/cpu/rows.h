@@ -187,12 +187,10 @@ DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* ta
     uint64_t k = 0, s = 0;
     each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(tau, i + j, lanes);
-      const V magnitude = a.abs(), excess = magnitude - t;
-      const auto nonzero = a.nonzero();
-      k |= V::bits(V::both(V::not_le(magnitude, t), nonzero)) << j;
+      decltype(a.nonzero()) above;
+      V out = soft_threshold(a, t, above);
+      k |= V::bits(above) << j;
       s |= V::bits(a.negative()) << j;
-      // sign(x) is multiplied in: 0 * excess is NaN where tau is NaN or -inf, as in eager PyTorch
-      V out = V::set(1).keep(nonzero).negate(a.negative()) * excess.keep(V::not_le(excess, V::set(0)));
       if constexpr (RESIDUAL) out = out + load<V>(residual + i + j, lanes);
       store(out, y + i + j, lanes);
     });
@@ -220,7 +218,7 @@ DRSN_INLINE void grad_row(const T* g, T* dx, const typename Compute<T>::type* da
         if constexpr (DTAU) total.add(a, i + j, lanes, out.negate(negative));
       }
       if constexpr (DA) {
-        const V direct = coefficient<CL, V>(da, i + j, lanes).keep(V::mask(z >> j)).negate(negative);
+        const V direct = direct_grad(coefficient<CL, V>(da, i + j, lanes), negative, V::mask(z >> j));
         out = G ? out + direct : direct;
       }
       if constexpr (DX) store(out, dx + i + j, lanes);
