@@ -232,6 +232,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
     auto& removal = emulation::removal();
     removal.file = file, removal.line = line, removal.nth = nth;
   });
+  m.def("run_launches", [](bool run) { launches_run = run; });
   m.def("launches", [] {  // since the last call
     py::list names;
     for (const auto& name : launches) names.append(name);
