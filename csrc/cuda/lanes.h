@@ -15,7 +15,7 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of every block
 
-template <class T> using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T> using Number = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class S> struct Lane {
   using Mask = bool;

@@ -13,7 +13,7 @@ namespace drsn {
 namespace {
 
 template <class T, int V, bool STRIDED = false> struct Reduce {
-  using S = Sum<T>;
+  using S = Number<T>;
   static constexpr int kPlanes = 2, kWritten = 2;
   struct Nothing {};
   using Data = Pack<T, V>;
@@ -47,7 +47,7 @@ template <class T, int V, bool STRIDED = false> struct Reduce {
 };
 
 template <class T, int V, bool STRIDED = false, int PLANES = 2> struct Apply {
-  using S = Sum<T>;
+  using S = Number<T>;
   static constexpr int kPlanes = PLANES, kWritten = PLANES;
   struct Data {
     Pack<T, V> x, residual;
@@ -110,7 +110,7 @@ template <class T, int V, bool STRIDED = false, int PLANES = 2> struct Apply {
 };
 
 template <class T, int V, bool STRIDED = false> struct Grad {
-  using S = Sum<T>;
+  using S = Number<T>;
   static constexpr int kPlanes = 1, kWritten = 0;
   struct Data {
     Pack<T, V> g;

@@ -56,10 +56,10 @@ template <int V, class Make> __device__ __forceinline__ void walk(const Make& ma
 }
 
 template <class T, int V, bool STRIDED>
-__global__ void __launch_bounds__(kThreads, 2) reduce_kernel(const __grid_constant__ ReduceArgs a, Share s, Sum<T>* out) {
+__global__ void __launch_bounds__(kThreads, 2) reduce_kernel(const __grid_constant__ ReduceArgs a, Share s, Number<T>* out) {
   const auto make = [&](int64_t part) {
     return Reduce<T, V, STRIDED>{static_cast<const T*>(a.x), &a.xs, 0, out + part * a.walk.n * a.walk.c, a.walk.c,
-                                 Sum<T>(1) / Sum<T>(a.walk.l), a.sign, a.nonzero};
+                                 Number<T>(1) / Number<T>(a.walk.l), a.sign, a.nonzero};
   };
   walk<V>(make, a.walk, s, blockIdx.x);
 }
@@ -69,17 +69,17 @@ template <class T, int V, bool STRIDED>
 __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constant__ ApplyArgs a, Share s) {
   const auto make = [&](int64_t) {
     return Apply<T, V, STRIDED>{static_cast<const T*>(a.x), &a.xs, 0, static_cast<T*>(a.y), &a.ys,
-                                static_cast<const T*>(a.residual), &a.rs, static_cast<const Sum<T>*>(a.tau), a.tau_n, a.tau_c,
+                                static_cast<const T*>(a.residual), &a.rs, static_cast<const Number<T>*>(a.tau), a.tau_n, a.tau_c,
                                 a.kept, a.sign, nullptr, a.walk.channels_last};
   };
   walk<V>(make, a.walk, s, gridDim.x - 1 - blockIdx.x);
 }
 
 template <class T, int V, bool STRIDED>
-__global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant__ GradArgs a, Share s, Sum<T>* dtau) {
+__global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant__ GradArgs a, Share s, Number<T>* dtau) {
   const auto make = [&](int64_t part) {
-    return Grad<T, V, STRIDED>{static_cast<const T*>(a.g), &a.gs, 0, static_cast<const Sum<T>*>(a.da), a.walk.c,
-                               Sum<T>(1) / Sum<T>(a.walk.l), static_cast<T*>(a.dx), &a.ds,
+    return Grad<T, V, STRIDED>{static_cast<const T*>(a.g), &a.gs, 0, static_cast<const Number<T>*>(a.da), a.walk.c,
+                               Number<T>(1) / Number<T>(a.walk.l), static_cast<T*>(a.dx), &a.ds,
                                dtau ? dtau + part * a.walk.n * a.walk.c : nullptr, a.walk.c, a.kept, a.sign, a.nonzero,
                                a.walk.channels_last};
   };
@@ -122,7 +122,7 @@ template <class S> void add_up(const Walk& w, int parts, void* partial, void* ou
 void reduce(const ReduceArgs& a, int parts, void* partial, cudaStream_t stream) {
   for_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    using S = Sum<T>;
+    using S = Number<T>;
     const auto run = [&](auto kernel, auto width) {
       constexpr int V = decltype(width)::value;
       const Share s = share_out<V>(a.walk, parts);
@@ -144,7 +144,7 @@ void apply(const ApplyArgs& a, cudaStream_t stream) {
     const auto run = [&](auto kernel, auto width) {
       constexpr int V = decltype(width)::value;
       const Share s = share_out<V>(a.walk, 0);
-      launch<decltype(kernel)::value>({"apply", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, Sum<T>>(a.walk)}, stream, a, s);
+      launch<decltype(kernel)::value>({"apply", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, Number<T>>(a.walk)}, stream, a, s);
     };
     constexpr int W = kWidest<T>;
     if (W > 1 && is_wide<T>(a.walk, a.x, a.xs) && is_wide<T>(a.walk, a.y, a.ys) && is_wide<T>(a.walk, a.residual, a.rs))
@@ -157,7 +157,7 @@ void apply(const ApplyArgs& a, cudaStream_t stream) {
 void grad(const GradArgs& a, int parts, void* partial, cudaStream_t stream) {
   for_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    using S = Sum<T>;
+    using S = Number<T>;
     const auto run = [&](auto kernel, auto width) {
       constexpr int V = decltype(width)::value;
       const Share s = share_out<V>(a.walk, a.dtau ? parts : 0);
