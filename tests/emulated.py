@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from drsn_kernels.backends import cuda
+from drsn_kernels.backends.cuda_plans import Device
 
 ROOT = Path(__file__).resolve().parent.parent
 MULTIPROCESSORS = 4
@@ -68,7 +69,7 @@ def in_place() -> Iterator[ModuleType]:
     """The backend `cuda` on CPU tensors, by the emulation."""
     extension = module()
     before = cuda._cuda, cuda.EMULATED
-    cuda._cuda, cuda.EMULATED = extension, True
+    cuda._cuda, cuda.EMULATED = extension, Device(*extension.device_properties(-1))
     try:
         yield extension
     finally:

@@ -14,7 +14,7 @@ import torch
 from oracle import check_step, gate_of, varied
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cuda_plans
+from drsn_kernels.backends import cuda, cuda_plans
 from drsn_kernels.backends.cuda_plans import StandardPlan
 from drsn_kernels.planes import geometry, order
 
@@ -120,10 +120,12 @@ def emulation():
         yield extension
         extension.schedule(0)
         extension.watch_barriers(False)
+    cuda._planned.cache_clear()
 
 
 def choose(monkeypatch, case: Case) -> None:
     plan = case.plan()
+    cuda._planned.cache_clear()
     monkeypatch.setattr(cuda_plans, "standard", lambda *_: plan)
 
 

@@ -18,7 +18,7 @@ name = "cuda"
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/common/args.h
 _OLDEST = 80  # compute capability times ten: asynchronous copies on chip
 _ASSUMED = Device(90, 132, 227 << 10, 228 << 10)  # planned for where there is no GPU to ask
-EMULATED = False  # tests put the emulation in _cuda's place, which takes CPU tensors
+EMULATED: Device | None = None  # tests put an emulation in _cuda's place, which takes CPU tensors
 
 try:
     from .. import _cuda
@@ -40,9 +40,7 @@ def _device(index: int) -> Device:
 
 
 def _device_of(device: torch.device) -> Device:
-    if device.type == "cuda":
-        return _device(device.index)
-    return Device(*_cuda.device_properties(-1)) if EMULATED else _ASSUMED
+    return _device(device.index) if device.type == "cuda" else EMULATED or _ASSUMED
 
 
 @functools.cache
@@ -188,7 +186,16 @@ def _workspace(size: int, device: torch.device) -> torch.Tensor | None:
     return torch.empty_strided((size,), (1,), dtype=torch.int8, device=device) if size else None
 
 
-_sizes = functools.lru_cache(maxsize=4096)(cuda_plans.workspace)
+@functools.lru_cache(maxsize=4096)
+def _planned(
+    geo: Geometry, strides: tuple, dtype: torch.dtype, hidden: int, outputs: int, coupled: bool, device: Device
+) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """The plan as the extension takes it, and bytes of workspace: forward, with tau wanted, backward."""
+    whole = cuda_plans.is_one_run(geo, *strides) if strides else False
+    plan = cuda_plans.standard(geo, dtype, hidden, outputs, coupled, whole, device)
+    about = geo, accumulate_dtype(dtype).itemsize, hidden, outputs
+    (ahead, back), (less, _) = (cuda_plans.workspace(*about, want_tau, plan) for want_tau in (False, True))
+    return plan.numbers, (ahead, less, back)
 
 
 def standard_forward(
@@ -206,8 +213,8 @@ def standard_forward(
     n, c = shape[0], shape[1]
     outputs, hidden = parts.w2.shape
     y = torch.empty_strided(shape, dense, dtype=dtype, device=device) if out is None else out
-    whole = cuda_plans.is_one_run(geo, *(t.stride() for t in (x, y, residual) if t is not None))
-    plan = cuda_plans.standard(geo, dtype, hidden, outputs, parts.batch_stats, whole, _device_of(device))
+    strides = (x.stride(), y.stride()) if residual is None else (x.stride(), y.stride(), residual.stride())
+    plan, sizes = _planned(geo, strides, dtype, hidden, outputs, parts.batch_stats, _device_of(device))
     bits = _planes(3, _cuda.plane_words(shape, dense), device) if keep else None
     pooled = _sums(n, c, dtype, device)
     tau = _sums(n, 1 if outputs == 1 and average != "channel" else c, dtype, device) if want_tau else None
@@ -216,14 +223,14 @@ def standard_forward(
     state = torch.empty_strided((size,), (1,), dtype=accumulate_dtype(dtype), device=device)
     mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
     kept = Kept(bits, pooled, state, None, mean, var)
-    size = _sizes(geo, pooled.element_size(), hidden, outputs, want_tau, plan)[0]
-    workspace = _workspace(size, device)
+    need = sizes[want_tau]
+    workspace = _workspace(need, device)
     added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
     _cuda.standard_forward(
         *_where(device), _DTYPES[dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y.stride(), added,
         added_strides, _address(bits), _address(tau), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps,
-        parts.momentum, _addresses(*parts[:9]), _state(kept, n, hidden, outputs), plan.numbers,
-        _address(workspace), size,
+        parts.momentum, _addresses(*parts[:9]), _state(kept, n, hidden, outputs), plan,
+        _address(workspace), need,
     )  # fmt: skip
     return y, tau, kept
 
@@ -252,21 +259,20 @@ def standard_backward(
     shape, dense = geo
     device = g.device
     outputs, hidden = parts.w2.shape
-    whole = want[0] and cuda_plans.is_one_run(geo, g.stride())  # without dx there is nothing to keep g on chip for
-    plan = cuda_plans.standard(geo, dtype, hidden, outputs, parts.batch_stats, whole, _device_of(device))
+    strides = (g.stride(),) if want[0] else ()  # without dx there is nothing to keep g on chip for
+    plan, (*_, need) = _planned(geo, strides, dtype, hidden, outputs, parts.batch_stats, _device_of(device))
     dx = torch.empty_strided(shape, dense, dtype=dtype, device=device) if want[0] else None
     grads = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=device)
              if p is not None and wanted else None
              for p, wanted in zip(parts[:6], want[1:], strict=True)]  # fmt: skip
     if tau_grad is not None:
         tau_grad = tau_grad.contiguous()
-    size = _sizes(geo, kept.pooled.element_size(), hidden, outputs, False, plan)[1]
-    workspace = _workspace(size, device)
+    workspace = _workspace(need, device)
     _cuda.standard_backward(
         *_where(device), _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(), _address(dx), kept.bits.data_ptr(),
         _address(tau_grad), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps, _addresses(*parts[:9]),
-        _state(kept, shape[0], hidden, outputs), _addresses(*grads), plan.numbers,
-        _address(workspace), size,
+        _state(kept, shape[0], hidden, outputs), _addresses(*grads), plan,
+        _address(workspace), need,
     )  # fmt: skip
     return dx, *grads
 
