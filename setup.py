@@ -79,7 +79,10 @@ def cuda_missing() -> str | None:
         return reason
     if nvcc() is None:
         return "no nvcc was found at install time; put the nvcc of CUDA 12 or later on PATH and reinstall drsn_kernels"
-    if ASKED["_cuda"] == "auto" and visible_gpus() is None:
+    gpus = visible_gpus()
+    if gpus and max(gpus) < min(DEFAULT_ARCHITECTURES):
+        return f"the GPU has compute capability {max(gpus) / 10}, the CUDA kernels need {DEFAULT_ARCHITECTURES[0] / 10}"
+    if ASKED["_cuda"] == "auto" and gpus is None:
         return "no GPU was found at install time; reinstall drsn_kernels with DRSN_CUDA=1 to build them all the same"
     return None
 
@@ -89,7 +92,8 @@ def architectures() -> str:
     if given := os.environ.get("DRSN_CUDA_ARCHITECTURES"):
         return given
     if gpus := visible_gpus():
-        return ";".join(f"{gpu}-real" for gpu in sorted(gpus))
+        *others, last = sorted(gpu for gpu in gpus if gpu >= min(DEFAULT_ARCHITECTURES))
+        return ";".join([*(f"{gpu}-real" for gpu in others), str(last)])  # with PTX: an image may move to a newer GPU
     known = set(map(int, re.findall(r"compute_(\d+)", said(nvcc(), "--list-gpu-arch"))))
     *others, last = [gpu for gpu in DEFAULT_ARCHITECTURES if gpu in known] or DEFAULT_ARCHITECTURES
     return ";".join([*(f"{gpu}-real" for gpu in others), str(last)])

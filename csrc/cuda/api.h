@@ -1,6 +1,8 @@
 // What the binding calls. Nothing here waits for the GPU; every call launches on `stream` of the current device.
 #pragma once
 
+#include <string>
+
 #include "../common/args.h"
 #include "platform.h"
 
@@ -11,6 +13,8 @@ namespace drsn {
 void reduce(const ReduceArgs&, int parts, void* partial, cudaStream_t);
 void apply(const ApplyArgs&, cudaStream_t);
 void grad(const GradArgs&, int parts, void* partial, cudaStream_t);
+
+std::string no_code_for_this_device();  // empty where the kernels were compiled for the current device
 
 // ---- gate.cu: the standard gate over the whole batch, one cooperative launch each way
 
@@ -64,5 +68,4 @@ void one_pass_backward(const StepGradArgs&, const Slices&, cudaStream_t);
 void training_forward(const StepArgs&, const Slices&, cudaStream_t);
 void training_backward(const StepGradArgs&, const Slices&, cudaStream_t);
 
-int64_t gate_scratch_bytes();  // on chip, beside the slices
 }  // namespace drsn

@@ -13,10 +13,6 @@ namespace {
 
 #if defined(DRSN_EMULATION)
 
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-
 py::tuple device_properties(int) {
   const auto& d = emulation::device();
   return py::make_tuple(d.compute_capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor);
@@ -28,19 +24,6 @@ int device_count() { return 1; }
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("drsn_kernels: ") + what + ": " + cudaGetErrorString(error));
 }
-
-struct DeviceGuard {  // launches go to the current device
-  int before = 0, now;
-  explicit DeviceGuard(int device) : now(device) {
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    if (before != now) check(cudaSetDevice(now), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (before != now) cudaSetDevice(before);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-};
 
 int attribute(int device, cudaDeviceAttr which) {
   int value = 0;
@@ -62,33 +45,44 @@ int device_count() {  // without a driver this is an error, and no error
 
 #endif
 
+#if defined(DRSN_EMULATION)
+struct WithoutPython {
+  ~WithoutPython() {}
+};  // the emulation has one device, and its list of launches no lock
+#else
+using WithoutPython = py::gil_scoped_release;  // a launch waits where the device's queue is full
+#endif
+
 cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-void reduce_tensor(int device, uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x,
+void reduce_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x,
                    const py::tuple& xs, uintptr_t out, uintptr_t sign, uintptr_t nonzero, int parts, uintptr_t partial) {
   const Shape s(shape, dense);
-  const DeviceGuard guard(device);
-  reduce({DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(out), pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)},
+  const Strides of_x = s.strides(xs);
+  const WithoutPython release;
+  reduce({DType(dtype), s.walk, pointer<void>(x), of_x, pointer<void>(out), pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)},
          parts, pointer<void>(partial), stream_of(stream));
 }
 
-void apply_tensor(int device, uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x,
+void apply_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x,
                   const py::tuple& xs, uintptr_t y, const py::tuple& ys, uintptr_t tau, const py::tuple& tau_shape,
                   const py::tuple& ts, uintptr_t residual, const py::tuple& rs, uintptr_t kept, uintptr_t sign) {
   const Shape s(shape, dense);
-  const DeviceGuard guard(device);
   const int64_t tau_n = item(tau_shape, 0) == 1 ? 0 : item(ts, 0), tau_c = item(tau_shape, 1) == 1 ? 0 : item(ts, 1);
-  apply({DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(ys), pointer<void>(tau), tau_n, tau_c,
-         pointer<void>(residual), s.strides(rs), pointer<uint8_t>(kept), pointer<uint8_t>(sign)},
+  const Strides of_x = s.strides(xs), of_y = s.strides(ys), of_residual = s.strides(rs);
+  const WithoutPython release;
+  apply({DType(dtype), s.walk, pointer<void>(x), of_x, pointer<void>(y), of_y, pointer<void>(tau), tau_n, tau_c,
+         pointer<void>(residual), of_residual, pointer<uint8_t>(kept), pointer<uint8_t>(sign)},
         stream_of(stream));
 }
 
-void grad_tensor(int device, uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g,
+void grad_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g,
                  const py::tuple& gs, uintptr_t da, uintptr_t dx, uintptr_t dtau, uintptr_t kept, uintptr_t sign,
                  uintptr_t nonzero, int parts, uintptr_t partial) {
   const Shape s(shape, dense);
-  const DeviceGuard guard(device);
-  grad({DType(dtype), s.walk, pointer<void>(g), s.strides(gs), pointer<void>(da), pointer<void>(dx), s.strides(dense),
+  const Strides of_g = s.strides(gs), of_dx = s.strides(dense);
+  const WithoutPython release;
+  grad({DType(dtype), s.walk, pointer<void>(g), of_g, pointer<void>(da), pointer<void>(dx), of_dx,
         pointer<void>(dtau), pointer<uint8_t>(kept), pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)},
        parts, pointer<void>(partial), stream_of(stream));
 }
@@ -151,7 +145,7 @@ struct BackwardWorkspace {
   }
 };
 
-void standard_forward(int device, uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x,
+void standard_forward(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x,
                       const py::tuple& xs, uintptr_t y, const py::tuple& ys, uintptr_t residual, const py::tuple& rs,
                       uintptr_t bits, uintptr_t tau, int average, int64_t hidden, int64_t outputs, bool batch_stats, double eps,
                       double momentum, const py::tuple& parts, const py::tuple& state, const py::tuple& plan_of, uintptr_t workspace, int64_t workspace_bytes) {
@@ -164,22 +158,23 @@ void standard_forward(int device, uintptr_t stream, int dtype, const py::tuple& 
   uint8_t *const nonzero = sign ? sign + plane : nullptr, *const kept = sign ? sign + 2 * plane : nullptr;
   Workspace memory(workspace, workspace_bytes, dtype);
   const ForwardWorkspace to(memory, plan, w, pointer<void>(tau));
-  const DeviceGuard guard(device);
+  const Strides of_x = s.strides(xs), of_y = s.strides(ys), of_residual = s.strides(rs);
+  const WithoutPython release;
   const cudaStream_t on = stream_of(stream);
   const StepArgs step{DType(dtype), w, pointer<void>(x), pointer<void>(y), pointer<void>(residual), sign, nonzero, kept, gate,
                       to.tau, to.means, to.partial};
   if (plan.kind == Kind::one_pass) return one_pass_forward(step, plan.slices, on);
   if (plan.kind == Kind::training) return training_forward(step, plan.slices, on);
   const bool one_tau = outputs == 1 && gate.average != Average::channel;
-  reduce({DType(dtype), w, pointer<void>(x), s.strides(xs), gate.pooled, sign, nonzero}, plan.parts, to.partial, on);
+  reduce({DType(dtype), w, pointer<void>(x), of_x, gate.pooled, sign, nonzero}, plan.parts, to.partial, on);
   gate_forward(DType(dtype), w, gate, to.tau, to.means, plan.gate_blocks, on);
-  apply({DType(dtype), w, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(ys), to.tau, one_tau ? 1 : w.c,
-         one_tau ? 0 : 1, pointer<void>(residual), s.strides(rs), kept, nullptr},
+  apply({DType(dtype), w, pointer<void>(x), of_x, pointer<void>(y), of_y, to.tau, one_tau ? 1 : w.c, one_tau ? 0 : 1,
+         pointer<void>(residual), of_residual, kept, nullptr},
         on);
 }
 
 // grads: dw1, db1, dgamma, dbeta, dw2, db2
-void standard_backward(int device, uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g,
+void standard_backward(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g,
                        const py::tuple& gs, uintptr_t dx, uintptr_t bits, uintptr_t tau_grad, int average, int64_t hidden,
                        int64_t outputs, bool batch_stats, double eps, const py::tuple& parts, const py::tuple& state,
                        const py::tuple& wanted, const py::tuple& plan_of, uintptr_t workspace, int64_t workspace_bytes) {
@@ -195,17 +190,20 @@ void standard_backward(int device, uintptr_t stream, int dtype, const py::tuple&
   to.grads.tau_grad = pointer<void>(tau_grad);
   to.grads.dw1 = out.next(), to.grads.db1 = out.next(), to.grads.dgamma = out.next(), to.grads.dbeta = out.next();
   to.grads.dw2 = out.next(), to.grads.db2 = out.next();
-  const DeviceGuard guard(device);
+  const Strides of_g = s.strides(gs), of_dx = s.strides(dense);
+  const WithoutPython release;
   const cudaStream_t on = stream_of(stream);
   const StepGradArgs step{DType(dtype), w, pointer<void>(g), pointer<void>(dx), sign, nonzero, kept, gate, to.grads, to.dtau, to.partial};
   if (plan.kind == Kind::training) return training_backward(step, plan.slices, on);
   if (plan.kind == Kind::one_pass) {
     one_pass_backward(step, plan.slices, on);
+    const GateGrads& grads = to.grads;
+    if (!grads.dw1 && !grads.db1 && !grads.dgamma && !grads.dbeta && !grads.dw2 && !grads.db2) return;
     to.grads.summed = true;
     return gate_backward(DType(dtype), w, gate, to.grads, plan.gate_blocks, on);
   }
   const auto grad_of = [&](void* da, void* to_dx, void* to_dtau) {
-    grad({DType(dtype), w, pointer<void>(g), s.strides(gs), da, to_dx, s.strides(dense), to_dtau, kept, sign, nonzero}, plan.parts,
+    grad({DType(dtype), w, pointer<void>(g), of_g, da, to_dx, of_dx, to_dtau, kept, sign, nonzero}, plan.parts,
          to.partial, on);
   };
   grad_of(nullptr, nullptr, to.dtau);
@@ -252,7 +250,11 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("architectures") = "";
 #endif
+#if defined(CUDART_VERSION)
+  m.attr("runtime") = std::to_string(CUDART_VERSION / 1000);
+#endif
   m.def("device_count", &device_count);
+  m.def("no_code_for_this_device", &no_code_for_this_device);
   m.def("device_properties", &device_properties);
   m.def("plane_words", &plane_words_of);
   m.def("reduce", &reduce_tensor);

@@ -56,7 +56,7 @@ template <int V, class Make> __device__ __forceinline__ void walk(const Make& ma
 }
 
 template <class T, int V, bool STRIDED>
-__global__ void __launch_bounds__(kThreads, 2) reduce_kernel(const __grid_constant__ ReduceArgs a, Share s, Number<T>* out) {
+__global__ void __launch_bounds__(kThreads, V > 1 ? 3 : 2) reduce_kernel(const __grid_constant__ ReduceArgs a, Share s, Number<T>* out) {
   const auto make = [&](int64_t part) {
     return Reduce<T, V, STRIDED>{static_cast<const T*>(a.x), &a.xs, 0, out + part * a.walk.n * a.walk.c, a.walk.c,
                                  Number<T>(1) / Number<T>(a.walk.l), a.sign, a.nonzero};
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_kernel(const __grid_consta
 
 // Backwards through the tensor: what reduce, going forwards, has read last is still in L2.
 template <class T, int V, bool STRIDED>
-__global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constant__ ApplyArgs a, Share s) {
+__global__ void __launch_bounds__(kThreads, V == 8 ? 3 : 2) apply_kernel(const __grid_constant__ ApplyArgs a, Share s) {
   const auto make = [&](int64_t) {
     return Apply<T, V, STRIDED>{static_cast<const T*>(a.x), &a.xs, 0, static_cast<T*>(a.y), &a.ys,
                                 static_cast<const T*>(a.residual), &a.rs, static_cast<const Number<T>*>(a.tau), a.tau_n, a.tau_c,
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constan
 }
 
 template <class T, int V, bool STRIDED>
-__global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant__ GradArgs a, Share s, Number<T>* dtau) {
+__global__ void __launch_bounds__(kThreads, V > 1 ? 3 : 2) grad_kernel(const __grid_constant__ GradArgs a, Share s, Number<T>* dtau) {
   const auto make = [&](int64_t part) {
     return Grad<T, V, STRIDED>{static_cast<const T*>(a.g), &a.gs, 0, static_cast<const Number<T>*>(a.da), a.walk.c,
                                Number<T>(1) / Number<T>(a.walk.l), static_cast<T*>(a.dx), &a.ds,
@@ -171,6 +171,16 @@ void grad(const GradArgs& a, int parts, void* partial, cudaStream_t stream) {
       run(Constant<grad_kernel<T, 1, true>>(), Constant<1>());
     if (a.dtau) add_up<S>(a.walk, parts, partial, a.dtau, stream);
   });
+}
+
+std::string no_code_for_this_device() {
+#if defined(DRSN_EMULATION)
+  return "";
+#else
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, sum_parts_kernel<float>);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+#endif
 }
 
 }  // namespace drsn

@@ -68,6 +68,7 @@ write_bits(uint8_t* plane, const Walk& w, const uint32_t (&bits)[U], const int64
     if (w.row_bytes == 2) plane[(at[u] >> 3) + 1] = uint8_t(own >> 8);
     const int64_t end = (at[u] >> 3) + w.row_bytes, bytes = plane_words(w) * 4;
     if (end + w.row_bytes > bytes)  // the last row, and behind it less than a row
+#pragma unroll 1  // at most three bytes: unrolled it is as long as the rest of the kernel
       for (int64_t b = end; b < bytes; ++b) plane[b] = 0;
   }
 }

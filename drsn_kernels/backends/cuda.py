@@ -5,6 +5,7 @@ emulated on a CPU (docs/cuda.md).
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -48,10 +49,14 @@ def _unsupported_device(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "this is a ROCm build of torch"
     if _cuda.device_count() == 0:
-        return "no CUDA device that its CUDA runtime can use; it needs a driver for CUDA 13 or later"
-    found = _device_of(device).capability
+        return f"no CUDA device that its runtime can use: it needs a driver for CUDA {_cuda.runtime} or later"
+    name, found = torch.cuda.get_device_name(device), _device_of(device).capability
     if found < _OLDEST:
-        return f"{torch.cuda.get_device_name(device)} has a compute capability below {_OLDEST / 10}"
+        return f"{name} has a compute capability below {_OLDEST / 10}"
+    with torch.cuda.device(device):
+        missing = _cuda.no_code_for_this_device()
+    if missing:
+        return f"it was compiled for {_cuda.architectures}, and {name} is {found / 10} ({missing}); reinstall it there"
     return None
 
 
@@ -69,12 +74,17 @@ def unsupported(x: torch.Tensor) -> str | None:
     return _unsupported_device(x.device)
 
 
-def _where(device: torch.device) -> tuple[int, int]:
-    """Index of the device, and torch's current stream on it."""
+def _launch(function: Callable, device: torch.device, *arguments) -> None:
+    """Calls a function of the extension on torch's current stream, x's device being the current one."""
     if device.type != "cuda":
-        return -1, 0
-    index = device.index
-    return index, torch._C._cuda_getCurrentRawStream(index)  # torch.cuda.current_stream() takes 2 us more
+        function(0, *arguments)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device.index)  # torch.cuda.current_stream() takes 2 us more
+    if device.index == torch._C._cuda_getDevice():
+        function(stream, *arguments)
+        return
+    with torch.cuda.device(device):
+        function(stream, *arguments)
 
 
 def _address(t: torch.Tensor | None) -> int:
@@ -113,8 +123,9 @@ def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, 
         sign = bits.data_ptr()
         nonzero = sign + 4 * words
     parts, partial = _partial(geo, x.dtype, device)
-    _cuda.reduce(
-        *_where(device), _DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), out.data_ptr(), sign, nonzero, parts,
+    _launch(
+        _cuda.reduce, device, _DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), out.data_ptr(), sign,
+        nonzero, parts,
         _address(partial),
     )  # fmt: skip
     return out, bits
@@ -138,8 +149,8 @@ def apply(
         kept = bits.data_ptr()
         sign = kept + 4 * words if planes == 2 else 0
     added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
-    _cuda.apply(
-        *_where(device), _DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y.stride(),
+    _launch(
+        _cuda.apply, device, _DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y.stride(),
         tau.data_ptr(), tau.shape, tau.stride(), added, added_strides, kept, sign,
     )  # fmt: skip
     return y, bits
@@ -165,8 +176,8 @@ def grad(
         parts, partial = _partial(geo, dtype, device)
     if pooled_grad is not None:
         pooled_grad = pooled_grad.contiguous()  # (N, C)-sized
-    _cuda.grad(
-        *_where(device), _DTYPES[dtype], shape, dense, _address(g), dense if g is None else g.stride(),
+    _launch(
+        _cuda.grad, device, _DTYPES[dtype], shape, dense, _address(g), dense if g is None else g.stride(),
         _address(pooled_grad), _address(dx), _address(dtau), _address(kept), _address(sign), _address(nonzero), parts,
         _address(partial),
     )  # fmt: skip
@@ -226,8 +237,9 @@ def standard_forward(
     need = sizes[want_tau]
     workspace = _workspace(need, device)
     added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
-    _cuda.standard_forward(
-        *_where(device), _DTYPES[dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y.stride(), added,
+    _launch(
+        _cuda.standard_forward, device, _DTYPES[dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(),
+        y.stride(), added,
         added_strides, _address(bits), _address(tau), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps,
         parts.momentum, _addresses(*parts[:9]), _state(kept, n, hidden, outputs), plan,
         _address(workspace), need,
@@ -268,8 +280,9 @@ def standard_backward(
     if tau_grad is not None:
         tau_grad = tau_grad.contiguous()
     workspace = _workspace(need, device)
-    _cuda.standard_backward(
-        *_where(device), _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(), _address(dx), kept.bits.data_ptr(),
+    _launch(
+        _cuda.standard_backward, device, _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(),
+        _address(dx), kept.bits.data_ptr(),
         _address(tau_grad), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps, _addresses(*parts[:9]),
         _state(kept, shape[0], hidden, outputs), _addresses(*grads), plan,
         _address(workspace), need,
@@ -311,4 +324,4 @@ def standard_budgets(call):
 
 
 def plan(op, geo, strides, dtype, device, gate, planes):
-    return cuda_budgets.plan(op, geo, strides, gate, _device_of(device))
+    return cuda_budgets.plan(op, geo, strides, dtype, gate, _device_of(device))

@@ -1,6 +1,9 @@
 """What calls of the `cuda` backend move, launch and allocate (traffic.py), and their plans in words (explain.py)."""
 
+import torch
+
 from .. import traffic
+from ..planes import order
 from ..reference import accumulate_dtype
 from ..traffic import Budget, Plan, StandardCall
 from . import cuda_plans
@@ -96,14 +99,17 @@ def _backward(call: StandardCall, device: Device, about: tuple, gate_read: int) 
 # ---- plans in words ----
 
 
-def plan(op, geo, strides, gate, device: Device) -> Plan:
+def plan(op, geo, strides, dtype, gate, device: Device) -> Plan:
     if isinstance(gate, StandardCall):
         taken = _plan(gate, gate.strides, device)
         return Plan(taken.name, taken.why, taken.not_taken, 64, (taken,))
     parts = cuda_plans.row_parts(geo, device)
     why = f"{parts} blocks share a row" if parts > 1 else "a row, or several, to a block"
-    wide = cuda_plans.is_one_run(geo, *strides)
-    not_taken = () if wide else (("16-byte accesses", "an operand is not dense"),)
+    not_taken, row = (), order(geo).length * dtype.itemsize
+    if dtype == torch.float64 or row % 16:
+        not_taken = (("16-byte accesses", "float64" if dtype == torch.float64 else f"rows of {row} bytes"),)
+    elif not cuda_plans.is_one_run(geo, *strides):
+        not_taken = (("16-byte accesses", "an operand is not dense"),)
     if op == "shrink":
         not_taken += (("gate fused", gate),)
     return Plan("passes over x", why, not_taken)

@@ -47,6 +47,15 @@ class StandardPlan(NamedTuple):
     gate_blocks: int = 1
     shares: int = 1  # of the batch, in the weights' gradients
 
+    def __str__(self) -> str:
+        """For explain."""
+        if self.kind == 0:
+            return f"{self.row_parts} parts of a row, {self.gate_blocks} blocks for the gate"
+        cut = f"parts of {self.rows} rows, {self.stride - 16} bytes on chip"
+        if self.kind == 1:
+            return f"clusters of {self.parts} blocks, {cut}" if self.parts > 1 else f"a block a sample, {cut}"
+        return f"{self.blocks} blocks, {self.parts} parts a sample, {cut}, {self.held} held"
+
     @property
     def numbers(self) -> tuple[int, ...]:
         return tuple(self[3:])
@@ -97,9 +106,9 @@ class Slice(NamedTuple):
 
 
 def _slice(rows: int, row_bytes: int, parts: int) -> Slice:
-    """A sample's rows in `parts` parts of one run of memory each, which may begin anywhere within 16 bytes."""
+    """A sample's rows in at most `parts` parts of one run of memory each, which may begin anywhere within 16 bytes."""
     each = _cdiv(rows, parts)
-    return Slice(parts, each, _cdiv(each * row_bytes, 16) * 16 + 16)
+    return Slice(_cdiv(rows, each), each, _cdiv(each * row_bytes, 16) * 16 + 16)
 
 
 def _one_pass(geo: Geometry, itemsize: int, hidden: int, outputs: int, device: Device) -> Slice | str:
@@ -124,27 +133,29 @@ def _one_pass(geo: Geometry, itemsize: int, hidden: int, outputs: int, device: D
     else:
         size = c * length * itemsize
         return f"a sample of {size} bytes does not fit on chip in {most} block{'s' if most > 1 else ''} of this GPU"
-    for cut in taken:
-        if n * cut.parts >= device.multiprocessors:
-            return cut
-    large = [cut for cut in taken if cut.stride >= _PART_BYTES]
-    return large[-1] if large else taken[0]
+    # the smallest cluster that gives every multiprocessor work, but for the sake of that no parts of a few KiB
+    large = [cut for cut in taken[1:] if cut.stride >= _PART_BYTES]
+    return next((cut for cut in (taken[0], *large) if n * cut.parts >= device.multiprocessors), (taken[0], *large)[-1])
 
 
-def _training(geo: Geometry, itemsize: int, device: Device) -> tuple[Slice, int, int]:
-    """Parts of the samples, how many of them each block holds on chip, and blocks; two a multiprocessor."""
+def _training(geo: Geometry, itemsize: int, device: Device) -> tuple[Slice, int, int] | str:
+    """Parts of the samples, how many of them a block holds on chip, and blocks that have any; or why not."""
     (n, c, *spatial), walk = geo[0], order(geo)
     rows = math.prod(spatial) if walk.channels_last else c
     room = device.two_blocks - 4 * max(THREADS * 16 // itemsize, 2 * 32 * 17)
-    blocks = 2 * device.multiprocessors
-    parts = min(_cdiv(blocks, n), rows)
-    cut = _slice(rows, walk.length * itemsize, parts)
-    while cut.stride > room and parts < rows:
-        parts = min(2 * parts, rows)
-        cut = _slice(rows, walk.length * itemsize, parts)
-    items = n * parts
-    held = min(_cdiv(items, blocks), room // cut.stride)
-    return cut, held, blocks
+    most = 2 * device.multiprocessors
+
+    def busiest(cut: Slice) -> tuple[float, int]:
+        """Rows of the block that has most of them; a row that is read again costs half of one."""
+        each = _cdiv(n * cut.parts, most)
+        return cut.rows * (each + max(each - room // cut.stride, 0) / 2), cut.parts
+
+    cuts = {_slice(rows, walk.length * itemsize, parts) for parts in range(1, min(rows, max(4 * most // n, 64)) + 1)}
+    cut = min(cuts, key=busiest)
+    items = n * cut.parts
+    if items < device.multiprocessors and cut.stride > room:
+        return f"{items} parts for {device.multiprocessors} multiprocessors, and none fits on chip: rows are too long"
+    return cut, min(_cdiv(items, most), room // cut.stride), min(items, most)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -162,11 +173,13 @@ def standard(
         on_chip = "an operand is not dense, sample by sample: what is copied on chip is one run of memory"
     if coupled:
         apart = ("one pass", "BatchNorm in training couples the batch")
-        if on_chip is not None:
+        taken = on_chip or _training(geo, dtype.itemsize, device)
+        if isinstance(taken, str):
             why = "mean, gate, apply: batch statistics are known only when all of x has been read"
-            return StandardPlan("launches", why, (apart, ("training", on_chip)), 0, **rest)
-        cut, held, blocks = _training(geo, dtype.itemsize, device)
+            return StandardPlan("launches", why, (apart, ("training", taken)), 0, **rest)
+        cut, held, blocks = taken
         each = _cdiv(n * cut.parts, blocks)
+        blocks = max(blocks, gate_blocks)
         kept = f"{held} of a block's {each} parts of {cut.stride - 16} bytes stay on chip across the grid's barriers"
         return StandardPlan("training", kept, (apart,), 2, *cut, held, blocks, **rest)
     cut = on_chip or _one_pass(geo, dtype.itemsize, hidden, outputs, device)
