@@ -1,20 +1,27 @@
-"""What the host pays for a call of the Triton backend, without a GPU: microseconds until the launch is handed over.
+"""What the host pays for a call of the GPU backends, without a GPU: microseconds until the launch is handed over.
 
     TRITON_INTERPRET=0 python -m benchmarks.launches
 
-Kernels are compiled for an H100 and not run (drsn_kernels.triton.lowering), so the driver's own cuLaunchKernel is not
-in these figures, and everything before it is: checks, planning, allocation, autograd, Triton. "through Triton" is the
-same call with every launch through Triton's own binder and specialisation, as it is without `launch.Prepared`.
+Triton's kernels are compiled for an H100 and not run (drsn_kernels.triton.lowering); for `cuda` stands the extension
+that the tests build for the emulation (tests/emulated.py), told to run nothing. So the driver's own launch is not in
+these figures, and everything before it is: checks, planning, allocation, autograd, the binding. "through Triton" is
+Triton's call with every launch through its own binder and specialisation, as it is without `launch.Prepared`.
 """
 
+import contextlib
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 
 import drsn_kernels as dk
-from drsn_kernels.bench.measure import Call, interleaved, ratio
+from drsn_kernels.bench.measure import Call, interleaved
 from drsn_kernels.bench.record import environment
 from drsn_kernels.triton import launch, lowering
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import emulated  # noqa: E402
 
 
 def _bind_anew(self: launch.Prepared, pointers: tuple) -> None:
@@ -36,24 +43,30 @@ def main() -> None:
         "Shrinkage, train, forward and backward": lambda: torch.autograd.grad(trained(leaf), leaf, g),
     }
 
-    kept = launch.Prepared._launch
+    @contextlib.contextmanager
+    def on_triton(bind):
+        kept, launch.Prepared._launch = launch.Prepared._launch, bind
+        with lowering.lowering("cuda:90"), dk.use_backend("triton", strict=True):
+            yield
+        launch.Prepared._launch = kept
 
-    def through_triton(call):
-        def run():
-            launch.Prepared._launch = _bind_anew
-            call()
-            launch.Prepared._launch = kept
+    @contextlib.contextmanager
+    def on_cuda():
+        with emulated.in_place() as extension, dk.use_backend("cuda", strict=True):
+            extension.run_launches(False)
+            yield
 
-        return run
-
+    settings = {
+        "triton": lambda: on_triton(launch.Prepared._launch),
+        "through Triton": lambda: on_triton(_bind_anew),
+        "cuda": on_cuda,
+    }
     print(environment())
-    print(f"{'':42s}{'us':>7s}{'through Triton':>16s}{'ratio':>7s}")
-    with lowering.lowering("cuda:90"), dk.use_backend("triton", strict=True):
-        for name, call in steps.items():
-            calls = {"ours": Call(call), "bound": Call(through_triton(call))}
-            times = [t["time"] for t in interleaved(calls, rounds=2000, warmup=50).values()]
-            ours, through = (statistics.median(t) * 1e6 for t in times)
-            print(f"{name:42s}{ours:7.1f}{through:16.1f}{ratio(times[1], times[0]):7.2f}")
+    print(f"{'us':42s}" + "".join(f"{name:>16s}" for name in settings))
+    for name, call in steps.items():
+        calls = {way: Call(call, setting=setting) for way, setting in settings.items()}
+        times = interleaved(calls, rounds=2000, warmup=50)
+        print(f"{name:42s}" + "".join(f"{statistics.median(times[way]['time']) * 1e6:16.1f}" for way in settings))
 
 
 if __name__ == "__main__":

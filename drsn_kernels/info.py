@@ -48,9 +48,6 @@ def collect() -> dict:
         return report
     report["drsn_kernels"] = f"{drsn_kernels.__version__} in {os.path.dirname(drsn_kernels.__file__)}"
     report["backends"] = {name: backend.describe() for name, backend in backends.BACKENDS.items()}
-    report["backends"].update(
-        {name: f"not available: not in version {drsn_kernels.__version__}" for name in backends.PLANNED}
-    )
     report["choice"] = f"DRSN_BACKEND={os.environ.get('DRSN_BACKEND', 'auto')}"
     return report
 

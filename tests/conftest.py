@@ -14,8 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import emulated
+
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu, triton
+from drsn_kernels.backends import cpu, cuda, triton
 
 try:
     from drsn_kernels import _build  # noqa: F401  written at installation
@@ -59,6 +61,8 @@ class Variant:
                 return triton._missing()
             if self.device == "cpu" and not triton.interpreting():
                 return "this process has Triton for the GPU"
+        if self.backend == "cuda":
+            return emulated.unavailable() if self.device == "cpu" else cuda.unsupported(torch.empty(0, device="cuda"))
         if self.isa is not None and self.isa not in cpu._cpu.available_isas():
             return f"this CPU or build has no {self.isa}"
         return None
@@ -66,7 +70,7 @@ class Variant:
     @property
     def interpreted(self) -> bool:
         """Whether a program takes milliseconds: tests then leave out what only adds programs."""
-        return self.backend == "triton" and self.device == "cpu"
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
 
     @contextlib.contextmanager
     def use(self) -> Iterator["Variant"]:
@@ -75,7 +79,8 @@ class Variant:
         try:
             if self.isa:
                 cpu._cpu.set_isa(self.isa)
-            with dk.use_backend(self.backend, strict=self.backend != "auto"):
+            emulation = emulated.in_place if self.backend == "cuda" and self.device == "cpu" else contextlib.nullcontext
+            with emulation(), dk.use_backend(self.backend, strict=self.backend != "auto"):
                 yield self
         finally:
             if isa:
@@ -110,6 +115,7 @@ KERNELS = [
     Variant("cpu-avx2", "cpu", isa="avx2"),
     Variant("cpu-avx512", "cpu", isa="avx512"),
     Variant("triton", "triton"),  # interpreted
+    Variant("cuda-emulated", "cuda"),
 ]
 COMPILED = [
     Variant("compiled", "auto", compiled=True),

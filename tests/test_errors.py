@@ -198,7 +198,7 @@ def test_inplace_residual_that_shares_memory_with_x(kernels):
         assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("name", ["cuda", "gpu", "", None])
+@pytest.mark.parametrize("name", ["cudnn", "gpu", "", None])
 def test_use_backend_takes_known_names(name):
     with pytest.raises(ValueError, match="use_backend"), dk.use_backend(name):
         pass

@@ -1,7 +1,9 @@
-"""The Triton kernels on a CUDA device: results, gradients, streams, graphs. The first two also interpreted."""
+"""Triton and CUDA kernels on a CUDA device: results, gradients, streams, graphs. The first two also without one."""
 
+import contextlib
 import copy
 
+import emulated
 import pytest
 import torch
 from oracle import AVERAGES, DTYPES, cast_gate, check, gate_of, shrink, smooth_gate, varied, wide, without_ties
@@ -10,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 import drsn_kernels as dk
-from drsn_kernels.backends import triton as backend
+from drsn_kernels.backends import cuda, triton
 
 ON_GPU = [
     (16, 64, 1024), (64, 256, 64), (512, 64, 256), (1024, 32, 512), (4096, 16, 128), (128, 4, 512), (16, 16, 9600),
@@ -19,21 +21,30 @@ ON_GPU = [
 
 
 def _where() -> list:
-    here = backend._missing() is None and backend.interpreting()
-    interpreted = pytest.mark.skipif(not here, reason="Triton is compiled")
     small = [(3, 6, 7)]
     return [
-        *(pytest.param("cpu", shape, id=f"interpreted-{shape}", marks=interpreted) for shape in small),
+        *(pytest.param("cpu", shape, id=f"cpu-{shape}") for shape in small),
         *(pytest.param("cuda", shape, id=f"cuda-{shape}", marks=pytest.mark.gpu) for shape in ON_GPU),
     ]
 
 
-@pytest.fixture(autouse=True)
-def strictly_triton():
-    if backend._missing() is not None:
-        pytest.skip(backend._missing())
-    with dk.use_backend("triton", strict=True):
-        yield
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def backend(request):
+    """On CPU tensors Triton is interpreted and CUDA emulated."""
+    name, on_gpu = request.param, request.node.get_closest_marker("gpu") is not None
+    where = contextlib.nullcontext
+    if name == "triton":
+        missing = triton._missing()
+        if missing is None and not on_gpu and not triton.interpreting():
+            missing = "this process has Triton for the GPU"
+    elif on_gpu:
+        missing = cuda.unsupported(torch.empty(0, device="cuda"))
+    else:
+        missing, where = emulated.unavailable(), emulated.in_place
+    if missing is not None:
+        pytest.skip(missing)
+    with where(), dk.use_backend(name, strict=True):
+        yield name
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
@@ -106,14 +117,14 @@ def test_gradients_of_the_pieces(device, piece, channels_last):
 @pytest.mark.parametrize("kind", ["any gate", "norm", "batch norm"])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 40, 33), (2, 3, 5, 5)], ids=str)
 @pytest.mark.parametrize("device", [pytest.param(p.values[0], id=p.values[0], marks=p.marks) for p in _where()[:2]])
-def test_a_small_step(device, shape, kind, dtype):
+def test_a_small_step(backend, device, shape, kind, dtype):
     """Every kernel on ragged rows, few programs: what benchmarks/gpu_suite.py runs under compute-sanitizer."""
     x, gate = varied(shape, dtype, device), smooth_gate(shape[1]) if kind == "any gate" else gate_of(shape[1], kind)
     gate = gate.to(device)
     if len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     results = []
-    for name in ("triton", "torch"):
+    for name in (backend, "torch"):
         own, leaf = copy.deepcopy(gate), x.clone().requires_grad_()
         with dk.use_backend(name, strict=True):
             y, tau = dk.shrink(leaf, own, residual=leaf, return_tau=True)
@@ -204,12 +215,12 @@ def test_graphed_callables():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_reduced_overhead(backend):
+@pytest.mark.parametrize("forced", [False, True])
+def test_reduced_overhead(backend, forced):
     """torch.compile's own CUDA graphs, around the reference and around the opaque ops."""
     plain = network("norm")
     model = copy.deepcopy(plain)
-    with dk.use_backend(backend):
+    with dk.use_backend(backend if forced else "auto"):
         compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
         for _ in range(4):
             x = torch.randn(8, 1, 256, device="cuda")
@@ -287,14 +298,19 @@ def kernels_of(run) -> list[str]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "kind, shape, forward, backward",
-    [("norm", (128, 16, 512), 1, 2), ("batch norm", (128, 16, 512), 3, 3), ("any gate", (128, 16, 512), 2, 2)],
+    "kind, shape, triton, cuda",
+    [
+        ("norm", (128, 16, 512), (1, 2), (1, 2)),
+        ("batch norm", (128, 16, 512), (3, 3), (1, 1)),
+        ("any gate", (128, 16, 512), (2, 2), (2, 2)),
+    ],
 )
-def test_launches(kind, shape, forward, backward):
+def test_launches(backend, kind, shape, triton, cuda):
     """What the profiler sees, the gate's own kernels apart (`any gate` is one sigmoid and its derivative)."""
+    forward, backward = triton if backend == "triton" else cuda
     gate = nn.Sigmoid() if kind == "any gate" else gate_of(shape[1], kind).cuda()
     x, g = torch.randn(shape, device="cuda", requires_grad=True), torch.randn(shape, device="cuda")
-    ours = lambda names: [n for n in names if n.endswith("_kernel") and "at::" not in n]  # noqa: E731
+    ours = lambda names: [n for n in names if "_kernel" in n and "at::" not in n]  # noqa: E731
     assert len(ours(kernels_of(lambda: dk.shrink(x, gate)))) == forward
     both = kernels_of(lambda: torch.autograd.grad(dk.shrink(x, gate), [x, *gate.parameters()], g))
     assert len(ours(both)) == forward + backward

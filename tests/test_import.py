@@ -43,14 +43,20 @@ def test_environment_variable_chooses_and_is_checked():
     code = "import drsn_kernels.backends as b; print(b.choice.backend)"
     assert python(code, DRSN_BACKEND="torch").stdout.strip() == "torch"
     done = python(code, DRSN_BACKEND="cudnn")
-    assert "DRSN_BACKEND must be one of auto, cpu, triton, torch, got 'cudnn'" in done.stderr
+    assert "DRSN_BACKEND must be one of auto, cpu, triton, cuda, torch, got 'cudnn'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["cuda", "gpu"])
-def test_use_backend_refuses_what_is_not_there(name):
-    with pytest.raises(ValueError, match="use_backend"):
-        with dk.use_backend(name):
+def test_use_backend_refuses_what_is_not_there():
+    with pytest.raises(ValueError, match="use_backend must be one of auto, cpu, triton, cuda, torch, got 'gpu'"):
+        with dk.use_backend("gpu"):
             pass
+
+
+def test_the_cuda_backend_says_why_it_cannot_run_here():
+    x = torch.randn(2, 3, 5)
+    with pytest.raises(RuntimeError, match="strict: the cuda backend cannot run this call"):
+        with dk.use_backend("cuda", strict=True):
+            dk.abs_mean(x)
 
 
 def test_strict_raises_and_otherwise_a_fallback_is_said_once(caplog):

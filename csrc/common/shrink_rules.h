@@ -17,7 +17,13 @@
 
 namespace drsn {
 
-template <class S> DRSN_HD S magnitude(S x) { return x < S(0) ? -x : (x == S(0) ? S(0) : x); }
+template <class S> DRSN_HD S magnitude(S x) {
+#if defined(__CUDA_ARCH__)
+  return fabs(x);  // one instruction; only the sign of NaN differs
+#else
+  return x < S(0) ? -x : (x == S(0) ? S(0) : x);
+#endif
+}
 
 template <class S> DRSN_HD bool is_nonzero(S x) { return !(x == S(0)); }
 
@@ -69,16 +75,26 @@ DRSN_HD float widen(float x) { return x; }
 DRSN_HD double widen(double x) { return x; }
 DRSN_HD float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 DRSN_HD float widen(f16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // inf, NaN
   if (rest >= 0x0400u) return as_float(sign | ((rest << 13) + 0x38000000u));          // normal
   const float magnitude = float(rest) * 5.9604644775390625e-8f;                       // subnormal: rest * 2^-24
   return as_float(sign | as_bits(magnitude));
+#endif
 }
 
 // Round to nearest even; NaN stays NaN.
 DRSN_HD void narrow(float x, float& out) { out = x; }
 DRSN_HD void narrow(double x, double& out) { out = x; }
+#if defined(__CUDA_ARCH__)
+DRSN_HD void narrow(float x, bf16& out) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x)); }
+DRSN_HD void narrow(float x, f16& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x)); }
+#else
 DRSN_HD void narrow(float x, bf16& out) {
   const uint32_t u = as_bits(x);
   out.bits = x != x ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
@@ -95,5 +111,6 @@ DRSN_HD void narrow(float x, f16& out) {
     out.bits = uint16_t(sign | (as_bits(as_float(mag) + 0.5f) - 0x3f000000u));
   }
 }
+#endif
 
 }  // namespace drsn

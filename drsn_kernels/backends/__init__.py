@@ -21,17 +21,14 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, eager, triton
+from . import cpu, cuda, eager, triton
 
 log = logging.getLogger("drsn_kernels")
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": eager}
-PLANNED = ("cuda",)  # public names whose kernels are not in this version
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": eager}
 
 
 def _checked(name: str, source: str) -> str:
-    if name in PLANNED:
-        raise ValueError(f"{source}: the {name} backend is not in this version; available: auto, {', '.join(BACKENDS)}")
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -50,7 +47,10 @@ _said: set[str] = set()
 
 @contextlib.contextmanager
 def use_backend(name: str, strict: bool = False) -> Iterator[None]:
-    """Run the operators on one backend inside the block: "torch", "cpu", "triton", or "auto": by device and dtype.
+    """Run the operators on one backend inside the block: "torch", "cpu", "triton", "cuda", or "auto".
+
+    "auto" goes by device and dtype. "cuda" is opt-in: "auto" takes it nowhere, because its kernels have not run on a
+    GPU yet (docs/cuda.md).
 
     A call that the backend cannot run falls back to "torch", and the logger ``drsn_kernels`` says so once; with
     ``strict=True`` it raises RuntimeError instead. The choice is the process's, not the thread's; a backward pass uses

@@ -37,7 +37,8 @@ class Provider:
 
 
 FLOOR, PORT = Provider("floor", "floor"), Provider("port", "port")
-OURS = ("triton", "cpu", "torch", "ours-compiled", "triton-compiled", "cpu-compiled")  # names that the gate watches
+_EAGER, _COMPILED = ("triton", "cuda", "cpu", "torch"), ("ours", "triton", "cuda", "cpu")
+OURS = (*_EAGER, *(f"{name}-compiled" for name in _COMPILED))  # names that the gate watches
 COMPILE = ("none", "best", "all")
 
 
