@@ -53,7 +53,7 @@ class Measured:
 
                 patch.setattr(launch.Prepared, "_launch", lambda it, _: mode.kernels.append(it.fn.__name__))
             elif self.backend == "cuda":
-                counted = {name: self._launching(name, mode) for name in _CPU_KERNELS}
+                counted = {name: self._launching(name, mode) for name in _CUDA_CALLS}
                 patch.setattr(cuda, "_cuda", SimpleNamespace(**{**vars(cuda._cuda), **counted}))
             yield mode
 
@@ -79,6 +79,7 @@ class Measured:
         return run
 
 
+_CUDA_CALLS = ("reduce", "apply", "grad", "standard_forward", "standard_backward", "sum", "scale")
 _CPU_KERNELS = ("reduce", "apply", "grad", "standard_forward", "standard_backward", "mean", "scale", "scale_sums")
 
 

@@ -66,25 +66,50 @@ void reduce_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py
 
 void apply_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x,
                   const py::tuple& xs, uintptr_t y, const py::tuple& ys, uintptr_t tau, const py::tuple& tau_shape,
-                  const py::tuple& ts, uintptr_t residual, const py::tuple& rs, uintptr_t kept, uintptr_t sign) {
+                  const py::tuple& ts, uintptr_t residual, const py::tuple& rs, uintptr_t kept, uintptr_t sign,
+                  double inside, double offset) {
   const Shape s(shape, dense);
+  const Map map = inside == 0 && offset == 1 ? Map::soft : Map::pieces;
   const int64_t tau_n = item(tau_shape, 0) == 1 ? 0 : item(ts, 0), tau_c = item(tau_shape, 1) == 1 ? 0 : item(ts, 1);
   const Strides of_x = s.strides(xs), of_y = s.strides(ys), of_residual = s.strides(rs);
   const WithoutPython release;
   apply({DType(dtype), s.walk, pointer<void>(x), of_x, pointer<void>(y), of_y, pointer<void>(tau), tau_n, tau_c,
-         pointer<void>(residual), of_residual, pointer<uint8_t>(kept), pointer<uint8_t>(sign)},
+         pointer<void>(residual), of_residual, pointer<uint8_t>(kept), pointer<uint8_t>(sign), map, inside, offset},
         stream_of(stream));
 }
 
 void grad_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g,
                  const py::tuple& gs, uintptr_t da, uintptr_t dx, uintptr_t dtau, uintptr_t kept, uintptr_t sign,
-                 uintptr_t nonzero, int parts, uintptr_t partial) {
+                 uintptr_t nonzero, int parts, uintptr_t partial, double inside, double offset) {
   const Shape s(shape, dense);
   const Strides of_g = s.strides(gs), of_dx = s.strides(dense);
   const WithoutPython release;
   grad({DType(dtype), s.walk, pointer<void>(g), of_g, pointer<void>(da), pointer<void>(dx), of_dx,
-        pointer<void>(dtau), pointer<uint8_t>(kept), pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)},
+        pointer<void>(dtau), pointer<uint8_t>(kept), pointer<uint8_t>(sign), pointer<uint8_t>(nonzero), inside, offset},
        parts, pointer<void>(partial), stream_of(stream));
+}
+
+// ---- squeeze_excite --------------------------------------------------------------------------------------------------
+
+// out (N, C) = mean x; with `times` sum x * times
+void sum_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs,
+                uintptr_t times, const py::tuple& ts, uintptr_t out, int parts, uintptr_t partial) {
+  const Shape s(shape, dense);
+  const ReduceArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(out), nullptr, nullptr,
+                        times ? Sum::products : Sum::values, pointer<void>(times), s.strides(ts)};
+  const WithoutPython release;
+  reduce(args, parts, pointer<void>(partial), stream_of(stream));
+}
+
+// y = x * factors + residual, or x * factors + shift / L; factors by their strides, 0 where they are broadcast
+void scale_tensor(uintptr_t stream, int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs,
+                  uintptr_t y, uintptr_t factors, const py::tuple& fs, uintptr_t residual, const py::tuple& rs, uintptr_t shift) {
+  const Shape s(shape, dense);
+  const ApplyArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(dense),
+                       pointer<void>(factors), item(fs, 0), item(fs, 1), pointer<void>(residual), s.strides(rs), nullptr, nullptr,
+                       Map::scale, 0, 1, pointer<void>(shift)};
+  const WithoutPython release;
+  apply(args, stream_of(stream));
 }
 
 // ---- the step with the standard gate ----------------------------------------------------------------------------------
@@ -260,6 +285,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("reduce", &reduce_tensor);
   m.def("apply", &apply_tensor);
   m.def("grad", &grad_tensor);
+  m.def("sum", &sum_tensor);
+  m.def("scale", &scale_tensor);
   m.def("standard_forward", &standard_forward);
   m.def("standard_backward", &standard_backward);
 }

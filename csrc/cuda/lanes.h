@@ -37,6 +37,8 @@ template <class S> struct Lane {
   }
   static DRSN_HD bool not_le(Lane a, Lane b) { return !(a.v <= b.v); }
   static DRSN_HD bool both(bool a, bool b) { return a && b; }
+  static DRSN_HD uint64_t bits(bool m) { return m; }
+  static DRSN_HD bool mask(uint64_t bits) { return bits & 1; }
   DRSN_HD Lane keep(bool m) const { return {m ? v : S(0)}; }
   DRSN_HD Lane negate(bool m) const { return {m ? -v : v}; }
 };

@@ -34,19 +34,19 @@ template <int V> constexpr int kScratch = kWalkScratch<V> > kGateScratch ? kWalk
 
 template <class T, int V>
 __device__ Reduce<T, V> reduce_of(const StepArgs& a, const T* x, int64_t origin, float* out, int64_t out_n) {
-  return {x, nullptr, origin, out, out_n, 1.0f / float(a.walk.l), nullptr, nullptr};
+  return {x, nullptr, origin, out, out_n, 1.0f / float(a.walk.l), nullptr, nullptr, false, nullptr, nullptr};
 }
 template <class T, int V, int PLANES>
 __device__ Apply<T, V, false, PLANES> apply_of(const StepArgs& a, const T* x, int64_t origin, const float* tau, int64_t tau_n, int64_t tau_c) {
   return {x, nullptr, origin, static_cast<T*>(a.y), nullptr, static_cast<const T*>(a.residual), nullptr, tau, tau_n, tau_c,
-          a.kept, a.sign, a.nonzero, a.walk.channels_last};
+          a.kept, a.sign, a.nonzero, a.walk.channels_last, Map::soft, 0, 1, nullptr, 0, 0};
 }
 template <class T, int V> __device__ Grad<T, V> dtau_of(const StepGradArgs& a, const T* g, int64_t origin, float* dtau, int64_t dtau_n) {
-  return {g, nullptr, origin, nullptr, 0, 0.0f, nullptr, nullptr, dtau, dtau_n, a.kept, a.sign, a.nonzero, a.walk.channels_last};
+  return {g, nullptr, origin, nullptr, 0, 0.0f, nullptr, nullptr, dtau, dtau_n, a.kept, a.sign, a.nonzero, a.walk.channels_last, 0, 1};
 }
 template <class T, int V> __device__ Grad<T, V> dx_of(const StepGradArgs& a, const T* g, int64_t origin, const float* da, int64_t da_n) {
   return {g, nullptr, origin, da, da_n, 1.0f / float(a.walk.l), static_cast<T*>(a.dx), nullptr, nullptr, 0,
-          a.kept, a.sign, a.nonzero, a.walk.channels_last};
+          a.kept, a.sign, a.nonzero, a.walk.channels_last, 0, 1};
 }
 
 // ---- products of a vector and a matrix, by one block ------------------------------------------------------------------

@@ -55,33 +55,37 @@ template <int V, class Make> __device__ __forceinline__ void walk(const Make& ma
   }
 }
 
-template <class T, int V, bool STRIDED>
+template <class T, int V, bool STRIDED, bool PRODUCTS>
 __global__ void __launch_bounds__(kThreads, V > 1 ? 3 : 2) reduce_kernel(const __grid_constant__ ReduceArgs a, Share s, Number<T>* out) {
+  const Number<T> share = PRODUCTS ? Number<T>(1) : Number<T>(1) / Number<T>(a.walk.l);
   const auto make = [&](int64_t part) {
-    return Reduce<T, V, STRIDED>{static_cast<const T*>(a.x), &a.xs, 0, out + part * a.walk.n * a.walk.c, a.walk.c,
-                                 Number<T>(1) / Number<T>(a.walk.l), a.sign, a.nonzero};
+    return Reduce<T, V, STRIDED, PRODUCTS>{static_cast<const T*>(a.x), &a.xs, 0, out + part * a.walk.n * a.walk.c, a.walk.c,
+                                           share, a.sign, a.nonzero, a.sum == Sum::values, static_cast<const T*>(a.times), &a.ts};
   };
   walk<V>(make, a.walk, s, blockIdx.x);
 }
 
 // Backwards through the tensor: what reduce, going forwards, has read last is still in L2.
-template <class T, int V, bool STRIDED>
+template <class T, int V, bool STRIDED, bool ANY_MAP>
 __global__ void __launch_bounds__(kThreads, V == 8 ? 3 : 2) apply_kernel(const __grid_constant__ ApplyArgs a, Share s) {
+  using S = Number<T>;
   const auto make = [&](int64_t) {
-    return Apply<T, V, STRIDED>{static_cast<const T*>(a.x), &a.xs, 0, static_cast<T*>(a.y), &a.ys,
-                                static_cast<const T*>(a.residual), &a.rs, static_cast<const Number<T>*>(a.tau), a.tau_n, a.tau_c,
-                                a.kept, a.sign, nullptr, a.walk.channels_last};
+    return Apply<T, V, STRIDED, 2, ANY_MAP>{
+        static_cast<const T*>(a.x), &a.xs, 0, static_cast<T*>(a.y), &a.ys, static_cast<const T*>(a.residual), &a.rs,
+        static_cast<const S*>(a.tau), a.tau_n, a.tau_c, a.kept, a.sign, nullptr, a.walk.channels_last,
+        a.map, S(a.inside), S(a.offset), static_cast<const S*>(a.shift), a.walk.c, S(1) / S(a.walk.l)};
   };
   walk<V>(make, a.walk, s, gridDim.x - 1 - blockIdx.x);
 }
 
-template <class T, int V, bool STRIDED>
+template <class T, int V, bool STRIDED, bool LEAKY>
 __global__ void __launch_bounds__(kThreads, V > 1 ? 3 : 2) grad_kernel(const __grid_constant__ GradArgs a, Share s, Number<T>* dtau) {
+  using S = Number<T>;
   const auto make = [&](int64_t part) {
-    return Grad<T, V, STRIDED>{static_cast<const T*>(a.g), &a.gs, 0, static_cast<const Number<T>*>(a.da), a.walk.c,
-                               Number<T>(1) / Number<T>(a.walk.l), static_cast<T*>(a.dx), &a.ds,
-                               dtau ? dtau + part * a.walk.n * a.walk.c : nullptr, a.walk.c, a.kept, a.sign, a.nonzero,
-                               a.walk.channels_last};
+    return Grad<T, V, STRIDED, LEAKY>{
+        static_cast<const T*>(a.g), &a.gs, 0, static_cast<const S*>(a.da), a.walk.c, S(1) / S(a.walk.l), static_cast<T*>(a.dx),
+        &a.ds, dtau ? dtau + part * a.walk.n * a.walk.c : nullptr, a.walk.c, a.kept, a.sign, a.nonzero, a.walk.channels_last,
+        S(a.inside), S(a.offset)};
   };
   walk<V>(make, a.walk, s, a.dtau ? blockIdx.x : gridDim.x - 1 - blockIdx.x);  // forwards first, then backwards
 }
@@ -123,17 +127,19 @@ void reduce(const ReduceArgs& a, int parts, void* partial, cudaStream_t stream) 
   for_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     using S = Number<T>;
-    const auto run = [&](auto kernel, auto width) {
+    const auto run = [&](auto means, auto products, auto width) {
       constexpr int V = decltype(width)::value;
       const Share s = share_out<V>(a.walk, parts);
-      launch<decltype(kernel)::value>({"reduce", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, S>(a.walk)}, stream, a, s,
-                                      static_cast<S*>(parts > 1 ? partial : a.out));
+      const Launch at{"reduce", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, S>(a.walk)};
+      S* const out = static_cast<S*>(parts > 1 ? partial : a.out);
+      if (a.sum == Sum::products) return launch<decltype(products)::value>(at, stream, a, s, out);
+      launch<decltype(means)::value>(at, stream, a, s, out);
     };
     constexpr int W = kWidest<T>;
-    if (W > 1 && is_wide<T>(a.walk, a.x, a.xs))
-      run(Constant<reduce_kernel<T, W, W == 1>>(), Constant<W>());
+    if (W > 1 && is_wide<T>(a.walk, a.x, a.xs) && is_wide<T>(a.walk, a.times, a.ts))
+      run(Constant<reduce_kernel<T, W, W == 1, false>>(), Constant<reduce_kernel<T, W, W == 1, true>>(), Constant<W>());
     else
-      run(Constant<reduce_kernel<T, 1, true>>(), Constant<1>());
+      run(Constant<reduce_kernel<T, 1, true, false>>(), Constant<reduce_kernel<T, 1, true, true>>(), Constant<1>());
     add_up<S>(a.walk, parts, partial, a.out, stream);
   });
 }
@@ -141,16 +147,18 @@ void reduce(const ReduceArgs& a, int parts, void* partial, cudaStream_t stream) 
 void apply(const ApplyArgs& a, cudaStream_t stream) {
   for_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = [&](auto kernel, auto width) {
+    const auto run = [&](auto soft, auto any, auto width) {
       constexpr int V = decltype(width)::value;
       const Share s = share_out<V>(a.walk, 0);
-      launch<decltype(kernel)::value>({"apply", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, Number<T>>(a.walk)}, stream, a, s);
+      const Launch at{"apply", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, Number<T>>(a.walk)};
+      if (a.map == Map::soft) return launch<decltype(soft)::value>(at, stream, a, s);
+      launch<decltype(any)::value>(at, stream, a, s);
     };
     constexpr int W = kWidest<T>;
     if (W > 1 && is_wide<T>(a.walk, a.x, a.xs) && is_wide<T>(a.walk, a.y, a.ys) && is_wide<T>(a.walk, a.residual, a.rs))
-      run(Constant<apply_kernel<T, W, W == 1>>(), Constant<W>());
+      run(Constant<apply_kernel<T, W, W == 1, false>>(), Constant<apply_kernel<T, W, W == 1, true>>(), Constant<W>());
     else
-      run(Constant<apply_kernel<T, 1, true>>(), Constant<1>());
+      run(Constant<apply_kernel<T, 1, true, false>>(), Constant<apply_kernel<T, 1, true, true>>(), Constant<1>());
   });
 }
 
@@ -158,17 +166,19 @@ void grad(const GradArgs& a, int parts, void* partial, cudaStream_t stream) {
   for_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     using S = Number<T>;
-    const auto run = [&](auto kernel, auto width) {
+    const auto run = [&](auto soft, auto leaky, auto width) {
       constexpr int V = decltype(width)::value;
       const Share s = share_out<V>(a.walk, a.dtau ? parts : 0);
-      launch<decltype(kernel)::value>({"grad", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, S>(a.walk)}, stream, a, s,
-                                      static_cast<S*>(a.dtau && parts > 1 ? partial : a.dtau));
+      const Launch at{"grad", a.walk, blocks_of(a.walk, s), kThreads, scratch_bytes<V, S>(a.walk)};
+      S* const dtau = static_cast<S*>(a.dtau && parts > 1 ? partial : a.dtau);
+      if (a.inside == 0 && a.offset == 1) return launch<decltype(soft)::value>(at, stream, a, s, dtau);
+      launch<decltype(leaky)::value>(at, stream, a, s, dtau);
     };
     constexpr int W = kWidest<T>;
     if (W > 1 && is_wide<T>(a.walk, a.g, a.gs) && is_wide<T>(a.walk, a.dx, a.ds))
-      run(Constant<grad_kernel<T, W, W == 1>>(), Constant<W>());
+      run(Constant<grad_kernel<T, W, W == 1, false>>(), Constant<grad_kernel<T, W, W == 1, true>>(), Constant<W>());
     else
-      run(Constant<grad_kernel<T, 1, true>>(), Constant<1>());
+      run(Constant<grad_kernel<T, 1, true, false>>(), Constant<grad_kernel<T, 1, true, true>>(), Constant<1>());
     if (a.dtau) add_up<S>(a.walk, parts, partial, a.dtau, stream);
   });
 }

@@ -11,7 +11,7 @@ import torch
 
 from ..gates import Kept, StandardGate
 from ..planes import Geometry
-from ..reference import accumulate_dtype
+from ..reference import SOFT, Rule, accumulate_dtype
 from . import cuda_budgets, cuda_plans
 from .cuda_plans import Device
 
@@ -138,6 +138,7 @@ def apply(
     residual: torch.Tensor | None,
     out: torch.Tensor | None,
     planes: int,
+    rule: Rule = SOFT,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape, dense = geo
     device = x.device
@@ -152,6 +153,7 @@ def apply(
     _launch(
         _cuda.apply, device, _DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y.stride(),
         tau.data_ptr(), tau.shape, tau.stride(), added, added_strides, kept, sign,
+        *rule,
     )  # fmt: skip
     return y, bits
 
@@ -166,6 +168,7 @@ def grad(
     pooled_grad: torch.Tensor | None = None,
     want_dx: bool = True,
     want_dtau: bool = False,
+    rule: Rule = SOFT,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     shape, dense = geo
     device = next(t for t in (g, pooled_grad) if t is not None).device
@@ -179,9 +182,54 @@ def grad(
     _launch(
         _cuda.grad, device, _DTYPES[dtype], shape, dense, _address(g), dense if g is None else g.stride(),
         _address(pooled_grad), _address(dx), _address(dtau), _address(kept), _address(sign), _address(nonzero), parts,
-        _address(partial),
+        _address(partial), *rule,
     )  # fmt: skip
     return dx, dtau
+
+
+# ---- squeeze_excite --------------------------------------------------------------------------------------------------
+
+
+def mean(x: torch.Tensor, geo: Geometry) -> torch.Tensor:
+    return _summed(geo, x, None)
+
+
+def scale_sums(geo: Geometry, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return _summed(geo, g, x)
+
+
+def _summed(geo: Geometry, x: torch.Tensor, times: torch.Tensor | None) -> torch.Tensor:
+    """mean x, or sum x * times, (N, C)."""
+    (n, c, *_), device = geo[0], x.device
+    out = _sums(n, c, x.dtype, device)
+    parts, partial = _partial(geo, x.dtype, device)
+    _launch(
+        _cuda.sum, device, _DTYPES[x.dtype], *geo, x.data_ptr(), x.stride(), _address(times),
+        geo[1] if times is None else times.stride(), out.data_ptr(), parts, _address(partial),
+    )  # fmt: skip
+    return out
+
+
+def scale(x: torch.Tensor, geo: Geometry, s: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return _scaled(x, geo, x.dtype, s, residual, None)
+
+
+def scale_grad(
+    geo: Geometry, dtype: torch.dtype, g: torch.Tensor, s: torch.Tensor, mean_grad: torch.Tensor | None
+) -> torch.Tensor:
+    return _scaled(g, geo, dtype, s, None, None if mean_grad is None else mean_grad.contiguous())
+
+
+def _scaled(x, geo, dtype, s, residual, shift) -> torch.Tensor:
+    """x * s + residual, or x * s + shift / L."""
+    y = torch.empty_strided(*geo, dtype=dtype, device=x.device)
+    strides = tuple([0 if size == 1 else stride for size, stride in zip(s.shape, s.stride(), strict=True)])
+    added, added_strides = (0, geo[1]) if residual is None else (residual.data_ptr(), residual.stride())
+    _launch(
+        _cuda.scale, x.device, _DTYPES[dtype], *geo, x.data_ptr(), x.stride(), y.data_ptr(), s.data_ptr(), strides,
+        added, added_strides, _address(shift),
+    )  # fmt: skip
+    return y
 
 
 # ---- the standard gate, computed together with the step (gates.py) ---------------------------------------------------
@@ -311,12 +359,16 @@ def reduce_budget(geo, strides, dtype, device, planes):
     return cuda_budgets.reduce(geo, dtype, planes, _device_of(device))
 
 
-def apply_budget(geo, strides, dtype, device, tau, residual, planes):
+def apply_budget(geo, strides, dtype, device, tau, residual, planes, rule=SOFT):
     return cuda_budgets.apply(geo, dtype, tau, residual, planes)
 
 
-def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau):
+def grad_budget(geo, strides, dtype, device, masked, pooled, dx, dtau, rule=SOFT):
     return cuda_budgets.grad(geo, dtype, masked, pooled, dx, dtau, _device_of(device))
+
+
+def squeeze_excite_budgets(geo, strides, dtype, device, s, residual, pooled):
+    return cuda_budgets.squeeze_excite(geo, dtype, s, residual, pooled, _device_of(device))
 
 
 def standard_budgets(call):

@@ -33,6 +33,19 @@ def grad(geo, dtype, masked, pooled, dx, dtau, device: Device) -> Budget:
     return traffic.grad(geo, dtype, masked, pooled, dx, dtau, "grad", parts) + _added_up(geo, dtype, parts)
 
 
+def squeeze_excite(geo, dtype, s, residual, pooled, device: Device) -> tuple[Budget, Budget, Budget, Budget]:
+    """mean, scale, scale_sums and scale_grad."""
+    factors, sums = traffic.sums_bytes(geo, dtype, s[1]), traffic.sums_bytes(geo, dtype)
+    parts = cuda_plans.row_parts(geo, device)
+    added = Budget(written=(parts - 1) * sums) + _added_up(geo, dtype, parts)
+    return (
+        traffic.reduce(geo, dtype, False, "reduce") + added,
+        traffic.apply(geo, dtype, factors, residual, 0, "apply"),
+        traffic.products(geo, dtype, "reduce") + added,
+        traffic.apply(geo, dtype, factors + pooled * sums, False, 0, "apply"),
+    )
+
+
 # ---- the standard gate ----
 
 
@@ -110,6 +123,6 @@ def plan(op, geo, strides, dtype, gate, device: Device) -> Plan:
         not_taken = (("16-byte accesses", "float64" if dtype == torch.float64 else f"rows of {row} bytes"),)
     elif not cuda_plans.is_one_run(geo, *strides):
         not_taken = (("16-byte accesses", "an operand is not dense"),)
-    if op == "shrink":
+    if gate is not None:
         not_taken += (("gate fused", gate),)
     return Plan("passes over x", why, not_taken)
