@@ -12,6 +12,7 @@ from ..gates import Kept, StandardGate
 from ..planes import Geometry, order
 from ..reference import SOFT, Rule
 from ..traffic import Budget, Plan, StandardCall
+from .addresses import addresses, state_addresses
 from .cpu_plan import standard_plan
 
 name = "cpu"
@@ -231,10 +232,6 @@ def standard_unsupported(x: torch.Tensor, parts: StandardGate) -> str | None:
     return None
 
 
-def _addresses(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    return tuple([0 if t is None else t.data_ptr() for t in tensors])
-
-
 def standard_forward(
     x: torch.Tensor,
     geo: Geometry,
@@ -268,20 +265,10 @@ def standard_forward(
     _cpu.standard_forward(
         _DTYPES[dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y_strides, added, added_strides,
         0 if bits is None else bits.data_ptr(), 0 if tau is None else tau.data_ptr(), _AVERAGES[average],
-        hidden, outputs, parts.batch_stats, parts.eps, parts.momentum, _addresses(*parts[:9]),
-        _state(kept, n, hidden, outputs), standard_plan(geo, dtype, hidden, outputs, parts.batch_stats).block,
+        hidden, outputs, parts.batch_stats, parts.eps, parts.momentum, addresses(*parts[:9]),
+        state_addresses(kept, n, hidden, outputs), standard_plan(geo, dtype, hidden, outputs, parts.batch_stats).block,
     )  # fmt: skip
     return y, tau, kept
-
-
-def _state(kept: Kept, n: int, hidden: int, outputs: int) -> tuple[int, ...]:
-    """Addresses of A, u, alpha, mean and variance."""
-    u, item = kept.hidden.data_ptr(), kept.hidden.element_size()
-    alpha = u + n * hidden * item
-    mean = alpha + n * outputs * item
-    if kept.mean is not None:
-        return kept.pooled.data_ptr(), u, alpha, kept.mean.data_ptr(), kept.var.data_ptr()
-    return kept.pooled.data_ptr(), u, alpha, mean, mean + hidden * item
 
 
 def standard_backward(
@@ -305,8 +292,8 @@ def standard_backward(
     _cpu.standard_backward(
         _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(), 0 if dx is None else dx.data_ptr(),
         kept.bits.data_ptr(), 0 if tau_grad is None else tau_grad.data_ptr(), _AVERAGES[average], hidden, outputs,
-        parts.batch_stats, parts.eps, _addresses(*parts[:9]),
-        _state(kept, shape[0], hidden, outputs), _addresses(*grads),
+        parts.batch_stats, parts.eps, addresses(*parts[:9]),
+        state_addresses(kept, shape[0], hidden, outputs), addresses(*grads),
     )  # fmt: skip
     return dx, *grads
 

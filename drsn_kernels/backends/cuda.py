@@ -13,6 +13,7 @@ from ..gates import Kept, StandardGate
 from ..planes import Geometry
 from ..reference import SOFT, Rule, accumulate_dtype
 from . import cuda_budgets, cuda_plans
+from .addresses import address, addresses, state_addresses
 from .cuda_plans import Device
 
 name = "cuda"
@@ -87,14 +88,6 @@ def _launch(function: Callable, device: torch.device, *arguments) -> None:
         function(stream, *arguments)
 
 
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _addresses(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    return tuple([0 if t is None else t.data_ptr() for t in tensors])
-
-
 def _sums(n: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty_strided((n, columns), (columns, 1), dtype=accumulate_dtype(dtype), device=device)
 
@@ -126,7 +119,7 @@ def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, 
     _launch(
         _cuda.reduce, device, _DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), out.data_ptr(), sign,
         nonzero, parts,
-        _address(partial),
+        address(partial),
     )  # fmt: skip
     return out, bits
 
@@ -180,9 +173,9 @@ def grad(
     if pooled_grad is not None:
         pooled_grad = pooled_grad.contiguous()  # (N, C)-sized
     _launch(
-        _cuda.grad, device, _DTYPES[dtype], shape, dense, _address(g), dense if g is None else g.stride(),
-        _address(pooled_grad), _address(dx), _address(dtau), _address(kept), _address(sign), _address(nonzero), parts,
-        _address(partial), *rule,
+        _cuda.grad, device, _DTYPES[dtype], shape, dense, address(g), dense if g is None else g.stride(),
+        address(pooled_grad), address(dx), address(dtau), address(kept), address(sign), address(nonzero), parts,
+        address(partial), *rule,
     )  # fmt: skip
     return dx, dtau
 
@@ -204,8 +197,8 @@ def _summed(geo: Geometry, x: torch.Tensor, times: torch.Tensor | None) -> torch
     out = _sums(n, c, x.dtype, device)
     parts, partial = _partial(geo, x.dtype, device)
     _launch(
-        _cuda.sum, device, _DTYPES[x.dtype], *geo, x.data_ptr(), x.stride(), _address(times),
-        geo[1] if times is None else times.stride(), out.data_ptr(), parts, _address(partial),
+        _cuda.sum, device, _DTYPES[x.dtype], *geo, x.data_ptr(), x.stride(), address(times),
+        geo[1] if times is None else times.stride(), out.data_ptr(), parts, address(partial),
     )  # fmt: skip
     return out
 
@@ -227,7 +220,7 @@ def _scaled(x, geo, dtype, s, residual, shift) -> torch.Tensor:
     added, added_strides = (0, geo[1]) if residual is None else (residual.data_ptr(), residual.stride())
     _launch(
         _cuda.scale, x.device, _DTYPES[dtype], *geo, x.data_ptr(), x.stride(), y.data_ptr(), s.data_ptr(), strides,
-        added, added_strides, _address(shift),
+        added, added_strides, address(shift),
     )  # fmt: skip
     return y
 
@@ -288,21 +281,11 @@ def standard_forward(
     _launch(
         _cuda.standard_forward, device, _DTYPES[dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(),
         y.stride(), added,
-        added_strides, _address(bits), _address(tau), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps,
-        parts.momentum, _addresses(*parts[:9]), _state(kept, n, hidden, outputs), plan,
-        _address(workspace), need,
+        added_strides, address(bits), address(tau), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps,
+        parts.momentum, addresses(*parts[:9]), state_addresses(kept, n, hidden, outputs), plan,
+        address(workspace), need,
     )  # fmt: skip
     return y, tau, kept
-
-
-def _state(kept: Kept, n: int, hidden: int, outputs: int) -> tuple[int, ...]:
-    """Addresses of A, u, alpha, mean and variance."""
-    u, item = kept.hidden.data_ptr(), kept.hidden.element_size()
-    alpha = u + n * hidden * item
-    mean = alpha + n * outputs * item
-    if kept.mean is not None:
-        return kept.pooled.data_ptr(), u, alpha, kept.mean.data_ptr(), kept.var.data_ptr()
-    return kept.pooled.data_ptr(), u, alpha, mean, mean + hidden * item
 
 
 def standard_backward(
@@ -330,10 +313,10 @@ def standard_backward(
     workspace = _workspace(need, device)
     _launch(
         _cuda.standard_backward, device, _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(),
-        _address(dx), kept.bits.data_ptr(),
-        _address(tau_grad), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps, _addresses(*parts[:9]),
-        _state(kept, shape[0], hidden, outputs), _addresses(*grads), plan,
-        _address(workspace), need,
+        address(dx), kept.bits.data_ptr(),
+        address(tau_grad), _AVERAGES[average], hidden, outputs, parts.batch_stats, parts.eps, addresses(*parts[:9]),
+        state_addresses(kept, shape[0], hidden, outputs), addresses(*grads), plan,
+        address(workspace), need,
     )  # fmt: skip
     return dx, *grads
 
