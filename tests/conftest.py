@@ -224,15 +224,16 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
 
 
-_SAMPLED = 4  # one in so many of the general tests runs interpreted in make test, all of them in make test-all
+# One in so many of the general tests runs interpreted or emulated in make test, all of them in make test-all.
+_SAMPLED = {"triton": 4, "cuda": 8}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        interpreted = any(isinstance(value, Variant) and value.interpreted for value in parameters)
-        if interpreted and zlib.crc32(item.name.encode()) % _SAMPLED:
+        interpreted = [value.backend for value in parameters if isinstance(value, Variant) and value.interpreted]
+        if any(zlib.crc32(item.name.encode()) % _SAMPLED[backend] for backend in interpreted):
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

@@ -285,13 +285,8 @@ def test_running_out_of_memory_leaves_the_process_usable():
 VARIABLE = "the environment variable"
 BAD_SETTINGS = [
     *(
-        ("DRSN_BACKEND", value, f"{VARIABLE} DRSN_BACKEND must be one of auto, cpu, triton, torch, got {value!r}")
+        ("DRSN_BACKEND", value, f"{VARIABLE} DRSN_BACKEND must be one of auto, cpu, triton, cuda, torch, got {value!r}")
         for value in ("cudnn", "", "CPU")
-    ),
-    (
-        "DRSN_BACKEND",
-        "cuda",
-        f"{VARIABLE} DRSN_BACKEND: the cuda backend is not in this version; available: auto, cpu, triton, torch",
     ),
     *(
         ("DRSN_CACHE_MIB", value, f"{VARIABLE} DRSN_CACHE_MIB takes a whole number of MiB, got {value!r}")

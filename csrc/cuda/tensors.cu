@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, V > 1 ? 3 : 2) reduce_kernel(const _
 
 // Backwards through the tensor: what reduce, going forwards, has read last is still in L2.
 template <class T, int V, bool STRIDED, bool ANY_MAP>
-__global__ void __launch_bounds__(kThreads, V == 8 ? 3 : 2) apply_kernel(const __grid_constant__ ApplyArgs a, Share s) {
+__global__ void __launch_bounds__(kThreads, V == 8 && !ANY_MAP ? 3 : 2) apply_kernel(const __grid_constant__ ApplyArgs a, Share s) {
   using S = Number<T>;
   const auto make = [&](int64_t) {
     return Apply<T, V, STRIDED, 2, ANY_MAP>{
