@@ -23,11 +23,13 @@ DRSN_HD int64_t plane_words(const Walk& w) { return (w.n * (w.channels_last ? w.
 template <bool STRIDED> __device__ __forceinline__ int64_t offset_of(const Strides* s, const Place& at) {
   if constexpr (!STRIDED) return at.dense;
   int64_t offset = at.n * s->n + at.c * s->c, rest = at.l;
+#pragma unroll 1  // divisions of 64 bits: a copy of the loop for each access would be most of the code
   for (int d = s->dims - 1; d > 0; --d) {
-    offset += rest % s->size[d] * s->stride[d];
-    rest /= s->size[d];
+    const int64_t outer = rest / s->size[d];
+    offset += (rest - outer * s->size[d]) * s->stride[d];
+    rest = outer;
   }
-  return s->dims ? offset + rest * s->stride[0] : offset;
+  return offset + rest * s->stride[0];  // 0 where there is no such dimension
 }
 
 // Threads that share a row of `length` elements: a power of two up to the block, one round of U accesses where possible.
