@@ -3,6 +3,7 @@
 # make test-all  and the long ones: clean installs, sanitizers, fuzzing
 # make experiments  the networks on real data under noise, hours; resumable; VIBRATION=, SPEECH=, IMAGE= name the folders,
 #              EXPERIMENTS="--jobs 2 --quick ..." the rest; without a folder simulated vibration
+# make pictures  docs/pictures, a few minutes; VIBRATION= and IMAGE= name the folders, PICTURES="--quick ..." the rest
 # make bench   the benchmarks, about an hour; BENCH=--quick: a few minutes
 # make lint    ruff, and the workflows in .github against their schema and zizmor
 # make gpu     everything that needs a GPU: tests, sanitizers, benchmarks; leaves gpu-report/report.md
@@ -24,6 +25,7 @@ VIBRATION ?=
 SPEECH ?=
 IMAGE ?=
 EXPERIMENTS ?=
+PICTURES ?=
 CONSTRAINTS ?= constraints.txt
 TESTS := $(BIN)/pytest
 FUZZ ?=
@@ -32,7 +34,7 @@ DRSN_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 # Without a GPU one generation is enough for the tests, and takes a third of the time; a release has them all.
 DRSN_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0),,90-real)
 
-.PHONY: demo test test-all test-all-only info bench experiments lint gpu clean
+.PHONY: demo test test-all test-all-only info bench experiments pictures lint gpu clean
 
 demo: $(VENV)/installed
 	cd $(VENV) && bin/python -m drsn_kernels demo --out $(abspath $(OUT)) $(if $(DATA),--data $(abspath $(DATA)))
@@ -54,6 +56,10 @@ bench: $(VENV)/installed
 experiments: $(VENV)/installed
 	$(BIN)/python -m experiments.run $(if $(VIBRATION),--vibration "$(VIBRATION)") $(if $(SPEECH),--speech "$(SPEECH)") \
 	  $(if $(IMAGE),--image "$(IMAGE)") $(if $(VIBRATION)$(SPEECH)$(IMAGE),,--simulated) $(EXPERIMENTS)
+
+pictures: $(VENV)/installed
+	$(BIN)/python -m experiments.pictures $(if $(VIBRATION),--vibration "$(VIBRATION)") \
+	  $(if $(IMAGE),--image "$(IMAGE)") $(PICTURES)
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .
