@@ -225,7 +225,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 # One in so many of the general tests runs interpreted or emulated in make test, all of them in make test-all.
-_SAMPLED = {"triton": 4, "cuda": 8}
+_SAMPLED = {"triton": 6, "cuda": 12}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
