@@ -42,7 +42,9 @@ def _device(index: int) -> Device:
 
 
 def _device_of(device: torch.device) -> Device:
-    return _device(device.index) if device.type == "cuda" else EMULATED or _ASSUMED
+    if device.type == "cuda" and _cuda is not None:
+        return _device(device.index)
+    return EMULATED or _ASSUMED
 
 
 @functools.cache
