@@ -229,7 +229,7 @@ def check_step(ours: Callable, x, residual, gate: nn.Module, average: str | None
         tau = shrink(x.double(), cast_gate(gate, torch.float64), average)[1]
     g, tau_g = without_ties(g, x, tau), torch.randn_like(tau)
 
-    def oracle(dtype, gate=gate, g=g, tau_g=tau_g):
+    def oracle(dtype, gate=gate, g=g, tau_g=tau_g, x=x):
         t, r = x.to(dtype), None if residual is None else residual.to(dtype)
         return _one_step(shrink, t, r, cast_gate(copy.deepcopy(gate), dtype), average, g, tau_g)
 
@@ -241,11 +241,25 @@ def check_step(ours: Callable, x, residual, gate: nn.Module, average: str | None
         constant.eval()
 
     def before_cancellation(name: str) -> torch.Tensor:
-        """How large the terms of its sums were: as in check, and with the statistics as constants."""
+        """How large the terms of its sums were.
+
+        Backward as in check, and with the statistics as constants. Forward, where a hidden unit is what is left of
+        terms much larger: by how much it moves per change of the averages and the gate's parameters.
+        """
         signs = torch.Generator().manual_seed(0)
-        flip = lambda t: t * (torch.randint(2, t.shape, generator=signs) * 2 - 1)  # noqa: E731
-        flips = [(g, tau_g), *((flip(g), flip(tau_g)) for _ in range(8))]
-        return max(oracle(torch.float64, constant, *pair)[name].abs().max() for pair in flips)
+        sign = lambda shape: torch.randint(2, shape, generator=signs) * 2 - 1  # noqa: E731
+        flips = [(g, tau_g), *((g * sign(g.shape), tau_g * sign(tau_g.shape)) for _ in range(8))]
+        sizes = [oracle(torch.float64, constant, *pair)[name].abs().max() for pair in flips]
+        step = 2.0**-30  # no unit and no |x| comes nearer than 1e-4 to its kink
+        for _ in range(8):
+            nearby = copy.deepcopy(gate).double()
+            with torch.no_grad():
+                for p in nearby.parameters():
+                    p.mul_(1 + step * sign(p.shape))
+            rows = 1 + step * sign((*x.shape[:2], *[1] * (x.dim() - 2)))
+            moved = oracle(torch.float64, nearby, x=x.double() * rows)[name]
+            sizes.append((moved.double() - exact[name].double()).abs().max() / step)
+        return max(sizes)
 
     actual = _one_step(ours, x, residual, copy.deepcopy(gate), average, g, tau_g)
     for name, value in actual.items():

@@ -112,7 +112,7 @@ def step_with_gate(x, residual, g, gate, average, block: int, want_tau: bool, wa
 
     parts = parts._replace(mean=kept.mean, var=kept.var)
     tau_g = torch.randn_like(tau) if want_tau else None
-    dx, *grads = cpu.standard_backward(geo, x.dtype, parts, average, kept, g, tau_g, want_dx)
+    dx, *grads = cpu.standard_backward(geo, x.dtype, parts, average, kept, g, tau_g, (want_dx, *[True] * 6))
     sign, nonzero, mask = kept.bits
     total = eager.grad(geo, x.dtype, g, mask, sign, want_dx=False, want_dtau=True)[1].sum_to_size(tau.shape)
     wanted = [pooled, *(p for p in parts[:6] if p is not None)]
