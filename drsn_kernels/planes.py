@@ -65,13 +65,18 @@ def words(geo: Geometry) -> int:
     return (rows * row_bits(length) + 31) // 32
 
 
+def memory_order(geo: Geometry) -> tuple[list[int], list[int]]:
+    """The permutation of the dimensions that puts the outermost in memory first, and its inverse."""
+    shape, strides = geo
+    outer_first = sorted(range(len(shape)), key=lambda d: (shape[d] == 1, -strides[d]))
+    return outer_first, sorted(range(len(shape)), key=outer_first.__getitem__)
+
+
 def lay_out(t: torch.Tensor, geo: Geometry) -> torch.Tensor:
     """t with the dense strides of the geometry; a copy only where it lies otherwise."""
-    shape, strides = geo
-    if t.stride() == strides:
+    if t.stride() == geo[1]:
         return t
-    outer_first = sorted(range(len(shape)), key=lambda d: (shape[d] == 1, -strides[d]))
-    inverse = sorted(range(len(shape)), key=outer_first.__getitem__)
+    outer_first, inverse = memory_order(geo)
     return t.permute(outer_first).contiguous().permute(inverse)
 
 

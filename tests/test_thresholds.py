@@ -74,17 +74,29 @@ def test_tau_of_every_shape(kernels, shape, tau_shape, threshold, slope):
 
 
 @pytest.mark.parametrize("threshold, slope", [("soft", 0.0), *RULES], ids=str)
-@pytest.mark.parametrize("shape, tau_shape", [((4, 3, 50), (4, 3, 50)), ((4, 3, 5, 7), (4, 1, 5, 1)), ((40,), (40,))])
+@pytest.mark.parametrize(
+    "shape, tau_shape", [((4, 3, 50), (4, 3, 50)), ((4, 3, 5, 7), (4, 1, 5, 1)), ((1, 2, 70, 3), (70, 1)), ((40,), (40,))]
+)
 def test_element_wise_tau(kernels, shape, tau_shape, threshold, slope):
-    """In pure PyTorch on every backend, which strict mode refuses."""
     x = features(shape, device=kernels.device).requires_grad_()
-    tau = (torch.rand(tau_shape) + 0.1).to(x.device).requires_grad_()
-    with dk.use_backend(kernels.backend):
-        check_soft_threshold(kernels, x, tau, threshold, slope)
-        assert torch.equal(
-            kernels.soft_threshold(x, tau.double().float(), threshold=threshold, slope=slope),
-            dk.reference.soft_threshold(x, tau, rule=dk.ops.checks.rule(threshold, slope)),
-        )
+    tau = (torch.rand(tau_shape) + 0.1).view((1,) * (x.dim() - len(tau_shape)) + tau_shape)
+    check_soft_threshold(kernels, x, tau.to(x.device).requires_grad_(), threshold, slope)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "image transposed", "sliced", "expanded width"])
+def test_element_wise_tau_in_every_layout(kernels, layout):
+    """From the kernels, in x's memory format, and two bits an element kept."""
+    x = LAYOUTS[layout](3, 4, 5, 6).to(kernels.device).requires_grad_()
+    tau, sizes = torch.rand(3, 1, 5, 6).to(x.device).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        y = kernels.soft_threshold(x, tau)
+    assert y.stride() == torch.empty_like(x.detach()).stride()
+    assert sum(sizes) <= 2 * x.shape[0] * 4 * -(-x[0].numel() // 32)
+    expected = dk.reference.soft_threshold(x, tau)
+    assert torch.equal(y, expected)
+    g = torch.randn_like(y)
+    for ours, right in zip(torch.autograd.grad(y, (x, tau), g), torch.autograd.grad(expected, (x, tau), g), strict=True):
+        torch.testing.assert_close(ours, right)
 
 
 @each_rule

@@ -120,6 +120,17 @@ template <bool CL, class S, class F> DRSN_INLINE void sum_rows(const Walk& w, S*
       for (int64_t s = 0; s < segments; ++s) sum += partial.data[r * segments + s];
       out[r] = S(sum * scale);
     }
+  } else if (length == 1) {  // nothing to add up; element-wise thresholds come this way
+    const int64_t across = (channels + kSegment - 1) / kSegment;
+    parallel(samples * across, min64(channels, kSegment), [&, row](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t n = t / across, start = t % across * kSegment, count = min64(kSegment, channels - start);
+        S* const to = out + n * channels;
+        std::memset(to + start, 0, size_t(count) * sizeof(S));
+        row(n, int64_t(0), start, count, n * row_bytes + start / 8, to);
+        for (int64_t c = start; c < start + count; ++c) to[c] *= S(scale);
+      }
+    });
   } else {
     Scratch<double> partial(samples * segments * channels);
     parallel(samples * segments, step * channels, [&, row](int64_t begin, int64_t end) {

@@ -16,7 +16,7 @@ import torch
 
 from .. import backends, recording, reference
 from ..backends import eager
-from ..planes import geometry
+from ..planes import geometry, memory_order
 from ..reference import SOFT, Rule
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
@@ -57,7 +57,7 @@ def soft_threshold(
     Args:
         x: of any shape, floating point.
         tau: a number or 0-dim tensor for any x; (N, 1) or (N, C) for x (N, C, \*spatial); or a tensor of x's rank that
-            broadcasts to x. A tau that varies along the spatial dimensions runs in plain PyTorch.
+            broadcasts to x: one for each element, for instance.
         threshold: "hard" leaves x as it is outside of \|x\| <= tau.
         slope: y = slope * x within \|x\| <= tau, 0 <= slope < 1. A soft threshold stays continuous:
             y = sign(x) * (\|x\| - (1 - slope) * tau) outside.
@@ -98,22 +98,26 @@ def soft_threshold(
             rows = tau.reshape(1, 1, -1) if tau.dim() else tau
             return soft_threshold(x.reshape(1, 1, -1), rows, threshold=threshold, slope=slope).view(x.shape)
         rows = _per_channel(tau)
-        if rows is not None:
-            backend = backends.select(x)
-            keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
-            if recording.active is not None:
-                recording.active("soft_threshold", x, backend, keep=keep, tau=rows, rule=rule)
-            if keep:
-                return _apply(x, rows, geometry(x), backend, rule)
-            return backend.apply(x, geometry(x), rows, None, None, 0, rule)[0]
-        backends.fall_back(f"soft_threshold runs in pure PyTorch where {_SPATIAL}")
-        why = _SPATIAL
+        if rows is None:
+            return _element_wise(x, tau, threshold, slope)
+        backend = backends.select(x)
+        keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
+        if recording.active is not None:
+            recording.active("soft_threshold", x, backend, keep=keep, tau=rows, rule=rule)
+        if keep:
+            return _apply(x, rows, geometry(x), backend, rule)
+        return backend.apply(x, geometry(x), rows, None, None, 0, rule)[0]
     if recording.active is not None:
         recording.elsewhere("soft_threshold", x, why)
     return traced_soft_threshold(x, tau, rule)
 
 
-_SPATIAL = "tau varies along the spatial dimensions"
+def _element_wise(x: torch.Tensor, tau: torch.Tensor, threshold: str, slope: float) -> torch.Tensor:
+    """A tau that varies along the spatial dimensions: every element, in x's memory order, as a channel of its own."""
+    as_it_lies, back = memory_order(geometry(x))
+    flat, each = (t.permute(as_it_lies).flatten(1) for t in (x, tau.expand(x.shape)))
+    y = soft_threshold(flat, each, threshold=threshold, slope=slope)
+    return y.unflatten(1, [x.shape[d] for d in as_it_lies[1:]]).permute(back)
 
 
 def traced_soft_threshold(x: torch.Tensor, tau: torch.Tensor, rule: Rule = SOFT) -> torch.Tensor:
