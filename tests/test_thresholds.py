@@ -75,7 +75,8 @@ def test_tau_of_every_shape(kernels, shape, tau_shape, threshold, slope):
 
 @pytest.mark.parametrize("threshold, slope", [("soft", 0.0), *RULES], ids=str)
 @pytest.mark.parametrize(
-    "shape, tau_shape", [((4, 3, 50), (4, 3, 50)), ((4, 3, 5, 7), (4, 1, 5, 1)), ((1, 2, 70, 3), (70, 1)), ((40,), (40,))]
+    "shape, tau_shape",
+    [((4, 3, 50), (4, 3, 50)), ((4, 3, 5, 7), (4, 1, 5, 1)), ((1, 2, 70, 3), (70, 1)), ((40,), (40,))],
 )
 def test_element_wise_tau(kernels, shape, tau_shape, threshold, slope):
     x = features(shape, device=kernels.device).requires_grad_()
@@ -95,7 +96,7 @@ def test_element_wise_tau_in_every_layout(kernels, layout):
     expected = dk.reference.soft_threshold(x, tau)
     assert torch.equal(y, expected)
     g = torch.randn_like(y)
-    for ours, right in zip(torch.autograd.grad(y, (x, tau), g), torch.autograd.grad(expected, (x, tau), g), strict=True):
+    for ours, right in zip(*(torch.autograd.grad(out, (x, tau), g) for out in (y, expected)), strict=True):
         torch.testing.assert_close(ours, right)
 
 
