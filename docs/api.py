@@ -53,6 +53,7 @@ SECTIONS = {
         "train.Recipe",
         "train.RandomNoise",
         "train.train_epoch",
+        "train.train_epochs",
         "train.epoch_batches",
         "train.train_step",
         "train.predict",

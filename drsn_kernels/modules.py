@@ -93,9 +93,7 @@ class Shrinkage(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_tau_sink"}
 
     def extra_repr(self) -> str:
-        hard = f", threshold={self.threshold!r}" if self.threshold != "soft" else ""
-        leaky = f", slope={self.slope}" if self.slope else ""
-        return f"{self.channels}, average={self.average!r}{hard}{leaky}"
+        return f"{self.channels}, average={self.average!r}{_rule_repr(self)}"
 
 
 class SqueezeExcite(nn.Module):
@@ -156,6 +154,11 @@ class SqueezeExcite(nn.Module):
         return f"{self.channels}"
 
 
+def _rule_repr(module: "Shrinkage | SoftThreshold") -> str:
+    hard = f", threshold={module.threshold!r}" if module.threshold != "soft" else ""
+    return hard + (f", slope={module.slope}" if module.slope else "")
+
+
 def _check_gap_size(gap_size: int | tuple[int, ...]) -> None:
     if gap_size not in (1, (1,), (1, 1), [1], [1, 1]) or isinstance(gap_size, bool):
         raise ValueError(f"gap_size must be 1, (1,) or (1, 1), because the average is global; got {gap_size!r}")
@@ -199,13 +202,26 @@ class SoftThreshold(nn.Module):
     Args:
         tau: the threshold, a number, or one number a channel as a sequence or tensor (C,).
         learnable: make tau a parameter; otherwise it is a buffer. Both are in the state_dict.
+        threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which tau does not learn, or leaky.
 
     Shapes:
         x of any shape for a single tau; (N, C, *spatial) for one a channel. The result has x's shape.
+
+    Raises:
+        TypeError, ValueError: tau of another shape, unknown threshold or slope.
     """
 
-    def __init__(self, tau: float | torch.Tensor = 0.0, *, learnable: bool = False) -> None:
+    def __init__(
+        self,
+        tau: float | torch.Tensor = 0.0,
+        *,
+        learnable: bool = False,
+        threshold: str = "soft",
+        slope: float = 0.0,
+    ) -> None:
         super().__init__()
+        checks.rule(threshold, slope)
+        self.threshold, self.slope = threshold, slope
         value = torch.as_tensor(tau)
         value = value.detach().clone() if value.is_floating_point() else value.to(torch.get_default_dtype())
         if value.dim() > 1:
@@ -216,10 +232,12 @@ class SoftThreshold(nn.Module):
             self.register_buffer("tau", value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return soft_threshold(x, self.tau if self.tau.dim() == 0 else self.tau.view(1, -1, *[1] * (x.dim() - 2)))
+        tau = self.tau if self.tau.dim() == 0 else self.tau.view(1, -1, *[1] * (x.dim() - 2))
+        return soft_threshold(x, tau, threshold=self.threshold, slope=self.slope)
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau.tolist()}" if self.tau.numel() <= 4 else f"tau=({self.tau.numel()} channels)"
+        tau = f"tau={self.tau.tolist()}" if self.tau.numel() <= 4 else f"tau=({self.tau.numel()} channels)"
+        return tau + _rule_repr(self)
 
 
 @contextlib.contextmanager

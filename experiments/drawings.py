@@ -64,30 +64,41 @@ def thresholds(path: Path, rms: torch.Tensor, taus: dict[str, torch.Tensor], num
 
 
 def signal(path: Path, windows: torch.Tensor, shown: dict[str, Shrunk], numbers: dict, snr_db: float) -> None:
-    """A row for each unit, one channel of it: input, plus and minus tau, output; clean on the left, noisy right.
+    """A row for each unit, one channel of it, clean and noisy: the unit on the left, its shrinkage on the right.
 
     Args:
         windows: (2, L), clean and noisy.
-        shown: unit -> x and y (2, length), tau (2,).
+        shown: unit -> x, y and identity (2, length), tau (2,).
     """
-    figure = _figure(10, 0.95 * (len(shown) + 1))
-    panels = figure.subplots(len(shown) + 1, 2, sharex=True, sharey="row", squeeze=False)
+    figure = _figure(14, 0.95 * (len(shown) + 1))
+    panels = figure.subplots(len(shown) + 1, 4, sharex=True, squeeze=False)
+    for clean, noisy in [pair for row in panels for pair in (row[:2], row[2:])]:
+        noisy.sharey(clean)
+        noisy.tick_params(labelleft=False)
     length = windows.shape[1]
     for column, title in enumerate(("clean", f"with Gaussian noise at {snr_db:g} dB")):
         panels[0, column].plot(windows[column].tolist(), color="black", linewidth=0.7)
         panels[0, column].set_title(f"the window, {title}", fontsize=9)
-        for axes, (name, unit) in zip(panels[1:, column], shown.items(), strict=True):
+        for row, (name, unit) in zip(panels[1:], shown.items(), strict=True):
             time = (torch.arange(unit.x.shape[1]) * (length / unit.x.shape[1])).tolist()
+            x, y, identity = (part[column].tolist() for part in (unit.x, unit.y, unit.identity))
+            output = (unit.y + unit.identity)[column].tolist()
             tau = float(unit.tau[column])
-            axes.plot(time, unit.x[column].tolist(), color="0.6", linewidth=0.9)
-            axes.axhspan(-tau, tau, color="tab:orange", alpha=0.25, linewidth=0)
-            axes.plot(time, unit.y[column].tolist(), color="tab:red", linewidth=0.9)
+            whole, shrinkage = row[column], row[column + 2]
+            whole.plot(time, identity, color="0.6", linewidth=0.9, label="the unit's input, behind the shortcut")
+            whole.plot(time, output, color="tab:blue", linewidth=0.9, label="the unit's output")
+            shrinkage.plot(time, x, color="tab:olive", linewidth=0.9, label="the shrinkage's input")
+            shrinkage.axhspan(-tau, tau, color="tab:orange", alpha=0.25, linewidth=0, label="within plus and minus tau")
+            shrinkage.plot(time, y, color="tab:red", linewidth=0.9, label="the shrinkage's output")
+            whole.set_title(f"{label(name)}, channel {numbers[name]['channel'] + 1}", fontsize=8, pad=2)
             share = numbers[name]["zeroed_noisy" if column else "zeroed_clean"]
-            heading = f"{label(name)}, channel {numbers[name]['channel'] + 1} (in all channels {share:.0%} are zero)"
-            axes.set_title(heading, fontsize=8, pad=2)
+            shrinkage.set_title(f"its shrinkage (in all channels {share:.0%} are zero)", fontsize=8, pad=2)
+    for axes, of in zip(panels[0, 2:], panels[1, (0, 2)], strict=True):
+        axes.axis("off")
+        axes.legend(*of.get_legend_handles_labels(), loc="center", fontsize=8)
     for axes in panels.flat:
         axes.tick_params(labelsize=7)
-    figure.supxlabel("sample; grey: input of the shrinkage, orange: within plus and minus tau, red: output", fontsize=9)
+    figure.supxlabel("sample", fontsize=9)
     _save(figure, path)
 
 

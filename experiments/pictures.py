@@ -23,7 +23,7 @@ from drsn_kernels._extras import require
 from drsn_kernels.data import Dataset, load_digits
 from drsn_kernels.demo.learning import spearman
 from drsn_kernels.models import network
-from drsn_kernels.train.recipe import Noise, RandomNoise, Recipe, accuracy, train_epoch
+from drsn_kernels.train.recipe import Noise, RandomNoise, Recipe, accuracy, train_epochs
 
 from . import ROOT, drawings
 from .noises import pasted
@@ -51,23 +51,23 @@ def build(dataset: Dataset, seed: int, **options) -> nn.Module:
 def train(model: nn.Module, dataset: Dataset, noise: Noise, epochs: int, seed: int) -> None:
     """By the paper's recipe."""
     recipe, generator = Recipe(epochs=epochs), torch.Generator().manual_seed(seed)
-    optimizer = recipe.optimizer(model)
-    schedule = recipe.schedule(optimizer)
-    for epoch in range(epochs):
-        loss = train_epoch(
-            model, optimizer, dataset.train_x, dataset.train_y, recipe.batch, generator=generator, noise=noise
-        )
-        schedule.step()
-        print(f"epoch {epoch + 1} of {epochs}: loss {loss:.3f}", flush=True)
+    losses = train_epochs(recipe, model, dataset.train_x, dataset.train_y, generator=generator, noise=noise)
+    for epoch, loss in enumerate(losses, 1):
+        print(f"epoch {epoch} of {epochs}: loss {loss:.3f}", flush=True)
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """One shrinkage in one pass: its input x and output y (N, C, *spatial), without the identity, and tau (N, C)."""
+    """One shrinkage in one pass: its input x and output y (N, C, *spatial), without the identity, and tau (N, C).
+
+    identity (N, C, *spatial) is what the unit adds to y: its own input, behind the shortcut. y + identity is the unit's
+    output.
+    """
 
     x: torch.Tensor
     tau: torch.Tensor
     y: torch.Tensor
+    identity: torch.Tensor
 
     @property
     def alpha(self) -> torch.Tensor:
@@ -85,9 +85,13 @@ class Shrunk:
 def observe(model: nn.Module, x: torch.Tensor) -> dict[str, Shrunk]:
     """All shrinkages of the model on x (N, C, *lengths), in eval mode, by module name."""
     model.eval()
-    inputs: dict[str, torch.Tensor] = {}
+    inputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # and what is added
+
+    def keep(module, args, kwargs, name):
+        inputs[name] = args[0], kwargs["residual"]
+
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        module.register_forward_pre_hook(partial(keep, name=name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, dk.Shrinkage)
     ]
@@ -97,7 +101,10 @@ def observe(model: nn.Module, x: torch.Tensor) -> dict[str, Shrunk]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: Shrunk(inputs[name], tau, dk.soft_threshold(inputs[name], tau)) for name, tau in taus.items()}
+    return {
+        name: Shrunk(x, taus[name], dk.soft_threshold(x, taus[name]), identity)
+        for name, (x, identity) in inputs.items()
+    }
 
 
 def batches(model: nn.Module, x: torch.Tensor) -> Iterator[tuple[slice, dict[str, Shrunk]]]:
@@ -161,7 +168,7 @@ def table(units: dict[str, dict]) -> str:
 
 
 def signal(model: nn.Module, x: torch.Tensor, seed: int, out: Path) -> dict:
-    """The window of largest kurtosis, that is with the clearest strokes, clean and noisy, at every shrinkage."""
+    """The window of largest kurtosis, that is with the clearest strokes, clean and noisy, through every unit."""
     index = int(x.pow(4).mean((1, 2)).argmax())  # of unit variance each
     window = x[index : index + 1]
     noisy = dk.noise.add_noise(window, SIGNAL_SNR_DB, generator=torch.Generator().manual_seed(seed))
@@ -170,8 +177,10 @@ def signal(model: nn.Module, x: torch.Tensor, seed: int, out: Path) -> dict:
     numbers, shown = {}, {}
     for name, unit in units.items():
         zeros = (unit.y == 0).float().mean(2)
-        channel = int(zeros[1].argsort()[zeros.shape[1] // 2])  # neither the busiest nor the emptiest
-        shown[name] = Shrunk(unit.x[:, channel], unit.tau[:, channel], unit.y[:, channel])
+        carried = unit.identity[1].any(1).nonzero().flatten()  # the shortcut's channels of zeros are no input to show
+        channel = int(carried[zeros[1, carried].argsort()[len(carried) // 2]])  # neither the busiest nor the emptiest
+        parts = (unit.x, unit.tau, unit.y, unit.identity)
+        shown[name] = Shrunk(*(part[:, channel] for part in parts))
         clean, under_noise = zeros.mean(1).tolist()
         numbers[name] = {"channel": channel, "zeroed_clean": clean, "zeroed_noisy": under_noise}
     drawings.signal(out / "signal.png", both[:, 0], shown, numbers, SIGNAL_SNR_DB)

@@ -1,9 +1,10 @@
 """The tables and plots of the experiments, from results.csv.
 
-    python -m experiments.report [--out docs/experiments] [--paper accuracies.csv]
+    python -m experiments.report [--out docs/experiments] [--epochs 40] [--paper docs/experiments/paper.csv]
 
-Prints the tables, writes them into OUT/README.md between its markers, and draws accuracy against SNR beside the paper's
-values: a CSV with the columns panel,noise,snr_db,method,accuracy_pct, of which the rows of the panel "test" are used.
+Prints the tables of the runs of so many epochs, writes them into OUT/README.md between its markers, and draws accuracy
+against SNR beside the paper's values: a CSV with the columns panel,noise,snr_db,method,accuracy_pct, of which the rows
+of the panel "test" are used.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from drsn_kernels.models import NAMES
 
 from . import ROOT
 from .results import Result, Run, read
-from .tasks import TASKS, Condition
+from .tasks import EPOCHS, TASKS, Condition
 
+PAPER = ROOT / "docs" / "experiments" / "paper.csv"
 LABELS = {"convnet": "ConvNet", "resnet": "ResNet", "senet": "SENet", "drsn-cs": "DRSN-CS", "drsn-cw": "DRSN-CW"}
 PAPER_NOISE = {"laplacian": "laplace"}
 COLOURS = dict(zip(NAMES, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
@@ -134,22 +136,23 @@ def plot(path: Path, cells: Cells, task: str, paper: dict[tuple[str, str], dict[
     figure.savefig(path, dpi=110)
 
 
-def write(out: Path, paper: Path | None = None) -> int:
-    """Print the tables, draw the plots, and fill OUT/README.md where there is one; 0."""
-    done = read(out / "results.csv")
-    if not done:
-        raise ValueError(f"{out / 'results.csv'} has no results yet: python -m experiments.run makes them")
-    published = read_paper(paper) if paper else {}
-    found = cells(done, epochs=max(run.epochs for run in done))
+def write(out: Path, paper: dict[tuple[str, str], dict[float, float]], epochs: int) -> int:
+    """Print the tables of the runs of so many epochs, draw the plots, and fill OUT/README.md where there is one; 0."""
+    path = out / "results.csv"
+    found = cells(read(path), epochs)
+    if not found:
+        raise ValueError(f"{path} has no runs of {epochs} epochs yet: python -m experiments.run makes them")
     page = out / "README.md"
     for task in TASKS:
-        if not any(key[0] == task for key in found):
+        on_page = page.exists() and f"<!-- {task} -->" in page.read_text(encoding="utf-8")
+        made = any(key[0] == task for key in found)
+        if not (made or on_page):
             continue
-        text = tables(found, task)
+        text = tables(found, task) if made else f"No runs of {epochs} epochs yet.\n"
         print(f"\n{task}: test accuracy in %, mean ± standard deviation (seeds)\n\n{text}")
         if any(condition.snr_db is not None for condition in TASKS[task].conditions):
-            plot(out / f"{task}.png", found, task, published)
-        if page.exists() and f"<!-- {task} -->" in page.read_text(encoding="utf-8"):
+            plot(out / f"{task}.png", found, task, paper)  # without a run too: an old plot would contradict the page
+        if on_page:
             insert(page, task, text)
     return 0
 
@@ -157,10 +160,11 @@ def write(out: Path, paper: Path | None = None) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "experiments", help="default: docs/experiments")
-    parser.add_argument("--paper", type=Path, metavar="CSV", help="the paper's accuracies")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of the runs that count (default: {EPOCHS})")
+    parser.add_argument("--paper", type=Path, metavar="CSV", default=PAPER, help="default: docs/experiments/paper.csv")
     options = parser.parse_args(arguments)
     try:
-        return write(options.out, options.paper)
+        return write(options.out, read_paper(options.paper), options.epochs)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

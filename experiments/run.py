@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from drsn_kernels.models import NAMES, network
-from drsn_kernels.train.recipe import Recipe, accuracy, train_epoch
+from drsn_kernels.train.recipe import Recipe, accuracy, train_epochs
 
 from . import ROOT, report
 from .results import Result, Run, append, missing, read
-from .tasks import TASKS, data, noise
+from .tasks import EPOCHS, TASKS, data, noise
 
-EPOCHS, QUICK_EPOCHS = 40, 2
+QUICK_EPOCHS = 2
 FOLDERS = {"vibration": "CWRU .mat files", "speech": "LABEL_SPEAKER_TAKE.wav files", "image": "MNIST's idx files"}
 
 
@@ -43,14 +43,9 @@ def execute(run: Run, folder: Path | None, quick: bool) -> Result:
     options = {"in_channels": dataset.train_x.shape[1], "classes": len(dataset.class_names)} | task.network
     model = nn.Sequential(dataset.transform, network(run.model, **options))
     recipe, generator = Recipe(epochs=run.epochs), torch.Generator().manual_seed(run.seed)
-    optimizer = recipe.optimizer(model)
-    schedule = recipe.schedule(optimizer)
     start = time.perf_counter()
-    for _ in range(recipe.epochs):
-        train_epoch(
-            model, optimizer, dataset.train_x, dataset.train_y, recipe.batch, generator=generator, noise=train_noise
-        )
-        schedule.step()
+    for _ in train_epochs(recipe, model, dataset.train_x, dataset.train_y, generator=generator, noise=train_noise):
+        pass
     seconds = time.perf_counter() - start
     generator = torch.Generator().manual_seed(1_000_000 + run.seed)
     draws = [accuracy(model, test_noise(dataset.test_x, generator), dataset.test_y) for _ in range(task.draws)]
@@ -101,7 +96,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--quick", action="store_true", help="a few samples and epochs, to see that everything works")
     parser.add_argument("--out", type=Path, help="default: docs/experiments; with --quick experiments-quick")
-    parser.add_argument("--paper", type=Path, metavar="CSV", help="the paper's accuracies, for the plots")
+    parser.add_argument(
+        "--paper",
+        type=Path,
+        metavar="CSV",
+        default=report.PAPER,
+        help="for the plots; default: docs/experiments/paper.csv",
+    )
     options = parser.parse_args(arguments)
     for name in ("epochs", "seeds", "jobs"):
         value = getattr(options, name)
@@ -120,13 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     path = options.out / "results.csv"
     try:
+        paper = report.read_paper(options.paper)
         for task in options.tasks:  # what is wrong with a folder is said before hours are spent on another
             print(data(task, options.folders.get(task), options.quick).description, flush=True)
         runs = missing(read(path), options.tasks, options.epochs, options.seeds, options.model)
         print(f"{len(runs)} runs are missing in {path}", flush=True)
         until = time.monotonic() + 60 * options.minutes
         run_all(runs, options.folders, path, jobs=options.jobs, until=until, quick=options.quick)
-        return report.write(options.out, options.paper)
+        return report.write(options.out, paper, options.epochs)
     except KeyboardInterrupt:
         print(f"\nstopped; what is done is in {path}, the same command goes on with the rest", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from drsn_kernels.train.recipe import Noise
 
 from . import noises
 
+EPOCHS = 40
 SNR_DB = (-5.0, -3.0, 0.0, 3.0, 5.0)
 RECORDINGS, SECONDS = 200, 3.0  # of street and workshop noise, for training and again for testing
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from drsn_kernels.data import load_cwru, simulate_bearing
+from drsn_kernels.data import load_cwru, simulate_bearing, standardise
 from drsn_kernels.data.bearing import CLASSES, SAMPLING_RATE, Fault, Geometry, _Draw, _strikes, simulate_recordings
 
 SAMPLES = 24_000  # two seconds: a resolution of 0.5 Hz
@@ -139,9 +139,9 @@ def test_simulated_windows_are_standardised_balanced_and_reproducible():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"train_recordings": 0}, "train_recordings must be at least 1, got 0"),
-        ({"windows_per_recording": 0}, "windows_per_recording must be at least 1, got 0"),
-        ({"length": 1}, "length must be at least 2, got 1"),
+        ({"train_recordings": 0}, "train_recordings must be a whole number of at least 1, got 0"),
+        ({"windows_per_recording": 1.5}, "windows_per_recording must be a whole number of at least 1, got 1.5"),
+        ({"length": 1}, "length must be a whole number of at least 2, got 1"),
     ],
 )
 def test_simulator_errors(arguments, message):
@@ -160,6 +160,15 @@ def write():
         return path
 
     return write
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1.0, 1e30])
+def test_standardise_at_any_scale(scale):
+    x = torch.randn(3, 1, 100, generator=seeded(), dtype=torch.float64) + 0.5
+    wanted = (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+    tolerance = 0.02 if scale < 1e-38 else 1e-5  # a subnormal number has few bits
+    torch.testing.assert_close(standardise((scale * x).float()), wanted.float(), atol=tolerance, rtol=0)
+    assert not standardise(torch.full((1, 100), 0.1 * scale)).any()
 
 
 def test_cwru_names_split_and_windows(tmp_path, write):
@@ -197,6 +206,34 @@ def test_cwru_windows_never_cross_the_split(tmp_path, write, samples, length, st
     assert (data.train_x.diff() > 0).all() and (data.test_x.diff() < 0).all()
     assert len(data.train_x) == (split - length) // stride + 1
     assert len(data.test_x) == (samples - split) // length
+
+
+def test_cwru_files_named_by_their_numbers(tmp_path, write, caplog):
+    """As the source serves them, among others that are no 12 kHz drive-end faults and are left out."""
+    names = ["IR007", "IR014", "IR021", "B007", "B014", "B021", "OR007", "OR014", "OR021", "normal"]
+    for load in range(4):
+        for label, first in enumerate((105, 169, 209, 118, 185, 222, 130, 197, 234, 97)):
+            write(tmp_path / f"{first + load}.mat", tone(10 * (label + 1), 1000, 1000), f"X{first + load:03d}_DE_time")
+    for other in (101, 109, 134, 144, 173, 3001):
+        write(tmp_path / f"{other}.mat", tone(400, 1000, 1000))
+    for loads in ((0, 1, 2), (3,)):
+        data = load_cwru(tmp_path, length=100, loads=loads)
+        assert data.class_names == (*names,) and data.test_y.bincount().tolist() == [3 * len(loads)] * 10
+        # Every class has a pitch of its own: 10 Hz, which is bin 1, for the first.
+        assert torch.equal(torch.fft.rfft(data.test_x[:, 0]).abs().argmax(1), data.test_y + 1)
+        assert all(f"{other}.mat" in data.notes[0] for other in (101, 109, 134, 144, 173, 3001))
+    write(tmp_path / "named" / "OR014@6_1.mat", tone(80, 1000, 1000))
+    with pytest.raises(ValueError, match="one recording of each name.* holds .*198.mat and .*OR014@6_1.mat"):
+        load_cwru(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["99.mat", "Normal_2.mat"])
+def test_cwru_takes_the_channel_of_the_recording(tmp_path, name):
+    """The public file holds the recording before as well."""
+    channels = {f"X{number:03d}_DE_time": tone(hertz, 1000, 1000).numpy() for number, hertz in ((98, 50), (99, 200))}
+    pytest.importorskip("scipy.io").savemat(tmp_path / name, channels)
+    spectrum = torch.fft.rfft(load_cwru(tmp_path, length=100).test_x[:, 0]).abs()
+    assert (spectrum.argmax(1) == 20).all()
 
 
 def test_cwru_says_what_it_skips(tmp_path, write, caplog):
@@ -262,7 +299,7 @@ def test_cwru_truncated_file(tmp_path, write, compress):
 def test_cwru_errors_name_the_file(tmp_path, write):
     with pytest.raises(FileNotFoundError, match="folder does not exist: .*nowhere"):
         load_cwru(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="named like IR007_0.mat, .* has none among its 0 .mat files"):
+    with pytest.raises(ValueError, match="named like IR007_0.mat, .* or 105.mat, .* has none among its 0 .mat files"):
         load_cwru(tmp_path)
     (tmp_path / "a file").write_text("x")
     with pytest.raises(NotADirectoryError, match="folder must be a directory .* got the file .*a file"):
@@ -282,6 +319,12 @@ def test_cwru_errors_name_the_file(tmp_path, write):
         write(path, bad)
         with pytest.raises(ValueError, match=message):
             load_cwru(path.parent, length=100)
+    scipy_io = pytest.importorskip("scipy.io")
+    for bad in ("text", {"a": 1.0}, [[1j] * 1000], torch.ones(1000, 2).numpy(), [["cell"], [1.0]]):
+        scipy_io.savemat(path, {"X105_DE_time": bad})
+        message = "IR007_0.mat must hold real numbers in one row or column as its drive-end channel X105_DE_time, but"
+        with pytest.raises(ValueError, match=message):
+            load_cwru(path.parent, length=100)
     path.write_text("not a MATLAB file, but long enough to look for a header in it" * 10)
     with pytest.raises(ValueError, match="IR007_0.mat cannot be read as a MATLAB file"):
         load_cwru(path.parent, length=100)
@@ -295,8 +338,8 @@ def test_cwru_errors_name_the_file(tmp_path, write):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"length": 0}, "length must be at least 1, got 0"),
-        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"length": "a"}, "length must be a whole number of at least 1, got 'a'"),
+        ({"stride": 0}, "stride must be a whole number of at least 1, got 0"),
         ({"train_fraction": 1.0}, "train_fraction must lie between 0 and 1, got 1.0"),
     ],
 )
@@ -308,5 +351,5 @@ def test_cwru_argument_errors(tmp_path, arguments, message):
 def test_cwru_without_scipy_names_the_extra(tmp_path, write, monkeypatch):
     write(tmp_path / "IR007_0.mat", torch.randn(1000, generator=seeded()))
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ImportError, match=r'pip install "drsn_kernels\[demo\]"'):
+    with pytest.raises(ImportError, match=r'pip install "drsn_kernels\[train\]"'):
         load_cwru(tmp_path, length=100)

@@ -182,12 +182,12 @@ def test_a_run_can_be_repeated_from_its_seed(monkeypatch):
 
     def losses(model, seed):
         seen = []
-        monkeypatch.setattr(run, "train_epoch", lambda *a, **k: seen.append(train(*a, **k)))
+        monkeypatch.setattr(run, "train_epochs", lambda *a, **k: map(seen.append, train(*a, **k)))
         result = run.execute(Run("simulated", model, condition, seed, 2), None, True)
-        assert 0 <= result.test_acc <= 1 and result.seconds > 0
+        assert 0 <= result.test_acc <= 1 and result.seconds > 0 and len(seen) == 2
         return seen, result.test_acc
 
-    train = run.train_epoch
+    train = run.train_epochs
     for model in ("senet", "drsn-cs"):
         assert losses(model, 3) == losses(model, 3)
         assert losses(model, 3)[0] != losses(model, 4)[0]
@@ -279,9 +279,58 @@ def test_report_fills_the_page_between_its_markers(tmp_path, capsys):
     assert (tmp_path / "vibration.png").stat().st_size > 10_000 and not (tmp_path / "image.png").exists()
 
 
+def test_runs_of_other_epochs_leave_the_page_alone(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, page = tmp_path / "results.csv", tmp_path / "README.md"
+    page.write_text("".join(f"<!-- {task} -->\nold\n<!-- end {task} -->\n" for task in ("vibration", "image")))
+    results.append(path, A, Result(0.875, 1.0))
+    results.append(path, Run("vibration", "resnet", Condition("gaussian", 0.0), 0, 100), Result(0.95, 1.0))
+    assert report.main(["--out", str(tmp_path)]) == 0
+    text = page.read_text()
+    assert "| ResNet | 87.5 (1) |" in text and "95.0" not in text
+    assert "<!-- image -->\nNo runs of 40 epochs yet.\n" in text and "old" not in text
+    assert report.main(["--out", str(tmp_path), "--epochs", "100"]) == 0
+    assert "95.0 (1)" in page.read_text() and "87.5" not in page.read_text()
+    before = page.read_text()
+    assert report.main(["--out", str(tmp_path), "--epochs", "7"]) == 1
+    assert "results.csv has no runs of 7 epochs yet" in capsys.readouterr().err and page.read_text() == before
+
+
+def test_a_command_reports_the_runs_of_its_epochs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    results.append(
+        tmp_path / "results.csv", Run("simulated", "resnet", Condition("pink", 0.0), 0, 3), Result(0.25, 1.0)
+    )
+    results.append(
+        tmp_path / "results.csv", Run("simulated", "resnet", Condition("pink", 0.0), 0, 40), Result(0.5, 1.0)
+    )
+    command = ["--simulated", "--out", str(tmp_path), "--epochs", "3", "--minutes", "0"]
+    assert run.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "25.0 (1)" in printed and "50.0" not in printed
+    assert run.main([*command, "--paper", str(tmp_path / "none.csv")]) == 1  # before anything is trained
+    assert "none.csv" in capsys.readouterr().err
+
+
+def test_the_papers_values_are_in_every_plot(tmp_path, monkeypatch):
+    """docs/experiments/paper.csv: four networks, three noises, -5 to 5 dB; the means of the 33 settings."""
+    paper = report.read_paper(report.PAPER)
+    assert all(sorted(values) == list(range(-5, 6)) for values in paper.values())
+    means = {"convnet": 77.6, "resnet": 86.3, "drsn-cs": 88.6, "drsn-cw": 89.6}
+    for model, mean in means.items():
+        values = [v for noise in ("gaussian", "laplace", "pink") for v in paper[model, noise].values()]
+        assert abs(statistics.mean(values) - mean) < 0.15
+    assert len(paper) == 12
+    results.append(tmp_path / "results.csv", A, Result(0.875, 1.0))
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda path, cells, task, paper: drawn.append((task, paper)))
+    assert report.main(["--out", str(tmp_path)]) == 0 and run.parse(["--simulated"]).paper == report.PAPER
+    assert drawn == [("vibration", paper)]
+
+
 def test_report_errors(tmp_path, capsys):
     assert report.main(["--out", str(tmp_path)]) == 1
-    assert "has no results yet" in capsys.readouterr().err
+    assert "has no runs of 40 epochs yet" in capsys.readouterr().err
     paper = tmp_path / "paper.csv"
     paper.write_text("panel,noise\ntest,pink\n")
     with pytest.raises(ValueError, match="paper.csv must have the columns panel,noise,snr_db,method,accuracy_pct"):

@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 import drsn_kernels as dk
-from drsn_kernels.models import NAMES, ResidualShrinkageUnit, cifar_network, network, network18, paper_network
+from drsn_kernels.models import (
+    DRSN,
+    NAMES,
+    ResidualShrinkageUnit,
+    cifar_network,
+    convnet,
+    network,
+    network18,
+    paper_network,
+    resnet,
+    senet,
+)
 from drsn_kernels.modules import Shrinkage, SqueezeExcite
 
 
@@ -180,6 +191,28 @@ def test_the_names_tell_the_attention():
         assert len(units) == 2 and all((u.shortcut is None) == (name == "convnet") for u in units)
 
 
+@pytest.mark.parametrize("make", [DRSN, network, lambda **o: network18(**o, stages=((4, 1, 1),), stem=(4, 1))])
+@pytest.mark.parametrize("threshold, slope", [("hard", 0.0), ("soft", 0.2), ("hard", 0.1)])
+def test_other_thresholds(make, threshold, slope):
+    model = settle(make(threshold=threshold, slope=slope)).eval()
+    seen = []
+    model.stages[0][0].shrinkage.register_forward_hook(lambda *call: seen.extend(call), with_kwargs=True)
+    with dk.record_tau(model) as taus:
+        model(torch.randn(2, 1, 64, dtype=torch.float64))
+    _, (z,), given, y = seen
+    wanted = dk.soft_threshold(z, taus["stages.0.0.shrinkage"], threshold=threshold, slope=slope)
+    torch.testing.assert_close(y, wanted + given["residual"])
+    assert all((m.threshold, m.slope) == (threshold, slope) for m in model.modules() if isinstance(m, Shrinkage))
+
+
+def test_the_baselines_of_the_class_have_its_layout_in_both_dimensions():
+    """docs/networks.md, "Layouts": by name, images get the authors' layout for CIFAR."""
+    for name, make in (("resnet", resnet), ("senet", senet), ("convnet", convnet)):
+        of_class, by_name = make(3, 10, dims=2), network(name, dims=2, in_channels=3, classes=10)
+        assert [len(stage) for stage in of_class.stages] == [4, 4, 4] and of_class.stem.out_channels == 4
+        assert [len(stage) for stage in by_name.stages] == [1, 1, 1] and by_name.stem.out_channels == 16
+
+
 def keys(module: nn.Module) -> set[str]:
     """Prefixes of the keys: the modules that have state."""
     return {key.rpartition(".")[0] for key in module.state_dict()}
@@ -294,6 +327,20 @@ def test_three_conditions(name, backend, seed):
         (lambda: network("resnet", attention="cw"), TypeError, "attention is what makes it 'resnet': None; got .*'cw'"),
         (lambda: network("convnet", shortcut="pad"), TypeError, "shortcut is what makes it 'convnet': None"),
         (lambda: network(depth=18), TypeError, "depth"),
+        (lambda: network(dims=[1]), ValueError, r"dims must be 1 or 2, got \[1\]"),
+        (lambda: network(dims=True), ValueError, "dims must be 1 or 2, got True"),
+        (lambda: network18(dims="2"), ValueError, "dims must be 1 or 2, got '2'"),
+        (lambda: network(stages=(4, 4, 2)), ValueError, r"stages must be a sequence of .*, got \(4, 4, 2\)"),
+        (lambda: network(stages=4), ValueError, r"stages must be a sequence of .*, got 4"),
+        (lambda: network(stem=4), ValueError, r"stem must be \(channels, stride\), got 4"),
+        (lambda: network(threshold="firm"), ValueError, "threshold must be 'soft' or 'hard', got 'firm'"),
+        (lambda: network(slope=1), ValueError, "slope must be a number from 0 to less than 1, got 1"),
+        (
+            lambda: network("senet", threshold="hard"),
+            ValueError,
+            "threshold and slope need a threshold, .* got attention='se', threshold='hard', slope=0.0",
+        ),
+        (lambda: network("resnet", slope=0.1), ValueError, "got attention=None, threshold='soft', slope=0.1"),
     ],
 )
 def test_errors(make, error, message):

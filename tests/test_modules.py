@@ -329,6 +329,19 @@ def test_soft_threshold_module_does_not_share_the_tensor_it_was_given():
         dk.SoftThreshold(tau[None])
 
 
+@pytest.mark.parametrize(
+    "options", [{"threshold": "hard"}, {"slope": 0.25}, {"threshold": "hard", "slope": 0.1}], ids=str
+)
+def test_soft_threshold_module_with_another_threshold(kernels, options):
+    module = dk.SoftThreshold([0.1, 0.2, 0.3], learnable=True, **options)
+    x = features((2, 3, 40))
+    assert torch.equal(module(x), dk.soft_threshold(x, module.tau.view(1, 3, 1), **options))
+    assert not torch.equal(module(x), dk.soft_threshold(x, module.tau.view(1, 3, 1)))
+    assert all(f"{name}={value!r}" in repr(module) for name, value in options.items())
+    with pytest.raises(ValueError, match="threshold must be 'soft' or 'hard', got 'firm'"):
+        dk.SoftThreshold(threshold="firm")
+
+
 def test_soft_threshold_module_loads_its_state():
     module = dk.SoftThreshold([0.1, 0.2])
     module.load_state_dict(dk.SoftThreshold([0.3, 0.4], learnable=True).state_dict())

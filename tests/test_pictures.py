@@ -62,6 +62,33 @@ def test_shares_of_zeros(made):
         assert all(0 <= unit[region] <= 1 for region in ("digit", "pasted", "background"))
 
 
+def test_shares_of_zeros_by_region(monkeypatch, tmp_path):
+    """Two images of 4 x 4, maps of 2 x 2: position (r, c) of a map covers the image's 2 x 2 pixels there."""
+    x = torch.zeros(2, 1, 4, 4)
+    x[0, 0, 0, :3] = 1  # the digit: two pixels of position (0, 0), one of (0, 1)
+    x[1, 0, 3, 3] = 1  # one of (1, 1)
+    x[1, 0, 0, 0] = 0.1  # too dark to count
+    images = x.clone()
+    images[0, 0, 2:, 0] = 0.5  # pasted: two pixels of (1, 0)
+    images[1, 0, 3, 2:] = 1  # one of (1, 1), beside the digit
+    zeros = torch.tensor([[[4, 1], [2, 0]], [[0, 3], [1, 2]]])  # of four channels
+    y = (torch.arange(4).view(1, 4, 1, 1) >= zeros.unsqueeze(1)).float()
+    seen = {"stages.0.0.shrinkage": pictures.Shrunk(y, torch.ones(2, 4), y, y)}
+    drawn = []
+    monkeypatch.setattr(pictures, "pasted", lambda x, generator: images)
+    monkeypatch.setattr(pictures, "observe", lambda model, part: seen)
+    monkeypatch.setattr(drawings, "zeroed", lambda path, images, small, maps, numbers: drawn.append((small, maps)))
+    found = pictures.zeroed(None, x, 0, tmp_path)["units"]["stages.0.0.shrinkage"]
+    assert found["digit"] == (4 + 4 + 1 + 2) / 4 / 4
+    assert found["pasted"] == (2 + 2 + 2) / 4 / 3
+    # everything else: 16 pixels of each image, four of a position
+    assert found["background"] == (4 * (4 + 1 + 2 + 0 + 0 + 3 + 1 + 2) - 11 - 6) / 4 / (32 - 4 - 3)
+    ((small, maps),) = drawn
+    assert torch.equal(small, (images - x)[:, 0] > 0)
+    enlarged = zeros.repeat_interleave(2, 1).repeat_interleave(2, 2) / 4
+    assert torch.equal(maps["stages.0.0.shrinkage"], enlarged)
+
+
 @pytest.mark.parametrize("shape", [(5, 1, 64), (5, 1, 16, 16)])
 def test_what_is_observed_is_what_the_shrinkages_do(shape):
     torch.manual_seed(0)
@@ -80,12 +107,28 @@ def test_what_is_observed_is_what_the_shrinkages_do(shape):
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_identity_is_not_part_of_what_is_observed():
+def test_a_unit_is_its_shrinkage_and_the_identity():
     torch.manual_seed(0)
-    unit = dk.models.ResidualShrinkageUnit(4, 4).eval()
+    unit = dk.models.ResidualShrinkageUnit(4, 8, 2).eval()
     x = torch.randn(2, 4, 32)
     seen = pictures.observe(unit, x)["shrinkage"]
-    torch.testing.assert_close(unit(x), seen.y + x)
+    assert torch.equal(seen.identity[:, 2:6], x[..., ::2]) and not seen.identity[:, [0, 1, 6, 7]].any()
+    torch.testing.assert_close(unit(x), seen.y + seen.identity)
+
+
+def test_the_signal_of_a_unit_is_in_a_channel_that_the_shortcut_carries(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    model = dk.models.network(stages=((2, 1, 1), (8, 1, 2)), stem=(2, 1))  # channels 3 and 4 of the second unit
+    drawn = []
+    monkeypatch.setattr(
+        drawings, "signal", lambda path, windows, shown, numbers, snr_db: drawn.append((windows, shown))
+    )
+    found = pictures.signal(model, torch.randn(3, 1, 64), 0, tmp_path)["units"]
+    assert found["stages.1.0.shrinkage"]["channel"] in (3, 4)
+    ((windows, shown),) = drawn
+    for name, unit in pictures.observe(model, windows.unsqueeze(1)).items():
+        for part in ("x", "tau", "y", "identity"):
+            assert torch.equal(getattr(shown[name], part), getattr(unit, part)[:, found[name]["channel"]])
 
 
 def test_derivatives():

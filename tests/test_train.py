@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import struct
@@ -155,6 +156,25 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path):
         new_run(tmp_path, lr=1e30).train()
 
 
+def test_no_checkpoint_holds_a_run_that_has_diverged(tmp_path, monkeypatch):
+    """Saved after every step: by a loss that is not finite, and by weights that were spoilt after one that was."""
+    (tmp_path / "loss").mkdir()
+    with pytest.raises(ValueError, match="the (loss became (nan|inf)|weights became NaN or Inf) in epoch 1"):
+        new_run(tmp_path / "loss", lr=1e6, save_seconds=0).train()
+    left = new_run(tmp_path / "loss")  # what there is to go on with
+    assert left.sums.isfinite().all() and all(p.isfinite().all() for p in left.network.parameters())
+
+    diverging = new_run(tmp_path, save_seconds=0)
+    weight = next(diverging.network.parameters())
+    with monkeypatch.context() as patch:
+        after(7, lambda: weight.data.fill_(math.nan), patch)
+        with pytest.raises(ValueError, match="the weights became NaN or Inf in epoch 2: lr 0.01 is too large"):
+            diverging.train()
+    continued = new_run(tmp_path)
+    assert (len(continued.history), continued.step) == (1, 1)
+    continued.train()
+
+
 def test_progress_lines_without_tqdm(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr("drsn_kernels.train.progress.LINE_SECONDS", 0)
@@ -295,7 +315,7 @@ def test_command_refuses_to_resume_something_else(tmp_path, speech, capsys):
     assert "continues a run with --epochs 1, got 2" in refused("--epochs", 2)
     assert "continues a run with --snr [-5.0, 5.0], got [0.0, 0.0]" in refused("--snr", "0")
     (speech / "low_ann_0.wav").unlink()
-    assert f"--data {speech} does not hold what the run in {out} was started with" in refused()
+    assert f"--data {speech} does not give the data that the run in {out} was started with" in refused()
     (out / "config.json").write_text("{")
     assert "config.json is damaged" in refused()
 

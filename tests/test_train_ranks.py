@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from torch import nn
-from train_jobs import new_run, trained_together
+from train_jobs import begun_together, new_run, trained_together
 
 from drsn_kernels.train.ranks import SharedBatchNorm, share_statistics
 
@@ -62,6 +62,13 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_process_may_go
     assert (state["epoch"], state["step"]) == (1, 4)
     continued = alone(tmp_path / "two")
     assert_close_runs(continued.network.state_dict(), continued.history, alone(tmp_path / "one"))
+
+
+def test_a_folder_that_cannot_be_made_ends_both(pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    first, second = pair.run(begun_together, tmp_path / "file" / "run")
+    assert "Not a directory" in first and "cannot be written by the first process" in second
+    assert pair.run(begun_together, tmp_path / "run") == ["", ""] and (tmp_path / "run" / "config.json").exists()
 
 
 def test_shared_statistics_are_batch_norm_in_eval_and_keep_parameters():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from drsn_kernels.models import parameter_groups, resnet
-from drsn_kernels.train import RandomNoise, Recipe, accuracy, epoch_batches, predict, train_epoch
+from drsn_kernels.train import RandomNoise, Recipe, accuracy, epoch_batches, predict, train_epoch, train_epochs
 
 
 def seeded(seed=0):
@@ -84,6 +84,8 @@ def test_an_epoch_holds_every_sample_once_and_follows_from_its_generator():
     again = epoch_batches(x, y, 100, generator=seeded(), noise=noise)
     assert all(torch.equal(a, b) for pair in zip(first, again, strict=True) for a, b in zip(*pair, strict=True))
     sizes = lambda n, batch: [len(y) for _, y in epoch_batches(x[:n], y[:n], batch, generator=generator)]  # noqa: E731
+    assert sizes(11, 2) == [2] * 5 and sizes(10, 3) == [3] * 3 and sizes(11, 3) == [3, 3, 3, 2]
+    assert sizes(12, 5) == [5, 5] and sizes(13, 5) == [5, 5, 3] and sizes(1, 5) == [1]
     assert sizes(249, 100) == [100, 100] and sizes(250, 100) == [100, 100, 50] and sizes(30, 100) == [30]
 
 
@@ -105,3 +107,19 @@ def test_train_epoch_is_sgd_on_the_mean_loss():
     with torch.no_grad():
         wanted = model(x).argmax(1)
     assert torch.equal(predict(model, x, batch=3), wanted) and accuracy(model, x, wanted) == 1.0
+
+
+def test_train_epochs_is_the_recipe():
+    x, y = torch.randn(10, 3, generator=seeded()), torch.arange(10) % 2
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(model.state_dict())
+    recipe, generator = Recipe(epochs=5, batch=4), seeded()
+    noise = RandomNoise("gaussian", (0.0, 5.0))
+    losses = list(train_epochs(recipe, model, x, y, generator=seeded(), noise=noise))
+    optimizer = recipe.optimizer(other)
+    schedule = recipe.schedule(optimizer)
+    wanted = []
+    for _ in range(5):
+        wanted.append(train_epoch(other, optimizer, x, y, 4, generator=generator, noise=noise))
+        schedule.step()
+    assert losses == wanted and torch.equal(model.weight, other.weight)

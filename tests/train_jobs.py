@@ -10,7 +10,7 @@ from torch import nn
 
 from drsn_kernels.data import Dataset
 from drsn_kernels.models import DRSN
-from drsn_kernels.train import RandomNoise, Recipe, run
+from drsn_kernels.train import RandomNoise, Recipe, command, run
 from drsn_kernels.train.ranks import Ranks
 from drsn_kernels.train.run import Run, Stopped
 
@@ -60,3 +60,12 @@ def trained_together(rank: int, out: Path, stop_after: int | None = None) -> tup
     finally:
         run.train_step, run.AGREE = real, agree
     return {name: t.clone() for name, t in ours.network.state_dict().items()}, ours.history, ended
+
+
+def begun_together(rank: int, out: Path) -> str:
+    """The error by which a rank of two ends where the folder of a run cannot be made."""
+    try:
+        command._begin(out, {"settings": {}}, Ranks(rank, 2, CPU))
+    except OSError as error:
+        return str(error)
+    return ""

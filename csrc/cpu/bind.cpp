@@ -62,7 +62,7 @@ void give_back(DLManagedTensor* tensor) {
 
 // An uninitialised tensor, as a DLPack capsule for torch.from_dlpack.
 py::capsule empty(int dtype, const py::tuple& shape, const py::tuple& strides) {
-  static constexpr DLDataType kinds[] = {{kDLFloat, 32, 1}, {kDLFloat, 64, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}};
+  static constexpr DLDataType kinds[] = {{kDLFloat, 32, 1}, {kDLFloat, 64, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}, {kDLInt, 32, 1}};
   auto* const owner = new FromArena{};
   const int rank = int(shape.size());
   int64_t items = 1;

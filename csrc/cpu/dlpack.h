@@ -7,7 +7,7 @@
 extern "C" {
 
 constexpr int32_t kDLCPU = 1;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4;
 
 struct DLDevice {
   int32_t device_type, device_id;

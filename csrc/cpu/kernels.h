@@ -135,9 +135,11 @@ template <bool CL, class S, class F> DRSN_INLINE void sum_rows(const Walk& w, S*
     Scratch<double> partial(samples * segments * channels);
     parallel(samples * segments, step * channels, [&, row](int64_t begin, int64_t end) {
       Scratch<S> sums(channels);
+      sums.clear(channels);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t n = t / segments, first = t % segments * step, last = min64(length, first + step);
         double* total = partial.data + t * channels;
+        std::memset(total, 0, size_t(channels) * sizeof(double));
         for (int64_t l = first; l < last; ++l) {
           row(n, l, int64_t(0), channels, (n * length + l) * row_bytes, sums.data);
           if ((l - first) % kFlush == kFlush - 1 || l == last - 1) {

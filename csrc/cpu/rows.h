@@ -27,14 +27,51 @@ inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class P> inline P* offset(P* p, int64_t bytes) { return p ? p + bytes : nullptr; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class S> struct Scratch {  // zero-filled memory
+// Memory of one call, uninitialised. Scratch of a thread is a stack that the thread keeps, up to 16 MiB: malloc maps blocks
+// of this size anew, or hands the top of the heap back, and page faults and unmapping beside a second thread cost as much
+// as a product of 128x256x256 (docs/measurements.md). What does not fit comes from malloc, and makes room for the next call.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kScratchKept = 0;  // so that an access beyond the end is seen
+#else
+constexpr size_t kScratchKept = 16 << 20;
+#endif
+struct ScratchStack {
+  char* base = nullptr;
+  size_t size = 0, used = 0, needed = 0;
+  ~ScratchStack() { std::free(base); }
+};
+inline ScratchStack& scratch_stack() {
+  static thread_local ScratchStack stack;
+  return stack;
+}
+
+template <class S> struct Scratch {
   S* data;
-  explicit Scratch(int64_t n) : data(static_cast<S*>(std::calloc(size_t(n ? n : 1), sizeof(S)))) {
+  explicit Scratch(int64_t n) {
+    ScratchStack& stack = scratch_stack();
+    bytes = (size_t(n) * sizeof(S) + 127) & ~size_t(63);
+    if (stack.used == 0 && stack.needed > stack.size && stack.needed <= kScratchKept) {
+      std::free(stack.base);
+      stack.base = static_cast<char*>(std::aligned_alloc(64, stack.needed));
+      stack.size = stack.base ? stack.needed : 0;
+    }
+    fits = stack.used + bytes <= stack.size;
+    data = static_cast<S*>(fits ? static_cast<void*>(stack.base + stack.used) : std::malloc(bytes));
     if (!data) out_of_memory();
+    stack.used += bytes;
+    stack.needed = size_t(max64(int64_t(stack.needed), int64_t(stack.used)));
   }
-  ~Scratch() { std::free(data); }
+  ~Scratch() {
+    scratch_stack().used -= bytes;
+    if (!fits) std::free(data);
+  }
+  void clear(int64_t n) { std::memset(static_cast<void*>(data), 0, size_t(n) * sizeof(S)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+
+ private:
+  size_t bytes;
+  bool fits;
 };
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {

@@ -77,13 +77,24 @@ def unsupported(x: torch.Tensor) -> str | None:
     return f"x has {x.dim()} dimensions, the cpu kernels take at most 8"
 
 
-_ARENA_BYTES = 2 << 20  # outputs from this size to _CACHE_BYTES take memory that is kept when they are freed: arena.h
+# From these sizes to _CACHE_BYTES tensors take memory that is kept when they are freed (arena.h): outputs, and planes,
+# averages and the gate's gradients. malloc may map blocks from 128 KiB on anew each time.
+_OUTPUT_BYTES, _INNER_BYTES = 2 << 20, 128 << 10
+_ARENA_DTYPES = _DTYPES | {torch.int32: 4}
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, kept_from: int) -> torch.Tensor:
+    if kept_from <= math.prod(shape) * dtype.itemsize <= _CACHE_BYTES:
+        return torch.from_dlpack(_cpu.empty(_ARENA_DTYPES[dtype], shape, strides))
+    return torch.empty_strided(shape, strides, dtype=dtype, device=_CPU)
 
 
 def _output(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    if _ARENA_BYTES <= math.prod(shape) * dtype.itemsize <= _CACHE_BYTES:
-        return torch.from_dlpack(_cpu.empty(_DTYPES[dtype], shape, strides))
-    return torch.empty_strided(shape, strides, dtype=dtype, device=_CPU)
+    return _empty(shape, strides, dtype, _OUTPUT_BYTES)
+
+
+def _inner(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return _empty(shape, strides, dtype, _INNER_BYTES)
 
 
 def empty_cache() -> None:
@@ -95,13 +106,11 @@ def empty_cache() -> None:
 # torch.empty_strided parses its arguments in 0.8 us, torch.empty in 1.3 us (2.1 us with a torch.Size)
 def _pooled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     n, c = shape[0], shape[1]
-    return torch.empty_strided(
-        (n, c), (c, 1), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=_CPU
-    )
+    return _inner((n, c), (c, 1), torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _planes(planes: int, words: int) -> torch.Tensor:
-    return torch.empty_strided((planes, words), (words, 1), dtype=torch.int32, device=_CPU)
+    return _inner((planes, words), (words, 1), torch.int32)
 
 
 def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -258,7 +267,7 @@ def standard_forward(
         tau = torch.empty_strided((n, columns), (columns, 1), dtype=acc, device=_CPU)
     # u, alpha and the statistics in one tensor: three allocations and a split less, 5 us of a call
     size = n * (hidden + outputs) + (2 * hidden if parts.batch_stats else 0)
-    state = torch.empty_strided((size,), (1,), dtype=acc, device=_CPU)
+    state = _inner((size,), (1,), acc)
     mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
     kept = Kept(bits, pooled, state, None, mean, var)
     added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
@@ -285,7 +294,7 @@ def standard_backward(
     shape, dense = geo
     outputs, hidden = parts.w2.shape
     dx = _output(shape, dense, dtype) if want[0] else None
-    grads = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=_CPU) if p is not None and wanted else None
+    grads = [_inner(p.shape, p.stride(), p.dtype) if p is not None and wanted else None
              for p, wanted in zip(parts[:6], want[1:], strict=True)]  # fmt: skip
     if tau_grad is not None:
         tau_grad = tau_grad.contiguous()

@@ -30,13 +30,13 @@ def saved_bytes(call: Call) -> int:
 
 @contextlib.contextmanager
 def _no_arena() -> Iterator[None]:
-    """Large outputs of the cpu backend come from torch's allocator too, which the profiler sees."""
-    kept = cpu._ARENA_BYTES
-    cpu._ARENA_BYTES = sys.maxsize
+    """What the cpu backend allocates comes from torch's allocator too, which the profiler sees."""
+    kept = cpu._OUTPUT_BYTES, cpu._INNER_BYTES
+    cpu._OUTPUT_BYTES = cpu._INNER_BYTES = sys.maxsize
     try:
         yield
     finally:
-        cpu._ARENA_BYTES = kept
+        cpu._OUTPUT_BYTES, cpu._INNER_BYTES = kept
 
 
 def launches_and_peak(call: Call, device: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What every data source returns: labelled signals or images, split into training and test data that share nothing."""
 
+import numbers
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,8 +39,19 @@ class Dataset:
 
 def standardise(x: torch.Tensor) -> torch.Tensor:
     """Give every row of (..., length) zero mean and unit variance; a constant row becomes zeros."""
-    x = x - x.mean(-1, keepdim=True)
+    constant = (x == x[..., :1]).all(-1, keepdim=True)  # its mean may round
+    # Scaled by a power of two, which rounds nothing, so that no square over- or underflows.
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
+    x = torch.ldexp(x, -exponent)
+    x = (x - x.mean(-1, keepdim=True)).masked_fill(constant, 0)
     return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def check_counts(low: int, **counts: int) -> None:
+    """ValueError naming the first that is not a whole number of at least `low`."""
+    for name, value in counts.items():
+        if not isinstance(value, numbers.Integral) or value < low:
+            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
 
 def existing_folder(folder: str | Path, contents: str) -> Path:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._dataset import Dataset, standardise
+from ._dataset import Dataset, check_counts, standardise
 
 SAMPLING_RATE = 12_000.0
 MODES_HZ = (2_150.0, 3_300.0)
@@ -227,16 +227,13 @@ def simulate_bearing(
     Raises:
         ValueError: a count below 1, or a length below 2.
     """
-    counts = {
-        "train_recordings": train_recordings,
-        "test_recordings": test_recordings,
-        "windows_per_recording": windows_per_recording,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if length < 2:
-        raise ValueError(f"length must be at least 2, got {length}")
+    check_counts(
+        1,
+        train_recordings=train_recordings,
+        test_recordings=test_recordings,
+        windows_per_recording=windows_per_recording,
+    )
+    check_counts(2, length=length)
     splits = []
     for recordings in (train_recordings, test_recordings):
         windows = [

@@ -2,7 +2,8 @@
 
 The files carry the names of the data set's index: fault, width in thousandths of an inch, for the outer race its
 position against the load zone, and the motor load in horsepower: IR007_0.mat, OR014@6_2.mat, B021_1.mat, and for the
-baseline Normal_0.mat. Source of the data: https://engineering.case.edu/bearingdatacenter
+baseline Normal_0.mat. Source of the data: https://engineering.case.edu/bearingdatacenter, which serves them under the
+numbers of the recordings: 105.mat for IR007_0.mat.
 
 The files do not hold their sampling rate. Faults are published at 12 kHz and at 48 kHz, the baseline at 48 kHz only.
 A recording lasts 5 to 10.3 s, so one of more than 15 s at 12 kHz is one at 48 kHz, and is decimated.
@@ -15,29 +16,50 @@ from pathlib import Path
 import torch
 
 from .._extras import require
-from ._dataset import Dataset, existing_folder, standardise
+from ._dataset import Dataset, check_counts, existing_folder, standardise
 
 SAMPLING_RATE = 12_000.0
 CLASS_NAMES = tuple(f"{fault}{width}" for fault in ("IR", "B", "OR") for width in ("007", "014", "021"))
 NORMAL = "normal"
 _NAME = re.compile(r"(?P<name>(?:IR|OR|B)\d{3}(?=@|_)|normal)(?:@\d+)?_(?P<load>\d)$", re.IGNORECASE)
+# The number of the recording at load 0; those at loads 1 to 3 follow. The baseline, and 12 kHz drive end.
+_FIRST = {
+    NORMAL: 97, "IR007": 105, "B007": 118, "OR007@6": 130, "IR014": 169, "B014": 185, "OR014@6": 197, "IR021": 209,
+    "B021": 222, "OR021@6": 234,
+}  # fmt: skip
+_NUMBERS = {f"{name}_{load}".upper(): first + load for name, first in _FIRST.items() for load in range(4)}
+_STEMS = {str(number): stem for stem, number in _NUMBERS.items()}
 _DECIMATION = 4  # from 48 kHz
 _LONGEST = round(15 * SAMPLING_RATE)
 _log = logging.getLogger("drsn_kernels")
 
 
+def _stem(path: Path) -> str:
+    """The file's name in the index, in capitals and without its end, also of a file that is named by its number."""
+    return _STEMS.get(path.stem, path.stem.upper())
+
+
 def _read(path: Path) -> torch.Tensor:
     """The drive-end acceleration of one file, float32 (samples,)."""
-    loadmat = require("scipy.io", "demo").loadmat
+    loadmat, asarray = require("scipy.io", "train").loadmat, require("numpy", "train").asarray
     try:
         contents = loadmat(path)
     except Exception as error:  # scipy raises half a dozen types here, zlib.error and struct.error among them
         raise ValueError(f"{path} cannot be read as a MATLAB file, so it may be truncated: {error}") from error
     channels = sorted(name for name in contents if name.endswith("_DE_time"))
+    own = f"X{_NUMBERS.get(_stem(path), 0):03d}_DE_time"
+    if own in channels:  # Normal_2.mat holds Normal_1's channels as well
+        channels = [own]
     if len(channels) != 1:
         found = ", ".join(sorted(name for name in contents if not name.startswith("__"))) or "nothing"
         raise ValueError(f"{path} must hold one drive-end channel, *_DE_time, but holds {found}")
-    signal = torch.as_tensor(contents[channels[0]].astype("float32")).flatten()
+    values = asarray(contents[channels[0]])
+    if values.dtype.kind not in "fiu" or values.size != max(values.shape, default=1):
+        raise ValueError(
+            f"{path} must hold real numbers in one row or column as its drive-end channel {channels[0]}, "
+            f"but holds {values.dtype} of shape {values.shape}"
+        )
+    signal = torch.as_tensor(values.astype("float32")).flatten()
     if not signal.isfinite().all():
         raise ValueError(f"{path} holds NaN or Inf in its drive-end channel {channels[0]}")
     return signal
@@ -50,21 +72,22 @@ def _select(folder: Path, loads: tuple[int, ...], normal: bool) -> tuple[dict[Pa
     chosen: dict[Path, str] = {}
     other, seen = [], {}
     for path in files:
-        match = _NAME.match(path.stem)
+        stem = _stem(path)
+        match = _NAME.match(stem)
         name = known.get(match["name"].upper()) if match else None
         if name is None or int(match["load"]) not in loads:
             other.append(path.name)
-        elif path.stem.upper() in seen:
+        elif stem in seen:
             raise ValueError(
                 f"folder must hold one recording of each name, such as the 12 kHz drive-end set alone, "
-                f"but holds {seen[path.stem.upper()]} and {path}"
+                f"but holds {seen[stem]} and {path}"
             )
         else:
-            seen[path.stem.upper()] = path
+            seen[stem] = path
             chosen[path] = name
     if not chosen:
         raise ValueError(
-            f"folder must hold CWRU recordings named like IR007_0.mat, OR014@6_2.mat or B021_1.mat, "
+            f"folder must hold CWRU recordings named like IR007_0.mat, OR014@6_2.mat or 105.mat, "
             f"but {folder} has none among its {len(files)} .mat files"
         )
     notes = []
@@ -80,7 +103,7 @@ def _select(folder: Path, loads: tuple[int, ...], normal: bool) -> tuple[dict[Pa
 
 def _at_12_khz(parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Every part low-pass filtered below 6 kHz without phase shift and decimated by 4, apart from the others."""
-    resample_poly = require("scipy.signal", "demo").resample_poly
+    resample_poly = require("scipy.signal", "train").resample_poly
     # "line": a part begins and ends at its own level, not in a step from zero
     return [torch.from_numpy(resample_poly(part.numpy(), 1, _DECIMATION, padtype="line")).float() for part in parts]
 
@@ -103,12 +126,15 @@ def load_cwru(
 
     Args:
         folder: searched with its sub-folders for files named like IR007_0.mat, OR014@6_2.mat, B021_1.mat; the
-            outer race's position (@3, @6, @12) is not part of the class.
+            outer race's position (@3, @6, @12) is not part of the class. Or named by the recordings' numbers, as the
+            source serves them: for loads 0 to 3 the baseline 97 to 100 (48 kHz), and at 12 kHz IR007 105 to 108, B007
+            118 to 121, OR007@6 130 to 133, IR014 169 to 172, B014 185 to 188, OR014@6 197 to 200, IR021 209 to 212,
+            B021 222 to 225, OR021@6 234 to 237; other numbers are left out.
         length: samples a window.
         stride: samples from one training window to the next; below `length` they overlap.
         train_fraction: part of each recording that is for training, between 0 and 1.
         loads: motor loads in horsepower to use.
-        normal: use the baseline Normal_0.mat ... as class "normal", where the folder has it.
+        normal: use the baseline Normal_0.mat (97.mat) ... as class "normal", where the folder has it.
 
     Returns:
         Dataset with x (N, 1, length) and classes IR007 ... OR021, then "normal" where it is used. What was left out or
@@ -117,12 +143,10 @@ def load_cwru(
     Raises:
         ImportError: scipy is missing.
         FileNotFoundError, NotADirectoryError: `folder`.
-        ValueError: no such files; a file that cannot be read, has no drive-end channel, or is too short for a
-            window on both sides of the split (the message names the file); a number out of range.
+        ValueError: no such files; a file that cannot be read, has no drive-end channel of real numbers, or is too
+            short for a window on both sides of the split (the message names the file); a number out of range.
     """
-    for name, value in (("length", length), ("stride", stride)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_counts(1, length=length, stride=stride)
     if not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction must lie between 0 and 1, got {train_fraction}")
     folder = existing_folder(folder, "CWRU .mat files")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._dataset import Dataset, existing_folder, standardise
+from ._dataset import Dataset, check_counts, existing_folder, standardise
 
 _NAME = re.compile(r"(?P<label>.+)_(?P<speaker>[^_]+)_(?P<take>\d+)$")
 _SAMPLES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes a sample
@@ -81,6 +81,8 @@ class LogMel(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] % self.hop:
             raise ValueError(f"x must have shape (N, 1, a multiple of {self.hop}), got {tuple(x.shape)}")
+        if not len(x):  # an FFT of nothing is an error
+            return x.new_empty(0, 1, self.mels, x.shape[2] // self.hop)
         # Frame k is centred on the middle of hop k: half a hop of zeros on both sides.
         padded = F.pad(x.squeeze(1), (self.hop // 2, self.hop - self.hop // 2))
         frames = padded.unfold(-1, 2 * self.hop, self.hop) * self.window
@@ -94,8 +96,9 @@ def _read(path: Path) -> tuple[torch.Tensor, int]:
         with wave.open(str(path), "rb") as file:
             channels, width, rate, frames = file.getparams()[:4]
             content = file.readframes(frames)
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a PCM .wav file: {error or 'it ends too early'}") from error
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last two without a text
+        reason = str(error) or "it is truncated or damaged"
+        raise ValueError(f"{path} cannot be read as a PCM .wav file: {reason}") from error
     if width not in _SAMPLES:
         raise ValueError(f"{path} must have 8, 16 or 32 bits a sample, but has {8 * width}")
     if not frames or len(content) != frames * channels * width:
@@ -169,14 +172,15 @@ def load_speech(
         ValueError: no such files; a file that is truncated, silent, no PCM or of another sampling rate (the message
             names the file); a speaker who is not there; nothing left to train on or to test; a number out of range.
     """
-    for name, value in (("frames", frames), ("mels", mels)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_counts(1, frames=frames, mels=mels)
     chosen, notes = _select(existing_folder(folder, "recordings LABEL_SPEAKER_TAKE.wav"))
     speakers = sorted({match["speaker"] for match in chosen.values()})
     unknown = sorted(set(test_speakers) - set(speakers))
     if unknown:
-        raise ValueError(f"test_speakers must be among {', '.join(speakers)}, got {', '.join(unknown)}")
+        raise ValueError(
+            f"folder must hold recordings of the test speakers {', '.join(unknown)}, "
+            f"but {folder} has those of {', '.join(speakers)}"
+        )
 
     class_names = tuple(sorted({match["label"] for match in chosen.values()}))
     clips: dict[bool, list[torch.Tensor]] = {True: [], False: []}
@@ -187,9 +191,14 @@ def load_speech(
         if rate is None:
             rate, hop = found, round(found * hop_seconds)
             if hop < 2:
-                raise ValueError(f"hop_seconds must be at least two samples at {rate} Hz, got {hop_seconds}")
+                raise ValueError(
+                    f"hop_seconds must be at least two samples at {rate} Hz, the rate of {path}, got {hop_seconds}"
+                )
         if found != rate:
-            raise ValueError(f"folder must hold recordings of one sampling rate, but {path} has {found} Hz, not {rate}")
+            raise ValueError(
+                f"folder must hold recordings of one sampling rate, but {path} has {found} Hz, not {rate} "
+                f"as {next(iter(chosen))}"
+            )
         test = match["speaker"] in test_speakers if test_speakers else int(match["take"]) in test_takes
         clip = _fit_length(signal, frames * hop)
         if not clip.any():

@@ -17,7 +17,7 @@ from ..data import Dataset
 from ..models import paper_network
 from ..modules import record_tau
 from ..noise import add_noise
-from ..train import Recipe, accuracy, train_epoch
+from ..train import Recipe, accuracy, train_epochs
 from . import plots
 
 SNR_DB = (-5.0, -3.0, 0.0, 3.0, 5.0)
@@ -81,18 +81,13 @@ def train(
     device of the model.
     """
     generator = torch.Generator().manual_seed(seed)
-    recipe = Recipe(epochs)
-    optimizer = recipe.optimizer(model)
-    schedule = recipe.schedule(optimizer)
     levels = torch.tensor(snr_db)
 
     def noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return noisy(x, levels[torch.randint(len(levels), (len(x),), generator=generator)], generator)
 
-    for _ in _progress(epochs, label):
-        loss = train_epoch(model, optimizer, x, y, recipe.batch, generator=generator, noise=noise)
-        schedule.step()
-    return loss
+    losses = train_epochs(Recipe(epochs), model, x, y, generator=generator, noise=noise)
+    return [loss for _, loss in zip(_progress(epochs, label), losses, strict=True)][-1]
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ class DRSN(nn.Module):
         classes: number of outputs (logits).
         stages: (channels, units, stride of the first unit) for each stage.
         stem: (channels, stride) of the first convolution.
-        dims, kernel_size, attention, order, shortcut, reduction, norm: as in :class:`ResidualShrinkageUnit`.
+        dims, kernel_size, attention, order, shortcut, reduction, norm, threshold, slope: as in
+            :class:`ResidualShrinkageUnit`.
 
     Shapes:
         (N, in_channels, *lengths) -> (N, classes).
@@ -49,13 +50,17 @@ class DRSN(nn.Module):
         shortcut: str | None = "pad",
         reduction: int = 1,
         norm: bool = True,
+        threshold: str = "soft",
+        slope: float = 0.0,
     ) -> None:
         super().__init__()
         check_count(in_channels=in_channels, classes=classes)
-        check_options(dims, kernel_size, attention, order, shortcut, reduction)
-        if len(stem) != 2:
+        check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope)
+        if not isinstance(stem, Sequence) or len(stem) != 2:
             raise ValueError(f"stem must be (channels, stride), got {stem!r}")
-        if not stages or any(len(stage) != 3 for stage in stages):
+        if not (isinstance(stages, Sequence) and stages) or any(
+            not isinstance(stage, Sequence) or len(stage) != 3 for stage in stages
+        ):
             raise ValueError(f"stages must be a sequence of (channels, units, stride), got {stages!r}")
         channels, stride = stem
         check_count(stem_channels=channels, stem_stride=stride)
@@ -66,7 +71,7 @@ class DRSN(nn.Module):
         )
         self.stem = conv if order == "pre" else nn.Sequential(conv, BATCH_NORM[dims](channels), nn.ReLU())
         options = {"dims": dims, "kernel_size": kernel_size, "attention": attention, "order": order}
-        options |= {"shortcut": shortcut, "reduction": reduction, "norm": norm}
+        options |= {"shortcut": shortcut, "reduction": reduction, "norm": norm, "threshold": threshold, "slope": slope}
         layers = []
         for stage_channels, units, stage_stride in stages:
             check_count(units=units)
@@ -114,7 +119,7 @@ _NETWORKS = {
 }
 NAMES = tuple(_NETWORKS)
 
-_CIFAR = {"stages": ((16, 1, 1), (32, 1, 2), (32, 1, 2)), "stem": (16, 1), "dims": 2, "reduction": 4}
+_CIFAR = {"stages": ((16, 1, 1), (32, 1, 2), (32, 1, 2)), "stem": (16, 1), "reduction": 4}
 _18_LAYERS = {  # 16 of them in the units
     "stages": ((64, 2, 1), (128, 2, 2), (256, 2, 2), (512, 2, 2)),
     "stem": (64, 1),
@@ -141,7 +146,7 @@ def network(name: str = "drsn-cw", *, dims: int = 1, in_channels: int = 1, class
         dims: 1, :func:`paper_network`'s layout, or 2, :func:`cifar_network`'s.
         in_channels, classes: of the input, of the output.
         options: other keyword arguments of :class:`DRSN`, instead of the layout's: stages, stem, kernel_size, order,
-            reduction, norm, and shortcut ("convnet" has none).
+            reduction, norm, shortcut ("convnet" has none), and threshold and slope ("drsn-cs" and "drsn-cw" only).
 
     Raises:
         TypeError, ValueError: an argument outside the above.
@@ -150,9 +155,7 @@ def network(name: str = "drsn-cw", *, dims: int = 1, in_channels: int = 1, class
 
         network("resnet", dims=2, in_channels=3, classes=10, stages=((32, 3, 1), (64, 3, 2)), order="post")
     """
-    if dims not in CONV:
-        raise ValueError(f"dims must be 1 or 2, got {dims!r}")
-    return _build(name, in_channels, classes, _CIFAR if dims == 2 else {}, options)
+    return _build(name, in_channels, classes, (_CIFAR if dims == 2 else {}) | {"dims": dims}, options)
 
 
 def paper_network(name: str = "drsn-cw", classes: int = 8) -> DRSN:
@@ -186,17 +189,20 @@ def network18(name: str = "drsn-cw", *, dims: int = 1, in_channels: int = 1, cla
 
 
 def resnet(in_channels: int = 1, classes: int = 8, **options) -> DRSN:
-    """The DRSN without shrinkage: a ResNet. Takes the other keyword arguments of :class:`DRSN`."""
+    """The DRSN without shrinkage: a ResNet. Takes the other keyword arguments of :class:`DRSN`, with its defaults.
+
+    So its layout is the paper's for ``dims=2`` too, where ``network("resnet", dims=2)`` has the authors' for CIFAR.
+    """
     return _build("resnet", in_channels, classes, {}, options)
 
 
 def senet(in_channels: int = 1, classes: int = 8, **options) -> DRSN:
-    """The DRSN with a squeeze-and-excitation instead of the shrinkage. Takes the keyword arguments of :class:`DRSN`."""
+    """The DRSN with a squeeze-and-excitation instead of the shrinkage. Layout and arguments: as in :func:`resnet`."""
     return _build("senet", in_channels, classes, {}, options)
 
 
 def convnet(in_channels: int = 1, classes: int = 8, **options) -> DRSN:
-    """The ResNet without shortcuts: a plain ConvNet. Takes the other keyword arguments of :class:`DRSN`."""
+    """The ResNet without shortcuts: a plain ConvNet. Layout and arguments: as in :func:`resnet`."""
     return _build("convnet", in_channels, classes, {}, options)
 
 

@@ -8,17 +8,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modules import Shrinkage, SqueezeExcite
+from ..ops import checks
+from ..reference import SOFT
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 # What a unit applies to its last convolution's output: (channels, reduction=, norm=) -> module with
 # forward(x, residual=None). The gates are the same, so that networks differ in what the gate's output does to x.
+# Those of THRESHOLDS also take threshold= and slope=.
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "cw": partial(Shrinkage, average="channel"),
     "cs": partial(Shrinkage, average="sample"),
     "se": SqueezeExcite,
 }
+THRESHOLDS = ("cw", "cs")
 ORDERS = ("pre", "post")
 SHORTCUTS = ("pad", "projection")
 
@@ -38,9 +42,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], none: bool 
 
 
 def check_options(
-    dims: int, kernel_size: int, attention: str | None, order: str, shortcut: str | None, reduction: int
+    dims: int,
+    kernel_size: int,
+    attention: str | None,
+    order: str,
+    shortcut: str | None,
+    reduction: int,
+    threshold: str,
+    slope: float,
 ) -> None:
-    if dims not in CONV:
+    if not isinstance(dims, int) or isinstance(dims, bool) or dims not in CONV:
         raise ValueError(f"dims must be 1 or 2, got {dims!r}")
     check_count(kernel_size=kernel_size, reduction=reduction)
     if kernel_size % 2 == 0:  # only odd kernels keep the lengths of both branches equal
@@ -48,6 +59,11 @@ def check_options(
     check_choice("attention", attention, tuple(ATTENTION), none=True)
     check_choice("order", order, ORDERS)
     check_choice("shortcut", shortcut, SHORTCUTS, none=True)
+    if checks.rule(threshold, slope) != SOFT and attention not in THRESHOLDS:
+        raise ValueError(
+            f"threshold and slope need a threshold, attention 'cw' or 'cs'; "
+            f"got attention={attention!r}, threshold={threshold!r}, slope={slope}"
+        )
 
 
 def check_input(x: torch.Tensor, channels: int, dims: int) -> None:
@@ -107,6 +123,7 @@ class ResidualShrinkageUnit(nn.Module):
         shortcut: "pad" (the paper): subsampling and channels of zeros, no weights. "projection" (the ports): 1x1
             convolution and BN where the shape changes. None: no shortcut, with ``attention=None`` a plain ConvNet's.
         reduction, norm: of the attention's gate: hidden width channels // reduction, with BN or without.
+        threshold, slope: as in :func:`drsn_kernels.soft_threshold`, for "cw" and "cs": "hard", or leaky.
 
     Shapes:
         (N, in_channels, *lengths) -> (N, out_channels, *ceil(lengths / stride)).
@@ -128,10 +145,12 @@ class ResidualShrinkageUnit(nn.Module):
         shortcut: str | None = "pad",
         reduction: int = 1,
         norm: bool = True,
+        threshold: str = "soft",
+        slope: float = 0.0,
     ) -> None:
         super().__init__()
         check_count(in_channels=in_channels, out_channels=out_channels, stride=stride)
-        check_options(dims, kernel_size, attention, order, shortcut, reduction)
+        check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope)
         self.in_channels, self.out_channels, self.stride, self.dims = in_channels, out_channels, stride, dims
         self.attention, self.order = attention, order
         conv = partial(CONV[dims], kernel_size=kernel_size, padding=kernel_size // 2, bias=order == "pre")
@@ -142,7 +161,10 @@ class ResidualShrinkageUnit(nn.Module):
         else:
             layers = [first, batch_norm(out_channels), nn.ReLU(), second, batch_norm(out_channels)]
         self.residual_function = nn.Sequential(*layers)
-        self.shrinkage = ATTENTION[attention](out_channels, reduction=reduction, norm=norm) if attention else None
+        options = {"reduction": reduction, "norm": norm}
+        if attention in THRESHOLDS:
+            options |= {"threshold": threshold, "slope": slope}
+        self.shrinkage = ATTENTION[attention](out_channels, **options) if attention else None
         self.shortcut: nn.Module | None = None
         if shortcut == "pad":
             self.shortcut = PadShortcut(in_channels, out_channels, stride)

@@ -17,8 +17,8 @@ from ..models import network
 from . import files
 from .arguments import DEFAULTS
 from .ranks import Ranks, join, leave
-from .recipe import RandomNoise, Recipe, predict
-from .run import Run, Stopped
+from .recipe import RandomNoise, Recipe, least_batch, predict
+from .run import CHECKPOINT, Run, Stopped
 
 CONFIG, RESULTS = "config.json", "results.json"
 DIMS = {"vibration": 1, "speech": 2, "image": 2}  # of what the network sees
@@ -35,18 +35,25 @@ def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
         given["data"] = str(given["data"].resolve())
     given = json.loads(json.dumps(given))
     path = options.out / CONFIG
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {options.out}")
     if not options.resume:
         if path.exists():
             raise ValueError(
                 f"--out {options.out} already holds a run: continue it with --resume, or name another folder"
             )
+        if (options.out / CHECKPOINT).exists():
+            raise ValueError(
+                f"--out {options.out} already holds a {CHECKPOINT} without its {CONFIG}: name another folder"
+            )
         return json.loads(json.dumps(DEFAULTS)) | given, None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        settings = config["settings"]
+        settings = {name: config["settings"][name] for name in DEFAULTS}
+        config["data"]["crc32"]
     except FileNotFoundError:
         raise ValueError(f"--resume needs a run in --out, but {options.out} has no {CONFIG}") from None
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     for name, value in given.items():
         if name != "data" and value != settings[name]:  # the folder may have moved; its contents are compared
@@ -65,6 +72,8 @@ def _check(settings: dict) -> None:
     for name, belongs in (("test_speakers", "speech"), ("without_normal", "vibration")):
         if settings[name] and task != belongs:
             raise ValueError(f"{_flag(name)} belongs to --task {belongs}, got --task {task}")
+    if not 0 <= settings["seed"] < 2**63:
+        raise ValueError(f"--seed must be a whole number from 0 to 2^63 - 1, got {settings['seed']}")
     for module in ("numpy", "matplotlib"):
         require(module, "train")
 
@@ -76,7 +85,12 @@ def _load(settings: dict) -> Dataset:
     if task == "image":
         return load_digits() if folder is None else load_idx(folder)
     if folder is None:
-        return simulate_bearing(generator=torch.Generator().manual_seed(settings["seed"]))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the last bits of a product of spectra, and so the checksum, depend on their number
+        try:
+            return simulate_bearing(generator=torch.Generator().manual_seed(settings["seed"]))
+        finally:
+            torch.set_num_threads(threads)
     return load_cwru(folder, normal=not settings["without_normal"])
 
 
@@ -88,6 +102,18 @@ def _checksum(data: Dataset) -> int:
     return checksum
 
 
+def _check_silence(data: Dataset, settings: dict) -> None:
+    """No sample may be zero throughout where noise has an SNR."""
+    for part, x in (("training", data.train_x), ("test", data.test_x)):
+        silent = ~x.flatten(1).any(1)
+        if silent.any():
+            source = "" if settings["data"] is None else f" of --data {settings['data']}"
+            raise ValueError(
+                f"--noise {settings['noise']} needs samples that are not zero throughout, but {part} sample "
+                f"{int(silent.nonzero()[0])}{source} is: leave it out, or train with --noise none"
+            )
+
+
 def _describe(data: Dataset) -> dict:
     return {
         "description": data.description,
@@ -97,6 +123,20 @@ def _describe(data: Dataset) -> dict:
         "test_samples": len(data.test_x),
         "crc32": _checksum(data),
     }
+
+
+def _begin(out: Path, config: dict | None, ranks: Ranks) -> None:
+    """Make the folder, by the first process, and write the config.json of a new run; all end where that fails."""
+    error = None
+    if ranks.first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if config is not None:
+                files.write_json(out / CONFIG, config)
+        except OSError as found:
+            error = found
+    if ranks.highest([int(error is not None)])[0]:
+        raise error or OSError(f"--out {out} cannot be written by the first process")
 
 
 def _finish(run: Run, settings: dict, out: Path, parameters: int) -> dict:
@@ -135,22 +175,17 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     if not options.save_minutes >= 0:
         raise ValueError(f"--save-minutes must be at least 0, got {options.save_minutes}")
     data = _load(settings)
-    smallest = min(recipe.batch // 2, len(data.train_x), len(data.test_x))
+    smallest = min(least_batch(recipe.batch), len(data.train_x), len(data.test_x))
     if smallest < ranks.world:
         raise ValueError(
             f"every process needs a sample of each batch: {ranks.world} are too many for {smallest} samples"
         )
     found = _describe(data)
-    if config is not None and settings["data"] is not None and found["crc32"] != config["data"]["crc32"]:
-        raise ValueError(f"--data {settings['data']} does not hold what the run in {options.out} was started with")
-    ranks.wait()  # all have looked whether there is a run
-    if ranks.first:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if config is None:
-            files.write_json(
-                options.out / CONFIG,
-                {"settings": settings, "data": found, "processes": ranks.world, "environment": info.collect()},
-            )
+    if config is not None and found["crc32"] != config["data"]["crc32"]:
+        source = f"--task {settings['task']}" if settings["data"] is None else f"--data {settings['data']}"
+        raise ValueError(f"{source} does not give the data that the run in {options.out} was started with")
+    if noise is not None:
+        _check_silence(data, settings)
 
     torch.manual_seed(settings["seed"])
     dims, channels, classes = DIMS[settings["task"]], data.train_x.shape[1], len(data.class_names)
@@ -159,7 +194,12 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     test_x = data.test_x
     if noise is not None:  # the same at every epoch, and for every model
         test_x = noise(test_x, torch.Generator().manual_seed(settings["seed"] + 1))
-    ranks.wait()  # the folder is there
+    # Last, so that what is wrong with the options leaves no folder behind.
+    ranks.wait()  # all have looked whether there is a run
+    new = config is None
+    if new:
+        config = {"settings": settings, "data": found, "processes": ranks.world, "environment": info.collect()}
+    _begin(options.out, config if new else None, ranks)
     run = Run(
         net, data, recipe, noise=noise, test_x=test_x, seed=settings["seed"], out=options.out, ranks=ranks,
         save_seconds=60 * options.save_minutes,
@@ -173,7 +213,7 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
             f"noise: {settings['noise']}{snr}",
             flush=True,
         )
-        if config is not None:
+        if not new and len(run.history) < recipe.epochs:
             print(f"continuing in epoch {len(run.history) + 1} after {run.step} steps", flush=True)
     run.train()
     if ranks.first:

@@ -7,7 +7,7 @@ epochs, batches of 128, weight decay 1e-4 on the weights of convolutions and lin
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +89,19 @@ class RandomNoise:
         return add_noise(x, snr, self.kind, generator)
 
 
+def least_batch(batch: int) -> int:
+    """The fewest samples in the last of several batches: half of one, and two, which batch statistics need."""
+    return max(2, (batch + 1) // 2)
+
+
 def epoch_batches(
     x: torch.Tensor, y: torch.Tensor, batch: int, *, generator: torch.Generator, noise: Noise | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of one epoch, in an order from the generator and with fresh noise on all of x.
 
-    A last batch of less than half the size is left out (unless it is the only one): a few samples are too few for
-    batch statistics. Nothing else draws from the generator, so its state at the start decides the epoch.
+    A last batch of less than half the size, or of one sample, is left out (unless it is the only one): a few samples
+    are too few for batch statistics. Nothing else draws from the generator, so its state at the start decides the
+    epoch.
 
     Args:
         x, y: (N, *shape) and int64 (N,), on the CPU.
@@ -106,7 +112,7 @@ def epoch_batches(
     order = torch.randperm(len(x), generator=generator)
     inputs = x if noise is None else noise(x, generator)
     batches = list(zip(inputs[order].split(batch), y[order].split(batch), strict=True))
-    if len(batches) > 1 and len(batches[-1][0]) < batch // 2:
+    if len(batches) > 1 and len(batches[-1][0]) < least_batch(batch):
         batches.pop()
     return batches
 
@@ -144,15 +150,6 @@ def train_epoch(
 
     A model whose data have a transform is trained as ``nn.Sequential(data.transform, network)``, because noise belongs
     on the signal before it.
-
-    Example::
-
-        recipe, generator = Recipe(epochs=40), torch.Generator().manual_seed(0)
-        optimizer = recipe.optimizer(model)
-        schedule = recipe.schedule(optimizer)
-        for _ in range(recipe.epochs):
-            train_epoch(model, optimizer, x, y, recipe.batch, generator=generator, noise=RandomNoise("pink", (0, 0)))
-            schedule.step()
     """
     model.train()
     batches = epoch_batches(x, y, batch, generator=generator, noise=noise)
@@ -160,6 +157,30 @@ def train_epoch(
     for inputs, targets in batches:
         total += train_step(model, optimizer, inputs, targets)[0]
     return float(total) / len(batches)
+
+
+def train_epochs(
+    recipe: Recipe,
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    generator: torch.Generator,
+    noise: Noise | None = None,
+) -> Iterator[float]:
+    """Train by the recipe, yielding each epoch's loss (see :func:`train_epoch`); an epoch runs when it is asked for.
+
+    Example::
+
+        generator, noise = torch.Generator().manual_seed(0), RandomNoise("pink", (0, 0))
+        for loss in train_epochs(Recipe(epochs=40), model, x, y, generator=generator, noise=noise):
+            print(loss)
+    """
+    optimizer = recipe.optimizer(model)
+    schedule = recipe.schedule(optimizer)
+    for _ in range(recipe.epochs):
+        yield train_epoch(model, optimizer, x, y, recipe.batch, generator=generator, noise=noise)
+        schedule.step()
 
 
 @torch.no_grad()

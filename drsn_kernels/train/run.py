@@ -87,7 +87,7 @@ class Run:
         self.history: list[dict] = []
         self._begin_epoch()
         if (out / CHECKPOINT).exists():
-            self._load(files.read_checkpoint(out / CHECKPOINT))
+            self._load(out / CHECKPOINT)
 
     def _begin_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
@@ -114,7 +114,16 @@ class Run:
             }
             files.write_checkpoint(self.out / CHECKPOINT, state)
 
-    def _load(self, state: dict) -> None:
+    def _load(self, path: Path) -> None:
+        """Continue what the checkpoint holds; ValueError naming it where that is no state of this run."""
+        state = files.read_checkpoint(path)
+        try:
+            self._restore(state)
+        except Exception as error:  # what is missing or of another kind fails in as many ways as there are parts
+            reason = str(error).split("\n")[0].rstrip(":")
+            raise ValueError(f"{path} does not fit this run: {type(error).__name__}: {reason}") from error
+
+    def _restore(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         self.data.transform.load_state_dict(state["transform"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -130,7 +139,7 @@ class Run:
 
         Raises:
             Stopped: after SIGINT or SIGTERM; the checkpoint is written.
-            ValueError: the loss is not finite any more; the checkpoint is that of the epoch before.
+            ValueError: loss or weights are not finite any more; no checkpoint is written from then on.
         """
         parallel = self.ranks.parallel(self.model)
         with caught_signals() as signals:
@@ -163,6 +172,7 @@ class Run:
                 asked = self.ranks.world == 1 or self.step % AGREE == 0 or seen == total
                 stop, save = self._agree(signals, now - saved > self.save_seconds) if asked else (0, False)
                 if (stop or save) and seen < total:
+                    self._finite_means(seen)
                     self._save()
                     saved = now
                 if stop:
@@ -181,11 +191,20 @@ class Run:
         loss, right = sums.tolist()
         return loss / self.step, right / samples
 
+    def _finite_means(self, samples: int) -> tuple[float, float]:
+        """Mean loss and accuracy over all ranks; ValueError, on all of them, where training has diverged."""
+        loss, accuracy = self._means(self.ranks.total(self.sums), samples)
+        # The last step may have spoilt the weights after a loss that was finite.
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.network.parameters())
+        if not (finite and math.isfinite(loss)):
+            what = "the weights became NaN or Inf" if math.isfinite(loss) else f"the loss became {loss}"
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise ValueError(f"{what} in epoch {len(self.history) + 1}: lr {lr:g} is too large for this task")
+        return loss, accuracy
+
     def _end_epoch(self, samples: int) -> None:
         epoch, lr = len(self.history) + 1, self.optimizer.param_groups[0]["lr"]
-        loss, train_accuracy = self._means(self.ranks.total(self.sums), samples)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss became {loss} in epoch {epoch}: lr {lr:g} is too large for this task")
+        loss, train_accuracy = self._finite_means(samples)
         row = {
             "epoch": epoch,
             "lr": lr,
