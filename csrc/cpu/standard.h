@@ -83,7 +83,7 @@ template <class S> void backward_as(const StandardBackwardArgs& args) {
       gate.threshold_grad(i, dtau.data + i * c, tau_grad ? tau_grad + i * (gate.one_tau() ? 1 : c) : nullptr, dz.data + i * o,
                           around.data + i * c);
   });
-  product<S>({o, dz.data, o, 1, in<S>(a.w2), h, nullptr, du.data, h}, n, h);
+  product<S>({o, dz.data, o, 1, in<S>(a.w2), h, 1, nullptr, 0, du.data, h}, n, h);
   Scratch<S> unwanted(3 * h);
   const auto wanted = [&](void* p, int64_t i) { return p ? out<S>(p) : unwanted.data + i * h; };
   gate.norm_grad(du.data, v.data, wanted(args.db1, 0), wanted(args.dgamma, 1), wanted(args.dbeta, 2));
@@ -93,17 +93,17 @@ template <class S> void backward_as(const StandardBackwardArgs& args) {
     sum_column<1, S>(n, sums, [&](int64_t i, V* s) DRSN_LAMBDA { s[0] = s[0] + load<V>(dz.data + i * o + j, lanes); });
     Gate<S>::take(sums[0], out<S>(args.db2) + j, lanes);
   });
-  if (args.dw2) product<S>({n, dz.data, 1, o, v.data, h, nullptr, out<S>(args.dw2), h}, o, h);
+  if (args.dw2) product<S>({n, dz.data, 1, o, v.data, h, 1, nullptr, 0, out<S>(args.dw2), h}, o, h);
   if (args.dw1) {
     // Behind batch statistics the sum of du over the batch is 0 but for rounding, which A, nearly the same for every sample,
     // would multiply: A less its mean gives the same gradient, more exactly.
     Scratch<S> centred(a.batch_stats ? n * c : 0);
     if (a.batch_stats) gate.centre_pooled(centred.data);
-    product<S>({n, du.data, 1, h, a.batch_stats ? centred.data : in<S>(a.pooled), c, nullptr, out<S>(args.dw1), c}, h, c);
+    product<S>({n, du.data, 1, h, a.batch_stats ? centred.data : in<S>(a.pooled), c, 1, nullptr, 0, out<S>(args.dw1), c}, h, c);
   }
   if (!args.dx.dx) return;
   // dA, where the direct part lies
-  product<S>({h, du.data, h, 1, in<S>(a.w1), c, around.data, around.data, c}, n, c);
+  product<S>({h, du.data, h, 1, in<S>(a.w1), c, 1, around.data, c, around.data, c}, n, c);
   GradArgs last = args.dx;
   last.da = around.data;
   grad(last);
