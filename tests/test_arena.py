@@ -182,3 +182,26 @@ def test_no_more_is_kept_than_the_limit(x):
         assert cpu._cpu.cached_bytes() == 4 << 20
     finally:
         cpu._cpu.set_cache_limit(cpu._CACHE_BYTES)
+
+
+def test_gradients_of_a_large_gate_are_gradients_like_others():
+    """256 KiB each, in kept memory: saved, shared, clipped, stepped over, and used again once they are freed."""
+    module, x = dk.Shrinkage(256), torch.randn(16, 256, 8)
+    weight = module.fc[0].weight
+    with dk.use_backend("cpu", strict=True):
+        module(x).square().sum().backward()
+        at, gradient = weight.grad.data_ptr(), weight.grad.clone()
+        file = io.BytesIO()
+        torch.save(weight.grad, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=True), gradient)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        torch.optim.AdamW(module.parameters(), foreach=True).step()
+        torch.testing.assert_close(weight.grad / weight.grad.norm(), gradient / gradient.norm())
+        before = cpu._cpu.cached_bytes()
+        module.zero_grad()
+        assert cpu._cpu.cached_bytes() >= before + 2 * (256 << 10)
+        module(x).square().sum().backward()
+        assert at in {p.grad.data_ptr() for p in module.parameters()}
+        weight.grad.share_memory_()
+        assert weight.grad.is_shared()
