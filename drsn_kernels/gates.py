@@ -101,6 +101,8 @@ def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
     outputs, units = w2.shape
     if channels != x.shape[1] or units != hidden or (outputs != 1 and outputs != channels):
         return "the gate's sizes do not fit x"
+    if not hidden:
+        return "the gate has no hidden units"
     gamma = beta = mean = var = batches = None
     eps, momentum, training = 0.0, 0.0, False
     tensors = (w1, b1, w2, b2)

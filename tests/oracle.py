@@ -247,7 +247,7 @@ def check_step(ours: Callable, x, residual, gate: nn.Module, average: str | None
         terms much larger: by how much it moves per change of the averages and the gate's parameters.
         """
         signs = torch.Generator().manual_seed(0)
-        sign = lambda shape: torch.randint(2, shape, generator=signs) * 2 - 1  # noqa: E731
+        sign = lambda shape: torch.randint(2, shape, generator=signs).double() * 2 - 1  # noqa: E731
         flips = [(g, tau_g), *((g * sign(g.shape), tau_g * sign(tau_g.shape)) for _ in range(8))]
         terms = max(oracle(torch.float64, constant, *pair)[name].abs().max() for pair in flips)
         moves = []

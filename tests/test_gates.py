@@ -48,6 +48,8 @@ OTHERS = {
     "wrong size": lambda gate: gate.__setitem__(3, nn.Linear(4, 3)),
     "own forward": lambda gate: setattr(gate[0], "forward", gate[0].forward),
     "transposed weight": lambda gate: setattr(gate[0], "weight", nn.Parameter(torch.randn(4, 4).t())),
+    "no hidden units": lambda gate: (gate.__setitem__(0, nn.Linear(4, 0)), gate.__setitem__(1, nn.BatchNorm1d(0)),
+                                     gate.__setitem__(3, nn.Linear(0, 4))),  # fmt: skip
     "longer": lambda gate: gate.append(nn.Identity()),
 }
 

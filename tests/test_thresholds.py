@@ -95,6 +95,9 @@ def test_element_wise_tau_in_every_layout(kernels, layout):
     assert sum(sizes) <= 2 * x.shape[0] * 4 * -(-x[0].numel() // 32)
     expected = dk.reference.soft_threshold(x, tau)
     assert torch.equal(y, expected)
+    with torch.no_grad():
+        z = kernels.soft_threshold(x, tau)
+    assert torch.equal(z, expected) and z.mul_(tau).requires_grad  # no view, so it may be changed in place
     g = torch.randn_like(y)
     for ours, right in zip(*(torch.autograd.grad(out, (x, tau), g) for out in (y, expected)), strict=True):
         torch.testing.assert_close(ours, right)

@@ -50,7 +50,7 @@ template <class S> struct Scratch {
   explicit Scratch(int64_t n) {
     ScratchStack& stack = scratch_stack();
     bytes = (size_t(n) * sizeof(S) + 127) & ~size_t(63);
-    if (stack.used == 0 && stack.needed > stack.size && stack.needed <= kScratchKept) {
+    if (stack.used == 0 && stack.needed > stack.size) {
       std::free(stack.base);
       stack.base = static_cast<char*>(std::aligned_alloc(64, stack.needed));
       stack.size = stack.base ? stack.needed : 0;
@@ -59,7 +59,7 @@ template <class S> struct Scratch {
     data = static_cast<S*>(fits ? static_cast<void*>(stack.base + stack.used) : std::malloc(bytes));
     if (!data) out_of_memory();
     stack.used += bytes;
-    stack.needed = size_t(max64(int64_t(stack.needed), int64_t(stack.used)));
+    if (stack.used <= kScratchKept && stack.used > stack.needed) stack.needed = stack.used;
   }
   ~Scratch() {
     scratch_stack().used -= bytes;

@@ -115,9 +115,10 @@ def soft_threshold(
 def _element_wise(x: torch.Tensor, tau: torch.Tensor, threshold: str, slope: float) -> torch.Tensor:
     """A tau that varies along the spatial dimensions: every element, in x's memory order, as a channel of its own."""
     as_it_lies, back = memory_order(geometry(x))
-    flat, each = (t.permute(as_it_lies).flatten(1) for t in (x, tau.expand(x.shape)))
+    flat, each = (t.permute(as_it_lies).reshape(1, -1) for t in (x, tau.expand(x.shape)))
     y = soft_threshold(flat, each, threshold=threshold, slope=slope)
-    return y.unflatten(1, [x.shape[d] for d in as_it_lies[1:]]).permute(back)
+    y = y.view([x.shape[d] for d in as_it_lies]).permute(back)
+    return y if y.requires_grad else y.data  # a view made under no_grad could not be changed in place later
 
 
 def traced_soft_threshold(x: torch.Tensor, tau: torch.Tensor, rule: Rule = SOFT) -> torch.Tensor:
