@@ -15,7 +15,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc drsn_kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py' | grep -v _build.py) \
+SOURCES := $(shell find csrc drsn_kernels -name '*.h' -o -name '*.cpp' -o -name '*.py' | grep -v _build.py) \
            setup.py pyproject.toml CMakeLists.txt
 DATA ?=
 OUT ?= demo-out
@@ -29,10 +29,6 @@ PICTURES ?=
 CONSTRAINTS ?= constraints.txt
 TESTS := $(BIN)/pytest
 FUZZ ?=
-# Where nvcc is, the CUDA kernels are built with or without a GPU, and a failure is an error. DRSN_CUDA=0: without them.
-DRSN_CUDA ?= $(if $(shell command -v nvcc),1,auto)
-# Without a GPU one generation is enough for the tests, and takes a third of the time; a release has them all.
-DRSN_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0),,90-real)
 
 .PHONY: demo test test-all test-all-only info bench experiments pictures lint gpu clean
 
@@ -84,7 +80,7 @@ $(VENV)/packages: $(CONSTRAINTS) pyproject.toml
 
 # Installed, not imported from the source tree: a stale build or a file missing from the package shows at once.
 $(VENV)/installed: $(VENV)/packages $(SOURCES)
-	DRSN_CUDA=$(DRSN_CUDA) DRSN_CUDA_ARCHITECTURES="$(DRSN_CUDA_ARCHITECTURES)" $(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	touch $@
 
 clean:

@@ -1,17 +1,14 @@
-"""What the host pays for a call of the GPU backends, without a GPU: microseconds until the launch is handed over.
+"""What the host pays for a call of the GPU backend, without a GPU: microseconds until the launch is handed over.
 
     TRITON_INTERPRET=0 python -m benchmarks.launches
 
-Triton's kernels are compiled for an H100 and not run (drsn_kernels.triton.lowering); for `cuda` stands the extension
-that the tests build for the emulation (tests/emulated.py), told to run nothing. So the driver's own launch is not in
+The kernels are compiled for an H100 and not run (drsn_kernels.triton.lowering). So the driver's own launch is not in
 these figures, and everything before it is: checks, planning, allocation, autograd, the binding. "through Triton" is
-Triton's call with every launch through its own binder and specialisation, as it is without `launch.Prepared`.
+the call with every launch through Triton's own binder and specialisation, as it is without `launch.Prepared`.
 """
 
 import contextlib
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 
@@ -19,9 +16,6 @@ import drsn_kernels as dk
 from drsn_kernels.bench.measure import Call, interleaved
 from drsn_kernels.bench.record import environment
 from drsn_kernels.triton import launch, lowering
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import emulated  # noqa: E402
 
 
 def _bind_anew(self: launch.Prepared, pointers: tuple) -> None:
@@ -50,16 +44,9 @@ def main() -> None:
             yield
         launch.Prepared._launch = kept
 
-    @contextlib.contextmanager
-    def on_cuda():
-        with emulated.in_place() as extension, dk.use_backend("cuda", strict=True):
-            extension.run_launches(False)
-            yield
-
     settings = {
         "triton": lambda: on_triton(launch.Prepared._launch),
         "through Triton": lambda: on_triton(_bind_anew),
-        "cuda": on_cuda,
     }
     print(environment())
     print(f"{'us':42s}" + "".join(f"{name:>16s}" for name in settings))

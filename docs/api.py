@@ -67,12 +67,9 @@ TAIL = """## Environment
 | `DRSN_BACKEND` | `auto`, `cpu`, `triton`, `torch` | what `use_backend` would choose, from the start |
 | `DRSN_CACHE_MIB` | a whole number | freed memory of large CPU outputs that is kept for the next ones; 0: none |
 | `DRSN_NATIVE` | `auto`, `1`, `0` | while installing: compile the C++ kernels if possible, or fail, or leave them out |
-| `DRSN_CUDA` | `auto`, `1`, `0` | while installing: CUDA kernels if nvcc and a GPU are found; always; never |
-| `DRSN_CUDA_ARCHITECTURES` | `80-real;90-real;100` | while installing: for which GPUs; else this machine's |
 
 Without `DRSN_CACHE_MIB`, 512 MiB are kept, or a sixteenth of the memory if that is less. A value that is none of these
-is an error at import (`DRSN_NATIVE`, `DRSN_CUDA`: at installation), in one sentence. Without a GPU and without
-`DRSN_CUDA_ARCHITECTURES`, the CUDA kernels are compiled for 80, 90 and 100, with PTX for later ones.
+is an error at import (`DRSN_NATIVE`: at installation), in one sentence.
 """
 
 

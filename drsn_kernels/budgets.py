@@ -186,7 +186,7 @@ class _On:
         self.strides = strides or _dense(shape, channels_last)
         self.geometry: Geometry = traffic.geometry_of(shape, self.strides)
         if device is None:
-            gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+            gpu = backend == "triton" and torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.device = device
 

@@ -14,10 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import emulated
-
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu, cuda, triton
+from drsn_kernels.backends import cpu, triton
 
 try:
     from drsn_kernels import _build  # noqa: F401  written at installation
@@ -61,8 +59,6 @@ class Variant:
                 return triton._missing()
             if self.device == "cpu" and not triton.interpreting():
                 return "this process has Triton for the GPU"
-        if self.backend == "cuda":
-            return emulated.unavailable() if self.device == "cpu" else cuda.unsupported(torch.empty(0, device="cuda"))
         if self.isa is not None and self.isa not in cpu._cpu.available_isas():
             return f"this CPU or build has no {self.isa}"
         return None
@@ -70,7 +66,7 @@ class Variant:
     @property
     def interpreted(self) -> bool:
         """Whether a program takes milliseconds: tests then leave out what only adds programs."""
-        return self.backend in ("triton", "cuda") and self.device == "cpu"
+        return self.backend == "triton" and self.device == "cpu"
 
     @contextlib.contextmanager
     def use(self) -> Iterator["Variant"]:
@@ -79,8 +75,7 @@ class Variant:
         try:
             if self.isa:
                 cpu._cpu.set_isa(self.isa)
-            emulation = emulated.in_place if self.backend == "cuda" and self.device == "cpu" else contextlib.nullcontext
-            with emulation(), dk.use_backend(self.backend, strict=self.backend != "auto"):
+            with dk.use_backend(self.backend, strict=self.backend != "auto"):
                 yield self
         finally:
             if isa:
@@ -115,7 +110,6 @@ KERNELS = [
     Variant("cpu-avx2", "cpu", isa="avx2"),
     Variant("cpu-avx512", "cpu", isa="avx512"),
     Variant("triton", "triton"),  # interpreted
-    Variant("cuda-emulated", "cuda"),
 ]
 COMPILED = [
     Variant("compiled", "auto", compiled=True),
@@ -224,16 +218,15 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
 
 
-# One in so many of the general tests runs interpreted or emulated in make test, all of them in make test-all.
-_SAMPLED = {"triton": 6, "cuda": 12}
+SAMPLED = 6  # one in so many of the general tests runs interpreted in make test, all of them in make test-all
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        interpreted = [value.backend for value in parameters if isinstance(value, Variant) and value.interpreted]
-        if any(zlib.crc32(item.name.encode()) % _SAMPLED[backend] for backend in interpreted):
+        interpreted = any(isinstance(value, Variant) and value.interpreted for value in parameters)
+        if interpreted and zlib.crc32(item.name.encode()) % SAMPLED:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

@@ -1,9 +1,7 @@
-"""Triton and CUDA kernels on a CUDA device: results, gradients, streams, graphs. The first two also without one."""
+"""Triton kernels on a CUDA device: results, gradients, streams, graphs. The first two also without one, interpreted."""
 
-import contextlib
 import copy
 
-import emulated
 import pytest
 import torch
 from oracle import AVERAGES, DTYPES, cast_gate, check, gate_of, shrink, smooth_gate, varied, wide, without_ties
@@ -12,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cuda, triton
+from drsn_kernels.backends import triton
 
 ON_GPU = [
     (16, 64, 1024), (64, 256, 64), (512, 64, 256), (1024, 32, 512), (4096, 16, 128), (128, 4, 512), (16, 16, 9600),
@@ -28,23 +26,17 @@ def _where() -> list:
     ]
 
 
-@pytest.fixture(autouse=True, params=["triton", "cuda"])
-def backend(request):
-    """On CPU tensors Triton is interpreted and CUDA emulated."""
-    name, on_gpu = request.param, request.node.get_closest_marker("gpu") is not None
-    where = contextlib.nullcontext
-    if name == "triton":
-        missing = triton._missing()
-        if missing is None and not on_gpu and not triton.interpreting():
-            missing = "this process has Triton for the GPU"
-    elif on_gpu:
-        missing = cuda.unsupported(torch.empty(0, device="cuda"))
-    else:
-        missing, where = emulated.unavailable(), emulated.in_place
+@pytest.fixture(autouse=True)
+def on_triton(request):
+    """On CPU tensors Triton is interpreted."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    missing = triton._missing()
+    if missing is None and not on_gpu and not triton.interpreting():
+        missing = "this process has Triton for the GPU"
     if missing is not None:
         pytest.skip(missing)
-    with where(), dk.use_backend(name, strict=True):
-        yield name
+    with dk.use_backend("triton", strict=True):
+        yield
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
@@ -117,14 +109,14 @@ def test_gradients_of_the_pieces(device, piece, channels_last):
 @pytest.mark.parametrize("kind", ["any gate", "norm", "batch norm"])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 40, 33), (2, 3, 5, 5)], ids=str)
 @pytest.mark.parametrize("device", [pytest.param(p.values[0], id=p.values[0], marks=p.marks) for p in _where()[:2]])
-def test_a_small_step(backend, device, shape, kind, dtype):
+def test_a_small_step(device, shape, kind, dtype):
     """Every kernel on ragged rows, few programs: what benchmarks/gpu_suite.py runs under compute-sanitizer."""
     x, gate = varied(shape, dtype, device), smooth_gate(shape[1]) if kind == "any gate" else gate_of(shape[1], kind)
     gate = gate.to(device)
     if len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     results = []
-    for name in (backend, "torch"):
+    for name in ("triton", "torch"):
         own, leaf = copy.deepcopy(gate), x.clone().requires_grad_()
         with dk.use_backend(name, strict=True):
             y, tau = dk.shrink(leaf, own, residual=leaf, return_tau=True)
@@ -216,11 +208,11 @@ def test_graphed_callables():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("forced", [False, True])
-def test_reduced_overhead(backend, forced):
+def test_reduced_overhead(forced):
     """torch.compile's own CUDA graphs, around the reference and around the opaque ops."""
     plain = network("norm")
     model = copy.deepcopy(plain)
-    with dk.use_backend(backend if forced else "auto"):
+    with dk.use_backend("triton" if forced else "auto"):
         compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
         for _ in range(4):
             x = torch.randn(8, 1, 256, device="cuda")
@@ -298,16 +290,12 @@ def kernels_of(run) -> list[str]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "kind, shape, triton, cuda",
-    [
-        ("norm", (128, 16, 512), (1, 2), (1, 2)),
-        ("batch norm", (128, 16, 512), (3, 3), (1, 1)),
-        ("any gate", (128, 16, 512), (2, 2), (2, 2)),
-    ],
+    "kind, forward, backward",
+    [("norm", 1, 2), ("batch norm", 3, 3), ("any gate", 2, 2)],
 )
-def test_launches(backend, kind, shape, triton, cuda):
+def test_launches(kind, forward, backward):
     """What the profiler sees, the gate's own kernels apart (`any gate` is one sigmoid and its derivative)."""
-    forward, backward = triton if backend == "triton" else cuda
+    shape = (128, 16, 512)
     gate = nn.Sigmoid() if kind == "any gate" else gate_of(shape[1], kind).cuda()
     x, g = torch.randn(shape, device="cuda", requires_grad=True), torch.randn(shape, device="cuda")
     ours = lambda names: [n for n in names if "_kernel" in n and "at::" not in n]  # noqa: E731

@@ -28,7 +28,7 @@ def test_import_brings_no_triton_no_extras_and_no_gpu():
 
 def test_info_names_every_backend(capsys):
     report = info.collect()
-    assert set(report["backends"]) == {"cpu", "torch", "triton", "cuda"}
+    assert set(report["backends"]) == {"cpu", "torch", "triton"}
     info.show(report)
     out = capsys.readouterr().out
     assert torch.__version__ in out and "triton" in out
@@ -43,20 +43,21 @@ def test_environment_variable_chooses_and_is_checked():
     code = "import drsn_kernels.backends as b; print(b.choice.backend)"
     assert python(code, DRSN_BACKEND="torch").stdout.strip() == "torch"
     done = python(code, DRSN_BACKEND="cudnn")
-    assert "DRSN_BACKEND must be one of auto, cpu, triton, cuda, torch, got 'cudnn'" in done.stderr
+    assert "DRSN_BACKEND must be one of auto, cpu, triton, torch, got 'cudnn'" in done.stderr
 
 
 def test_use_backend_refuses_what_is_not_there():
-    with pytest.raises(ValueError, match="use_backend must be one of auto, cpu, triton, cuda, torch, got 'gpu'"):
+    with pytest.raises(ValueError, match="use_backend must be one of auto, cpu, triton, torch, got 'gpu'"):
         with dk.use_backend("gpu"):
             pass
 
 
-def test_the_cuda_backend_says_why_it_cannot_run_here():
-    x = torch.randn(2, 3, 5)
-    with pytest.raises(RuntimeError, match="strict: the cuda backend cannot run this call"):
-        with dk.use_backend("cuda", strict=True):
-            dk.abs_mean(x)
+def test_the_backend_that_was_removed_is_refused_in_one_sentence():
+    said = 'names "cuda", which is no longer a backend: on a GPU "triton" has the kernels'
+    with pytest.raises(ValueError, match=f"use_backend {said}"):
+        with dk.use_backend("cuda"):
+            pass
+    assert f"DRSN_BACKEND {said}" in python("import drsn_kernels", DRSN_BACKEND="cuda").stderr
 
 
 def test_strict_raises_and_otherwise_a_fallback_is_said_once(caplog):

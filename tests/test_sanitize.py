@@ -32,19 +32,3 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
               LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="halt_on_error=1",
               OMP_NUM_THREADS="2")  # fmt: skip
     assert "with a fused gate" in out and " ok on " in out
-
-
-@pytest.mark.cuda_emu
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with libasan")
-def test_cuda_kernels_are_clean_under_sanitizers(tmp_path):
-    """Every plan once, emulated: no access outside of a tensor, of shared memory or of the workspace."""
-    import emulated
-
-    extension = emulated.build(sanitize=True)
-    libraries = [run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
-    tests = str(Path(__file__).with_name("test_cuda.py"))
-    command = str(Path(sys.executable).with_name("pytest"))
-    out = run(command, tests, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider",
-              "-k", "oracle or every_size", LD_PRELOAD=" ".join(libraries),
-              ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="halt_on_error=1", DRSN_EMULATED=str(extension))  # fmt: skip
-    assert " passed" in out and "skipped" not in out

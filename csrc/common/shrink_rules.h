@@ -1,4 +1,4 @@
-// The scalar rules of the shrinkage operator, in one place for every compiled backend.
+// The scalar rules of the shrinkage operator, in one place for every instruction set.
 //
 //   y    = sign(x) * relu(|x| - tau)        sign(0) = 0, relu keeps NaN, a negative tau expands
 //   kept = not (|x| <= tau) and x != 0      derivative 0 where |x| == tau; NaN counts as kept
@@ -9,28 +9,20 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define DRSN_HD __host__ __device__ __forceinline__
-#else
-#define DRSN_HD inline __attribute__((always_inline))
-#endif
+#define DRSN_INLINE inline __attribute__((always_inline))
 
 namespace drsn {
 
-template <class S> DRSN_HD S magnitude(S x) {
-#if defined(__CUDA_ARCH__)
-  return fabs(x);  // one instruction; only the sign of NaN differs
-#else
+template <class S> DRSN_INLINE S magnitude(S x) {
   return x < S(0) ? -x : (x == S(0) ? S(0) : x);
-#endif
 }
 
-template <class S> DRSN_HD bool is_nonzero(S x) { return !(x == S(0)); }
+template <class S> DRSN_INLINE bool is_nonzero(S x) { return !(x == S(0)); }
 
-// The rules over any type V of one or more lanes: the CPU's vectors, a GPU's single lane.
+// The rules over any type V of lanes: a vector register, or one element.
 
 // y without a residual, and in `kept` the elements that a gradient passes through.
-template <class V, class Mask> DRSN_HD V soft_threshold(V x, V tau, Mask& kept) {
+template <class V, class Mask> DRSN_INLINE V soft_threshold(V x, V tau, Mask& kept) {
   const V magnitude = x.abs(), excess = magnitude - tau;
   const Mask nonzero = x.nonzero();
   kept = V::both(V::not_le(magnitude, tau), nonzero);
@@ -39,18 +31,18 @@ template <class V, class Mask> DRSN_HD V soft_threshold(V x, V tau, Mask& kept) 
 }
 
 // x - sign(x) * offset * tau in `kept`, inside * x elsewhere. NaN is kept, 0 is not.
-template <class V, class Mask> DRSN_HD V piecewise(V x, V tau, V inside, V offset, Mask& kept) {
+template <class V, class Mask> DRSN_INLINE V piecewise(V x, V tau, V inside, V offset, Mask& kept) {
   kept = V::both(V::not_le(x.abs(), tau), x.nonzero());
   return (x - (tau * offset).negate(x.negative())).keep(kept) + (x * inside).keep(V::mask(~V::bits(kept)));
 }
 
 // s * share, the gradient that comes back through A; `share` is dA / L.
-template <class V, class Mask> DRSN_HD V direct_grad(V share, Mask negative, Mask nonzero) {
+template <class V, class Mask> DRSN_INLINE V direct_grad(V share, Mask negative, Mask nonzero) {
   return share.keep(nonzero).negate(negative);
 }
 
 // Bits of a row in a plane: rows never share a byte, and rows of more than 16 elements own whole 32-bit words.
-DRSN_HD int64_t plane_row_bits(int64_t length) { return length <= 8 ? 8 : length <= 16 ? 16 : (length + 31) / 32 * 32; }
+DRSN_INLINE int64_t plane_row_bits(int64_t length) { return length <= 8 ? 8 : length <= 16 ? 16 : (length + 31) / 32 * 32; }
 
 // 16-bit floats as storage; arithmetic is always float.
 struct bf16 {
@@ -60,46 +52,36 @@ struct f16 {
   uint16_t bits;
 };
 
-DRSN_HD float as_float(uint32_t u) {
+DRSN_INLINE float as_float(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
 }
-DRSN_HD uint32_t as_bits(float f) {
+DRSN_INLINE uint32_t as_bits(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   return u;
 }
 
-DRSN_HD float widen(float x) { return x; }
-DRSN_HD double widen(double x) { return x; }
-DRSN_HD float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
-DRSN_HD float widen(f16 x) {
-#if defined(__CUDA_ARCH__)
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-  return wide;
-#else
+DRSN_INLINE float widen(float x) { return x; }
+DRSN_INLINE double widen(double x) { return x; }
+DRSN_INLINE float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
+DRSN_INLINE float widen(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // inf, NaN
   if (rest >= 0x0400u) return as_float(sign | ((rest << 13) + 0x38000000u));          // normal
   const float magnitude = float(rest) * 5.9604644775390625e-8f;                       // subnormal: rest * 2^-24
   return as_float(sign | as_bits(magnitude));
-#endif
 }
 
 // Round to nearest even; NaN stays NaN.
-DRSN_HD void narrow(float x, float& out) { out = x; }
-DRSN_HD void narrow(double x, double& out) { out = x; }
-#if defined(__CUDA_ARCH__)
-DRSN_HD void narrow(float x, bf16& out) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x)); }
-DRSN_HD void narrow(float x, f16& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x)); }
-#else
-DRSN_HD void narrow(float x, bf16& out) {
+DRSN_INLINE void narrow(float x, float& out) { out = x; }
+DRSN_INLINE void narrow(double x, double& out) { out = x; }
+DRSN_INLINE void narrow(float x, bf16& out) {
   const uint32_t u = as_bits(x);
   out.bits = x != x ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-DRSN_HD void narrow(float x, f16& out) {
+DRSN_INLINE void narrow(float x, f16& out) {
   const uint32_t u = as_bits(x), sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
   if (mag > 0x7f800000u) {
     out.bits = uint16_t(sign | 0x7e00u | ((mag >> 13) & 0x3ffu));
@@ -111,6 +93,5 @@ DRSN_HD void narrow(float x, f16& out) {
     out.bits = uint16_t(sign | (as_bits(as_float(mag) + 0.5f) - 0x3f000000u));
   }
 }
-#endif
 
 }  // namespace drsn

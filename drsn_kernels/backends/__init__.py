@@ -21,14 +21,16 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, cuda, eager, triton
+from . import cpu, eager, triton
 
 log = logging.getLogger("drsn_kernels")
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": eager}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": eager}
 
 
 def _checked(name: str, source: str) -> str:
+    if name == "cuda":
+        raise ValueError(f'{source} names "cuda", which is no longer a backend: on a GPU "triton" has the kernels')
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -47,17 +49,16 @@ _said: set[str] = set()
 
 @contextlib.contextmanager
 def use_backend(name: str, strict: bool = False) -> Iterator[None]:
-    """Run the operators on one backend inside the block: "torch", "cpu", "triton", "cuda", or "auto".
+    """Run the operators on one backend inside the block: "torch", "cpu", "triton", or "auto".
 
-    "auto" goes by device and dtype. "cuda" is opt-in: "auto" takes it nowhere, because its kernels have not run on a
-    GPU yet (docs/cuda.md).
+    "auto" goes by device and dtype.
 
     A call that the backend cannot run falls back to "torch", and the logger ``drsn_kernels`` says so once; with
     ``strict=True`` it raises RuntimeError instead. The choice is the process's, not the thread's; a backward pass uses
     the backend of its forward pass. The environment variable DRSN_BACKEND sets it from the start.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or "cuda", which was a backend up to 0.4.
     """
     before = choice.backend, choice.strict
     choice.backend, choice.strict = _checked(name, "use_backend"), strict

@@ -37,7 +37,7 @@ class Provider:
 
 
 FLOOR, PORT = Provider("floor", "floor"), Provider("port", "port")
-_EAGER, _COMPILED = ("triton", "cuda", "cpu", "torch"), ("ours", "triton", "cuda", "cpu")
+_EAGER, _COMPILED = ("triton", "cpu", "torch"), ("ours", "triton", "cpu")
 OURS = (*_EAGER, *(f"{name}-compiled" for name in _COMPILED))  # names that the gate watches
 COMPILE = ("none", "best", "all")
 

@@ -84,7 +84,7 @@ def opaque_when_compiled(x: torch.Tensor) -> tuple[bool, str]:
     forced = backends.choice.backend
     if forced == "auto":
         return compiled.opaque(x), compiled.rule(x.device).why
-    if (forced == "cpu" and x.is_cpu) or (forced in ("triton", "cuda") and not x.is_meta):
+    if (forced == "cpu" and x.is_cpu) or (forced == "triton" and not x.is_meta):
         return True, "a backend is forced"
     return False, "the backend that is forced has no kernels for it"
 
