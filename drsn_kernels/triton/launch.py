@@ -20,6 +20,10 @@ from ..planes import Geometry, words
 from .plans import TilePlan, tiles
 from .walk import Walk, walk
 
+# A sum across lanes must leave the same bits in each of them, for all of them store it (docs/triton.md, "racecheck").
+# Contracted, the first step is fma(a, b, the other lane's product): it rounds one product and not the other.
+_NO_CONTRACTION = {"enable_fp_fusion": False}
+
 SMS_ASSUMED = 132  # planned for where there is no GPU to ask: the interpreter, a compilation ahead of time
 target = 1  # what compiled kernels are kept for; another number while lowering.py compiles for another GPU
 
@@ -52,7 +56,8 @@ class Prepared:
     def __init__(self, fn: Any, programs: int, integers: tuple, constants: dict[str, Any], plan: Any = None):
         """plan: what programs and constants were worked out from (plans.py)."""
         self.plan = plan
-        self.fn, self.grid, self.integers, self.constants = fn, (programs, 1, 1), integers, constants
+        self.fn, self.grid, self.integers = fn, (programs, 1, 1), integers
+        self.constants = constants | _NO_CONTRACTION
         self.tail = tuple(constants[name] for name in fn.constexprs)
         self.compiled: dict[int, Callable] = {}
 
