@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import other_device
+
 import drsn_kernels as dk
 from drsn_kernels.backends import cpu, triton
 
@@ -38,7 +40,11 @@ if triton._missing() is None and triton.interpreting():
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of running the operators: a backend, an instruction set of it, or a compiler around it."""
+    """One way of running the operators: a backend, an instruction set of it, a compiler around it, a device.
+
+    A test makes its tensors, modules and generators on the variant's device. That is the default device inside `use`,
+    so only generators name it: torch.Generator(kernels.device).
+    """
 
     name: str
     backend: str
@@ -75,11 +81,16 @@ class Variant:
         try:
             if self.isa:
                 cpu._cpu.set_isa(self.isa)
-            with dk.use_backend(self.backend, strict=self.backend != "auto"):
+            with self._on_device(), dk.use_backend(self.backend, strict=self.backend != "auto"):
                 yield self
         finally:
             if isa:
                 cpu._cpu.set_isa(isa)
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        if self.device == "cpu":
+            return contextlib.nullcontext()
+        return other_device.use() if self.device == other_device.NAME else torch.device(self.device)
 
     def _call(self, op: Callable) -> Callable:
         if self.compiled:
@@ -110,6 +121,8 @@ KERNELS = [
     Variant("cpu-avx2", "cpu", isa="avx2"),
     Variant("cpu-avx512", "cpu", isa="avx512"),
     Variant("triton", "triton"),  # interpreted
+    Variant("other-device", "cpu", device=other_device.NAME),
+    Variant("triton-gpu", "triton", device="cuda"),
 ]
 COMPILED = [
     Variant("compiled", "auto", compiled=True),
@@ -129,7 +142,9 @@ def _variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
 
 
 def _params(variants: list[Variant]) -> list:
-    return [pytest.param(v, id=v.name, marks=[pytest.mark.gpu] if v.device == "cuda" else []) for v in variants]
+    """Variants of a GPU only where there is one: elsewhere they would be thousands of skipped tests."""
+    there = [v for v in variants if v.device != "cuda" or torch.cuda.is_available()]
+    return [pytest.param(v, id=v.name, marks=[pytest.mark.gpu] if v.device == "cuda" else []) for v in there]
 
 
 @pytest.fixture(params=_params(KERNELS + COMPILED))
@@ -211,6 +226,12 @@ def pytest_configure(config: pytest.Config) -> None:
         missing = triton.unsupported(torch.empty(0, device="cuda")) if there else "there is no CUDA device"
         if missing is not None:  # or every test would be skipped, and the run a success
             raise pytest.UsageError(f"--require-gpu: {missing}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    with other_device.OnCpu():
+        return (yield)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -18,7 +18,7 @@ SHAPE = (3, 5, 6, 7)
 native = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
 
 
-@pytest.mark.parametrize("x_layout, g_layout", itertools.product(LAYOUTS, LAYOUTS))
+@pytest.mark.parametrize("x_layout, g_layout", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_every_pair_of_layouts(kernels, x_layout, g_layout):
     """x in one layout, residual and g in the other."""
     x, residual, g = (LAYOUTS[layout](*SHAPE) for layout in (x_layout, g_layout, g_layout))
