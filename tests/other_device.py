@@ -20,12 +20,12 @@ from drsn_kernels.ops import dispatch
 NAME = "cpu:0"
 _HERE = torch.device(NAME)
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda}
+_DEVICE = torch.Tensor.device.__get__
 _READS = {torch.Tensor.numpy, torch.Tensor.__array__}
 # What torch allows between devices: copies, and indices on the CPU.
 _BETWEEN = {torch.Tensor.copy_, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.set_, *_MOVES}
 
 _on_cpu: dict[int, StorageWeakRef] = {}  # storages on the CPU, by address; a weak reference keeps the address taken
-_generators: list[torch.Generator] = []  # made for the other device; they live as long as the test
 
 
 def _storage(t: torch.Tensor) -> int | None:
@@ -63,23 +63,21 @@ class OtherDevice(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if func is torch.Tensor.device.__get__:
+        if func == _DEVICE:
             device = func(*args)
             return _HERE if device.type == "cpu" and not is_on_cpu(given[0]) else device
         on_cpu = [t for t in given if is_on_cpu(t)]
         if func in _READS:
             assert len(on_cpu) == len(given), "numpy reads a tensor that is not on the CPU"
         elif on_cpu and func not in _BETWEEN and any(t.dim() for t in on_cpu):
-            assert len(on_cpu) == len(given), f"{resolve_name(func)} mixes tensors of the CPU and of {NAME}"
+            assert len(on_cpu) == len(given), f"{resolve_name(func) or func} mixes tensors of the CPU and of {NAME}"
         device = kwargs.get("device")
         if func in _MOVES:
             return self._move(func, args, kwargs)
-        if kwargs.get("generator") is not None and device is None:
-            assert any(g is kwargs["generator"] for g in _generators), f"a generator of the CPU, a tensor of {NAME}"
-        result = func(*args, **kwargs)
-        if func is torch.Tensor.data.__set__:  # Module.to gives parameters the memory of their copies
-            return result
+        generator = kwargs.get("generator")
         made_on_cpu = device is not None and torch.device(device) == torch.device("cpu")
+        assert generator is None or getattr(generator, "is_on_cpu", True) == made_on_cpu, "a generator of another device"
+        result = func(*args, **kwargs)
         if made_on_cpu or func is torch.from_numpy or (on_cpu and len(on_cpu) == len(given) and device is None):
             if func not in _device_constructors() or device is not None:
                 _put_on_cpu(result)
@@ -106,11 +104,13 @@ class OtherDevice(TorchFunctionMode):
         return result
 
 
-def _generator(device: str | torch.device = "cpu") -> torch.Generator:
-    made = torch._C.Generator(device)
-    if torch.device(device) == _HERE:
-        _generators.append(made)
-    return made
+class _Generator(torch.Generator):
+    """Knows whether it was made for the other device."""
+
+    def __new__(cls, device: str | torch.device = "cpu"):
+        made = super().__new__(cls, device)
+        made.is_on_cpu = torch.device(device) != _HERE
+        return made
 
 
 @contextlib.contextmanager
@@ -122,12 +122,11 @@ def use() -> Iterator[None]:
         assert not any(t is not None and is_on_cpu(t) for t in tensors), "an operator is given a tensor of the CPU"
         return not_eager(*tensors)
 
-    dispatch.not_eager, torch.Generator, cpu._CPU = checked, _generator, _HERE
+    dispatch.not_eager, torch.Generator, cpu._CPU = checked, _Generator, _HERE
     try:
         with OtherDevice():
             yield
     finally:
         dispatch.not_eager, torch.Generator, cpu._CPU = not_eager, generator, device
-        _generators.clear()
         for key in [key for key, storage in _on_cpu.items() if storage.expired()]:
             del _on_cpu[key]
