@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,12 @@ def test_rows_of_a_cpu_in_format_1_are_compared(tmp_path):
     stored = record.read_json(stored_in_format_1(tmp_path / "a.json", old))
     assert stored[0]["clock"] == "wall" and stored[0]["seconds"] == STEADY
     assert verdict([row([1.5 * t for t in STEADY])], stored)[1] and not verdict([row(STEADY)], stored)[1]
+
+
+def test_the_stored_run_of_a_cpu_is_still_compared():
+    stored = record.read_json(Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "cpu" / "results.json")
+    assert {one["clock"] for one in stored} == {"wall"} and not verdict(stored, stored)[1]
+    assert verdict([one | {"ratio_to_floor": 3 * one["ratio_to_floor"]} for one in stored], stored)[1]
 
 
 def test_rows_of_a_cuda_device_in_format_1_are_refused(tmp_path):
