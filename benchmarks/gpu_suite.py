@@ -59,8 +59,8 @@ class Result:
 
 
 def stored_run(gpu: str) -> Path:
-    """Where the benchmark of record for this GPU lies: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3.json."""
-    return ROOT / "docs" / "benchmarks" / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+    """Where the benchmark of record for this GPU lies: NVIDIA H200 -> docs/benchmarks/nvidia-h200/results.json."""
+    return ROOT / "docs" / "benchmarks" / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / "results.json"
 
 
 def _sanitizer() -> str | None:
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="a short benchmark, and no sanitizers")
     parser.add_argument("--baseline", type=Path, metavar="FILE",
-                        help="stored run to compare with (default: docs/benchmarks/NAME-OF-THE-GPU.json)")  # fmt: skip
+                        help="stored run to compare with (default: docs/benchmarks/NAME/results.json)")  # fmt: skip
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("error: there is no CUDA device, which all of this needs; without one: make test", file=sys.stderr)

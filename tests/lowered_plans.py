@@ -172,8 +172,8 @@ def collect(targets: tuple[str, ...] = TARGETS) -> dict:
 HEAD = """\
 # What the Triton kernels become
 
-**Not yet run on a GPU**: this is what the compiler says. Compiled by Triton {triton}, ptxas {ptxas} (cuda:80 and
-cuda:90) and {ptxas_blackwell} (cuda:100), through the launchers that production uses. Made by
+What the compiler says, not what a GPU does (triton.md has that). Compiled by Triton {triton}, ptxas {ptxas} (cuda:80
+and cuda:90) and {ptxas_blackwell} (cuda:100), through the launchers that production uses. Made by
 `python tests/lowered_plans.py --table docs/triton_resources.md`; `tests/test_triton_lowering.py` asserts what is a
 budget: launches, bytes, widths, no spills.
 

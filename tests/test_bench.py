@@ -14,7 +14,7 @@ import torch
 
 from drsn_kernels.__main__ import main
 from drsn_kernels.backends import cpu
-from drsn_kernels.bench import measure, record, run
+from drsn_kernels.bench import record, run
 from drsn_kernels.bench.cases import MODES, OPERATORS, Case, select
 from drsn_kernels.bench.measure import Call, interleaved
 from drsn_kernels.bench.providers import FLOOR, PORT, Provider
@@ -76,7 +76,7 @@ def test_every_provider_of_an_operator_passes_its_check_and_gets_a_row(op, mode)
         rows, refused = run.measure(case, ONCE, ABOUT)
         assert refused == {}
         assert {one["provider"] for one in rows} >= {"floor", "port", "best", "torch"}
-        assert all(set(one) == {*record.COLUMNS, "seconds"} for one in rows)
+        assert all(set(one) == {*record.COLUMNS, "seconds"} and one["clock"] == "wall" for one in rows)
 
 
 def test_a_network_is_stepped_beside_its_resnet():
@@ -114,7 +114,7 @@ def test_threads_are_measured_beside_the_floors_own():
 
 
 def test_a_refused_row_fails_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(run, "_objection", lambda judge, call: "y differs")
+    monkeypatch.setattr(run, "_objection", lambda judge, call, clock: "y differs")
     assert main(QUICK) == 1
     out = capsys.readouterr().out
     assert "WRONG: y differs" in out and "rows refused" in out
@@ -143,66 +143,6 @@ def test_calls_take_turns_in_a_new_order_each_round_and_what_is_untimed_stays_ou
     # each sample is of its own call: the clock's reading is where the call stands in the order
     for name in calls:
         assert [order[at - 1] for at in samples[name]["time"]] == [name] * 20
-
-
-def test_the_wall_clock_leaves_out_what_comes_before(monkeypatch):
-    now = [0.0]
-
-    def spend(seconds):
-        now[0] += seconds
-
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    assert measure.WallClock()(Call(lambda: spend(2), lambda: spend(5))) == {"time": 2}
-
-
-class Event:
-    """In place of a CUDA event: counts what was recorded, an event a second."""
-
-    clock = itertools.count()
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = next(self.clock)
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, other):
-        return 1e3 * (other.at - self.at)
-
-
-@pytest.mark.parametrize("graph", [True, False])
-def test_the_cuda_clock_times_cold_warm_and_a_graph(monkeypatch, graph):
-    order = []
-
-    class Recorder:
-        zero_ = staticmethod(lambda: order.append("flush"))
-
-    class Graph:
-        replay = staticmethod(lambda: order.append("replay"))
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("wait"))
-    monkeypatch.setattr(measure, "_captured", lambda run: Graph if graph else None)
-    clock = object.__new__(measure.CudaClock)  # without a device's buffer
-    clock.flush, clock.graphs = Recorder, {}
-    times = clock(Call(lambda: order.append("run"), lambda: order.append("before") if not graph else None))
-    assert times.keys() == {"cold", "warm", "host"} and times["cold"] == times["warm"] == 1
-    expected = ["flush", "wait", "run", "wait", "run"]
-    assert [step for step in order if step != "before"] == expected and order.count("before") == (0 if graph else 2)
-    order.clear()
-    times = clock(Call(lambda: order.append("run")))
-    assert ("graph" in times) == graph
-    assert order == expected + (["flush", "wait", "replay"] if graph else [])
-
-
-def test_slowed_waits_for_the_factor(monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
-    assert measure.slowed(Call(lambda: "result"), 5).run() == "result"
-    assert next(ticks) == 6  # started at 0, took 1, waited until 5
 
 
 # ---- files ----

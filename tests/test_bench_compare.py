@@ -1,7 +1,9 @@
 """What is made of measured times: rows, the regression gate, the figures against their aims. The times are made up."""
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +14,43 @@ ABOUT = {name: "" for name in record.ENVIRONMENT} | {"device": "a CPU", "threads
 TRAIN = Case("shrink_train", "A", (128, 64, 1024))
 
 
-def row(seconds, provider="cpu", floor=(1.0,), case=TRAIN, **about):
-    samples, floor = {"time": list(seconds)}, [f for f, _ in zip(itertools.cycle(floor), seconds, strict=False)]
-    return record.row(case, provider, samples, floor, "time", 5 * case.bytes, {}, {}, ABOUT | about)
+def row(seconds, provider="cpu", floor=(1.0,), case=TRAIN, clock="wall", host=None, **about):
+    seconds, floor = list(seconds), [f for f, _ in zip(itertools.cycle(floor), seconds, strict=False)]
+    return record.row(
+        case, provider, clock, seconds, host or seconds, floor, 5 * case.bytes, {}, {}, ABOUT | about
+    )  # fmt: skip
 
 
 def test_rows_come_back_from_json(tmp_path):
     rows = [row([1.5, 2.5]), row([1.0], "floor")]
     assert record.read_json(record.write_json(tmp_path / "a.json", rows, "a command")) == rows
+
+
+def stored_in_format_1(path, one):
+    """As version 0.1 wrote it: `warm_ms` and `graph_ms`, empty on a CPU, and no `clock`."""
+    old = {name: value for name, value in one.items() if name != "clock"}
+    path.write_text(json.dumps({"format": 1, "rows": [old]}), "utf-8")
+    return path
+
+
+def test_rows_of_a_cpu_in_format_1_are_compared(tmp_path):
+    old = row(STEADY) | {"warm_ms": "", "graph_ms": ""}
+    stored = record.read_json(stored_in_format_1(tmp_path / "a.json", old))
+    assert stored[0]["clock"] == "wall" and stored[0]["seconds"] == STEADY
+    assert verdict([row([1.5 * t for t in STEADY])], stored)[1] and not verdict([row(STEADY)], stored)[1]
+
+
+def test_the_stored_run_of_a_cpu_is_still_compared():
+    stored = record.read_json(Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "cpu" / "results.json")
+    assert {one["clock"] for one in stored} == {"wall"} and not verdict(stored, stored)[1]
+    assert verdict([one | {"ratio_to_floor": 3 * one["ratio_to_floor"]} for one in stored], stored)[1]
+
+
+def test_rows_of_a_cuda_device_in_format_1_are_refused(tmp_path):
+    """Their `seconds`, and the ratios from them, are host time where the call was bound by the host."""
+    path = stored_in_format_1(tmp_path / "a.json", row(STEADY) | {"warm_ms": 1900.0, "graph_ms": 30.0})
+    with pytest.raises(ValueError, match="format 1, whose times on a CUDA device are not GPU time"):
+        record.read_json(path)
 
 
 # ---- the gate ----
@@ -116,3 +147,26 @@ def test_figures_against_their_aims():
 
 def test_what_was_not_measured_is_said():
     assert all(figure.value is None and figure.reached is None for figure in summary.figures([row([1.0], "floor")])[:8])
+
+
+def test_host_time_on_a_gpu_has_aims_of_its_own():
+    small = Case("shrink_train", "C", (128, 16, 128))
+    evaluated = Case("shrink_eval", "C", small.shape, "forward")
+    rows = [row([3e-5], "triton", case=small, clock="graph", host=[6e-5]),
+            row([6e-6], "triton", case=evaluated, clock="graph", host=[2e-5])]  # fmt: skip
+    found = {figure.name: figure for figure in summary.figures(rows) if figure.name.startswith("host time")}
+    assert len(found) == len(summary.HOST_AIMS)
+    trained, inferred, pooled = (found[f"host time of {step}, C, us"] for step in
+                                 ("shrink_train, both", "shrink_eval, forward", "abs_mean, forward"))  # fmt: skip
+    assert (trained.value, trained.reached, inferred.value, inferred.reached) == (60, True, 20, False)
+    assert pooled.value is None
+    on_a_cpu = summary.figures([row([1.0], case=small)])
+    assert not any(figure.name.startswith("host time") for figure in on_a_cpu)
+
+
+def test_the_page_of_a_gpu_tells_gpu_time_and_host_time_apart(tmp_path):
+    rows = [row([3e-5], "triton", clock="graph", host=[9e-4])]
+    page = record.write_markdown(tmp_path / "a.md", rows, [], "a command").read_text("utf-8")
+    gpu, host = page.split("Host time until the call returns, medians in microseconds.")
+    assert "GPU time, medians in milliseconds." in gpu and f"| {TRAIN.id} | 0.03 |" in gpu
+    assert f"| {TRAIN.id} | 900 |" in host

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from drsn_kernels.bench import compare, record
+
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"device": "a GPU", "driver": "1.2", "commit": "abc"}
 
@@ -149,7 +151,20 @@ def test_the_commands_of_the_steps_exist(suite, tmp_path, module, step):
 
 def test_a_stored_run_has_the_name_of_its_gpu(suite):
     path = suite.stored_run("NVIDIA H100 80GB HBM3")
-    assert path == ROOT / "docs" / "benchmarks" / "nvidia-h100-80gb-hbm3.json"
+    assert path == ROOT / "docs" / "benchmarks" / "nvidia-h100-80gb-hbm3" / "results.json"
+
+
+def test_the_stored_run_of_the_h200_is_one_the_gate_compares_with(suite):
+    """In the present format, GPU time throughout; nothing has changed against itself, and a slower row is found."""
+    path = suite.stored_run("NVIDIA H200")
+    assert json.loads(path.read_text("utf-8"))["format"] == record.FORMAT
+    stored = record.read_json(path)
+    assert {one["device"] for one in stored} == {"NVIDIA H200"} and {one["clock"] for one in stored} == {"graph"}
+    assert compare.missing(stored, stored) == []
+    lines, regression = compare.report(compare.compare(stored, stored))
+    assert not regression and lines == ["82 rows compared, 0 regressions; geometric mean x1.000 of the stored"]
+    slower = [one | {"ratio_to_floor": 1.2 * one["ratio_to_floor"]} for one in stored]
+    assert compare.report(compare.compare(slower, stored))[1]
 
 
 @pytest.mark.parametrize("quick, options", [(False, []), (True, ["--quick", "--only", "bench"])])
@@ -165,7 +180,7 @@ def test_the_command_with_a_gpu(suite, tmp_path, monkeypatch, capsys, quick, opt
     assert suite.main(["--out", str(tmp_path), *options]) == 0
     assert len(ran) == (1 if quick else 7) and "--compare" not in [part for step in ran for part in step.command]
     notice = capsys.readouterr().out.splitlines()[0]
-    assert notice.startswith("::notice::Nothing was compared") and "a-gpu-of-nobody-s.json" in notice
+    assert notice.startswith("::notice::Nothing was compared") and "a-gpu-of-nobody-s/results.json" in notice
     stored = tmp_path / "stored.json"
     stored.write_text("{}")
     ran.clear()

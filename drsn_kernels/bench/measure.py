@@ -1,7 +1,7 @@
 """Interleaved timing: every candidate runs once a round, so that a busy neighbour hits all of them.
 
-Medians are taken over the rounds, and ratios round by round. A clock says how one call is timed; there is one for the
-CPU and one for CUDA devices.
+Medians are taken over the rounds, and ratios round by round. A clock says how one call is timed: on the CPU by what
+passes until it returns, on CUDA devices by what the device needs, and host time apart.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 FLUSH_BYTES = 256 << 20  # several times any L2
-HEAD_START = 1_000_000  # cycles that the device waits, so that launches do not wait for the host
+SLEEP = 1_000_000  # cycles of torch.cuda._sleep by which its speed is measured
+TRIES = 6  # each with twice the head start of the one before
 
 
 @dataclass(frozen=True)
@@ -46,62 +47,137 @@ class WallClock:
             call.run()
             return {"time": time.perf_counter() - start}
 
+    def way(self, call: Call) -> str:
+        return "wall"
+
+    def replay(self, call: Call) -> None:
+        return None
+
+    def slowed(self, call: Call, factor: float) -> Call:
+        """The same call made `factor` times as long by waiting: a deliberate regression, to try the gate with."""
+
+        def run():
+            start = time.perf_counter()
+            result = call.run()
+            end = start + factor * (time.perf_counter() - start)
+            while time.perf_counter() < end:
+                pass
+            return result
+
+        return replace(call, run=run)
+
 
 class CudaClock:
-    """Seconds by CUDA events: "cold" (L2 overwritten before), "warm", "graph" (a CUDA graph's replay, cold).
+    """Seconds of the device, "gpu", with the L2 cache overwritten before; and of the host, "host".
 
-    "host" is the time until the call returns. A call with something untimed before it has no graph.
+    GPU time is the replay of a CUDA graph; of a call that cannot be captured, or has something untimed before it, the
+    call itself. Either runs behind a head start: the device sleeps until the host has launched all of it, so that no
+    time of the host is between the two events. Host time is what passes until the call returns, on an idle device.
     """
 
-    main = "cold"
+    main = "gpu"
 
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-        self.graphs: dict[Call, torch.cuda.CUDAGraph | None] = {}
-
-    def __call__(self, call: Call) -> dict[str, float]:
-        with call.setting():
-            cold, host = self._events(call.run, call.before, flush=True)
-            warm, _ = self._events(call.run, call.before, flush=False)
-            times = {"cold": cold, "warm": warm, "host": host}
-            if call not in self.graphs:
-                self.graphs[call] = None if call.before is not None else _captured(call.run)
-            graph = self.graphs[call]
-            if graph is not None:
-                times["graph"], _ = self._events(graph.replay, None, flush=True)
-        return times
-
-    def _events(self, run: Callable, before: Callable | None, flush: bool) -> tuple[float, float]:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if before is not None:
-            before()
-        if flush:
-            self.flush.zero_()
-        torch.cuda._sleep(HEAD_START)
+        self.replays: dict[Call, Call | None] = {}
+        start, stop = _events()
+        torch.cuda._sleep(SLEEP)  # loads the kernel, and is the head start of the second
         start.record()
-        begin = time.perf_counter()
-        run()
-        host = time.perf_counter() - begin
+        torch.cuda._sleep(SLEEP)
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3, host
+        self.cycles_per_second = SLEEP / (start.elapsed_time(stop) * 1e-3)
+
+    def __call__(self, call: Call) -> dict[str, float]:
+        host = self._host(call)
+        replay = self.replay(call)
+        gpu = self._gpu(call, host) if replay is None else self._gpu(replay, self._host(replay))
+        return {"gpu": gpu, "host": host}
+
+    def way(self, call: Call) -> str:
+        """How GPU time is taken: "graph" or "events"."""
+        return "events" if self.replay(call) is None else "graph"
+
+    def replay(self, call: Call) -> Call | None:
+        """The call as the replay of its CUDA graph, with what the replay writes; None where there is no graph of it."""
+        if call not in self.replays:
+            self.replays[call] = None if call.before is not None else _captured(call)
+        return self.replays[call]
+
+    def slowed(self, call: Call, factor: float) -> Call:
+        """The same call made `factor` times as long by the device's sleep: a deliberate regression."""
+        seconds = statistics.median(self(call)["gpu"] for _ in range(5))
+        cycles = int((factor - 1) * seconds * self.cycles_per_second)
+
+        def run():
+            result = call.run()
+            torch.cuda._sleep(cycles)
+            return result
+
+        return replace(call, run=run)
+
+    def _host(self, call: Call) -> float:
+        with call.setting():
+            if call.before is not None:
+                call.before()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call.run()
+            return time.perf_counter() - begin
+
+    def _gpu(self, call: Call, host: float) -> float:
+        """Seconds between two events around the call, both recorded before the device wakes in front of the first.
+
+        Raises:
+            RuntimeError: the device woke first each time, so that the events would hold host time.
+        """
+        head_start = host
+        for _ in range(TRIES):
+            head_start *= 2
+            start, stop = _events()
+            with call.setting():
+                if call.before is not None:
+                    call.before()
+                self.flush.zero_()
+                torch.cuda._sleep(int(head_start * self.cycles_per_second))
+                start.record()
+                call.run()
+                stop.record()
+                asleep = not start.query()
+            stop.synchronize()
+            if asleep:
+                return start.elapsed_time(stop) * 1e-3
+        raise RuntimeError(
+            f"no GPU time: a call that returns in {host:.2g} s on an idle device did not within a head start of "
+            f"{head_start:.2g} s, so it waits for the device or fills its queue"
+        )
 
 
-def _captured(run: Callable) -> "torch.cuda.CUDAGraph | None":
-    """The call as a CUDA graph; None where it cannot be captured."""
+def _events() -> tuple["torch.cuda.Event", "torch.cuda.Event"]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _captured(call: Call) -> Call | None:
+    """The call as the replay of a CUDA graph; None where it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph
+    with call.setting():
+        with torch.cuda.stream(side):
+            call.run()
+        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.graph(graph):
+                outputs = call.run()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+
+    def run():
+        graph.replay()
+        return outputs
+
+    return Call(run)
 
 
 def clock_for(device: str) -> WallClock | CudaClock:
@@ -134,24 +210,6 @@ def interleaved(
                 samples[name].setdefault(kind, []).append(value)
         done += 1
     return samples
-
-
-def slowed(call: Call, factor: float) -> Call:
-    """The same call made `factor` times as long by waiting: a deliberate regression, to try the gate with."""
-
-    def run():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = call.run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        end = start + factor * (time.perf_counter() - start)
-        while time.perf_counter() < end:
-            pass
-        return result
-
-    return replace(call, run=run)
 
 
 def ratios(a: list[float], b: list[float]) -> list[float]:

@@ -15,10 +15,11 @@ def bars(rows: Sequence[dict], out: Path) -> list[Path]:
         label = f"{one['group']} {'x'.join(map(str, one['shape']))}" + (" cl" if one["channels_last"] else "")
         shapes = figures.setdefault((one["op"], one["mode"], one["dtype"]), {})
         shapes.setdefault(label, {})[one["provider"]] = one["percent_of_floor"]
-    return [_draw(out / f"{'-'.join(key)}.png", key, shapes, rows[0]["device"]) for key, shapes in figures.items()]
+    about = rows[0]["device"] + ("" if rows[0]["clock"] == "wall" else ", GPU time")
+    return [_draw(out / f"{'-'.join(key)}.png", key, shapes, about) for key, shapes in figures.items()]
 
 
-def _draw(path: Path, key: tuple[str, str, str], shapes: dict[str, dict[str, float]], device: str) -> Path:
+def _draw(path: Path, key: tuple[str, str, str], shapes: dict[str, dict[str, float]], about: str) -> Path:
     names = list(dict.fromkeys(name for by_provider in shapes.values() for name in by_provider))
     width = 0.8 / len(names)
     size = (max(5, 0.55 * len(shapes) + 2), 4)
@@ -28,7 +29,7 @@ def _draw(path: Path, key: tuple[str, str, str], shapes: dict[str, dict[str, flo
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(shapes))]
         axes.bar(places, [values.get(name, 0) for values in shapes.values()], width, label=name)
     axes.axhline(100, color="0.4", linestyle=":")
-    axes.set(title=f"{', '.join(key)}: speed against the floor\n{device}", ylabel="% of the floor's speed")
+    axes.set(title=f"{', '.join(key)}: speed against the floor\n{about}", ylabel="% of the floor's speed")
     axes.set_xticks(range(len(shapes)), list(shapes), rotation=60, ha="right", fontsize=7)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)

@@ -17,12 +17,12 @@ from .. import info
 from .cases import Case
 from .measure import quartiles, ratios
 
-FORMAT = 1
+FORMAT = 2
 ENVIRONMENT = ("machine", "device", "driver", "torch", "triton", "compiler", "commit", "threads", "date")
 COLUMNS = (
-    "case", "op", "group", "shape", "dtype", "channels_last", "mode", "provider", "median_ms", "iqr_ms",
+    "case", "op", "group", "shape", "dtype", "channels_last", "mode", "provider", "clock", "median_ms", "iqr_ms",
     "ratio_to_floor", "ratio_iqr", "percent_of_floor", "gb_s", "launches", "host_us", "peak_bytes", "saved_bytes",
-    "budget_bytes", "over_budget", "budget_saved_bytes", "warm_ms", "graph_ms", "rounds", *ENVIRONMENT,
+    "budget_bytes", "over_budget", "budget_saved_bytes", "rounds", *ENVIRONMENT,
 )  # fmt: skip
 """Of a row in the CSV; a row in JSON has "seconds" too, the time of every round."""
 
@@ -73,25 +73,25 @@ def _rounded(value: float) -> float:
 def row(
     case: Case,
     provider: str,
-    samples: dict[str, list[float]],
+    clock: str,
+    seconds: list[float],
+    host: list[float],
     floor: list[float],
-    main: str,
     floor_bytes: int | None,
     counts: dict[str, int],
     budget: dict[str, int],
     about: dict,
 ) -> dict:
-    """One row. samples: seconds by kind of time; main: the kind that is compared; floor: the floor's of that kind."""
-    seconds = samples[main]
+    """One row.
+
+    clock: how `seconds` was taken: "graph" or "events" (GPU time) or "wall". seconds, host: of each round, the time
+    that is compared and the time until the call returned. floor: `seconds` of the floor.
+    """
     low, high = quartiles(seconds)
     over_floor = ratios(seconds, floor)
     ratio_low, ratio_high = quartiles(over_floor)
     median, ratio = statistics.median(seconds), statistics.median(over_floor)
     moved = budget.get("bytes")
-
-    def milliseconds(kind: str) -> float | str:
-        return _rounded(statistics.median(samples[kind]) * 1e3) if samples.get(kind) else ""
-
     return {
         "case": case.id,
         "op": case.op,
@@ -101,6 +101,7 @@ def row(
         "channels_last": case.channels_last,
         "mode": case.mode,
         "provider": provider,
+        "clock": clock,
         "median_ms": _rounded(median * 1e3),
         "iqr_ms": _rounded((high - low) * 1e3),
         "ratio_to_floor": _rounded(ratio),
@@ -109,15 +110,13 @@ def row(
         # what the floor moves, over this provider's time: the same bytes for all of a case
         "gb_s": _rounded(floor_bytes / median / 1e9) if floor_bytes else "",
         "launches": counts.get("launches", ""),
-        "host_us": _rounded(statistics.median(samples.get("host", seconds)) * 1e6),
+        "host_us": _rounded(statistics.median(host) * 1e6),
         "peak_bytes": counts.get("peak_bytes", ""),
         "saved_bytes": counts.get("saved_bytes", ""),
         "budget_bytes": "" if moved is None else moved,
         # the time over what the budget's bytes take at the speed of the floor
         "over_budget": _rounded(ratio * floor_bytes / moved) if moved and floor_bytes else "",
         "budget_saved_bytes": budget.get("saved", ""),
-        "warm_ms": milliseconds("warm"),
-        "graph_ms": milliseconds("graph"),
         "rounds": len(seconds),
         **about,
         "seconds": [_rounded(value) for value in seconds],
@@ -132,16 +131,24 @@ def write_json(path: Path, rows: Iterable[dict], command: str) -> Path:
 
 
 def read_json(path: Path) -> list[dict]:
-    """The rows of a file that write_json wrote; ValueError, OSError where it is none."""
+    """The rows of a file that write_json wrote; ValueError, OSError where it is none.
+
+    Of format 1 only a CPU's rows are taken: on a CUDA device `seconds` held host time where a call was bound by it.
+    """
     try:
         stored = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not stored.get("rows"):
+    if not isinstance(stored, dict) or stored.get("format") not in (1, FORMAT) or not stored.get("rows"):
         raise ValueError(f"{path} is not a result of `python -m drsn_kernels bench` in format {FORMAT}, or has no rows")
-    if missing := [name for name in (*COLUMNS, "seconds") if name not in stored["rows"][0]]:
+    rows = stored["rows"]
+    if stored["format"] == 1:
+        if any(one.get("warm_ms", "") != "" for one in rows):
+            raise ValueError(f"{path} is of format 1, whose times on a CUDA device are not GPU time: record a run anew")
+        rows = [one | {"clock": "wall"} for one in rows]
+    if missing := [name for name in (*COLUMNS, "seconds") if name not in rows[0]]:
         raise ValueError(f"{path}: its rows lack {', '.join(missing)}")
-    return stored["rows"]
+    return rows
 
 
 def write_csv(path: Path, rows: Iterable[dict]) -> Path:
@@ -155,17 +162,30 @@ def write_csv(path: Path, rows: Iterable[dict]) -> Path:
 
 
 def write_markdown(path: Path, rows: list[dict], figures: Iterable[object], command: str) -> Path:
-    """The figures, and a table for people: a line for each case, milliseconds by provider, the floor first."""
+    """The figures, and tables for people: a line for each case, times by provider, the floor first."""
+    about = [f"{name}: {rows[0][name]}" for name in ENVIRONMENT if rows[0][name] not in ("", "none")]
+    lines = [f"`{command}`", "", *(f"- {part}" for part in about), "", "```", *map(str, figures), "```"]
+    if all(one["clock"] == "wall" for one in rows):
+        lines += _table("Medians in milliseconds.", rows, "median_ms")
+    else:
+        lines += _table("GPU time, medians in milliseconds.", rows, "median_ms")
+        lines += _table("Host time until the call returns, medians in microseconds.", rows, "host_us")
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def _table(title: str, rows: list[dict], column: str) -> list[str]:
     providers = list(dict.fromkeys(one["provider"] for one in rows))
     cases: dict[str, dict[str, dict]] = {}
     for one in rows:
         cases.setdefault(one["case"], {})[one["provider"]] = one
-    about = [f"{name}: {rows[0][name]}" for name in ENVIRONMENT if rows[0][name] not in ("", "none")]
-    lines = [f"`{command}`", "", *(f"- {part}" for part in about), "", "```", *map(str, figures), "```", ""]
-    lines += ["Medians in milliseconds.", "", f"| case | {' | '.join(providers)} |"]
-    lines.append("|---" * (len(providers) + 1) + "|")
+    lines = ["", title, "", f"| case | {' | '.join(providers)} |", "|---" * (len(providers) + 1) + "|"]
     for case, found in cases.items():
-        cells = (f"{found[name]['median_ms']:.3g}" if name in found else "" for name in providers)
+        cells = (_cell(found[name][column]) if name in found else "" for name in providers)
         lines.append(f"| {case} | {' | '.join(cells)} |")
-    path.write_text("\n".join(lines) + "\n", "utf-8")
-    return path
+    return lines
+
+
+def _cell(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

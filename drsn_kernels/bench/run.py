@@ -18,7 +18,7 @@ from .arguments import ROUNDS
 from .budget import budget
 from .cases import NETWORKS, SAMPLE, SHAPES, Case, select
 from .counts import launches_and_peak, saved_bytes
-from .measure import Call, clock_for, interleaved, slowed
+from .measure import Call, CudaClock, WallClock, clock_for, interleaved
 from .providers import FLOOR, Provider, providers
 from .verify import Judge
 from .workloads import build, floor_bytes
@@ -67,32 +67,40 @@ def measure(
     torch._dynamo.reset()
     calls, port, exact = built(case, names.values(), settings.device)
     judge, refused = Judge(case, port, exact), {}
+    clock = clock_for(settings.device)
     for name in list(calls):
-        if names[name].form != "floor" and (why := _objection(judge, calls[name])) is not None:
+        if names[name].form != "floor" and (why := _objection(judge, calls[name], clock)) is not None:
             refused[name] = why
             del calls[name]
     del judge, port, exact
     if settings.slow_down is not None and settings.slow_down[0] in calls:
         name, factor = settings.slow_down
-        calls[name] = slowed(calls[name], factor)
+        calls[name] = clock.slowed(calls[name], factor)
     gc.collect()
-    clock = clock_for(settings.device)
     samples = interleaved(calls, settings.rounds, clock, seconds=SECONDS)
     rows = []
     for name, call in calls.items():
+        seconds = samples[name][clock.main]
         floor = samples["floor-1-thread" if name.endswith("-1-thread") else "floor"][clock.main]
         rows.append(
             record.row(
-                case, name, samples[name], floor, clock.main, floor_bytes(case), _counts(call, settings.device),
-                budget(case, names[name]), about,
+                case, name, clock.way(call), seconds, samples[name].get("host", seconds), floor, floor_bytes(case),
+                _counts(call, settings.device), budget(case, names[name]), about,
             )  # fmt: skip
         )
     return rows, refused
 
 
-def _objection(judge: Judge, call: Call) -> str | None:
+def _objection(judge: Judge, call: Call, clock: WallClock | CudaClock) -> str | None:
+    """Why a call gets no row: it raises, it or its graph is wrong, or it has no GPU time."""
     try:
-        return judge.objection(call)
+        why = judge.objection(call)
+        if why is None:
+            clock(call)
+            replay = clock.replay(call)
+            if replay is not None and judge.case.mode != "step":  # a step goes on from where the one before ended
+                why = judge.objection(replay)
+        return why
     except Exception as error:  # a compiler that fails must not end a run of an hour
         return f"raised {type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
@@ -103,8 +111,8 @@ def _counts(call: Call, device: str) -> dict[str, int]:
     return {"launches": launches, "peak_bytes": peak, "saved_bytes": saved}
 
 
-HEADER = (f"{'':22s}{'ms':>10s}{'IQR':>9s}{'% floor':>9s}{'GB/s':>7s}{'ops':>6s}{'host us':>10s}{'peak MiB':>10s}"
-          f"{'saved':>9s}{'budget':>9s}{'x budget':>9s}")  # fmt: skip
+HEADER = (f"{'':22s}{'clock':>7s}{'ms':>10s}{'IQR':>9s}{'% floor':>9s}{'GB/s':>7s}{'ops':>6s}{'host us':>10s}"
+          f"{'peak MiB':>10s}{'saved':>9s}{'budget':>9s}{'x budget':>9s}")  # fmt: skip
 
 
 def _mib(value: int | str) -> str:
@@ -114,9 +122,9 @@ def _mib(value: int | str) -> str:
 def line(row: dict) -> str:
     gb_s, over = row["gb_s"], row["over_budget"]
     return (
-        f"  {row['provider']:20s}{row['median_ms']:10.3f}{row['iqr_ms']:9.3f}{row['percent_of_floor']:9.1f}"
-        f"{'' if gb_s == '' else format(gb_s, '.1f'):>7s}{row['launches']:>6}{row['host_us']:10.1f}"
-        f"{_mib(row['peak_bytes']):>10s}{_mib(row['saved_bytes']):>9s}{_mib(row['budget_bytes']):>9s}"
+        f"  {row['provider']:20s}{row['clock']:>7s}{row['median_ms']:10.4f}{row['iqr_ms']:9.4f}"
+        f"{row['percent_of_floor']:9.1f}{'' if gb_s == '' else format(gb_s, '.1f'):>7s}{row['launches']:>6}"
+        f"{row['host_us']:10.1f}{_mib(row['peak_bytes']):>10s}{_mib(row['saved_bytes']):>9s}{_mib(row['budget_bytes']):>9s}"
         f"{'' if over == '' else format(over, '.2f'):>9s}"
     )
 

@@ -1,6 +1,7 @@
 """The figures that the project aims at, from rows; and geometric means by group of shapes."""
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,12 @@ from .cases import DTYPES, LARGE
 from .measure import geometric_mean, ratio
 
 PAPER_RATIO = 1.545  # DRSN-CW over ResNet, 1511.1 s over 978.0 s (Zhao et al. 2020, section IV)
+HOST_AIMS = {  # of an eager call on a GPU, microseconds until it returns
+    ("abs_mean", "forward"): 7,
+    ("soft_threshold", "forward"): 8,
+    ("shrink_eval", "forward"): 14,
+    ("shrink_train", "both"): 75,
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def figures(rows: Sequence[dict]) -> list[Figure]:
         Figure("over the best eager form, worst of all cases", over_best.get(worst), 1, True, worst or ""),
         Figure("bf16 over fp32 at equal element count, 16 MiB and more, geometric mean", _mean(bf16), 1.5),
     ]  # fmt: skip
-    found += _scaling(table)
+    found += _scaling(table) + _host(table)
     groups = sorted({one["group"] for one in rows} & set("ABCDEFG"))
     for other, label in (("port", "the eager port"), ("best-compiled", "torch.compile of the best form")):
         for group in groups:
@@ -126,6 +133,19 @@ def _scaling(table: Table) -> list[Figure]:
                 aim = 1.7 if _bytes(one) < LARGE else both["floor"]
                 name = f"1 to 2 threads, {_bytes(one) / 2**20:.0f} MiB"
                 found.append(Figure(name, both[table.ours], round(aim, 2), True, f"clone {both['floor']:.2f}; {case}"))
+    return found
+
+
+def _host(table: Table) -> list[Figure]:
+    """What the host pays for an eager call of ours on a GPU: by step, the median over the launch-bound shapes C."""
+    ours = [rows[table.ours] for rows in table.cases.values() if table.ours in rows]
+    if all(one["clock"] == "wall" for one in ours):
+        return []
+    found = []
+    for (op, mode), aim in HOST_AIMS.items():
+        times = [one["host_us"] for one in ours if _is(op, mode, "C")(one)]
+        name = f"host time of {op}, {mode}, C, us"
+        found.append(Figure(name, statistics.median(times) if times else None, aim, False))
     return found
 
 

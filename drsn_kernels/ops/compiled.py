@@ -17,7 +17,7 @@ class Rule(NamedTuple):
 
 RULES = {
     "cpu": Rule(None, "opaque took 1.2 to 1.6 times as long from 1 to 24 MiB, and 0.76 on one shape of 19 MiB"),
-    "cuda": Rule(None, "not yet run on a GPU"),
+    "cuda": Rule(None, "opaque was not timed; compiled, a unit took 0.64 and 0.75 of our eager one's time on an H200"),
 }
 _OTHERS = Rule(None, "no kernels for this device")
 
