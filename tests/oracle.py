@@ -192,8 +192,9 @@ def check(fn: Callable, formula: Callable, inputs: dict[str, torch.Tensor | None
         Gradients are linear in gs. Where g repeats and signs alternate, a sum is exactly 0 in one order of additions
         and a few units of its terms in another.
         """
-        signs = torch.Generator().manual_seed(0)
-        flip = lambda g: None if g is None else g * (torch.randint(2, g.shape, generator=signs) * 2 - 1)  # noqa: E731
+        signs = torch.Generator(tensors[0].device).manual_seed(0)
+        sign = lambda g: torch.randint(2, g.shape, generator=signs, device=g.device) * 2 - 1  # noqa: E731
+        flip = lambda g: None if g is None else g * sign(g)  # noqa: E731
         sizes = []
         for _ in range(8):
             leaves, flipped_gs = cast(tensors, torch.float64), [flip(g) for g in cast(gs, torch.float64)]
@@ -246,8 +247,8 @@ def check_step(ours: Callable, x, residual, gate: nn.Module, average: str | None
         Backward as in check, and with the statistics as constants. Forward, where a hidden unit is what is left of
         terms much larger: by how much it moves per change of the averages and the gate's parameters.
         """
-        signs = torch.Generator().manual_seed(0)
-        sign = lambda shape: torch.randint(2, shape, generator=signs).double() * 2 - 1  # noqa: E731
+        signs = torch.Generator(x.device).manual_seed(0)
+        sign = lambda shape: torch.randint(2, shape, generator=signs, device=x.device).double() * 2 - 1  # noqa: E731
         flips = [(g, tau_g), *((g * sign(g.shape), tau_g * sign(tau_g.shape)) for _ in range(8))]
         terms = max(oracle(torch.float64, constant, *pair)[name].abs().max() for pair in flips)
         moves = []

@@ -148,8 +148,8 @@ def test_float64_constants(kernels, threshold, slope):
 
 
 def far_from_kinks(shape, tau_of) -> torch.Tensor:
-    for seed in range(100):
-        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for _ in range(100):
+        x = torch.randn(shape, dtype=torch.float64)
         if (x.abs() - aligned(tau_of(x), x.dim())).abs().min() > 2e-3 and x.abs().min() > 2e-3:
             return x.requires_grad_()
     raise AssertionError("no such x")
