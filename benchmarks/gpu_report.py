@@ -1,9 +1,10 @@
 """What a run of gpu_suite.py found, step by step, and the report of one page."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import drsn_kernels as dk
@@ -51,7 +52,7 @@ class Benchmark:
     figures: tuple[str, ...] = ()
     regressions: tuple[str, ...] = ()
     compared: str = ""
-    causes: tuple[Cause, ...] = field(default=())
+    causes: tuple[Cause, ...] = ()
     cases: int = 0
 
 
@@ -129,7 +130,7 @@ def examined(result: Result, log: str, out: Path, baseline: Path | None) -> tupl
         done = f"{bench.cases} cases, {len(bench.regressions)} regressions"
         ran = bench.cases > 0
     if result.name == "compile":
-        done = f"{sum(line.endswith(' s') for line in log.splitlines())} cases"
+        done = f"{len(re.findall(r' [0-9.]+ s$', log, re.M))} cases"
     if result.name in ("memcheck", "racecheck") and "Device not supported" in log:
         return replace(result, state="compute-sanitizer does not support this device"), None
     state = result.state

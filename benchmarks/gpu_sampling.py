@@ -2,9 +2,9 @@
 
     pytest -p gpu_sampling --suite-results FILE [--suite-seed N] [--suite-earlier FILE]
 
-Order: what failed in the earlier run, then the functions with few cases, then all other cases in an order drawn from the
-seed. After the moment in the environment's GPU_SUITE_END (seconds since the epoch) no test starts. So what has run is a
-random sample of the common cases and all of the others; what has not is counted by its absence.
+Order: what failed in the earlier run, then the functions with few cases, then all other cases as the seed draws them.
+No test starts after the moment in the environment's GPU_SUITE_END (seconds since the epoch). So what has run is all of
+the first kinds and a random sample of the common cases; what has not is counted by its absence.
 
 FILE holds a line of JSON for each test, and one with the number of tests collected. The order depends on names and the
 seed alone, so that all workers of pytest-xdist agree on it.

@@ -85,8 +85,10 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=places)
 
 
-def pytest_step(name: str, out: Path, seed: int, selection: Sequence[str], jobs: int, under: Sequence[str] = ()) -> Step:
-    """pytest with gpu_sampling.py, not from ROOT: python -m would import the source tree there. jobs 1: without xdist."""
+def pytest_step(
+    name: str, out: Path, seed: int, selection: Sequence[str], jobs: int, under: Sequence[str] = ()
+) -> Step:
+    """pytest with gpu_sampling.py; not from ROOT, where python -m would import the source tree. jobs 1: no xdist."""
     command = (
         *under, sys.executable, "-m", "pytest", *selection,
         "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--tb=short", "--continue-on-collection-errors",

@@ -19,9 +19,9 @@ def python_path(*first: Path) -> str:
 
 
 def ensure_installed() -> None:
-    """Where no drsn_kernels is installed, install the tree's without compiled kernels, for this process and its children.
+    """Where no drsn_kernels is installed, build the tree's without compiled kernels, for this process and its children.
 
-    Into a temporary folder, which goes with this process; setup.py's own build step needs setuptools and no network.
+    It lies in a temporary folder, which goes with this process. setup.py's build_py needs setuptools, and no network.
     Importing `benchmarks` has taken the source tree out of sys.path, so what is found here is not that.
     """
     found = importlib.util.find_spec("drsn_kernels")

@@ -153,6 +153,18 @@ def test_a_run_of_several_processes(run):
     assert results["test_that_ends_its_process"]["cause"]["type"] == "crash"
 
 
+def test_a_run_of_the_tests_themselves(suite, sampling, tmp_path):
+    """The step's command on a test of tests/, under its conftest.py, in two processes where pytest-xdist is there."""
+    selection = [str(ROOT / "tests" / "test_oracle.py"), "-k", "plain and channel"]
+    step = suite.pytest_step("tests", tmp_path, 3, selection, 2 if suite.has_xdist() else 1)
+    env = {**os.environ, **step.env}
+    done = subprocess.run(step.command, cwd=step.cwd, env=env, capture_output=True, text=True)
+    results, collected = sampling.read(tmp_path / "tests.jsonl")
+    assert done.returncode == 0 and len(results) == collected > 1, done.stdout + done.stderr
+    assert {one["outcome"] for one in results} == {"passed"}
+    assert all(one["test"].startswith("tests/test_oracle.py::") for one in results)
+
+
 def test_a_process_that_loses_its_device_is_replaced(run):
     """Both tests fail by their own cause, and no other test does; without pytest-xdist the run ends."""
     results, _, code = run(1, "-k", "loses_the_device or common", LOSE="1")
