@@ -321,7 +321,7 @@ def test_the_plan(modules):
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def line(test: str, outcome: str, **cause) -> str:
+def line_of(test: str, outcome: str, **cause) -> str:
     return json.dumps({"test": test, "outcome": outcome, "seconds": 0.1} | ({"cause": cause} if cause else {})) + "\n"
 
 
@@ -330,8 +330,9 @@ def test_failures_are_grouped_by_cause(report, tmp_path):
     results = tmp_path / "tests.jsonl"
     results.write_text(
         json.dumps({"collected": 9}) + "\n"
-        + line("a[1]", "failed", **same) + line("b", "passed") + line("c", "failed", **(same | {"where": "elsewhere"}))
-        + line("a[2]", "failed", **same) + line("d", "skipped") + line("a[2]", "passed") + '{"test": "half a l'
+        + line_of("a[1]", "failed", **same) + line_of("b", "passed")
+        + line_of("c", "failed", **(same | {"where": "elsewhere"}))
+        + line_of("a[2]", "failed", **same) + line_of("d", "skipped") + line_of("a[2]", "passed") + '{"test": "half a l'
     )  # fmt: skip
     result = report.Result("tests", "pytest", "timed out", None, 5, 5)
     found, _ = report.examined(result, "", tmp_path, None)
@@ -340,6 +341,33 @@ def test_failures_are_grouped_by_cause(report, tmp_path):
         ("RuntimeError: N is not N", "drsn_kernels/ops.py:7 in shrink", 2, "a[1]"),
         ("RuntimeError: N is not N", "elsewhere", 1, "c"),
     ]
+
+
+def test_a_compilation_that_takes_longer_is_no_failure(report, tmp_path):
+    """The benchmark compiles what is missing, and shows what does not compile."""
+    log = f"{CASE} triton: RuntimeError: no\n{CASE} 12.5 s\n{CASE} 0.5 s\n"
+    for state, code, expected in (("timed out", None, "cut short"), ("failed", 1, "failed"), ("passed", 0, "passed")):
+        found, _ = report.examined(report.Result("compile", "", state, code), log, tmp_path, None)
+        assert found.state == expected and found.done == "2 cases" and found.is_bad == (expected == "failed")
+
+
+@pytest.mark.parametrize("line, state", [(0, "failed"), (1, "passed")])
+def test_a_sanitizer_fails_by_what_it_finds(report, tmp_path, monkeypatch, line, state):
+    """Its tests passed both times; a race on a line that is known does not fail it, one on another line does."""
+    place = "Write access at k+0x10 in k.py:" + str(line + 1)
+    log = f"========= Error: Race reported between {place}\n=========     and {place} [8 hazards]\n"
+    log += "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "k.py").write_text("first\n    second\n")
+    (tmp_path / "racecheck.jsonl").write_text('{"collected": 1}\n' + line_of("a", "passed"))
+    sanitizer = report.sanitizer
+    monkeypatch.setattr(sanitizer, "KNOWN_RACES", (sanitizer.KnownRace("k", "k.py", "second", "it is so"),))
+    monkeypatch.setattr(report.dk, "__file__", str(tmp_path / "__init__.py"))
+    found, _ = report.examined(report.Result("racecheck", "", "passed", 0), log, tmp_path, None)
+    assert (found.state, found.done) == (state, f"1 passed, {line} known races")
+    assert [cause.where for cause in found.causes] == ["k in k.py:1"][line:]
+    missing, _ = report.examined(report.Result("racecheck", "", "failed", 1), "Device not supported", tmp_path, None)
+    assert not missing.is_bad and "does not support" in missing.state
 
 
 def test_no_test_at_all_is_no_success(report, tmp_path):
