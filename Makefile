@@ -6,7 +6,8 @@
 # make pictures  docs/pictures, a few minutes; VIBRATION= and IMAGE= name the folders, PICTURES="--quick ..." the rest
 # make bench   the benchmarks, about an hour; BENCH=--quick: a few minutes
 # make lint    ruff, and the workflows in .github against their schema and zizmor
-# make gpu     everything that needs a GPU: tests, sanitizers, benchmarks; leaves gpu-report/report.md
+# make gpu     everything that needs a GPU: tests, sanitizers, benchmarks, in 8 minutes; leaves gpu-report/report.md;
+#              GPU="--minutes 30 --only bench" and the like: python -m benchmarks.gpu_suite --help
 #
 # `cd .venv`: python -m would import the source tree beside it, where nothing is compiled, not the installed package.
 # Everything happens in .venv, which is created on first use. constraints.txt pins what CI uses; another set of versions:
@@ -26,6 +27,7 @@ SPEECH ?=
 IMAGE ?=
 EXPERIMENTS ?=
 PICTURES ?=
+GPU ?=
 CONSTRAINTS ?= constraints.txt
 TESTS := $(BIN)/pytest
 FUZZ ?=
@@ -65,7 +67,7 @@ lint: $(VENV)/linters
 
 gpu: OUT := gpu-report
 gpu: $(VENV)/installed
-	$(BIN)/python -m benchmarks.gpu_suite --out $(abspath $(OUT))
+	$(BIN)/python -m benchmarks.gpu_suite --out $(abspath $(OUT)) $(GPU)
 
 # Of their own: linting needs no torch.
 $(VENV)/linters: constraints.txt
@@ -75,7 +77,7 @@ $(VENV)/linters: constraints.txt
 
 $(VENV)/packages: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark build pybind11 cmake ninja hypothesis scipy matplotlib tqdm scikit-learn onnx onnxruntime onnxscript
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark pytest-xdist build pybind11 cmake ninja hypothesis scipy matplotlib tqdm scikit-learn onnx onnxruntime onnxscript
 	touch $@
 
 # Installed, not imported from the source tree: a stale build or a file missing from the package shows at once.

@@ -1,6 +1,7 @@
-"""`pytest --benchmark` (bench_operators.py), and what a call costs the host (overhead.py, launches.py).
+"""`pytest --benchmark` (bench_operators.py), what a call costs the host (overhead.py, launches.py), and everything that
+needs a GPU by one command (gpu_suite.py).
 
-The suite itself is in drsn_kernels/bench. Nothing here runs in the tests.
+The benchmark itself is in drsn_kernels/bench. Nothing here runs in the tests but on fake or tiny work.
 """
 
 import sys

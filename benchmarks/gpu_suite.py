@@ -1,17 +1,25 @@
-"""Everything that needs a GPU, by one command and with one report.
+"""Everything that needs a GPU, by one command, in a few minutes, with one report.
 
-    python -m benchmarks.gpu_suite --out FOLDER [--only STEP ...] [--quick] [--baseline FILE]
+    python -m benchmarks.gpu_suite --out FOLDER [--minutes M] [--only STEP ...] [--quick] [--seed N] [--baseline FILE]
 
-FOLDER/report.md and report.json: GPU, driver, versions and commit, then each step with its command, exit code,
-seconds and the end of its output; whole outputs lie in FOLDER/logs, the benchmark's files in FOLDER/bench. The report
-is written anew after each step, so a run that is cut short still tells what it did. A step that fails does not stop the
-others; the exit code is 0 where all passed, 1 where one did not, 2 where there is no GPU or an argument is wrong.
+compile     kernels of the benchmark, by as many processes as there are cores, into the caches on disk
+tests       `pytest -m "gpu and not slow"` under pytest-xdist, a random sample where the time does not allow all
+memcheck    small steps under compute-sanitizer
+racecheck   the same; races that sanitizer.py knows are no findings
+bench       by priority (gpu_bench.py), compared with the stored run of this GPU
+
+Each step has a share of the time that is left and ends with it; what it has done by then is in the report. FOLDER holds
+report.md (a page), report.json (all), tests.jsonl and the like (a line for each test), bench/results.json and whole
+outputs in logs; a later run with the same FOLDER begins with the tests that failed. Report and results are written as
+they come. A step that fails does not stop the others; the exit code is 0 where all passed, 1 where one did not, 2 where
+there is no GPU or an argument is wrong.
 """
 
 import argparse
-import json
+import importlib.util
 import os
 import platform
+import random
 import re
 import shlex
 import shutil
@@ -20,47 +28,54 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-import drsn_kernels as dk
+from .installed import ROOT, ensure_installed, python_path
 
-ROOT = Path(__file__).resolve().parent.parent
-SANITIZERS = ("memcheck", "racecheck", "synccheck")
-TAIL = 40  # lines of a step's output that the report shows
+ensure_installed()
+
+import drsn_kernels as dk  # noqa: E402
+from drsn_kernels.bench import record  # noqa: E402
+
+from . import gpu_report  # noqa: E402
+from .gpu_report import Benchmark, Result  # noqa: E402
+from .gpu_sampling import END  # noqa: E402
+
+BENCHMARKS = ROOT / "benchmarks"
+SANITIZERS = ("memcheck", "racecheck")
+SHARES = {"compile": 12, "tests": 36, "memcheck": 12, "racecheck": 12, "bench": 28}  # of the time, in this order
+MINUTES, QUICK_MINUTES = 8.0, 3.0
+TAIL = 40  # lines of a step's output in report.json
+EVERY_TEST = (str(ROOT / "tests"), "-m", "gpu and not slow", "--require-gpu")
+SMALL_STEPS = (str(ROOT / "tests" / "test_gpu.py"), "-m", "gpu", "-k", "small_step", "--require-gpu")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, where it runs and for how long at most; or, with `absent`, why it does not."""
+    """A command, its share of the time and where it runs; or, with `absent`, why it does not."""
 
     name: str
     command: tuple[str, ...]
-    seconds: float
+    share: float
     cwd: Path = ROOT
     env: Mapping[str, str] = field(default_factory=dict)
     absent: str = ""
 
 
-@dataclass(frozen=True)
-class Result:
-    name: str
-    command: str
-    state: str  # "passed", "failed", "timed out", "not reached", or why there was nothing to run
-    exit_code: int | None = None
-    seconds: float = 0.0
-    tail: str = ""
-
-    @property
-    def is_bad(self) -> bool:
-        return self.state in ("failed", "timed out", "not reached")
-
-
 def stored_run(gpu: str) -> Path:
     """Where the benchmark of record for this GPU lies: NVIDIA H200 -> docs/benchmarks/nvidia-h200/results.json."""
     return ROOT / "docs" / "benchmarks" / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / "results.json"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def has_xdist() -> bool:
+    return importlib.util.find_spec("xdist") is not None
 
 
 def _sanitizer() -> str | None:
@@ -70,55 +85,72 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=places)
 
 
-def steps(out: Path, quick: bool, baseline: Path | None) -> list[Step]:
-    """What is run, in this order; with a baseline the benchmark is compared with it and a regression fails."""
-    # not from ROOT: python -m would import the source tree there, where nothing is compiled
-    pytest = (sys.executable, "-m", "pytest", str(ROOT / "tests"), "-c", str(ROOT / "pyproject.toml"),
-              "--rootdir", str(ROOT), "-m", "gpu", "--require-gpu")  # fmt: skip
-    bench = (sys.executable, "-m", "drsn_kernels", "bench", "--device", "cuda", "--out", str(out / "bench"))
-    bench += (("--quick",) if quick else ()) + (("--compare", str(baseline)) if baseline else ())
+def pytest_step(
+    name: str, out: Path, seed: int, selection: Sequence[str], jobs: int, under: Sequence[str] = ()
+) -> Step:
+    """pytest with gpu_sampling.py; not from ROOT, where python -m would import the source tree. jobs 1: no xdist."""
+    command = (
+        *under, sys.executable, "-m", "pytest", *selection,
+        "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--tb=short", "--continue-on-collection-errors",
+        "-p", "no:cacheprovider", "-p", "gpu_sampling", "--suite-results", str(out / f"{name}.jsonl"),
+        "--suite-earlier", str(out / f"{name}.earlier.jsonl"), "--suite-seed", str(seed),
+        # a few tests at a time: the order holds, and no worker sits on long ones while others are done
+        *(("-n", str(jobs), "--maxschedchunk", "2") if jobs > 1 else ("-p", "no:xdist")),
+    )  # fmt: skip
+    env = {"PYTHONPATH": python_path(BENCHMARKS)}
+    if jobs > 1:
+        env |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the workers have the cores
+    if under:  # each tensor its own allocation: inside a block of torch's cache no access is out of bounds
+        env |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Step(name, command, SHARES[name], out, env)
+
+
+def steps(out: Path, quick: bool, seed: int) -> list[Step]:
+    """What is run, in this order."""
+    bench = (sys.executable, "-m", "benchmarks.gpu_bench")
     sanitizer = _sanitizer()
     absent = "left out by --quick" if quick else "" if sanitizer else "compute-sanitizer is not present"
-    # each tensor its own allocation: inside a block of torch's cache no access is out of bounds
-    checked = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        Step("tests", (*pytest, "-k", "not gradients", "--junit-xml", str(out / "tests.xml")), 3600, out),
-        Step("gradients", (*pytest, "-k", "gradients", "--junit-xml", str(out / "gradients.xml")), 1800, out),
-        *(
-            Step(tool, (sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *pytest,
-                        "-k", "small_step"), 1800, out, checked, absent)
-            for tool in SANITIZERS
-        ),
-        Step("bench", bench, 900 if quick else 3600, out),
-        # on a machine with a GPU too, this one is about the host: kernels are compiled, launches recorded
-        Step("launches", (sys.executable, "-m", "benchmarks.launches"), 600, ROOT, {"TRITON_INTERPRET": "0"}),
+    found = [
+        Step("compile", (*bench, "compile", "--jobs", str(cores())), SHARES["compile"],
+             env={"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+        pytest_step("tests", out, seed, EVERY_TEST, cores() if has_xdist() else 1),
     ]  # fmt: skip
+    for tool, options in zip(SANITIZERS, (("--error-exitcode", "99"), ("--racecheck-report", "analysis")), strict=True):
+        under = (sanitizer or "compute-sanitizer", "--tool", tool, *options, "--print-limit", "0",
+                 "--target-processes", "application-only")  # fmt: skip
+        step = pytest_step(tool, out, seed, SMALL_STEPS, 1, under)
+        found.append(Step(step.name, step.command, step.share, step.cwd, step.env, absent))
+    found.append(Step("bench", (*bench, "time", "--out", str(out / "bench")), SHARES["bench"]))
+    return found
 
 
-def run(step: Step, logs: Path) -> Result:
-    """One step in a process group of its own, which ends with its time; the output goes to logs/NAME.log."""
+def run(step: Step, logs: Path, seconds: float) -> Result:
+    """One step in a process group of its own, which ends with its time; the output goes to logs/NAME.log.
+
+    The step is told to begin nothing new in its last seconds, so that it comes to its end by itself.
+    """
     command = shlex.join(step.command)
-    if step.absent:
-        return Result(step.name, command, step.absent)
     log = logs / f"{step.name}.log"
     start = time.monotonic()
+    soft_end = time.time() + seconds - min(20, seconds / 5)
     with open(log, "wb") as output:
         try:
             process = subprocess.Popen(
-                step.command, cwd=step.cwd, env={**os.environ, **step.env}, stdout=output, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                step.command, cwd=step.cwd, env={**os.environ, **step.env, END: str(soft_end)}, stdout=output,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            return Result(step.name, command, "failed", None, 0.0, str(error))
+            return Result(step.name, command, "failed", limit=round(seconds, 1), tail=str(error))
         try:
-            code = process.wait(step.seconds)
+            code = process.wait(seconds)
             state = "passed" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
             code, state = None, "timed out"
         finally:  # what a step leaves running would share the GPU with the next one
             _end(process)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
-    return Result(step.name, command, state, code, round(time.monotonic() - start, 1), tail)
+    took = round(time.monotonic() - start, 1)
+    return Result(step.name, command, state, code, took, round(seconds, 1), tail=tail)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -129,50 +161,64 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def write_report(out: Path, environment: dict, results: Sequence[Result], notes: Sequence[str]) -> None:
-    passed = not any(r.is_bad for r in results)
-    report = {"passed": passed, "environment": environment, "notes": list(notes), "steps": [asdict(r) for r in results]}
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    lines = ["# What needs a GPU: " + ("passed" if passed else "failed"), "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in environment.items()]
-    lines += ["", *(f"{note}\n" for note in notes), "| step | result | exit code | seconds |", "|---|---|---|---|"]
-    lines += [f"| {r.name} | {r.state} | {'' if r.exit_code is None else r.exit_code} | {r.seconds} |" for r in results]
-    for r in results:
-        lines += ["", f"## {r.name}: {r.state}", "", f"`{r.command}`"]
-        if r.tail:
-            fence = "`" * (max(map(len, re.findall("`+", r.tail)), default=0) + 3)
-            lines += ["", f"{fence}text", r.tail, fence]
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def allotted(chosen: Sequence[Step], left: float) -> float:
+    """Seconds of the first step, of those left for all: what one leaves over, the others get."""
+    shares = [0 if step.absent else step.share for step in chosen]
+    return max(left, 0) * shares[0] / sum(shares)
 
 
-def run_all(chosen: Sequence[Step], out: Path, environment: dict, notes: Sequence[str] = ()) -> int:
-    """Run each, keep the report up to date; 1 if a step failed or took too long, 0 otherwise."""
-    logs = out / "logs"
+def run_all(
+    chosen: Sequence[Step], out: Path, deadline: float, environment: dict, baseline: Path | None = None,
+    notes: Sequence[str] = (),
+) -> int:  # fmt: skip
+    """Run each until `deadline` (time.monotonic), keep the report up to date; 1 if one failed or was not reached."""
+    logs, bench = out / "logs", Benchmark()
     logs.mkdir(parents=True, exist_ok=True)
-    results = {step.name: Result(step.name, shlex.join(step.command), "not reached") for step in chosen}
     for step in chosen:
+        if (results := out / f"{step.name}.jsonl").is_file():
+            results.replace(out / f"{step.name}.earlier.jsonl")
+    results = {step.name: Result(step.name, shlex.join(step.command), step.absent or "not reached") for step in chosen}
+    gpu_report.write(out, environment, list(results.values()), bench, notes)
+    for number, step in enumerate(chosen):
+        left = deadline - time.monotonic()
+        if step.absent or left <= 0:
+            continue
         print(f"{step.name:12s}", end="", flush=True)
-        results[step.name] = result = run(step, logs)
-        print(f"{result.state}, {result.seconds:.0f} s", flush=True)
-        write_report(out, environment, list(results.values()), notes)
-    print(f"report: {out / 'report.md'}")
-    return int(any(r.is_bad for r in results.values()))
+        result = run(step, logs, allotted(chosen[number:], left))
+        log = logs / f"{step.name}.log"
+        result, benchmark = gpu_report.examined(result, log.read_text(errors="replace"), out, baseline)
+        results[step.name], bench = result, benchmark or bench
+        print(f"{result.state}, {result.seconds:.0f} s of {result.limit:.0f}: {result.done}", flush=True)
+        gpu_report.write(out, environment, list(results.values()), bench, notes)
+    print("\n" + (out / "report.md").read_text(encoding="utf-8"))
+    return int(any(result.is_bad for result in results.values()))
 
 
 def describe_machine() -> dict:
     """What a reader of the report must know to read a figure in it."""
-    from drsn_kernels.bench import record
-
     found = {**record.environment("cuda"), "cuda": torch.version.cuda or f"hip {torch.version.hip}"}
     return found | {"python": platform.python_version(), "drsn_kernels": f"{dk.__version__} in {dk.__file__}"}
 
 
+def minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= 24 * 60:
+        raise argparse.ArgumentTypeError(f"takes minutes from 1 to 1440, got {text!r}")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> int:
-    names = [step.name for step in steps(Path(), False, None)]
+    start = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description="Everything that needs a GPU.")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the report, logs and results")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
-    parser.add_argument("--quick", action="store_true", help="a short benchmark, and no sanitizers")
+    parser.add_argument("--minutes", type=minutes, metavar="M",
+                        help=f"for all of it (default {MINUTES:g}, {QUICK_MINUTES:g} with --quick)")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=SHARES, metavar="STEP", help=f"of {', '.join(SHARES)}")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:g} minutes, and no sanitizers")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sample of tests (default: drawn, and printed)")
     parser.add_argument("--baseline", type=Path, metavar="FILE",
                         help="stored run to compare with (default: docs/benchmarks/NAME/results.json)")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -186,10 +232,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not baseline.is_file():
         notes = [f"Nothing was compared: there is no stored run of {gpu}, which would be {baseline.relative_to(ROOT)}."]
         print(f"::notice::{notes[0]}" if os.environ.get("GITHUB_ACTIONS") else notes[0])
+    if not has_xdist():
+        notes.append("pytest-xdist is not installed: the tests run one after the other.")
+    seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     out = options.out.resolve()
-    chosen = steps(out, options.quick, baseline if baseline.is_file() else None)
-    chosen = [step for step in chosen if not options.only or step.name in options.only]
-    return run_all(chosen, out, describe_machine(), notes)
+    chosen = [step for step in steps(out, options.quick, seed) if not options.only or step.name in options.only]
+    time_left = 60 * (options.minutes or (QUICK_MINUTES if options.quick else MINUTES))
+    environment = describe_machine() | {"seed": seed}
+    print(f"seed {seed}, {time_left / 60:g} minutes, report: {out / 'report.md'}")
+    found = baseline if baseline.is_file() else None
+    return run_all(chosen, out, start + time_left, environment, found, notes)
 
 
 if __name__ == "__main__":
