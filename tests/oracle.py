@@ -94,15 +94,15 @@ def gate_of(channels: int, kind: str, average: str | None = "channel", reduction
     return standard_gate(channels, max(channels // reduction, 1), 1 if average == "sample" else channels, kind)
 
 
-def features(shape: Sequence[int], dtype=torch.float32, device="cpu", zeros: bool = True) -> torch.Tensor:
-    """Random x with every 17th element 0, as after a ReLU."""
+def features(shape: Sequence[int], dtype=torch.float32, device=None, zeros: bool = True) -> torch.Tensor:
+    """Random x with every 17th element 0, as after a ReLU; on the default device where none is named."""
     x = torch.randn(shape, dtype=torch.float64)
     if zeros:
         x.view(-1)[::17] = 0
     return x.to(device, dtype)
 
 
-def varied(shape: Sequence[int], dtype=torch.float32, device="cpu") -> torch.Tensor:
+def varied(shape: Sequence[int], dtype=torch.float32, device=None) -> torch.Tensor:
     """features, each sample at its own level: pooled averages that differ, so that a batch norm over them is no noise
     amplifier."""
     level = 0.5 + torch.rand(shape[0], *[1] * (len(shape) - 1), dtype=torch.float64)

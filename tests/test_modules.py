@@ -305,8 +305,10 @@ def test_record_tau_without_a_shrinkage():
 
 
 @pytest.mark.parametrize("learnable", [False, True])
-@pytest.mark.parametrize("tau", [0.25, 1, [0.1, 0.2, 0.3], torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.4)], ids=str)
-def test_soft_threshold_module(kernels, tau, learnable):
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("tau", [0.25, 1, [0.1, 0.2, 0.3]], ids=str)
+def test_soft_threshold_module(kernels, tau, as_tensor, learnable):
+    tau = torch.tensor(tau, dtype=torch.float32) if as_tensor else tau
     module = dk.SoftThreshold(tau, learnable=learnable)
     assert list(module.state_dict()) == ["tau"] and len(list(module.parameters())) == learnable
     for shape in [(2, 3, 40), (2, 3, 5, 6), (4, 3)]:
