@@ -74,6 +74,11 @@ class Variant:
         """Whether a program takes milliseconds: tests then leave out what only adds programs."""
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def sampled(self) -> bool:
+        """Whether make test runs one case in SAMPLED, and make test-all the rest."""
+        return self.interpreted or self.device == other_device.NAME
+
     @contextlib.contextmanager
     def use(self) -> Iterator["Variant"]:
         """Every call inside runs on this variant; where it cannot, that is an error and not a silent fallback."""
@@ -221,6 +226,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # together they use the cores once
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
     if config.getoption("--require-gpu"):
         there = torch.cuda.is_available()
         missing = triton.unsupported(torch.empty(0, device="cuda")) if there else "there is no CUDA device"
@@ -239,15 +246,15 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
 
 
-SAMPLED = 6  # one in so many of the general tests runs interpreted in make test, all of them in make test-all
+SAMPLED = 6
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        interpreted = any(isinstance(value, Variant) and value.interpreted for value in parameters)
-        if interpreted and zlib.crc32(item.name.encode()) % SAMPLED:
+        sampled = any(isinstance(value, Variant) and value.sampled for value in parameters)
+        if sampled and zlib.crc32(item.name.encode()) % SAMPLED:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

@@ -8,22 +8,24 @@ on a GPU because its tensors lie on two devices raises here, and every tensor sa
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 
+from drsn_kernels import backends
 from drsn_kernels.backends import cpu
-from drsn_kernels.ops import dispatch
 
 NAME = "cpu:0"
 _HERE = torch.device(NAME)
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda}
 _DEVICE = torch.Tensor.device.__get__
 _READS = {torch.Tensor.numpy, torch.Tensor.__array__}
-# What torch allows between devices: copies, and indices on the CPU.
+# What torch allows between devices: copies, indices on the CPU, and the steps of Module.to.
 _BETWEEN = {torch.Tensor.copy_, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.set_, *_MOVES}
+_BETWEEN |= {torch._has_compatible_shallow_copy_type, torch.Tensor.data.__set__}
 
 _on_cpu: dict[int, StorageWeakRef] = {}  # storages on the CPU, by address; a weak reference keeps the address taken
 
@@ -52,7 +54,7 @@ class OnCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func in _device_constructors() or func is torch.from_numpy:
+        if func in _device_constructors():
             _put_on_cpu(result)
         return result
 
@@ -74,31 +76,25 @@ class OtherDevice(TorchFunctionMode):
         device = kwargs.get("device")
         if func in _MOVES:
             return self._move(func, args, kwargs)
-        generator = kwargs.get("generator")
         made_on_cpu = device is not None and torch.device(device) == torch.device("cpu")
-        assert generator is None or getattr(generator, "is_on_cpu", True) == made_on_cpu, "a generator of another device"
+        generator = kwargs.get("generator")
+        assert generator is None or getattr(generator, "is_on_cpu", True) == made_on_cpu, "its generator is elsewhere"
         result = func(*args, **kwargs)
-        if made_on_cpu or func is torch.from_numpy or (on_cpu and len(on_cpu) == len(given) and device is None):
-            if func not in _device_constructors() or device is not None:
-                _put_on_cpu(result)
+        follows = device is None and on_cpu and len(on_cpu) == len(given) and func not in _device_constructors()
+        if made_on_cpu or follows:
+            _put_on_cpu(result)
         return result
 
     @staticmethod
     def _move(func, args, kwargs) -> torch.Tensor:
-        devices = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.device | str)]
-        devices += [a.device if is_on_cpu(a) else _HERE for a in args[1:] if isinstance(a, torch.Tensor)]
+        """A copy between devices has memory of its own, which torch, on one device, would not give it."""
+        named = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.device | str)]
+        named += [torch.device("cpu") if is_on_cpu(a) else _HERE for a in args[1:] if isinstance(a, torch.Tensor)]
+        target = torch.device("cpu") if func is torch.Tensor.cpu else torch.device(named[0]) if named else None
         before, result = args[0], func(*args, **kwargs)
-        target = torch.device("cpu") if func is torch.Tensor.cpu else torch.device(devices[0]) if devices else None
-        if target is None or target.type != "cpu":  # a change of dtype alone
-            if is_on_cpu(before):
-                _put_on_cpu(result)
-            return result
-        to_cpu = target.index is None
-        if to_cpu == is_on_cpu(before):
-            if to_cpu:
-                _put_on_cpu(result)
-            return result
-        result = result.clone() if result is before else result  # a copy between devices has memory of its own
+        to_cpu = is_on_cpu(before) if target is None else target == torch.device("cpu")
+        if result is before and to_cpu != is_on_cpu(before):
+            result = result.clone()
         if to_cpu:
             _put_on_cpu(result)
         return result
@@ -116,17 +112,21 @@ class _Generator(torch.Generator):
 @contextlib.contextmanager
 def use() -> Iterator[None]:
     """Everything inside runs on the other device, and no operator of ours is given a tensor of the CPU."""
-    not_eager, generator, device = dispatch.not_eager, torch.Generator, cpu._CPU
+    select, from_numpy = backends.select, torch.from_numpy
 
-    def checked(*tensors):
-        assert not any(t is not None and is_on_cpu(t) for t in tensors), "an operator is given a tensor of the CPU"
-        return not_eager(*tensors)
+    def checked_select(x):
+        assert not is_on_cpu(x), "an operator is given a tensor of the CPU"
+        return select(x)
 
-    dispatch.not_eager, torch.Generator, cpu._CPU = checked, _Generator, _HERE
-    try:
-        with OtherDevice():
-            yield
-    finally:
-        dispatch.not_eager, torch.Generator, cpu._CPU = not_eager, generator, device
-        for key in [key for key, storage in _on_cpu.items() if storage.expired()]:
-            del _on_cpu[key]
+    def marked_from_numpy(array):
+        _put_on_cpu(result := from_numpy(array))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, OtherDevice():
+        patch.setattr(backends, "select", checked_select)
+        patch.setattr(torch, "from_numpy", marked_from_numpy)
+        patch.setattr(torch, "Generator", _Generator)
+        patch.setattr(cpu, "_CPU", _HERE)
+        yield
+    for key in [key for key, storage in _on_cpu.items() if storage.expired()]:
+        del _on_cpu[key]

@@ -8,6 +8,8 @@ from oracle import smooth_gate
 from torch import nn
 
 import drsn_kernels as dk
+from drsn_kernels.backends import cpu
+from drsn_kernels.planes import geometry
 
 
 def features(*shape, **kwargs):
@@ -200,6 +202,27 @@ def test_inplace_residual_that_shares_memory_with_x(kernels):
         assert "residual" in str(error) and torch.equal(x, square)
     else:
         assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
+def test_memory_of_another_device_is_refused_by_the_backend_itself():
+    """Whoever calls it: an address of another device would be read as this process's own memory."""
+    x, tau, g = torch.randn(2, 3, 40), torch.rand(2, 3), torch.randn(2, 3, 40)
+    elsewhere = {t: t.to("meta") for t in (x, tau, g)}
+    geo, (_, bits) = geometry(x), cpu.apply(x, geometry(x), tau, None, None, 2)
+    refused = pytest.raises(ValueError, match=r"the cpu kernels take CPU tensors, got one of shape \(2, 3.* on meta")
+    for run in (
+        lambda: cpu.reduce(elsewhere[x], geo, True),
+        lambda: cpu.apply(elsewhere[x], geo, tau, None, None, 2),
+        lambda: cpu.apply(x, geo, elsewhere[tau], None, None, 2),
+        lambda: cpu.apply(x, geo, tau, elsewhere[x], None, 0),
+        lambda: cpu.grad(geo, x.dtype, elsewhere[g], *bits, want_dtau=True),
+        lambda: cpu.grad(geo, x.dtype, None, None, *bits, elsewhere[tau]),
+        lambda: cpu.scale(x, geo, elsewhere[tau], None),
+        lambda: cpu.scale_sums(geo, elsewhere[g], x),
+    ):
+        with refused:
+            run()
 
 
 @pytest.mark.parametrize("name", ["cudnn", "gpu", "", None])

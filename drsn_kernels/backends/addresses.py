@@ -1,4 +1,4 @@
-"""Tensors as the compiled backends take them: addresses, 0 where there is none."""
+"""Tensors as the cpu extension takes them: addresses, 0 where there is none."""
 
 import torch
 
@@ -6,11 +6,16 @@ from ..gates import Kept
 
 
 def address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    """Of what a caller hands in: memory of another device would be read as this process's own."""
+    if t is None:
+        return 0
+    if not t.is_cpu:
+        raise ValueError(f"the cpu kernels take CPU tensors, got one of shape {tuple(t.shape)} on {t.device}")
+    return t.data_ptr()
 
 
 def addresses(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    return tuple([0 if t is None else t.data_ptr() for t in tensors])
+    return tuple([address(t) for t in tensors])
 
 
 def state_addresses(kept: Kept, n: int, hidden: int, outputs: int) -> tuple[int, ...]:

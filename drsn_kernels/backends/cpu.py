@@ -12,7 +12,7 @@ from ..gates import Kept, StandardGate
 from ..planes import Geometry, order
 from ..reference import SOFT, Rule
 from ..traffic import Budget, Plan, StandardCall
-from .addresses import addresses, state_addresses
+from .addresses import address, addresses, state_addresses
 from .cpu_plan import standard_plan
 
 name = "cpu"
@@ -122,7 +122,7 @@ def reduce(x: torch.Tensor, geo: Geometry, planes: bool) -> tuple[torch.Tensor, 
         bits = _planes(2, count)
         sign = bits.data_ptr()
         nonzero = sign + 4 * count
-    _cpu.reduce(_DTYPES[x.dtype], shape, dense, x.data_ptr(), x.stride(), out.data_ptr(), sign, nonzero)
+    _cpu.reduce(_DTYPES[x.dtype], shape, dense, address(x), x.stride(), out.data_ptr(), sign, nonzero)
     return out, bits
 
 
@@ -148,10 +148,10 @@ def apply(
         bits = _planes(planes, count)
         kept = bits.data_ptr()
         sign = kept + 4 * count if planes == 2 else 0
-    added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
+    added, added_strides = (0, dense) if residual is None else (address(residual), residual.stride())
     _cpu.apply(
-        _DTYPES[x.dtype], shape, dense, x.data_ptr(), strides, y.data_ptr(), y_strides,
-        tau.data_ptr(), tau.shape, tau.stride(), added, added_strides, kept, sign, *rule,
+        _DTYPES[x.dtype], shape, dense, address(x), strides, y.data_ptr(), y_strides,
+        address(tau), tau.shape, tau.stride(), added, added_strides, kept, sign, *rule,
     )  # fmt: skip
     return y, bits
 
@@ -175,11 +175,9 @@ def grad(
         pooled_grad = pooled_grad.contiguous()  # (N, C)-sized
     _cpu.grad(
         _DTYPES[dtype], shape, dense,
-        0 if g is None else g.data_ptr(), dense if g is None else g.stride(),
-        0 if pooled_grad is None else pooled_grad.data_ptr(),
+        address(g), dense if g is None else g.stride(), address(pooled_grad),
         0 if dx is None else dx.data_ptr(), 0 if dtau is None else dtau.data_ptr(),
-        0 if kept is None else kept.data_ptr(), 0 if sign is None else sign.data_ptr(),
-        0 if nonzero is None else nonzero.data_ptr(), *rule,
+        address(kept), address(sign), address(nonzero), *rule,
     )  # fmt: skip
     return dx, dtau
 
@@ -189,7 +187,7 @@ def grad(
 
 def mean(x: torch.Tensor, geo: Geometry) -> torch.Tensor:
     out = _pooled(geo[0], x.dtype)
-    _cpu.mean(_DTYPES[x.dtype], *geo, x.data_ptr(), x.stride(), out.data_ptr())
+    _cpu.mean(_DTYPES[x.dtype], *geo, address(x), x.stride(), out.data_ptr())
     return out
 
 
@@ -199,7 +197,7 @@ def scale(x: torch.Tensor, geo: Geometry, s: torch.Tensor, residual: torch.Tenso
 
 def scale_sums(geo: Geometry, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     ds = _pooled(geo[0], x.dtype)
-    _cpu.scale_sums(_DTYPES[x.dtype], *geo, g.data_ptr(), g.stride(), x.data_ptr(), x.stride(), ds.data_ptr())
+    _cpu.scale_sums(_DTYPES[x.dtype], *geo, address(g), g.stride(), address(x), x.stride(), ds.data_ptr())
     return ds
 
 
@@ -213,10 +211,10 @@ def _scaled(x, geo, dtype, s, residual, shift) -> torch.Tensor:
     """x * s + residual, or x * s + shift / L."""
     y = _output(*geo, dtype)
     strides = tuple([0 if size == 1 else stride for size, stride in zip(s.shape, s.stride(), strict=True)])
-    added, added_strides = (0, geo[1]) if residual is None else (residual.data_ptr(), residual.stride())
+    added, added_strides = (0, geo[1]) if residual is None else (address(residual), residual.stride())
     _cpu.scale(
-        _DTYPES[dtype], *geo, x.data_ptr(), x.stride(), y.data_ptr(), s.data_ptr(), strides, added, added_strides,
-        0 if shift is None else shift.data_ptr(),
+        _DTYPES[dtype], *geo, address(x), x.stride(), y.data_ptr(), address(s), strides, added, added_strides,
+        address(shift),
     )  # fmt: skip
     return y
 
@@ -270,9 +268,9 @@ def standard_forward(
     state = _inner((size,), (1,), acc)
     mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
     kept = Kept(bits, pooled, state, None, mean, var)
-    added, added_strides = (0, dense) if residual is None else (residual.data_ptr(), residual.stride())
+    added, added_strides = (0, dense) if residual is None else (address(residual), residual.stride())
     _cpu.standard_forward(
-        _DTYPES[dtype], shape, dense, x.data_ptr(), x.stride(), y.data_ptr(), y_strides, added, added_strides,
+        _DTYPES[dtype], shape, dense, address(x), x.stride(), y.data_ptr(), y_strides, added, added_strides,
         0 if bits is None else bits.data_ptr(), 0 if tau is None else tau.data_ptr(), _AVERAGES[average],
         hidden, outputs, parts.batch_stats, parts.eps, parts.momentum, addresses(*parts[:9]),
         state_addresses(kept, n, hidden, outputs), standard_plan(geo, dtype, hidden, outputs, parts.batch_stats).block,
@@ -299,8 +297,8 @@ def standard_backward(
     if tau_grad is not None:
         tau_grad = tau_grad.contiguous()
     _cpu.standard_backward(
-        _DTYPES[dtype], shape, dense, g.data_ptr(), g.stride(), 0 if dx is None else dx.data_ptr(),
-        kept.bits.data_ptr(), 0 if tau_grad is None else tau_grad.data_ptr(), _AVERAGES[average], hidden, outputs,
+        _DTYPES[dtype], shape, dense, address(g), g.stride(), 0 if dx is None else dx.data_ptr(),
+        kept.bits.data_ptr(), address(tau_grad), _AVERAGES[average], hidden, outputs,
         parts.batch_stats, parts.eps, addresses(*parts[:9]),
         state_addresses(kept, shape[0], hidden, outputs), addresses(*grads),
     )  # fmt: skip
