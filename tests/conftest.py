@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class Variant:
     isa: str | None = None
     compiled: bool = False
     device: str = "cpu"
+    sample: int = 1  # make test runs one case in so many, make test-all the rest
 
     def __str__(self) -> str:
         return self.name
@@ -73,11 +75,6 @@ class Variant:
     def interpreted(self) -> bool:
         """Whether a program takes milliseconds: tests then leave out what only adds programs."""
         return self.backend == "triton" and self.device == "cpu"
-
-    @property
-    def sampled(self) -> bool:
-        """Whether make test runs one case in SAMPLED, and make test-all the rest."""
-        return self.interpreted or self.device == other_device.NAME
 
     @contextlib.contextmanager
     def use(self) -> Iterator["Variant"]:
@@ -121,17 +118,17 @@ class Variant:
 
 # A new backend joins the suite here, by one line.
 KERNELS = [
-    Variant("torch", "torch"),
-    Variant("cpu-portable", "cpu", isa="portable"),
+    Variant("torch", "torch", sample=6),
+    Variant("cpu-portable", "cpu", isa="portable", sample=6),
     Variant("cpu-avx2", "cpu", isa="avx2"),
     Variant("cpu-avx512", "cpu", isa="avx512"),
-    Variant("triton", "triton"),  # interpreted
-    Variant("other-device", "cpu", device=other_device.NAME),
+    Variant("triton", "triton", sample=12),  # interpreted
+    Variant("other-device", "cpu", device=other_device.NAME, sample=6),
     Variant("triton-gpu", "triton", device="cuda"),
 ]
 COMPILED = [
-    Variant("compiled", "auto", compiled=True),
-    Variant("compiled-cpu", "cpu", compiled=True),
+    Variant("compiled", "auto", compiled=True, sample=2),
+    Variant("compiled-cpu", "cpu", compiled=True, sample=2),
 ]
 
 
@@ -147,8 +144,9 @@ def _variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
 
 
 def _params(variants: list[Variant]) -> list:
-    """Variants of a GPU only where there is one: elsewhere they would be thousands of skipped tests."""
-    there = [v for v in variants if v.device != "cuda" or torch.cuda.is_available()]
+    """Of GPUs and instruction sets only those that are there: the others would be thousands of skipped tests."""
+    isas = cpu._cpu.available_isas() if cpu._cpu else []
+    there = [v for v in variants if (v.device != "cuda" or torch.cuda.is_available()) and (not isas or v.isa in (None, *isas))]
     return [pytest.param(v, id=v.name, marks=[pytest.mark.gpu] if v.device == "cuda" else []) for v in there]
 
 
@@ -225,14 +223,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sampled(n): make test runs one case in n, make test-all the rest")
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
-    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # together they use the cores once
+    if workers := os.environ.pop("PYTEST_XDIST_WORKER_COUNT", None):  # together they use the cores once
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+        del os.environ["PYTEST_XDIST_WORKER"]  # a pytest that a test starts is no worker
     if config.getoption("--require-gpu"):
         there = torch.cuda.is_available()
         missing = triton.unsupported(torch.empty(0, device="cuda")) if there else "there is no CUDA device"
         if missing is not None:  # or every test would be skipped, and the run a success
             raise pytest.UsageError(f"--require-gpu: {missing}")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests are not looked through by every gc.collect(), 0.4 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -246,16 +252,15 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
 
 
-SAMPLED = 6
-
-
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        sampled = any(isinstance(value, Variant) and value.sampled for value in parameters)
-        if sampled and zlib.crc32(item.name.encode()) % SAMPLED:
+        rates = [value.sample for value in parameters if isinstance(value, Variant)]
+        rates += [mark.args[0] for mark in item.iter_markers("sampled")]
+        if zlib.crc32(item.name.encode()) % max(rates, default=1):  # by name: the same cases in every process
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.stem != "test_triton_lowering")  # a minute in one process, so it starts first
     if torch.cuda.is_available():
         return
     for item in items:

@@ -144,6 +144,7 @@ print((resident() - before) / count / x.numel())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_resident_memory_of_kept_graphs(name):
@@ -160,6 +161,7 @@ def test_resident_memory_of_kept_graphs(name):
 # ---- when it is freed ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "how", ["dropped", "backward", "gradients of the gate only", "retained, then dropped", "double"]
 )

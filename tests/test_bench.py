@@ -66,6 +66,7 @@ def test_unknown_selections_are_named(arguments, message):
         select(**{"letters": "A", "grid": "full"} | arguments)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_provider_of_an_operator_passes_its_check_and_gets_a_row(op, mode):
@@ -299,6 +300,7 @@ def test_pytest_benchmark_runs_a_test_for_each_case_and_provider(tmp_path):
         assert one["extra_info"]["commit"]
 
 
+@pytest.mark.slow
 def test_pytest_alone_collects_no_benchmark_and_the_flag_nothing_else():
     done = pytest_run("--collect-only", "benchmarks", "benchmarks/bench_operators.py")
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "test_speed" not in done.stdout
@@ -308,6 +310,7 @@ def test_pytest_alone_collects_no_benchmark_and_the_flag_nothing_else():
     assert "paper_network-N-128x1x2048-fp32-step-port" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option, value, status, message", [
     ("shapes", "Z", pytest.ExitCode.INTERRUPTED, "shapes takes letters of ABCDEFG, got Z"),
     ("rounds", "0", pytest.ExitCode.USAGE_ERROR, "--benchmark-rounds must be at least 1, got 0"),

@@ -76,6 +76,7 @@ def assert_close(ours: dict, theirs: dict, rtol: float) -> None:
         torch.testing.assert_close(ours[name], t, rtol=0, atol=rtol * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", FOUND)
 def test_found_by_what_it_computes_and_equal_in_every_respect(case):
     make, rank, plan = FOUND[case]

@@ -50,6 +50,7 @@ def results(run, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, training", [("auto", True), ("cpu", False)])
 def test_one_graph_for_every_batch_and_length(backend, training):
     """In float64: for float32 torch takes another convolution from batches of 16 on, and another graph for it."""
@@ -63,6 +64,7 @@ def test_one_graph_for_every_batch_and_length(backend, training):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend, training", [("auto", False), ("cpu", True)])
 def test_automatic_dynamic_shapes_take_two_graphs(backend, training):
     """The default of torch.compile: a graph for the first batch size, and one for all others."""
@@ -114,6 +116,7 @@ def onnxruntime():
     return pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install drsn_kernels[export]")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dims, attention", [(1, "cs"), (2, "cw")])
 def test_onnxruntime_gives_the_same_numbers(onnxruntime, dims, attention):
@@ -139,6 +142,7 @@ def test_onnxruntime_gives_the_same_numbers(onnxruntime, dims, attention):
 FORK = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "backend, method",
     [pytest.param("cpu", "fork", marks=FORK), pytest.param("torch", "fork", marks=FORK), ("cpu", "spawn")],

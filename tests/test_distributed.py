@@ -141,6 +141,7 @@ def test_checkpoints_inside(ranks, backend, kind):
         assert ways(how) == [(backend, FUSES[backend])] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_compiled_around_ddp(ranks, backend):
     expected = trained(Network())

@@ -68,6 +68,7 @@ def test_shrink(device, shape, kind, dtype, layout):
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("kind", ["any gate", "plain", "norm", "batch norm"])
 @pytest.mark.parametrize("device, shape", _where()[:1] + [pytest.param("cuda", (5, 6, 20), marks=pytest.mark.gpu)])

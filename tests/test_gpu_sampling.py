@@ -129,6 +129,7 @@ def check_outcomes(results: dict[str, dict]) -> None:
     assert results["test_skipped"]["outcome"] == "skipped"
 
 
+@pytest.mark.slow
 def test_a_run(run, sampling, tmp_path):
     results, collected, code = run(1)
     assert collected == len(results) == 26 and code == 1
@@ -153,6 +154,7 @@ def test_a_run_of_several_processes(run):
     assert results["test_that_ends_its_process"]["cause"]["type"] == "crash"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_tests_themselves(suite, sampling, tmp_path):
     """The step's command on a test of tests/, under its conftest.py, in two processes where pytest-xdist is there."""
     selection = [str(ROOT / "tests" / "test_oracle.py"), "-k", "plain and channel"]
@@ -165,6 +167,7 @@ def test_a_run_of_the_tests_themselves(suite, sampling, tmp_path):
     assert all(one["test"].startswith("tests/test_oracle.py::") for one in results)
 
 
+@pytest.mark.slow
 def test_a_process_that_loses_its_device_is_replaced(run):
     """Both tests fail by their own cause, and no other test does; without pytest-xdist the run ends."""
     results, _, code = run(1, "-k", "loses_the_device or common", LOSE="1")

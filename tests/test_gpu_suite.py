@@ -272,6 +272,7 @@ def tiny_bench(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_benchmark_and_its_comparison(report, tiny_bench, tmp_path):
     found = report.benchmark(tiny_bench, None)
     assert found.cases == 1 and not found.regressions and not found.causes and not found.compared
@@ -300,6 +301,7 @@ def test_the_benchmark_and_its_comparison(report, tiny_bench, tmp_path):
     assert found.state == "passed" and bench.compared.startswith("nothing was compared: the stored run was made with")
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_cut_short(modules, monkeypatch, tmp_path, tiny_bench):
     """The rows of what was done are there; a case that raises or is refused is a cause, and does not end the run."""
     rows = json.loads((tiny_bench / "results.json").read_text())["rows"]

@@ -32,6 +32,7 @@ def made(tmp_path_factory):
     return out, numbers
 
 
+@pytest.mark.slow
 def test_all_files_are_made(made):
     out, numbers = made
     assert {path.name for path in out.iterdir()} == FILES
@@ -40,6 +41,7 @@ def test_all_files_are_made(made):
     assert json.loads((out / "numbers.json").read_text()) == numbers
 
 
+@pytest.mark.slow
 def test_correlations(made):
     units = made[1]["thresholds"]["units"]
     assert list(units) == UNITS and [len(u["channels"]) for u in units.values()] == [4] * 4 + [8] * 4 + [16] * 4

@@ -19,6 +19,7 @@ def found(tmp_path_factory) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_reduction_of_ten_lines_shows_the_race_and_its_mending(found):
     """Eight lanes store each sum, none of them chosen; their values differ only where Triton may contract."""
     fused, apart = found["fused"], found["apart"]
@@ -27,6 +28,7 @@ def test_a_reduction_of_ten_lines_shows_the_race_and_its_mending(found):
     assert fused["contracted"] > 0 and apart["contracted"] == 0
 
 
+@pytest.mark.slow
 def test_no_kernel_contracts_across_lanes(found):
     launches = found["launches"]
     assert {launch["kernel"] for launch in launches if launch["shuffles"]} >= {

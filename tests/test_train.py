@@ -264,6 +264,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_command_killed_inside_an_epoch_and_resumed(tmp_path, speech):
     """In processes of their own: what other tests set in this one (threads) may decide the last bit of a product."""
 

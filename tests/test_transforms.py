@@ -42,6 +42,7 @@ def gradients(run, x, residual, gate):
     return y, tau, *torch.autograd.grad([y, tau], leaves, [torch.randn_like(y), torch.randn_like(tau)])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
 def test_compiled_forward_and_backward(backend, average):
@@ -56,6 +57,7 @@ def test_compiled_forward_and_backward(backend, average):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_inductor_with_dynamic_shapes(backend):
     module = dk.Shrinkage(6).double()

@@ -63,6 +63,7 @@ def sizes(request, monkeypatch):
 SHAPES = [(2, 3, 100), (1, 2, 3001), (3, 40, 9), (2, 33, 7, 5), (40, 5, 3), (1, 1, 1)]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("layout", ["rows", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -122,6 +123,7 @@ def compare(x, residual, gate, average, g, fused: bool = False) -> None:
     check_step(ours, x, residual, gate, average, g)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("kind", GATES)
@@ -160,6 +162,7 @@ def test_fused_gate_in_any_layout(plan, layout):
     compare(x, residual, gate_of(5, "norm", "channel"), "channel", g, fused=True)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("shape", [(5, 1, 5), (9, 66, 4), (70, 3, 2), (7, 20, 300), (6, 9, 16, 16)], ids=str)
 def test_fused_gate_as_planned(sizes, shape, kind):
@@ -185,6 +188,7 @@ def test_training_follows_the_module(monkeypatch):
     assert gate[1].num_batches_tracked == 10
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("average", AVERAGES)
 def test_fused_gate_gradients_of_every_order(average, kind):

@@ -10,6 +10,7 @@ from pathlib import Path
 import lowered_cases
 import lowered_plans
 import pytest
+from filelock import FileLock
 from triton_child import child
 
 from drsn_kernels.backends import triton
@@ -19,22 +20,27 @@ pytestmark = pytest.mark.skipif(triton._missing() is not None, reason="no Triton
 HERE = Path(__file__).resolve().parent
 
 
-def compiled(folder: Path, *arguments: str) -> dict:
-    out = folder / "results.json"
-    done = child(str(HERE / "lowered_plans.py"), "--json", str(out), *arguments, cache=folder)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    return json.loads(out.read_text())
+def compiled(tmp_path_factory, name: str, *arguments: str) -> dict:
+    """What lowered_plans.py finds, and the folder of its files. One of xdist's workers compiles, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (out := folder / "results.json").exists():
+            folder.mkdir(exist_ok=True)
+            done = child(str(HERE / "lowered_plans.py"), "--json", str(out), *arguments, cache=folder)
+            assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return json.loads(out.read_text()) | {"folder": folder}
 
 
 @pytest.fixture(scope="session")
 def on_hopper(tmp_path_factory) -> dict:
-    return compiled(tmp_path_factory.mktemp("lowered"), "--targets", "cuda:90")
+    return compiled(tmp_path_factory, "on_hopper", "--targets", "cuda:90")
 
 
 @pytest.fixture(scope="session")
 def everywhere(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("lowered")
-    return compiled(folder, "--table", str(folder / "table.md")) | {"table": (folder / "table.md").read_text()}
+    found = compiled(tmp_path_factory, "everywhere", "--table", "table.md")
+    return found | {"table": (found["folder"] / "table.md").read_text()}
 
 
 @pytest.fixture

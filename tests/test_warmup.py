@@ -64,6 +64,7 @@ def kernels(done: subprocess.CompletedProcess) -> list[list[str]]:
     return [line.split() for line in done.stdout.splitlines()[:-1]]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_compiles_once_and_the_next_process_finds_it_on_disk(folder):
     arguments = ("networks:Block", "--input", "4,1,512", "--target", "cuda:90")
@@ -81,6 +82,7 @@ def test_compiles_once_and_the_next_process_finds_it_on_disk(folder):
     assert "in the cache already" in other_length.stdout and " s\n" in other_length.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_options(folder):
     def names(*options: str) -> list[str]:
@@ -119,6 +121,7 @@ assert knobs.compilation.listener is None
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_model_stays_as_it_was(folder):
     done = child("-c", KEEPS, cache=folder)
