@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import drsn_kernels as dk
-from drsn_kernels.planes import row_bits
+from drsn_kernels.layout import row_bits
 
 
 class Saved:
