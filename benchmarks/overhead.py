@@ -8,11 +8,11 @@
 import timeit
 
 import torch
+from drsn_kernels.planes import geometry
 from torch import nn
 
 import drsn_kernels as dk
 from drsn_kernels.backends import cpu
-from drsn_kernels.planes import geometry
 
 
 def microseconds(call, number: int = 300, repeat: int = 150) -> float:

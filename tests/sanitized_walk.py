@@ -10,13 +10,13 @@ import sys
 import threading
 
 import torch
+from drsn_kernels.planes import geometry
 from oracle import AVERAGES, DTYPES, standard_gate, varied, wide
 
 import drsn_kernels.backends.cpu as cpu
 from drsn_kernels import gates
 from drsn_kernels.backends import eager
 from drsn_kernels.backends.cpu_plan import StandardPlan
-from drsn_kernels.planes import geometry
 from drsn_kernels.reference import Rule, threshold
 
 SHAPES = (

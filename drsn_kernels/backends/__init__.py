@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+
 import torch
 
 from . import cpu, gpu

@@ -17,7 +17,6 @@ from ..layout import Layout
 from ..reference import accumulate_dtype, threshold
 from .step import Backend, Cost, Step, Strides
 
-
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 

@@ -25,12 +25,18 @@ from .. import backends, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Backend, GateShape, Step, Want
 from ..gates import StandardGate, standard_gate
-from ..layout import Layout, Planes, layout_of, thresholded
+from ..layout import Planes, layout_of, thresholded
 from ..reference import SOFT, Rule
 from . import checks
 from .abs_mean import traced_abs_mean
 from .dispatch import (
-    current_backward, direct_apply, hooks_on_saved_tensors, is_eager_grad, keeps_graph, not_eager, use_registered_ops,
+    current_backward,
+    direct_apply,
+    hooks_on_saved_tensors,
+    is_eager_grad,
+    keeps_graph,
+    not_eager,
+    use_registered_ops,
     will_run,
 )  # fmt: skip
 from .gated_shrink import apply_gated
