@@ -11,7 +11,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("drsn_kernels benchmarks")
     group.addoption("--benchmark", action="store_true", help="run the benchmark suite, benchmarks/, instead of tests/")
     group.addoption("--benchmark-grid", choices=("quick", "standard", "full"), default="quick",
-                    help="how many of the cases: see python -m drsn_kernels bench --help (default: quick)")  # fmt: skip
+                    help="how many of the cases: see python -m benchmarks --help (default: quick)")  # fmt: skip
     group.addoption("--benchmark-shapes", metavar="LETTERS", default="ABCDE", help="groups of shapes, of ABCDEFG")
     group.addoption("--benchmark-device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group.addoption("--benchmark-compile", choices=("auto", "none", "best", "all"), default="auto",

@@ -1,7 +1,11 @@
-"""What the fused operators are compared with: the shrinkage step as people write it in PyTorch."""
+"""What the fused operator is compared with: the shrinkage step as people write it in PyTorch."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from ..models import ResidualShrinkageUnit
 
 
 def standard_gate(channels: int) -> nn.Sequential:
@@ -12,29 +16,6 @@ def standard_gate(channels: int) -> nn.Sequential:
         nn.Linear(channels, channels),
         nn.Sigmoid(),
     )
-
-
-def port_abs_mean(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, *spatial) -> (N, C), as the popular ports write it."""
-    return torch.flatten(nn.functional.adaptive_avg_pool1d(torch.abs(x).flatten(2), 1), 1)
-
-
-def best_abs_mean(x: torch.Tensor) -> torch.Tensor:
-    """The same in the fewest operations of PyTorch."""
-    return x.abs().mean(dim=list(range(2, x.dim())))
-
-
-def port_soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """x (N, C, *spatial), tau (N, C), as the popular ports write it."""
-    sub = torch.abs(x) - tau.view(*tau.shape, *[1] * (x.dim() - 2))
-    zeros = sub - sub
-    return torch.mul(torch.sign(x), torch.max(sub, zeros))
-
-
-def best_soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """x - clamp(x, -tau, tau): the form torch.compile does best with."""
-    tau = tau.view(*tau.shape, *[1] * (x.dim() - 2))
-    return x - torch.clamp(x, -tau, tau)
 
 
 class PortShrinkage(nn.Module):
@@ -56,14 +37,11 @@ class PortShrinkage(nn.Module):
         return y if residual is None else y + residual
 
 
-class BestShrinkage(nn.Module):
-    """The fewest operations in pure PyTorch, with the same gate."""
-
-    def __init__(self, channels: int, gate: nn.Module | None = None) -> None:
-        super().__init__()
-        self.fc = standard_gate(channels) if gate is None else gate
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        average = best_abs_mean(x)
-        y = best_soft_threshold(x, average * self.fc(average))
-        return y if residual is None else y + residual
+def swap(model: nn.Module, form: Callable[[int], nn.Module]) -> nn.Module:
+    """Replace the shrinkage of every unit by form(channels), another form of it, with its parameters."""
+    for unit in model.modules():
+        if isinstance(unit, ResidualShrinkageUnit) and unit.shrinkage is not None:
+            other = form(unit.out_channels)
+            other.load_state_dict(unit.shrinkage.state_dict())
+            unit.shrinkage = other
+    return model
