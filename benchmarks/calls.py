@@ -13,7 +13,7 @@ from drsn_kernels import Shrinkage, abs_mean, backends, budgets, models, soft_th
 from drsn_kernels.demo.port import PortShrinkage, standard_gate, swap
 from drsn_kernels.demo.timing import Call
 
-from .cases import NETWORK, NETWORKS, Case
+from .cases import NETWORK, Case
 from .checks import clear_hidden_units, clear_thresholds
 
 # ---- providers: the floor, the popular port, the best eager form, the compiler, and each backend of ours ------------
@@ -206,7 +206,7 @@ def cost(case: Case, provider: Provider) -> dict[str, int]:
 
     {} for what is not ours, is compiled or has more than our operators.
     """
-    if provider.form != "ours" or provider.compiled or case.op == "unit" or case.op in NETWORKS:
+    if provider.form != "ours" or provider.compiled or own_floor(case):
         return {}
     options = {
         "backend": provider.backend,
