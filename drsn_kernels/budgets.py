@@ -14,7 +14,7 @@ from . import traffic
 from .backends import BACKENDS
 from .gates import StandardGate
 from .planes import Geometry
-from .reference import SOFT, Rule, accumulate_dtype, threshold
+from .reference import SOFT, Rule, accumulate_dtype, threshold, threshold_grad
 from .traffic import Budget, StandardCall, like
 
 Strides = tuple[int, ...]
@@ -216,8 +216,6 @@ class _On:
         return self.backend.standard_unsupported(x, parts) is None
 
     def any_gate(self, outputs, average, residual, return_tau, grad, input_grad, rule) -> tuple[Budget, Budget]:
-        from .ops.shrink import _threshold_grad
-
         n, c = self.geometry[0][:2]
         alpha, pooled = like(n, outputs, dtype=self.sums), like(n, c, dtype=self.sums)
         columns = c if average == "channel" else outputs
@@ -233,7 +231,7 @@ class _On:
         forward += Budget(saved=saved * self.plane + small + traffic.sums_bytes(self.geometry, self.dtype, outputs))
         dtau = like(n, c, dtype=self.sums)
         backward = self.grad(masked=True, pooled=False, dx=False, dtau=True, rule=rule) + Budget(workspace=small)
-        backward += traffic.traced(_threshold_grad, dtau, None, alpha, pooled, average, True, input_grad, inner=True)
+        backward += traffic.traced(threshold_grad, dtau, None, alpha, pooled, average, True, input_grad, inner=True)
         if input_grad:
             backward += self.grad(masked=True, pooled=True, dx=True, dtau=False, rule=rule)
         return forward, backward

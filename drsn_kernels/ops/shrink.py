@@ -73,38 +73,13 @@ class Apply(torch.autograd.Function):
                 )
         if planes is not None and want_x and will_run(ctx.pool):
             ctx.pool.handed[current_backward()] = (g, kept, planes, ctx.rule)  # instead of returning g: see AbsMean
-        alpha_grad, pooled_grad = _threshold_grad(dtau, tau_grad, alpha, pooled, ctx.average, want_alpha, want_pooled)
+        alpha_grad, pooled_grad = reference.threshold_grad(
+            dtau, tau_grad, alpha, pooled, ctx.average, want_alpha, want_pooled
+        )
         return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None, None, None
 
 
 _apply = direct_apply(Apply)
-
-
-def _threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_pooled):
-    """Gradients of alpha and A from dtau (N, C) of the kernel and tau_grad (tau's shape) of the user.
-
-    tau = alpha * M with M = A, or mean_c A: dalpha = M * dtau and dM = alpha * dtau, each summed to its shape.
-    """
-    columns = pooled.shape[1] if average == "channel" else alpha.shape[1]
-    if dtau is not None and dtau.shape[1] != columns:
-        dtau = dtau.sum(1, keepdim=True)
-    if tau_grad is not None:
-        dtau = tau_grad if dtau is None else dtau + tau_grad
-    if dtau is None:
-        return None, None
-    if average is None:
-        return dtau, None
-    mean = pooled if average == "channel" else pooled.mean(1, keepdim=True)
-    alpha_grad = pooled_grad = None
-    if want_alpha:
-        alpha_grad = mean * dtau
-        if alpha_grad.shape != alpha.shape:
-            alpha_grad = alpha_grad.sum(1, keepdim=True)
-    if want_pooled:
-        pooled_grad = alpha * dtau
-        if average == "sample":
-            pooled_grad = (pooled_grad.sum(1, keepdim=True) / pooled.shape[1]).expand_as(pooled)
-    return alpha_grad, pooled_grad
 
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
