@@ -27,6 +27,8 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--benchmark-rounds must be at least 1, got {rounds}")
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError('--benchmark needs pytest-benchmark: pip install "drsn_kernels[bench]"')
+    import repository  # noqa: F401 - the package benchmarks, whose modules are collected and import one another
+
     if not config.option.file_or_dir:  # not testpaths
         config.args[:] = [str(BENCHMARKS)]
 
