@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layout import Layout
-from ..reference import accumulate_dtype, threshold
+from ..reference import accumulate_dtype, threshold, threshold_grad
 from .step import Backend, Cost, Step, Strides
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -96,8 +96,6 @@ def _soft_threshold(on: Backend, step: Step) -> tuple[Cost, Cost]:
 
 
 def _shrink(on: Backend, step: Step) -> tuple[Cost, Cost]:
-    from ..ops.shrink import threshold_grad
-
     c = step.layout.c
     alpha, pooled = small(step, step.outputs), small(step, c)
     tau = traced(threshold, alpha, pooled, step.average, inner=not step.want.tau)

@@ -148,38 +148,11 @@ class Apply(torch.autograd.Function):
                 ctx.pool.handed[current_backward()] = Handed(g, planes, step.rule)  # and no gradient of the alias
             elif not keeps_graph():
                 ctx.pool.bits = None
-        alpha_grad, pooled_grad = threshold_grad(dtau, tau_grad, alpha, pooled, step.average, want_alpha, want_pooled)
+        alpha_grad, pooled_grad = reference.threshold_grad(dtau, tau_grad, alpha, pooled, step.average, want_alpha, want_pooled)
         return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None
 
 
 _pool, _apply = direct_apply(Pool), direct_apply(Apply)
-
-
-def threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_pooled):
-    """Gradients of alpha and A from dtau (N, C) of the kernel and tau_grad (tau's shape) of the user.
-
-    tau = alpha * M with M = A, or mean_c A: dalpha = M * dtau and dM = alpha * dtau, each summed to its shape.
-    """
-    columns = pooled.shape[1] if average == "channel" else alpha.shape[1]
-    if dtau is not None and dtau.shape[1] != columns:
-        dtau = dtau.sum(1, keepdim=True)
-    if tau_grad is not None:
-        dtau = tau_grad if dtau is None else dtau + tau_grad
-    if dtau is None:
-        return None, None
-    if average is None:
-        return dtau, None
-    mean = pooled if average == "channel" else pooled.mean(1, keepdim=True)
-    alpha_grad = pooled_grad = None
-    if want_alpha:
-        alpha_grad = mean * dtau
-        if alpha_grad.shape != alpha.shape:
-            alpha_grad = alpha_grad.sum(1, keepdim=True)
-    if want_pooled:
-        pooled_grad = alpha * dtau
-        if average == "sample":
-            pooled_grad = (pooled_grad.sum(1, keepdim=True) / pooled.shape[1]).expand_as(pooled)
-    return alpha_grad, pooled_grad
 
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
