@@ -1,4 +1,4 @@
-// The extension drsn_kernels._cpu: raw pointers, shapes and strides in, nothing of torch's C++ in it.
+// The extension drsn_kernels._cpu: addresses, shapes and strides in, nothing of torch's C++ in it.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "api.h"
 #include "arena.h"
 #include "dlpack.h"
+#include "named.h"
 
 namespace py = pybind11;
 
@@ -85,102 +86,196 @@ py::capsule empty(int dtype, const py::tuple& shape, const py::tuple& strides) {
   });
 }
 
-void reduce(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t out,
-            uintptr_t sign, uintptr_t nonzero) {
-  const Shape s(shape, dense);
-  const ReduceArgs args{DType(dtype),       s.walk, pointer<void>(x), s.strides(xs), pointer<void>(out),
-                        pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)};
-  py::gil_scoped_release release;
-  kernels->reduce(args);
+// ---- the kernels: methods of a walk, their arguments by name ---------------------------------------------------------
+
+// A dtype and a layout, parsed once for all calls on tensors that have them.
+struct BoundWalk {
+  DType dtype;
+  Shape shape;
+  int64_t plane;  // bytes
+
+  BoundWalk(int dtype, const py::tuple& sizes, const py::tuple& strides)
+      : dtype(DType(dtype)), shape(sizes, strides), plane(plane_bytes(shape.walk)) {}
+  int64_t numbers() const { return dtype == DType::f64 ? 8 : 4; }  // bytes of one in sums, thresholds and the gate
+};
+
+namespace names {
+const Name kind("kind"), inside("inside"), offset("offset");
+const Name x("x"), x_strides("x_strides"), times("times"), times_strides("times_strides"), out("out");
+const Name y("y"), y_strides("y_strides"), t("t"), t_shape("t_shape"), t_strides("t_strides");
+const Name residual("residual"), residual_strides("residual_strides"), shift("shift");
+const Name planes("planes"), count("count"), kept("kept"), sign("sign"), nonzero("nonzero");
+const Name g("g"), g_strides("g_strides"), dA("dA"), dx("dx"), dtau("dtau"), tau("tau"), tau_grad("tau_grad");
+const Name average("average"), hidden("hidden"), outputs("outputs"), batch_stats("batch_stats"), eps("eps");
+const Name momentum("momentum"), block("block"), pooled("pooled"), state("state");
+const Name w1("w1"), b1("b1"), gamma("gamma"), beta("beta"), w2("w2"), b2("b2");
+const Name mean("mean"), var("var"), batches("batches");
+const Name dw1("dw1"), db1("db1"), dgamma("dgamma"), dbeta("dbeta"), dw2("dw2"), db2("db2");
+}  // namespace names
+
+// The strides of an operand of x's shape; dense where none are given.
+Strides strides(const BoundWalk& w, Named& call, const Name& name) {
+  PyObject* const given = call.tuple(name, w.shape.rank);
+  return given ? w.shape.merged(given) : w.shape.dense;
 }
 
-void apply(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
-           const py::tuple& ys, uintptr_t tau, const py::tuple& tau_shape, const py::tuple& ts, uintptr_t residual, const py::tuple& rs,
-           uintptr_t kept, uintptr_t sign, double inside, double factor) {
-  const Shape s(shape, dense);
-  const Map map = inside == 0 && factor == 1 ? Map::soft : Map::pieces;
-  const int64_t tau_n = item(tau_shape, 0) == 1 ? 0 : item(ts, 0), tau_c = item(tau_shape, 1) == 1 ? 0 : item(ts, 1);
-  const ApplyArgs args{DType(dtype), s.walk,        pointer<void>(x),         s.strides(xs), pointer<void>(y),
-                       s.strides(ys), pointer<void>(tau), tau_n,              tau_c,         pointer<void>(residual),
-                       s.strides(rs), pointer<uint8_t>(kept), pointer<uint8_t>(sign), map, inside, factor};
-  py::gil_scoped_release release;
-  kernels->apply(args);
+// Planes in one tensor: the address of its row `i`, null where there is none.
+template <class P> P* plane(const BoundWalk& w, P* planes, int64_t i) {
+  return planes && i >= 0 ? planes + i * w.plane : nullptr;
 }
 
-void grad(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t da,
-          uintptr_t dx, uintptr_t dtau, uintptr_t kept, uintptr_t sign, uintptr_t nonzero, double inside, double factor) {
-  const Shape s(shape, dense);
-  const GradArgs args{DType(dtype),      s.walk,       pointer<void>(g),       s.strides(gs), pointer<void>(da),
-                      pointer<void>(dx), s.strides(dense), pointer<void>(dtau), pointer<uint8_t>(kept),
-                      pointer<uint8_t>(sign), pointer<uint8_t>(nonzero), inside, factor};
+void reduce(const BoundWalk& w, Named& call) {
+  ReduceArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  a.sum = Sum(call.choice(names::kind, {"magnitude", "value", "product"}, 0));
+  a.x = call.pointer<void>(names::x);
+  a.xs = strides(w, call, names::x_strides);
+  a.times = call.pointer<void>(names::times);
+  a.ts = strides(w, call, names::times_strides);
+  a.out = call.pointer<void>(names::out);
+  uint8_t* const planes = call.pointer<uint8_t>(names::planes);
+  a.sign = plane(w, planes, 0);
+  a.nonzero = plane(w, planes, 1);
+  call.finish();
   py::gil_scoped_release release;
-  kernels->grad(args);
+  kernels->reduce(a);
 }
 
-void mean(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t out) {
-  const Shape s(shape, dense);
-  const ReduceArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(out), nullptr, nullptr, Sum::values};
+void map(const BoundWalk& w, Named& call) {
+  MapArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  const bool scales = call.choice(names::kind, {"threshold", "scale"}, 0) == 1;
+  a.x = call.pointer<void>(names::x);
+  a.xs = strides(w, call, names::x_strides);
+  a.y = call.pointer<void>(names::y);
+  a.ys = strides(w, call, names::y_strides);
+  a.t = call.pointer<void>(names::t);
+  PyObject *const sizes = call.tuple(names::t_shape, 2), *const steps = call.tuple(names::t_strides, 2);
+  if (sizes && steps) {
+    a.t_n = item(sizes, 0) == 1 ? 0 : item(steps, 0);
+    a.t_c = item(sizes, 1) == 1 ? 0 : item(steps, 1);
+  }
+  a.inside = call.number(names::inside, 0);
+  a.offset = call.number(names::offset, 1);
+  a.map = scales ? Map::scale : a.inside == 0 && a.offset == 1 ? Map::soft : Map::pieces;
+  a.residual = call.pointer<void>(names::residual);
+  a.rs = strides(w, call, names::residual_strides);
+  a.shift = call.pointer<void>(names::shift);
+  uint8_t* const planes = call.pointer<uint8_t>(names::planes);
+  a.kept = plane(w, planes, 0);
+  a.sign = plane(w, planes, 1);
+  a.nonzero = call.integer(names::count, 0) == 3 ? plane(w, planes, 2) : nullptr;
+  call.finish();
   py::gil_scoped_release release;
-  kernels->reduce(args);
+  kernels->map(a);
 }
 
-void scale(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
-           uintptr_t factors, const py::tuple& fs, uintptr_t residual, const py::tuple& rs, uintptr_t shift) {
-  const Shape s(shape, dense);
-  const ApplyArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(dense),
-                       pointer<void>(factors), item(fs, 0), item(fs, 1), pointer<void>(residual), s.strides(rs), nullptr, nullptr,
-                       Map::scale, 0, 1, pointer<void>(shift)};
+void grad(const BoundWalk& w, Named& call) {
+  GradArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  a.g = call.pointer<void>(names::g);
+  a.gs = strides(w, call, names::g_strides);
+  a.da = call.pointer<void>(names::dA);
+  a.dx = call.pointer<void>(names::dx);
+  a.ds = w.shape.dense;
+  a.dtau = call.pointer<void>(names::dtau);
+  const uint8_t* const planes = call.pointer<uint8_t>(names::planes);
+  a.kept = plane(w, planes, call.integer(names::kept, -1));
+  a.sign = plane(w, planes, call.integer(names::sign, -1));
+  a.nonzero = plane(w, planes, call.integer(names::nonzero, -1));
+  a.inside = call.number(names::inside, 0);
+  a.offset = call.number(names::offset, 1);
+  call.finish();
   py::gil_scoped_release release;
-  kernels->apply(args);
+  kernels->grad(a);
 }
 
-void scale_sums(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t x,
-                const py::tuple& xs, uintptr_t out) {
-  const Shape s(shape, dense);
-  const ReduceArgs args{DType(dtype), s.walk, pointer<void>(g), s.strides(gs), pointer<void>(out), nullptr, nullptr,
-                        Sum::products, pointer<void>(x), s.strides(xs)};
-  py::gil_scoped_release release;
-  kernels->reduce(args);
+// state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
+GateArgs gate(const BoundWalk& w, Named& call) {
+  GateArgs a;
+  a.n = w.shape.walk.n;
+  a.c = w.shape.walk.c;
+  a.average = Average(call.choice(names::average, {"channel", "sample"}, int(Average::none)));
+  a.h = call.integer(names::hidden, 0);
+  a.o = call.integer(names::outputs, 0);
+  a.batch_stats = call.integer(names::batch_stats, 0);
+  a.eps = call.number(names::eps, 0);
+  a.momentum = call.number(names::momentum, 0);
+  a.w1 = call.pointer<void>(names::w1);
+  a.b1 = call.pointer<void>(names::b1);
+  a.gamma = call.pointer<void>(names::gamma);
+  a.beta = call.pointer<void>(names::beta);
+  a.w2 = call.pointer<void>(names::w2);
+  a.b2 = call.pointer<void>(names::b2);
+  a.running_mean = call.pointer<void>(names::mean);
+  a.running_var = call.pointer<void>(names::var);
+  a.batches = call.pointer<int64_t>(names::batches);
+  a.norm = a.gamma != nullptr;
+  a.pooled = call.pointer<void>(names::pooled);
+  char* const state = call.pointer<char>(names::state);
+  a.hidden = state;
+  a.alpha = state + a.n * a.h * w.numbers();
+  a.mean = a.batch_stats ? state + a.n * (a.h + a.o) * w.numbers() : a.running_mean;
+  a.var = a.batch_stats ? state + (a.n * (a.h + a.o) + a.h) * w.numbers() : a.running_var;
+  return a;
 }
 
-void standard_forward(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
-                      const py::tuple& ys, uintptr_t residual, const py::tuple& rs, uintptr_t bits, uintptr_t tau, int average,
-                      int64_t hidden, int64_t outputs, bool batch_stats, double eps, double momentum, const py::tuple& parts,
-                      const py::tuple& state, int64_t block) {
-  const Shape s(shape, dense);
-  const GateArgs gate = gate_args(s.walk, average, hidden, outputs, batch_stats, eps, momentum, parts, state);
-  const int64_t plane = plane_bytes(s.walk);
-  uint8_t *const sign = pointer<uint8_t>(bits), *const nonzero = sign ? sign + plane : nullptr;
-  const bool one_tau = outputs == 1 && gate.average != Average::channel;
-  const StandardForwardArgs args{
-      {DType(dtype), s.walk, pointer<void>(x), s.strides(xs), gate.pooled, sign, nonzero},
-      {DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(ys), pointer<void>(tau),
-       one_tau ? 1 : s.walk.c, one_tau ? 0 : 1, pointer<void>(residual), s.strides(rs), sign ? sign + 2 * plane : nullptr, nullptr},
-      gate, block};
+void gated_forward(const BoundWalk& w, Named& call) {
+  GatedForwardArgs a;
+  ReduceArgs& reduce = a.reduce;
+  MapArgs& map = a.map;
+  reduce.dtype = map.dtype = w.dtype;
+  reduce.walk = map.walk = w.shape.walk;
+  reduce.x = map.x = call.pointer<void>(names::x);
+  reduce.xs = map.xs = strides(w, call, names::x_strides);
+  map.y = call.pointer<void>(names::y);
+  map.ys = strides(w, call, names::y_strides);
+  map.residual = call.pointer<void>(names::residual);
+  map.rs = strides(w, call, names::residual_strides);
+  map.t = call.pointer<void>(names::tau);
+  uint8_t* const planes = call.pointer<uint8_t>(names::planes);
+  map.kept = plane(w, planes, 0);
+  map.sign = plane(w, planes, 1);
+  map.nonzero = plane(w, planes, 2);
+  a.block = call.integer(names::block, 0);
+  a.gate = gate(w, call);
+  const bool one_tau = a.gate.o == 1 && a.gate.average != Average::channel;
+  map.t_n = one_tau ? 1 : a.gate.c;
+  map.t_c = one_tau ? 0 : 1;
+  reduce.out = a.gate.pooled;
+  call.finish();
   py::gil_scoped_release release;
-  kernels->standard_forward(args);
+  kernels->gated_forward(a);
 }
 
-// grads: dw1, db1, dgamma, dbeta, dw2, db2
-void standard_backward(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t dx,
-                       uintptr_t bits, uintptr_t tau_grad, int average, int64_t hidden, int64_t outputs, bool batch_stats,
-                       double eps, const py::tuple& parts, const py::tuple& state, const py::tuple& grads) {
-  const Shape s(shape, dense);
-  const int64_t plane = plane_bytes(s.walk);
-  const uint8_t *const sign = pointer<uint8_t>(bits), *const nonzero = sign + plane, *const kept = sign + 2 * plane;
-  Addresses to{grads};
-  StandardBackwardArgs args{};
-  args.gate = gate_args(s.walk, average, hidden, outputs, batch_stats, eps, 0, parts, state);
-  args.dtau = {DType(dtype), s.walk, pointer<void>(g), s.strides(gs), nullptr, nullptr, {}, nullptr, kept, sign, nonzero};
-  args.dx = {DType(dtype), s.walk, pointer<void>(g), s.strides(gs), nullptr, pointer<void>(dx), s.strides(dense), nullptr, kept, sign, nonzero};
-  args.tau_grad = pointer<void>(tau_grad);
-  args.dw1 = to.next(), args.db1 = to.next(), args.dgamma = to.next(), args.dbeta = to.next(), args.dw2 = to.next(), args.db2 = to.next();
+void gated_backward(const BoundWalk& w, Named& call) {
+  GatedBackwardArgs a;
+  GradArgs both;
+  both.dtype = w.dtype;
+  both.walk = w.shape.walk;
+  both.g = call.pointer<void>(names::g);
+  both.gs = strides(w, call, names::g_strides);
+  const uint8_t* const planes = call.pointer<uint8_t>(names::planes);
+  both.kept = plane(w, planes, 0);
+  both.sign = plane(w, planes, 1);
+  both.nonzero = plane(w, planes, 2);
+  a.dtau = a.dx = both;
+  a.dx.dx = call.pointer<void>(names::dx);
+  a.dx.ds = w.shape.dense;
+  a.tau_grad = call.pointer<void>(names::tau_grad);
+  a.gate = gate(w, call);
+  a.dw1 = call.pointer<void>(names::dw1);
+  a.db1 = call.pointer<void>(names::db1);
+  a.dgamma = call.pointer<void>(names::dgamma);
+  a.dbeta = call.pointer<void>(names::dbeta);
+  a.dw2 = call.pointer<void>(names::dw2);
+  a.db2 = call.pointer<void>(names::db2);
+  call.finish();
   py::gil_scoped_release release;
-  kernels->standard_backward(args);
-}
-
-int64_t plane_words(const py::tuple& shape, const py::tuple& dense) {
-  return plane_bytes(Shape(shape, dense).walk) / 4;
+  kernels->gated_backward(a);
 }
 
 py::tuple available() {
@@ -213,18 +308,17 @@ void set_isa(const std::string& name) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace drsn;
   m.doc() = "CPU kernels of drsn_kernels; called by drsn_kernels.backends.cpu, which checks what it passes.";
-  m.def("reduce", &reduce, "out (N, C) = mean |x|, and the planes sign and nonzero where not 0");
-  m.def("apply", &apply, "y = sign(x) relu(|x| - tau) + residual, or of other pieces, and the planes kept and sign where not 0");
-  m.def("grad", &grad, "dx = kept g + s dA / L and dtau = -sum s kept g, each where its pointer is not 0");
-  m.def("mean", &mean, "out (N, C) = mean x");
-  m.def("scale", &scale, "y = x f + residual, or x f + shift / L; factors f by their strides, 0 where they are broadcast");
-  m.def("scale_sums", &scale_sums, "out (N, C) = sum g x");
-  m.def("plane_words", &plane_words, "32-bit words in one plane of a tensor of this shape and dense strides");
+  py::class_<BoundWalk> walk(m, "Walk", "The kernels for tensors of one dtype, shape and dense strides.");
+  walk.def(py::init<int, const py::tuple&, const py::tuple&>(), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+  walk.def_property_readonly("words", [](const BoundWalk& w) { return w.plane / 4; }, "32-bit words in one plane.");
+  add_method<BoundWalk, reduce>(walk, "reduce", "out (N, C) = mean |x|, mean x, or the sum of x * times; planes sign, nonzero.");
+  add_method<BoundWalk, map>(walk, "map", "y = x thresholded at t, or x * t; the planes kept, sign and nonzero, `count` of them.");
+  add_method<BoundWalk, grad>(walk, "grad", "dx = kept g + s dA / L and dtau = -sum s kept g, each where its address is given.");
+  add_method<BoundWalk, gated_forward>(walk, "gated_forward", "The step with the standard gate: y, and what its gradient needs.");
+  add_method<BoundWalk, gated_backward>(walk, "gated_backward", "dx and the gradients of the gate's parameters.");
   m.def("set_parallel_for", [](uintptr_t p) { parallel_for = reinterpret_cast<ParallelFor>(p); },
         "The address of torch_parallel_for, or 0 for serial kernels.");
   m.def("has_parallel_for", [] { return parallel_for != nullptr; });
-  m.def("standard_forward", &standard_forward, "The step with the standard gate: y, and what its gradient needs.");
-  m.def("standard_backward", &standard_backward, "dx and the gradients of the gate's parameters.");
   m.def("empty", &empty, "Uninitialised memory for a large output, as a DLPack capsule.");
   m.def("set_cache_limit", [](size_t bytes) { arena().set_limit(bytes); }, "Bytes of freed outputs to keep.");
   m.def("cached_bytes", [] { return arena().cached(); }, "Bytes of freed outputs kept now.");
