@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..backends import cpu
+from ..backends import cpu_memory
 from .measure import Call
 
 
@@ -31,12 +31,12 @@ def saved_bytes(call: Call) -> int:
 @contextlib.contextmanager
 def _no_arena() -> Iterator[None]:
     """What the cpu backend allocates comes from torch's allocator too, which the profiler sees."""
-    kept = cpu._OUTPUT_BYTES, cpu._INNER_BYTES
-    cpu._OUTPUT_BYTES = cpu._INNER_BYTES = sys.maxsize
+    kept = cpu_memory._OUTPUT_BYTES, cpu_memory._INNER_BYTES
+    cpu_memory._OUTPUT_BYTES = cpu_memory._INNER_BYTES = sys.maxsize
     try:
         yield
     finally:
-        cpu._OUTPUT_BYTES, cpu._INNER_BYTES = kept
+        cpu_memory._OUTPUT_BYTES, cpu_memory._INNER_BYTES = kept
 
 
 def launches_and_peak(call: Call, device: str) -> tuple[int, int]:
