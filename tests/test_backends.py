@@ -15,7 +15,7 @@ from drsn_kernels.layout import Layout, Planes, layout, pack
 from drsn_kernels.reference import SOFT, Rule, threshold
 
 SHAPES = [(3, 5, 6, 7), (5, 9, 2, 2), (2, 40, 5, 20)]  # rows in one byte, two, and whole words
-RULES = {"soft": SOFT, "hard": Rule(0.0, 0.0), "leaky": Rule(0.25, 0.75)}
+RULES = (SOFT, Rule(0.0, 0.0), Rule(0.25, 0.75))  # soft, hard, leaky
 eager = Eager()
 native = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
 
@@ -64,10 +64,9 @@ laid_out = pytest.mark.parametrize("name", LAYOUTS)
 
 @laid_out
 @everywhere
-@pytest.mark.parametrize("kind", ["magnitude", "value", "product"])
-def test_reduce(on, kind, dtype, name):
-    for shape in SHAPES:
-        x, of = features(name, shape, dtype), None
+def test_reduce(on, dtype, name):
+    for shape, kind in itertools.product(SHAPES, ("magnitude", "value", "product")):
+        x = features(name, shape, dtype)
         of = layout(x)
         times = features("sliced channels_last", shape, dtype) if kind == "product" else None
         for keep in (False, True) if kind == "magnitude" else (False,):
@@ -79,22 +78,21 @@ def test_reduce(on, kind, dtype, name):
 
 @laid_out
 @everywhere
-@pytest.mark.parametrize("rule", RULES)
-def test_map_with_a_threshold(on, rule, dtype, name):
-    """Planes asked for and not, columns, residuals and outputs in turns: each with each of the others."""
+def test_map_with_a_threshold(on, dtype, name):
+    """Every rule with each number of planes, with and without a residual; one column of tau or C, in turns."""
     for shape in SHAPES:
-        x = features(name, shape, dtype)
+        x, columns = features(name, shape, dtype), itertools.cycle((1, shape[1]))
         of, overlaps = layout(x), "expanded" in name or name == "scalar"
-        columns, residuals = (1, shape[1]), (None, LAYOUTS["image transposed"](*shape).to(dtype), x)
-        for c, residual, keep in itertools.product(columns, residuals, (0, 2, 3)):
-            tau = torch.rand(shape[0], c, dtype=wide(dtype))
-            options = dict(rule=RULES[rule], residual=residual, keep=keep)
+        residuals = (None, LAYOUTS["image transposed"](*shape).to(dtype))
+        for rule, keep, residual in itertools.product(RULES, (0, 2, 3), residuals):
+            tau = torch.rand(shape[0], next(columns), dtype=wide(dtype))
+            options = dict(rule=rule, residual=residual, keep=keep)
             right, expected = eager.map(x, of, tau, **options)
             ours, planes = on.map(x, of, tau, **options)
             assert ours.dtype is dtype and ours.stride() == of.strides
             same_values(ours, right)
             same_planes(planes, expected, of)
-            if residual is x or overlaps:
+            if overlaps:
                 continue
             here = x.clone() if x.is_contiguous() else torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
             y, planes = on.map(here, of, tau, out=here, **options)
@@ -131,23 +129,16 @@ def test_map_with_a_factor(on, dtype, name):
 
 @laid_out
 @everywhere
-@pytest.mark.parametrize("rule", RULES)
-def test_grad(on, rule, dtype, name):
+def test_grad(on, dtype, name):
     """x in each layout, g in another one each time."""
     for shape, g_name in zip(SHAPES, ("sliced", "expanded space", "channels_last"), strict=True):
         x = features(name, shape, dtype)
         of, tau = layout(x), torch.rand(shape[:2], dtype=wide(dtype))
         g, dA = LAYOUTS[g_name](*shape).to(dtype), torch.randn(shape[1], shape[0], dtype=wide(dtype)).T
         planes = all_planes(x, tau)
-        for given, wanted in (
-            ({}, {}),
-            ({}, {"want_dtau": True}),
-            ({}, {"want_dx": False, "want_dtau": True}),
-            ({"dA": dA}, {}),
-        ):
-            ours, right = (
-                b.grad(of, dtype, planes, g, rule=RULES[rule], **given, **wanted) for b in (on, eager)
-            )  # fmt: skip
+        asked = ({}, {"want_dtau": True}, {"want_dx": False, "want_dtau": True}, {"dA": dA})
+        for rule, given in itertools.product(RULES, asked):
+            ours, right = (b.grad(of, dtype, planes, g, rule=rule, **given) for b in (on, eager))
             same_values(ours[0], right[0])
             same_values(ours[1], right[1])
             assert ours[0] is None or ours[0].stride() == of.strides
@@ -252,18 +243,19 @@ def test_the_extension_counts_the_words_of_a_plane_as_the_layout_does(name):
 
 @native
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, error, message",
     [
-        ({"x": 0, "xs": (4, 1)}, "unexpected argument xs"),
-        ({"x_strides": (4,)}, "x_strides must be a tuple of 3"),
-        ({"x_strides": 4}, "x_strides must be a tuple of 3"),
-        ({"kind": "abs"}, "kind must be one of magnitude, value, product"),
-        ({"x": "0"}, "int"),
+        ({"out": None, "sums": None}, TypeError, "unexpected argument sums"),
+        ({"kind": "abs"}, ValueError, "kind must be one of magnitude, value, product, got 'abs'"),
+        ({"x": torch.ones(2, 2)}, ValueError, "a tensor of rank 3"),
+        ({"x": torch.ones(2, 2, 2, device="meta")}, ValueError, r"take CPU tensors, got one of shape \(2, 2, 2\) on meta"),
+        ({"x": 0}, AttributeError, "stride"),
+        ({"sign": "0", "planes": torch.ones(2, dtype=torch.int32)}, TypeError, "str"),
     ],
 )
-def test_arguments_of_the_extension_that_do_not_fit(arguments, message):
+def test_arguments_of_the_extension_that_do_not_fit(arguments, error, message):
     walk = cpu._cpu.Walk(dtype=0, shape=(2, 2, 2), strides=(4, 2, 1))
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(error, match=message):
         walk.reduce(**arguments)
     with pytest.raises(TypeError, match="keyword arguments only"):
         walk.reduce(0)

@@ -1,4 +1,4 @@
-// The extension drsn_kernels._cpu: addresses, shapes and strides in, nothing of torch's C++ in it.
+// The extension drsn_kernels._cpu: tensors in, by their Python attributes; nothing of torch's C++ in it.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -101,11 +101,9 @@ struct BoundWalk {
 
 namespace names {
 const Name kind("kind"), inside("inside"), offset("offset");
-const Name x("x"), x_strides("x_strides"), times("times"), times_strides("times_strides"), out("out");
-const Name y("y"), y_strides("y_strides"), t("t"), t_shape("t_shape"), t_strides("t_strides");
-const Name residual("residual"), residual_strides("residual_strides"), shift("shift");
-const Name planes("planes"), count("count"), kept("kept"), sign("sign"), nonzero("nonzero");
-const Name g("g"), g_strides("g_strides"), dA("dA"), dx("dx"), dtau("dtau"), tau("tau"), tau_grad("tau_grad");
+const Name x("x"), times("times"), out("out"), y("y"), t("t"), residual("residual"), shift("shift");
+const Name planes("planes"), kept("kept"), sign("sign"), nonzero("nonzero");
+const Name g("g"), dA("dA"), dx("dx"), dtau("dtau"), tau("tau"), tau_grad("tau_grad");
 const Name average("average"), hidden("hidden"), outputs("outputs"), batch_stats("batch_stats"), eps("eps");
 const Name momentum("momentum"), block("block"), pooled("pooled"), state("state");
 const Name w1("w1"), b1("b1"), gamma("gamma"), beta("beta"), w2("w2"), b2("b2");
@@ -113,15 +111,28 @@ const Name mean("mean"), var("var"), batches("batches");
 const Name dw1("dw1"), db1("db1"), dgamma("dgamma"), dbeta("dbeta"), dw2("dw2"), db2("db2");
 }  // namespace names
 
-// The strides of an operand of x's shape; dense where none are given.
-Strides strides(const BoundWalk& w, Named& call, const Name& name) {
-  PyObject* const given = call.tuple(name, w.shape.rank);
-  return given ? w.shape.merged(given) : w.shape.dense;
+// The address of a tensor that a caller hands in, and of one that is made for the call; null where there is none.
+template <class T = void> T* given(Named& call, const Name& name) {
+  PyObject* const tensor = call.given(name);
+  return tensor ? static_cast<T*>(cpu_address(tensor)) : nullptr;
+}
+template <class T = void> T* made(Named& call, const Name& name) {
+  PyObject* const tensor = call.given(name);
+  return tensor ? static_cast<T*>(address(tensor)) : nullptr;
 }
 
-// Planes in one tensor: the address of its row `i`, null where there is none.
-template <class P> P* plane(const BoundWalk& w, P* planes, int64_t i) {
-  return planes && i >= 0 ? planes + i * w.plane : nullptr;
+// The same of a tensor of x's shape, and its strides.
+void* given(const BoundWalk& w, Named& call, const Name& name, Strides& strides) {
+  PyObject* const tensor = call.given(name);
+  if (!tensor) return nullptr;
+  strides = w.shape.merged(steps(tensor, w.shape.rank).ptr());
+  return cpu_address(tensor);
+}
+
+// A plane in a tensor of them, by the number of its row; null where there is none.
+template <class T> T* plane(const BoundWalk& w, Named& call, T* planes, const Name& name) {
+  const int64_t row = call.integer(name, -1);
+  return planes && row >= 0 ? planes + row * w.plane : nullptr;
 }
 
 void reduce(const BoundWalk& w, Named& call) {
@@ -129,14 +140,12 @@ void reduce(const BoundWalk& w, Named& call) {
   a.dtype = w.dtype;
   a.walk = w.shape.walk;
   a.sum = Sum(call.choice(names::kind, {"magnitude", "value", "product"}, 0));
-  a.x = call.pointer<void>(names::x);
-  a.xs = strides(w, call, names::x_strides);
-  a.times = call.pointer<void>(names::times);
-  a.ts = strides(w, call, names::times_strides);
-  a.out = call.pointer<void>(names::out);
-  uint8_t* const planes = call.pointer<uint8_t>(names::planes);
-  a.sign = plane(w, planes, 0);
-  a.nonzero = plane(w, planes, 1);
+  a.x = given(w, call, names::x, a.xs);
+  a.times = given(w, call, names::times, a.ts);
+  a.out = made(call, names::out);
+  uint8_t* const planes = given<uint8_t>(call, names::planes);
+  a.sign = plane(w, call, planes, names::sign);
+  a.nonzero = plane(w, call, planes, names::nonzero);
   call.finish();
   py::gil_scoped_release release;
   kernels->reduce(a);
@@ -147,26 +156,23 @@ void map(const BoundWalk& w, Named& call) {
   a.dtype = w.dtype;
   a.walk = w.shape.walk;
   const bool scales = call.choice(names::kind, {"threshold", "scale"}, 0) == 1;
-  a.x = call.pointer<void>(names::x);
-  a.xs = strides(w, call, names::x_strides);
-  a.y = call.pointer<void>(names::y);
-  a.ys = strides(w, call, names::y_strides);
-  a.t = call.pointer<void>(names::t);
-  PyObject *const sizes = call.tuple(names::t_shape, 2), *const steps = call.tuple(names::t_strides, 2);
-  if (sizes && steps) {
-    a.t_n = item(sizes, 0) == 1 ? 0 : item(steps, 0);
-    a.t_c = item(sizes, 1) == 1 ? 0 : item(steps, 1);
+  a.x = given(w, call, names::x, a.xs);
+  a.y = given(w, call, names::y, a.ys);
+  if (PyObject* const t = call.given(names::t)) {
+    const py::object size = sizes(t, 2), step = steps(t, 2);
+    a.t = cpu_address(t);
+    a.t_n = item(size.ptr(), 0) == 1 ? 0 : item(step.ptr(), 0);
+    a.t_c = item(size.ptr(), 1) == 1 ? 0 : item(step.ptr(), 1);
   }
   a.inside = call.number(names::inside, 0);
   a.offset = call.number(names::offset, 1);
   a.map = scales ? Map::scale : a.inside == 0 && a.offset == 1 ? Map::soft : Map::pieces;
-  a.residual = call.pointer<void>(names::residual);
-  a.rs = strides(w, call, names::residual_strides);
-  a.shift = call.pointer<void>(names::shift);
-  uint8_t* const planes = call.pointer<uint8_t>(names::planes);
-  a.kept = plane(w, planes, 0);
-  a.sign = plane(w, planes, 1);
-  a.nonzero = call.integer(names::count, 0) == 3 ? plane(w, planes, 2) : nullptr;
+  a.residual = given(w, call, names::residual, a.rs);
+  a.shift = given(call, names::shift);
+  uint8_t* const planes = given<uint8_t>(call, names::planes);
+  a.kept = plane(w, call, planes, names::kept);
+  a.sign = plane(w, call, planes, names::sign);
+  a.nonzero = plane(w, call, planes, names::nonzero);
   call.finish();
   py::gil_scoped_release release;
   kernels->map(a);
@@ -176,16 +182,15 @@ void grad(const BoundWalk& w, Named& call) {
   GradArgs a;
   a.dtype = w.dtype;
   a.walk = w.shape.walk;
-  a.g = call.pointer<void>(names::g);
-  a.gs = strides(w, call, names::g_strides);
-  a.da = call.pointer<void>(names::dA);
-  a.dx = call.pointer<void>(names::dx);
+  a.g = given(w, call, names::g, a.gs);
+  a.da = given(call, names::dA);
+  a.dx = made(call, names::dx);
   a.ds = w.shape.dense;
-  a.dtau = call.pointer<void>(names::dtau);
-  const uint8_t* const planes = call.pointer<uint8_t>(names::planes);
-  a.kept = plane(w, planes, call.integer(names::kept, -1));
-  a.sign = plane(w, planes, call.integer(names::sign, -1));
-  a.nonzero = plane(w, planes, call.integer(names::nonzero, -1));
+  a.dtau = made(call, names::dtau);
+  const uint8_t* const planes = given<uint8_t>(call, names::planes);
+  a.kept = plane(w, call, planes, names::kept);
+  a.sign = plane(w, call, planes, names::sign);
+  a.nonzero = plane(w, call, planes, names::nonzero);
   a.inside = call.number(names::inside, 0);
   a.offset = call.number(names::offset, 1);
   call.finish();
@@ -204,18 +209,18 @@ GateArgs gate(const BoundWalk& w, Named& call) {
   a.batch_stats = call.integer(names::batch_stats, 0);
   a.eps = call.number(names::eps, 0);
   a.momentum = call.number(names::momentum, 0);
-  a.w1 = call.pointer<void>(names::w1);
-  a.b1 = call.pointer<void>(names::b1);
-  a.gamma = call.pointer<void>(names::gamma);
-  a.beta = call.pointer<void>(names::beta);
-  a.w2 = call.pointer<void>(names::w2);
-  a.b2 = call.pointer<void>(names::b2);
-  a.running_mean = call.pointer<void>(names::mean);
-  a.running_var = call.pointer<void>(names::var);
-  a.batches = call.pointer<int64_t>(names::batches);
+  a.w1 = given(call, names::w1);
+  a.b1 = given(call, names::b1);
+  a.gamma = given(call, names::gamma);
+  a.beta = given(call, names::beta);
+  a.w2 = given(call, names::w2);
+  a.b2 = given(call, names::b2);
+  a.running_mean = given(call, names::mean);
+  a.running_var = given(call, names::var);
+  a.batches = given<int64_t>(call, names::batches);
   a.norm = a.gamma != nullptr;
-  a.pooled = call.pointer<void>(names::pooled);
-  char* const state = call.pointer<char>(names::state);
+  a.pooled = made(call, names::pooled);
+  char* const state = made<char>(call, names::state);
   a.hidden = state;
   a.alpha = state + a.n * a.h * w.numbers();
   a.mean = a.batch_stats ? state + a.n * (a.h + a.o) * w.numbers() : a.running_mean;
@@ -229,17 +234,15 @@ void gated_forward(const BoundWalk& w, Named& call) {
   MapArgs& map = a.map;
   reduce.dtype = map.dtype = w.dtype;
   reduce.walk = map.walk = w.shape.walk;
-  reduce.x = map.x = call.pointer<void>(names::x);
-  reduce.xs = map.xs = strides(w, call, names::x_strides);
-  map.y = call.pointer<void>(names::y);
-  map.ys = strides(w, call, names::y_strides);
-  map.residual = call.pointer<void>(names::residual);
-  map.rs = strides(w, call, names::residual_strides);
-  map.t = call.pointer<void>(names::tau);
-  uint8_t* const planes = call.pointer<uint8_t>(names::planes);
-  map.kept = plane(w, planes, 0);
-  map.sign = plane(w, planes, 1);
-  map.nonzero = plane(w, planes, 2);
+  reduce.x = map.x = given(w, call, names::x, map.xs);
+  reduce.xs = map.xs;
+  map.y = given(w, call, names::y, map.ys);
+  map.residual = given(w, call, names::residual, map.rs);
+  map.t = made(call, names::tau);
+  uint8_t* const planes = given<uint8_t>(call, names::planes);
+  map.kept = plane(w, call, planes, names::kept);
+  map.sign = plane(w, call, planes, names::sign);
+  map.nonzero = plane(w, call, planes, names::nonzero);
   a.block = call.integer(names::block, 0);
   a.gate = gate(w, call);
   const bool one_tau = a.gate.o == 1 && a.gate.average != Average::channel;
@@ -256,23 +259,22 @@ void gated_backward(const BoundWalk& w, Named& call) {
   GradArgs both;
   both.dtype = w.dtype;
   both.walk = w.shape.walk;
-  both.g = call.pointer<void>(names::g);
-  both.gs = strides(w, call, names::g_strides);
-  const uint8_t* const planes = call.pointer<uint8_t>(names::planes);
-  both.kept = plane(w, planes, 0);
-  both.sign = plane(w, planes, 1);
-  both.nonzero = plane(w, planes, 2);
+  both.g = given(w, call, names::g, both.gs);
+  const uint8_t* const planes = given<uint8_t>(call, names::planes);
+  both.kept = plane(w, call, planes, names::kept);
+  both.sign = plane(w, call, planes, names::sign);
+  both.nonzero = plane(w, call, planes, names::nonzero);
   a.dtau = a.dx = both;
-  a.dx.dx = call.pointer<void>(names::dx);
+  a.dx.dx = made(call, names::dx);
   a.dx.ds = w.shape.dense;
-  a.tau_grad = call.pointer<void>(names::tau_grad);
+  a.tau_grad = given(call, names::tau_grad);
   a.gate = gate(w, call);
-  a.dw1 = call.pointer<void>(names::dw1);
-  a.db1 = call.pointer<void>(names::db1);
-  a.dgamma = call.pointer<void>(names::dgamma);
-  a.dbeta = call.pointer<void>(names::dbeta);
-  a.dw2 = call.pointer<void>(names::dw2);
-  a.db2 = call.pointer<void>(names::db2);
+  a.dw1 = made(call, names::dw1);
+  a.db1 = made(call, names::db1);
+  a.dgamma = made(call, names::dgamma);
+  a.dbeta = made(call, names::dbeta);
+  a.dw2 = made(call, names::dw2);
+  a.db2 = made(call, names::db2);
   call.finish();
   py::gil_scoped_release release;
   kernels->gated_backward(a);

@@ -39,50 +39,45 @@ class Named {
     return nullptr;
   }
 
-  // An address; 0 is null.
-  template <class T> T* pointer(const Name& name) {
+  // Null where it is not given or None.
+  PyObject* given(const Name& name) {
     PyObject* const value = get(name);
-    return value ? reinterpret_cast<T*>(PyLong_AsUnsignedLongLong(value)) : nullptr;
+    return value == Py_None ? nullptr : value;
   }
   int64_t integer(const Name& name, int64_t otherwise) {
-    PyObject* const value = get(name);
-    return value && value != Py_None ? PyLong_AsLongLong(value) : otherwise;
+    PyObject* const value = given(name);
+    return value ? checked(PyLong_AsLongLong(value)) : otherwise;
   }
   double number(const Name& name, double otherwise) {
     PyObject* const value = get(name);
-    return value ? PyFloat_AsDouble(value) : otherwise;
-  }
-  // A tuple of as many integers, or null.
-  PyObject* tuple(const Name& name, Py_ssize_t size) {
-    PyObject* const value = get(name);
-    if (!value || value == Py_None) return nullptr;
-    if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != size) wrong(name, "a tuple of " + std::to_string(size));
-    return value;
+    return value ? checked(PyFloat_AsDouble(value)) : otherwise;
   }
   // Its place in `known`; `otherwise` where it is not given or None.
   int choice(const Name& name, std::initializer_list<const char*> known, int otherwise) {
-    PyObject* const value = get(name);
-    if (!value || value == Py_None) return otherwise;
+    PyObject* const value = given(name);
+    if (!value) return otherwise;
     int i = 0;
-    std::string all;
     for (const char* one : known) {
       if (PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, one) == 0) return i;
-      all += (i++ ? ", " : "one of ") + std::string(one);
+      ++i;
     }
-    wrong(name, all);
+    std::string all;
+    for (const char* one : known) all += (all.empty() ? "" : ", ") + std::string(one);
+    throw py::value_error(py::cast<std::string>(name.text) + " must be one of " + all + ", got " +
+                          py::cast<std::string>(py::repr(value)));
   }
 
-  // When all are taken: errors of the conversions, and names that nobody asked for.
+  // When all are taken: a name that nobody asked for is an error.
   void finish() const {
-    if (PyErr_Occurred()) throw py::error_already_set();
     for (Py_ssize_t i = 0; i < count_; ++i)
       if (!(taken_ >> i & 1))
         throw py::type_error("unexpected argument " + py::cast<std::string>(PyTuple_GET_ITEM(names_, i)));
   }
 
  private:
-  [[noreturn]] static void wrong(const Name& name, const std::string& accepted) {
-    throw py::type_error(py::cast<std::string>(name.text) + " must be " + accepted);
+  template <class T> static T checked(T converted) {
+    if (converted == T(-1) && PyErr_Occurred()) throw py::error_already_set();
+    return converted;
   }
 
   PyObject* const* const values_;
@@ -91,6 +86,48 @@ class Named {
   Py_ssize_t next_ = 0;
   uint64_t taken_ = 0;
 };
+
+// ---- tensors, through their Python attributes ------------------------------------------------------------------------
+
+inline py::object attribute(PyObject* tensor, const Name& name) {
+  return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name.text));
+}
+
+inline void* address(PyObject* tensor) {
+  static const Name data_ptr("data_ptr");
+  const auto at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr.text));
+  if (!at) throw py::error_already_set();
+  return reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(at.ptr()));
+}
+
+// Of what a caller hands in: memory of another device would be read as this process's own.
+inline void* cpu_address(PyObject* tensor) {
+  static const Name is_cpu("is_cpu"), shape("shape"), device("device");
+  const py::object here = attribute(tensor, is_cpu);
+  if (!here) throw py::error_already_set();
+  if (here.ptr() == Py_True) return address(tensor);
+  throw py::value_error("the cpu kernels take CPU tensors, got one of shape " +
+                        py::cast<std::string>(py::str(py::tuple(py::list(attribute(tensor, shape))))) + " on " +
+                        py::cast<std::string>(py::str(attribute(tensor, device))));
+}
+
+// A tuple of `rank` integers.
+inline py::object of_rank(py::object tuple, Py_ssize_t rank) {
+  if (!tuple) throw py::error_already_set();
+  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != rank)
+    throw py::value_error("the cpu kernels take a tensor of rank " + std::to_string(rank) + " there");
+  return tuple;
+}
+inline py::object sizes(PyObject* tensor, Py_ssize_t rank) {
+  static const Name shape("shape");
+  return of_rank(attribute(tensor, shape), rank);
+}
+inline py::object steps(PyObject* tensor, Py_ssize_t rank) {
+  static const Name stride("stride");
+  return of_rank(py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, stride.text)), rank);
+}
+
+// ---- methods ---------------------------------------------------------------------------------------------------------
 
 // A method of a bound class from function(self, named), which fills the arguments of a kernel and runs it.
 template <class Self, void (*function)(const Self&, Named&)>

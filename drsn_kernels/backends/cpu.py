@@ -1,11 +1,10 @@
-"""The `cpu` backend: the C++ kernels of csrc/cpu through raw addresses, any strides, torch's own thread pool."""
+"""The `cpu` backend: the C++ kernels of csrc/cpu on tensors of any strides, torch's own thread pool."""
 
 import functools
 
 import torch
 
-from ..gates import StandardGate
-from ..layout import Layout, is_dense
+from ..layout import Layout, Planes, is_dense
 from . import cost
 from .cpu_extension import MISSING, _cpu
 from .cpu_memory import DTYPES, _empty, empty_cache
@@ -30,22 +29,13 @@ def _walk(layout: Layout, dtype: torch.dtype):
     return _cpu.Walk(dtype=DTYPES[dtype], shape=layout.shape, strides=layout.strides)
 
 
-def _address(t: torch.Tensor | None) -> int:
-    """0 where there is none. Memory of another device would be read as this process's own."""
-    if t is None:
-        return 0
-    if not t.is_cpu:
-        raise ValueError(f"the cpu kernels take CPU tensors, got one of shape {tuple(t.shape)} on {t.device}")
-    return t.data_ptr()
-
-
-def _strides(t: torch.Tensor | None) -> tuple[int, ...] | None:
-    return None if t is None else t.stride()
+_NO_PLANES = Planes(None, None, None, None)
 
 
 class Cpu(Backend):
     name = "cpu"
     fuses_gates = True
+    empty = staticmethod(_empty)
 
     def unsupported(self, x):
         if x.is_cpu and _cpu is not None and x.dtype in _FLOATS and x.dim() <= 8:
@@ -75,42 +65,36 @@ class Cpu(Backend):
         )
         return f"available: {_cpu.isa()} (of {', '.join(_cpu.available_isas())}), {threads}"
 
-    def empty(self, shape, strides, dtype, device):
-        return _empty(shape, strides, dtype, device)
-
     # ---- kernels
 
     def reduce_into(self, out, planes, x, layout, kind, times):
-        _walk(layout, x.dtype).reduce(
-            kind=kind, x=_address(x), x_strides=x.stride(), times=_address(times), times_strides=_strides(times),
-            out=out.data_ptr(), planes=0 if planes is None else planes.bits.data_ptr(),
-        )  # fmt: skip
+        bits, _, sign, nonzero = planes or _NO_PLANES
+        _walk(layout, x.dtype).reduce(kind=kind, x=x, times=times, out=out, planes=bits, sign=sign, nonzero=nonzero)
 
     def map_into(self, y, planes, x, layout, t, kind, rule, residual, shift):
+        bits, kept, sign, nonzero = planes or _NO_PLANES
         _walk(layout, x.dtype).map(
-            kind=kind, x=_address(x), x_strides=x.stride(), y=y.data_ptr(), y_strides=y.stride(),
-            t=_address(t), t_shape=t.shape, t_strides=t.stride(), inside=rule.inside, offset=rule.offset,
-            residual=_address(residual), residual_strides=_strides(residual), shift=_address(shift),
-            planes=0 if planes is None else planes.bits.data_ptr(), count=0 if planes is None else len(planes.bits),
+            kind=kind, x=x, y=y, t=t, inside=rule.inside, offset=rule.offset, residual=residual, shift=shift,
+            planes=bits, kept=kept, sign=sign, nonzero=nonzero,
         )  # fmt: skip
 
     def grad_into(self, dx, dtau, layout, dtype, planes, g, dA, rule):
+        bits, kept, sign, nonzero = planes
         _walk(layout, dtype).grad(
-            g=_address(g), g_strides=_strides(g), dA=_address(dA), dx=_address(dx), dtau=_address(dtau),
-            planes=_address(planes.bits), kept=planes.kept, sign=planes.sign, nonzero=planes.nonzero,
+            g=g, dA=dA, dx=dx, dtau=dtau, planes=bits, kept=kept, sign=sign, nonzero=nonzero,
             inside=rule.inside, offset=rule.offset,
         )  # fmt: skip
 
     def gated_forward_into(self, y, tau, kept, step, x, parts, residual):
-        layout = step.layout
         pooled, state = kept.pooled, kept.state
         if not step.keep:
-            pooled, state = self.sums(layout, step.dtype, step.device), self.gate_state(step)
-        _walk(layout, step.dtype).gated_forward(
-            x=_address(x), x_strides=x.stride(), y=y.data_ptr(), y_strides=y.stride(),
-            residual=_address(residual), residual_strides=_strides(residual), tau=_address(tau),
-            planes=_address(kept.bits), block=batch_plan(step).block,
-            **_gate(step, parts, pooled, state, parts.mean, parts.var),
+            pooled, state = self.sums(step.layout, step.dtype, step.device), self.gate_state(step)
+        _walk(step.layout, step.dtype).gated_forward(
+            x=x, y=y, residual=residual, tau=tau, planes=kept.bits, kept=0, sign=1, nonzero=2,
+            block=batch_plan(step).block, average=step.average, hidden=step.gate.hidden, outputs=step.gate.outputs,
+            batch_stats=parts.batch_stats, eps=parts.eps, momentum=parts.momentum,
+            w1=parts.w1, b1=parts.b1, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
+            mean=parts.mean, var=parts.var, batches=parts.batches, pooled=pooled, state=state,
         )  # fmt: skip
 
     def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want):
@@ -118,10 +102,13 @@ class Cpu(Backend):
             _empty(tuple(p.shape), p.stride(), p.dtype, step.device) if wanted and p is not None else None
             for p, wanted in zip(parts[:6], want, strict=True)
         ]
-        dw1, db1, dgamma, dbeta, dw2, db2 = map(_address, grads)
+        dw1, db1, dgamma, dbeta, dw2, db2 = grads
         _walk(step.layout, step.dtype).gated_backward(
-            g=_address(g), g_strides=g.stride(), planes=_address(kept.bits), dx=_address(dx),
-            tau_grad=_address(tau_grad), **_gate(step, parts, kept.pooled, kept.state, kept.mean, kept.var),
+            g=g, planes=kept.bits, kept=0, sign=1, nonzero=2, dx=dx, tau_grad=tau_grad,
+            average=step.average, hidden=step.gate.hidden, outputs=step.gate.outputs,
+            batch_stats=parts.batch_stats, eps=parts.eps,
+            w1=parts.w1, b1=parts.b1, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
+            mean=kept.mean, var=kept.var, pooled=kept.pooled, state=kept.state,
             dw1=dw1, db1=db1, dgamma=dgamma, dbeta=dbeta, dw2=dw2, db2=db2,
         )  # fmt: skip
         return tuple(grads)
@@ -148,15 +135,3 @@ class Cpu(Backend):
             return Plan(batch.name, batch.why, not_taken, forward=forward, backward=backward)
         not_taken += (("blocks", batch.why),)
         return Plan(batch.name, "each stage takes the whole batch", not_taken, forward=forward, backward=backward)
-
-
-def _gate(step: Step, parts: StandardGate, pooled, state, mean, var) -> dict:
-    """The gate's part of the arguments. mean and var: the running statistics, or what was kept of them."""
-    shape = step.gate
-    return dict(
-        average=step.average, hidden=shape.hidden, outputs=shape.outputs, batch_stats=shape.batch_stats,
-        eps=shape.eps, momentum=shape.momentum, w1=_address(parts.w1), b1=_address(parts.b1),
-        gamma=_address(parts.gamma), beta=_address(parts.beta), w2=_address(parts.w2), b2=_address(parts.b2),
-        mean=_address(mean), var=_address(var), batches=_address(parts.batches),
-        pooled=pooled.data_ptr(), state=state.data_ptr(),
-    )  # fmt: skip
