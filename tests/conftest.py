@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 import other_device
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu, triton
+from drsn_kernels.backends import cpu, gpu
 
 try:
     from drsn_kernels import _build  # noqa: F401  written at installation
@@ -29,11 +29,11 @@ except ImportError as error:
     ) from error
 
 
-if triton._missing() is None and triton.interpreting():
+if gpu.missing() is None and gpu.interpreting():
     import triton_interpreter
 
     triton_interpreter.install()
-    from drsn_kernels.triton import plans
+    from drsn_kernels.backends.gpu import plans
 
     # Time in the interpreter is programs, not elements: large tiles here, the plans' own sizes in test_triton.py.
     plans.TILE, plans.CHANNELS = 1 << 16, 1 << 17
@@ -63,9 +63,9 @@ class Variant:
         if self.backend == "cpu" and cpu._cpu is None:
             return f"no compiled CPU kernels: {cpu.MISSING}"
         if self.backend == "triton":
-            if triton._missing() is not None:
-                return triton._missing()
-            if self.device == "cpu" and not triton.interpreting():
+            if gpu.missing() is not None:
+                return gpu.missing()
+            if self.device == "cpu" and not gpu.interpreting():
                 return "this process has Triton for the GPU"
         if self.isa is not None and self.isa not in cpu._cpu.available_isas():
             return f"this CPU or build has no {self.isa}"
@@ -230,7 +230,7 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ["PYTEST_XDIST_WORKER"]  # a pytest that a test starts is no worker
     if config.getoption("--require-gpu"):
         there = torch.cuda.is_available()
-        missing = triton.unsupported(torch.empty(0, device="cuda")) if there else "there is no CUDA device"
+        missing = gpu.unsupported(torch.empty(0, device="cuda")) if there else "there is no CUDA device"
         if missing is not None:  # or every test would be skipped, and the run a success
             raise pytest.UsageError(f"--require-gpu: {missing}")
 
