@@ -27,8 +27,7 @@ import torch
 from torch import nn
 
 from ._extras import require
-from .backends import triton as backend
-from .backends import use_backend
+from .backends import gpu, use_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,7 +76,7 @@ def warmup(
         float32, unknown target.
     """
     require("triton", "triton")
-    if backend.interpreting():
+    if gpu.interpreting():
         raise RuntimeError("TRITON_INTERPRET=1 makes Triton interpret kernels instead of compiling them; unset it")
     if not inputs:
         raise ValueError("give the sizes of at least one input")
@@ -89,7 +88,7 @@ def warmup(
     found: list[Compiled] = []
     with contextlib.ExitStack() as stack:
         if target is not None:
-            from .triton.lowering import lowering
+            from .backends.gpu.lowering import lowering
 
             stack.enter_context(lowering(target))
         stack.enter_context(use_backend("triton"))

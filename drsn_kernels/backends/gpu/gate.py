@@ -4,21 +4,26 @@
     z = relu(v) w2' + b2        (N, O)         alpha = sigmoid(z), O = C or 1
     tau = alpha * M             M = A ("channel"), mean_c A ("sample"), 1 (None)
 
-In training BatchNorm couples the batch, so the first layer has a launch of its own (`hidden_kernel`): a program takes
-a few hidden units and the whole batch, so every weight is read by one program only and the batch statistics need no
-second launch. The second layer is computed where tau is used (apply.py), or, where rows are too short to carry a dot
-product of length H, by `alpha_kernel`. The backward pass mirrors it: `hidden_grad_kernel`, then grad.py or
-`pooled_grad_kernel`.
+Forward these are two launches, `hidden_kernel` for the first layer and `alpha_kernel` for the second and tau. With batch
+statistics a program of the first takes a few hidden units and the whole batch, so every weight is read by one program
+only and the statistics need no launch of their own. The backward pass mirrors it: `hidden_grad_kernel` for the
+gradients of the parameters and of u, `pooled_grad_kernel` for dA.
+
+`state` is Backend.gate_state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
+Other statistics come as `mean` and `var`; without a norm these are None.
 
 A tile holds all channels of a few samples (CB, the next power of two of C, is a constexpr; N, C, H are not), so sums
 over channels stay inside it. Products are multiply-and-add over broadcast tiles: exact float32, as torch's own Linear
-without TF32, for any N and H. Rows that were split come as partial sums (parts, N, C) and are added on the way.
+without TF32, for any N and H. Rows that were split come as partial sums (parts, N, C), and are added where they are read.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..traffic import Budget, StandardCall
+from .. import cost
+from ..step import Cost, Step
 from .launch import kernel
 
 
@@ -37,6 +42,19 @@ def normalise(u, h, live, mean, var, gamma, beta, EPS: tl.constexpr):
         weight = tl.load(gamma + h, live, 0.0)
         plain = (u - tl.load(mean + h, live, 0.0)[None, :]) / std[None, :]
         return plain * weight[None, :] + tl.load(beta + h, live, 0.0)[None, :], plain, weight / std
+
+
+@triton.jit
+def alphas_of(state, N, H):
+    """Where alpha starts."""
+    return state + N.to(tl.int64) * H
+
+
+@triton.jit
+def statistics_of(state, N, H, outputs):
+    """Where the batch's mean and variance start."""
+    mean = state + N.to(tl.int64) * (H + outputs)
+    return mean, mean + H
 
 
 @triton.jit
@@ -70,27 +88,12 @@ def mean_of(pooled, n, live, C, BC: tl.constexpr):
     return tl.sum(total, 1) / C.to(total.dtype)
 
 
-@triton.jit
-def tau_of(
-    n, c, live, pooled, hidden, mean, var, gamma, beta, w2, b2, C, H,
-    AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """(tau, alpha) of vectors of samples and channels."""
-    alpha = alpha_of(n, c * 0 if ONE else c, live, hidden, mean, var, gamma, beta, w2, b2, H, EPS, BH)
-    if AVERAGE == "channel":
-        return alpha * tl.load(pooled + n * C + c, live, 0.0), alpha
-    elif AVERAGE == "sample":
-        return alpha * mean_of(pooled, n, live, C, BH), alpha
-    else:
-        return alpha, alpha
-
-
-@kernel(pointers=10)
+@kernel(pointers=8)
 def hidden_kernel(
-    partial, pooled, w1, b1, mean, var, running_mean, running_var, batches, hidden, N, C, H, parts, share, blocks,
+    partial, pooled, state, w1, b1, running_mean, running_var, batches, N, C, H, outputs, parts, share, blocks,
     BATCH_STATS: tl.constexpr, MOMENTUM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """u (N, H) and, with BATCH_STATS, the batch's mean and biased variance (H,) and the running ones, updated.
+    """A (N, C) and u; with BATCH_STATS the batch's mean and biased variance, and the running ones updated.
 
     A program takes BH units of `share` samples; with BATCH_STATS that is all of them. Statistics are merged over tiles
     of samples by Chan's rule, which loses nothing to cancellation.
@@ -115,7 +118,7 @@ def hidden_kernel(
         a = sum_parts(partial, at, a_live, parts, N * C)
         tl.store(pooled + at, a, a_live & (block == 0))
         u = tl.sum(a[:, None, :] * w[None, :, :], 2) + bias[None, :]
-        tl.store(hidden + (n * H)[:, None] + h[None, :], u, n_live[:, None] & h_live[None, :])
+        tl.store(state + (n * H)[:, None] + h[None, :], u, n_live[:, None] & h_live[None, :])
         if BATCH_STATS:
             here = tl.sum(n_live.to(ACC)[:, None], 0)
             average = tl.sum(tl.where(n_live[:, None], u, 0.0), 0) / here
@@ -125,6 +128,7 @@ def hidden_kernel(
             spread += tl.sum(off * off, 0) + apart * apart * (count * here / (count + here))
             count += here
     if BATCH_STATS:
+        mean, var = statistics_of(state, N, H, outputs)
         tl.store(mean + h, center, h_live)
         tl.store(var + h, spread / count, h_live)
         before = tl.load(running_mean + h, h_live, 0.0)
@@ -135,26 +139,35 @@ def hidden_kernel(
             tl.store(batches, tl.load(batches) + 1)
 
 
-@kernel(pointers=10)
+@kernel(pointers=9)
 def alpha_kernel(
-    pooled, hidden, mean, var, gamma, beta, w2, b2, alpha, tau, N, C, H,
-    AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr, BH: tl.constexpr,
+    pooled, state, tau, mean, var, gamma, beta, w2, b2, N, C, H,
+    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr,
+    BH: tl.constexpr,
 ):  # fmt: skip
     """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none)."""
     ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
+    outputs = 1 if ONE else C
+    if BATCH_STATS:
+        mean, var = statistics_of(state, N, H, outputs)
     i = tl.program_id(0) * V + tl.arange(0, V)
     columns = 1 if ONE_TAU else C
     n = i // columns
     c = i % columns
     live = n < N
-    threshold, value = tau_of(
-        n, c, live, pooled, hidden, mean, var, gamma, beta, w2, b2, C, H, AVERAGE, ONE, EPS, BH
-    )  # fmt: skip
-    tl.store(tau + i, threshold, live)
-    if ONE:
-        tl.store(alpha + n, value, live & (c == 0))
+    alpha = alpha_of(n, c * 0 if ONE else c, live, state, mean, var, gamma, beta, w2, b2, H, EPS, BH)
+    if AVERAGE == "channel":
+        threshold = alpha * tl.load(pooled + n * C + c, live, 0.0)
+    elif AVERAGE == "sample":
+        threshold = alpha * mean_of(pooled, n, live, C, BH)
     else:
-        tl.store(alpha + i, value, live)
+        threshold = alpha
+    tl.store(tau + i, threshold, live)
+    alphas = alphas_of(state, N, H)
+    if ONE:
+        tl.store(alphas + n, alpha, live & (c == 0))
+    else:
+        tl.store(alphas + i, alpha, live)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -164,14 +177,14 @@ def alpha_kernel(
 def logit_grads(
     d, a, value, own, c_live, C, AVERAGE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """dz (X, C | 1), and the part of dA that goes around the gate (X, C), from dtau d and A a, both (X, C).
+    """dz (X, C | 1), and A's direct gradient (X, C), by tau = alpha * M, from dtau d and A a, both (X, C).
 
     value is alpha (X, C | 1), own the user's gradient of tau where tau is (X, 1), or None. dalpha = M * dtau, summed
     over channels where one alpha serves all; dM = alpha * dtau, summed where the average is shared.
     """
     channels = C.to(a.dtype)
     if AVERAGE == "channel":
-        around = d * value
+        direct = d * value
         dalpha = d * a
         if ONE:
             dalpha = tl.sum(dalpha, 1)[:, None]
@@ -181,23 +194,23 @@ def logit_grads(
             total += own
         if AVERAGE == "sample":
             dalpha = total * (tl.sum(a, 1)[:, None] / channels)
-            around = tl.where(c_live[None, :], total * value / channels, 0.0)
+            direct = tl.where(c_live[None, :], total * value / channels, 0.0)
         else:
             dalpha = total
-            around = tl.zeros(d.shape, d.dtype)
+            direct = tl.zeros(d.shape, d.dtype)
     else:
         if AVERAGE == "sample":
             dalpha = d * (tl.sum(a, 1)[:, None] / channels)
-            around = tl.where(c_live[None, :], tl.sum(d * value, 1)[:, None] / channels, 0.0)
+            direct = tl.where(c_live[None, :], tl.sum(d * value, 1)[:, None] / channels, 0.0)
         else:
             dalpha = d
-            around = tl.zeros(d.shape, d.dtype)
-    return dalpha * (value * (1 - value)), around
+            direct = tl.zeros(d.shape, d.dtype)
+    return dalpha * (value * (1 - value)), direct
 
 
 @triton.jit
 def load_logit_grads(
-    dtau, tau_grad, pooled, alpha, n, c, N, stop, C, parts, AVERAGE: tl.constexpr, ONE: tl.constexpr,
+    dtau, tau_grad, pooled, alphas, n, c, N, stop, C, parts, AVERAGE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """logit_grads of samples n (up to stop) and all channels c, and A, from memory."""
     ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
@@ -212,18 +225,18 @@ def load_logit_grads(
             d += tl.load(tau_grad + at, live, 0.0)
     a = tl.load(pooled + at, live, 0.0)
     if ONE:
-        value = tl.load(alpha + n, n < stop, 0.0)[:, None]
+        value = tl.load(alphas + n, n < stop, 0.0)[:, None]
     else:
-        value = tl.load(alpha + at, live, 0.0)
-    dz, around = logit_grads(d, a, value, own, c < C, C, AVERAGE, ONE)
-    return dz, around, a
+        value = tl.load(alphas + at, live, 0.0)
+    dz, direct = logit_grads(d, a, value, own, c < C, C, AVERAGE, ONE)
+    return dz, direct, a
 
 
 @triton.jit
-def hidden_delta(dz, w, hidden, n, h, N, H, mean, var, gamma, beta, EPS: tl.constexpr):
+def hidden_delta(dz, w, state, n, h, N, H, mean, var, gamma, beta, EPS: tl.constexpr):
     """dL/dv, relu(v), (u - mean) / std and dv / du for samples n and units h. w is w2 (O, units)."""
     live = (n < N)[:, None] & (h < H)[None, :]
-    u = tl.load(hidden + (n * H)[:, None] + h[None, :], live, 0.0)
+    u = tl.load(state + (n * H)[:, None] + h[None, :], live, 0.0)
     v, plain, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
     dv = tl.where(v > 0, tl.sum(dz[:, :, None] * w[None, :, :], 1), 0.0)
     return dv, tl.where(live, relu(v), 0.0), plain, slope
@@ -234,18 +247,17 @@ def _up_to_4(n):
     return (n + 3) // 4 * 4
 
 
-@kernel(pointers=13)
+@kernel(pointers=12)
 def hidden_grad_kernel(
-    dtau, tau_grad, pooled, alpha, hidden, mean, var, gamma, beta, w2, du, around, grads,
-    N, C, H, parts, share, blocks, total,
+    dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, du, direct, grads, N, C, H, parts, share, blocks, total,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gate's parameters, du (N, H) and `around` (N, C).
+    """Gradients of the gate's parameters, du (N, H) and A's direct gradient (N, C).
 
     A program takes BH units of `share` samples (all, with BATCH_STATS) and writes its row of grads (shares, total):
     w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm, gamma (H,) and beta (H,), each at a multiple of 4 elements.
-    du and around are for dA (pooled_grad_of); None where dA is had already (one_pass.py). With BATCH_STATS the second
+    du and direct are for dA (pooled_grad_kernel); None where dA is had already (one_pass.py). With BATCH_STATS the second
     loop recomputes dz rather than keep it: three loads against a store and a load of each.
     """
     ACC: tl.constexpr = w2.dtype.element_ty
@@ -260,6 +272,9 @@ def hidden_grad_kernel(
     h_live = h < H
     outputs = 1 if ONE else C
     o_live = o < outputs
+    alphas = alphas_of(state, N, H)
+    if BATCH_STATS:
+        mean, var = statistics_of(state, N, H, outputs)
     w2_at = (o * H)[:, None] + h[None, :]
     w2_live = o_live[:, None] & h_live[None, :]
     w = tl.load(w2 + w2_at, w2_live, 0.0)
@@ -271,8 +286,8 @@ def hidden_grad_kernel(
     grad_b1 = tl.zeros((BH,), ACC)
     for n0 in range(start, stop, BN):
         n = n0 + tl.arange(0, BN)
-        dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alpha, n, c, N, stop, C, parts, AVERAGE, ONE)
-        dv, r, plain, slope = hidden_delta(dz, w, hidden, n, h, stop, H, mean, var, gamma, beta, EPS)
+        dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alphas, n, c, N, stop, C, parts, AVERAGE, ONE)
+        dv, r, plain, slope = hidden_delta(dz, w, state, n, h, stop, H, mean, var, gamma, beta, EPS)
         sum_dv += tl.sum(dv, 0)
         sum_dv_plain += tl.sum(dv * plain, 0)
         grad_w2 += tl.sum(dz[:, :, None] * r[:, None, :], 0)
@@ -283,14 +298,14 @@ def hidden_grad_kernel(
             grad_w1 += tl.sum(change[:, :, None] * a[:, None, :], 0)
             if du is not None:
                 tl.store(du + (n * H)[:, None] + h[None, :], change, (n < stop)[:, None] & h_live[None, :])
-        if around is not None:
+        if direct is not None:
             first = (n < stop)[:, None] & (c < C)[None, :] & (block == 0)
-            tl.store(around + (n * C)[:, None] + c[None, :], past, first)
+            tl.store(direct + (n * C)[:, None] + c[None, :], past, first)
     if BATCH_STATS:  # BatchNorm's own backward needs both sums before any du
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
-            dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alpha, n, c, N, N, C, parts, AVERAGE, ONE)
-            dv, r, plain, slope = hidden_delta(dz, w, hidden, n, h, N, H, mean, var, gamma, beta, EPS)
+            dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alphas, n, c, N, N, C, parts, AVERAGE, ONE)
+            dv, r, plain, slope = hidden_delta(dz, w, state, n, h, N, H, mean, var, gamma, beta, EPS)
             change = slope[None, :] * (dv - (sum_dv[None, :] + plain * sum_dv_plain[None, :]) / N.to(ACC))
             change = tl.where((n < N)[:, None], change, 0.0)
             grad_b1 += tl.sum(change, 0)
@@ -310,63 +325,76 @@ def hidden_grad_kernel(
         tl.store(grads + _up_to_4(H) + h, sum_dv, h_live)
 
 
-@triton.jit
-def pooled_grad_of(n, c, live, du, w1, around, C, H, BH: tl.constexpr):
-    """dA[n, c] for vectors of samples and channels."""
-    total = tl.zeros((BH, c.shape[0]), w1.dtype.element_ty)
+@kernel(pointers=4)
+def pooled_grad_kernel(du, w1, direct, dA, N, C, H, V: tl.constexpr, BH: tl.constexpr):
+    """dA (N, C) = du w1 + the direct gradient."""
+    i = tl.program_id(0) * V + tl.arange(0, V)
+    live = i < N * C
+    n = i // C
+    c = i % C
+    total = tl.zeros((BH, V), w1.dtype.element_ty)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
         both = (h < H)[:, None] & live[None, :]
-        total += tl.load(du + (n * H)[None, :] + h[:, None], both, 0.0) * tl.load(
-            w1 + (h * C)[:, None] + c[None, :], both, 0.0
-        )
-    return tl.sum(total, 0) + tl.load(around + n * C + c, live, 0.0)
+        w = tl.load(w1 + (h * C)[:, None] + c[None, :], both, 0.0)
+        total += tl.load(du + (n * H)[None, :] + h[:, None], both, 0.0) * w
+    tl.store(dA + i, tl.sum(total, 0) + tl.load(direct + i, live, 0.0), live)
 
 
-@kernel(pointers=4)
-def pooled_grad_kernel(du, w1, around, out, N, C, H, V: tl.constexpr, BH: tl.constexpr):
-    """dA (N, C), where rows are too short to compute it on the way (grad.py)."""
-    i = tl.program_id(0) * V + tl.arange(0, V)
-    live = i < N * C
-    tl.store(out + i, pooled_grad_of(i // C, i % C, live, du, w1, around, C, H, BH), live)
+# ---- costs -----------------------------------------------------------------------------------------------------------
 
 
-# ---- budgets ---------------------------------------------------------------------------------------------------------
+class Sizes(NamedTuple):
+    """Bytes of a gate's tensors."""
+
+    pooled: int  # A, dtau, dA, and A's direct gradient
+    hidden: int  # u, du
+    alpha: int
+    tau: int
+    w1: int
+    b1: int
+    w2: int
+    b2: int
+    norm: int  # gamma, beta, mean and variance; 0 without a norm
+    statistics: int  # mean and variance of the batch; 0 where they are not of the batch
+
+    @classmethod
+    def of(cls, step: Step) -> "Sizes":
+        c, (h, o, norm, batch_stats, *_), size = step.layout.c, step.gate, step.sums.itemsize
+        sums = cost.sums_bytes
+        return cls(
+            sums(step), sums(step, h), sums(step, o), sums(step, 1 if step.one_tau else c), size * h * c, size * h,
+            size * o * h, size * o, 4 * size * h if norm else 0, 2 * size * h if batch_stats else 0,
+        )  # fmt: skip
+
+    @property
+    def state(self) -> int:
+        return self.hidden + self.alpha + self.statistics
 
 
-def hidden_budget(call: StandardCall, parts: int) -> Budget:
-    statistics = 2 * call.statistics + 8 if call.coupled else 0  # of the batch and running; the number of batches
-    return Budget(
-        parts * call.sums() + call.first_layer + (call.statistics + 8 if call.coupled else 0),
-        call.sums() + call.sums(call.hidden) + statistics,
-        ("hidden_kernel",),
-    )
+_BATCHES = 8  # bytes of the number of batches
 
 
-def tau_read(call: StandardCall) -> int:
-    """What tau is computed from, here or in apply."""
-    pooled = call.sums() if call.average is not None else 0
-    return pooled + call.sums(call.hidden) + call.norm_read + call.second_layer
+def hidden_cost(step: Step, parts: int) -> Cost:
+    s = Sizes.of(step)
+    running = s.statistics + _BATCHES if s.statistics else 0
+    read = parts * s.pooled + s.w1 + s.b1 + running
+    return Cost(read, s.pooled + s.hidden + s.statistics + running, ("hidden_kernel",))
 
 
-def alpha_budget(call: StandardCall) -> Budget:
-    return Budget(tau_read(call), call.sums(call.outputs) + call.tau, ("alpha_kernel",))
+def alpha_cost(step: Step) -> Cost:
+    s = Sizes.of(step)
+    average = 0 if step.average is None else s.pooled
+    return Cost(average + s.hidden + s.norm + s.w2 + s.b2, s.alpha + s.tau, ("alpha_kernel",))
 
 
-def hidden_grad_budget(call: StandardCall, parts: int, grads: int, du: bool, around: bool) -> Budget:
+def hidden_grad_cost(step: Step, parts: int, grads: int, du: bool, direct: bool) -> Cost:
     """grads: bytes of the parameters' gradients, of all shares."""
-    gate = call.sums() + call.sums(call.hidden) + call.sums(call.outputs)
-    return Budget(
-        parts * call.sums() + gate + call.norm_read + call.second_layer,
-        grads + (call.sums(call.hidden) if du else 0) + (call.sums() if around else 0),
-        ("hidden_grad_kernel",),
-    )
+    s = Sizes.of(step)
+    read = parts * s.pooled + s.pooled + s.hidden + s.alpha + s.norm + s.w2
+    return Cost(read, grads + du * s.hidden + direct * s.pooled, ("hidden_grad_kernel",))
 
 
-def pooled_grad_read(call: StandardCall) -> int:
-    """What dA is computed from, here or in grad."""
-    return call.sums(call.hidden) + call.first_layer + call.sums()
-
-
-def pooled_grad_budget(call: StandardCall) -> Budget:
-    return Budget(pooled_grad_read(call), call.sums(), ("pooled_grad_kernel",))
+def pooled_grad_cost(step: Step) -> Cost:
+    s = Sizes.of(step)
+    return Cost(s.hidden + s.w1 + s.pooled, s.pooled, ("pooled_grad_kernel",))

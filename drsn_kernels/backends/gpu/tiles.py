@@ -152,6 +152,24 @@ def piece(extent, splits, length, STEP: tl.constexpr, REVERSE: tl.constexpr, WID
 
 
 @triton.jit
+def by_channel(n, p, q, P, Q, rows_live, columns_live, CHANNELS_LAST: tl.constexpr):
+    """Offsets into a contiguous (N, C) of a tile's rows (channels_last: of its columns), and their mask."""
+    if CHANNELS_LAST:
+        return n * Q + q, columns_live
+    else:
+        return n * P + p, rows_live
+
+
+@triton.jit
+def plane(planes, plane_units, row: tl.constexpr):
+    """Where this plane starts."""
+    if row == 0:
+        return planes
+    else:
+        return planes + plane_units.to(tl.int64) * row
+
+
+@triton.jit
 def units(n, p, first, P, UNITS, rows_live, B: tl.constexpr, UNIT_BITS: tl.constexpr):
     """Offsets into a bit plane of a tile's units, and their mask, (R, B / UNIT_BITS)."""
     column = first // UNIT_BITS + tl.arange(0, B // UNIT_BITS)

@@ -13,10 +13,11 @@ layer never exists as a whole.
 import triton
 import triton.language as tl
 
-from ..traffic import Budget, StandardCall
-from .gate import logit_grads, normalise, relu
+from .. import cost
+from ..step import Cost, Step
+from .gate import Sizes, alphas_of, logit_grads, normalise, relu
 from .launch import kernel
-from .tiles import length_of_rows, offsets, pack, sign_bit, soft_threshold, units, unpack
+from .tiles import length_of_rows, offsets, pack, plane, sign_bit, soft_threshold, units, unpack
 
 
 @triton.jit
@@ -68,13 +69,13 @@ def _finish(
     p_sizes, q_sizes, ys, rs, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, B: tl.constexpr,
     UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """y and the planes sign, nonzero, kept of a tile whose threshold is known."""
+    """y and the planes kept, sign, nonzero of a tile whose threshold is known."""
     if planes is not None:
         at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
         kept = (value != 0) & ((tl.abs(value) <= tau) == 0)
-        tl.store(planes + at, pack(sign_bit(value), UNIT_BITS), units_live)
-        tl.store(planes + plane_units + at, pack((value != 0).to(tl.int32), UNIT_BITS), units_live)
-        tl.store(planes + plane_units + plane_units + at, pack(kept.to(tl.int32), UNIT_BITS), units_live)
+        tl.store(planes + at, pack(kept.to(tl.int32), UNIT_BITS), units_live)
+        tl.store(plane(planes, plane_units, 1) + at, pack(sign_bit(value), UNIT_BITS), units_live)
+        tl.store(plane(planes, plane_units, 2) + at, pack((value != 0).to(tl.int32), UNIT_BITS), units_live)
     result = soft_threshold(value, tau)
     if residual is not None:
         result += _load(residual, n, p, q, rows_live, columns_live, p_sizes, q_sizes, rs, R_UNIT, ALIGN).to(value.dtype)
@@ -83,9 +84,9 @@ def _finish(
     tl.store(y + rows[:, None] + columns[None, :], result.to(y.dtype.element_ty), live)
 
 
-@kernel(pointers=16, aligned=("x", "y", "residual"))
+@kernel(pointers=15, aligned=("x", "y", "residual"))
 def forward_kernel(
-    x, y, residual, planes, pooled, hidden, alpha, tau, w1, b1, mean, var, gamma, beta, w2, b2,
+    x, y, residual, planes, pooled, state, tau, w1, b1, mean, var, gamma, beta, w2, b2,
     plane_units, L, H, N, P, QA, UNITS, p_sizes, q_sizes, xs, ys, rs,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
@@ -120,9 +121,9 @@ def forward_kernel(
         h = h0 + tl.arange(0, BH)
         w = tl.load(w1 + (h * C)[:, None] + c[None, :], (h < H)[:, None] & (c < C)[None, :], 0.0)
         u = tl.sum(a[:, None, :] * w[None, :, :], 2) + tl.load(b1 + h, h < H, 0.0)[None, :]
-        if hidden is not None:
+        if state is not None:
             at = (sample * H)[:, None] + h[None, :]
-            tl.store(hidden + at, u, (sample < N)[:, None] & (h < H)[None, :])
+            tl.store(state + at, u, (sample < N)[:, None] & (h < H)[None, :])
         v, _, _ = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
         w = tl.load(w2 + (o * H)[:, None] + h[None, :], o_live[:, None] & (h < H)[None, :], 0.0)
         z += tl.sum(relu(v)[:, None, :] * w[None, :, :], 2)
@@ -138,7 +139,7 @@ def forward_kernel(
     columns = 1 if ONE else C
     if pooled is not None:
         tl.store(pooled + (sample * C)[:, None] + c[None, :], a, live)
-        tl.store(alpha + (sample * columns)[:, None] + o[None, :], value, out_live)
+        tl.store(alphas_of(state, N, H) + (sample * columns)[:, None] + o[None, :], value, out_live)
     if tau is not None:
         if ONE and AVERAGE != "channel":
             tl.store(tau + sample[:, None] + o[None, :], threshold, out_live)
@@ -170,8 +171,8 @@ def _masked(
     """kept * g of a tile, and its sign plane as bools."""
     at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
     value = _load(g, n, p, q, rows_live, columns_live, p_sizes, q_sizes, gs, G_UNIT, ALIGN).to(ACC)
-    masked = tl.where(unpack(tl.load(planes + plane_units + plane_units + at, units_live, 0), UNIT_BITS), value, 0.0)
-    return masked, unpack(tl.load(planes + at, units_live, 0), UNIT_BITS)
+    masked = tl.where(unpack(tl.load(planes + at, units_live, 0), UNIT_BITS), value, 0.0)
+    return masked, unpack(tl.load(plane(planes, plane_units, 1) + at, units_live, 0), UNIT_BITS)
 
 
 @triton.jit
@@ -180,16 +181,16 @@ def _store_dx(
     p_sizes, q_sizes, ds, D_UNIT: tl.constexpr, B: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
-    nonzero = unpack(tl.load(planes + plane_units + at, units_live, 0), UNIT_BITS)
+    nonzero = unpack(tl.load(plane(planes, plane_units, 2) + at, units_live, 0), UNIT_BITS)
     result = masked + tl.where(nonzero, tl.where(negative, -share, share), 0.0)
     rows, columns = offsets(n, p, q, p_sizes, q_sizes, ds, D_UNIT, ALIGN)
     live = rows_live[:, None] & columns_live[None, :]
     tl.store(dx + rows[:, None] + columns[None, :], result.to(dx.dtype.element_ty), live)
 
 
-@kernel(pointers=14, aligned=("g", "dx"))
+@kernel(pointers=13, aligned=("g", "dx"))
 def backward_kernel(
-    g, dx, planes, dtau, tau_grad, pooled, hidden, alpha, w1, mean, var, gamma, beta, w2,
+    g, dx, planes, dtau, tau_grad, pooled, state, w1, mean, var, gamma, beta, w2,
     plane_units, L, H, N, P, QA, UNITS, p_sizes, q_sizes, gs, ds,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
@@ -231,7 +232,9 @@ def backward_kernel(
     columns = 1 if ONE else C
     tl.store(dtau + at, d, live)
     a = tl.load(pooled + at, live, 0.0)
-    value = tl.load(alpha + (sample * columns)[:, None] + o[None, :], (sample < N)[:, None] & o_live[None, :], 0.0)
+    value = tl.load(
+        alphas_of(state, N, H) + (sample * columns)[:, None] + o[None, :], (sample < N)[:, None] & o_live[None, :], 0.0
+    )
     own = None
     if tau_grad is not None:
         if ONE and AVERAGE != "channel":
@@ -241,7 +244,7 @@ def backward_kernel(
     dz, da = logit_grads(d, a, value, own, c < C, C, AVERAGE, ONE)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
-        u = tl.load(hidden + (sample * H)[:, None] + h[None, :], (sample < N)[:, None] & (h < H)[None, :], 0.0)
+        u = tl.load(state + (sample * H)[:, None] + h[None, :], (sample < N)[:, None] & (h < H)[None, :], 0.0)
         v, _, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
         w = tl.load(w2 + (o * H)[:, None] + h[None, :], o_live[:, None] & (h < H)[None, :], 0.0)
         dv = tl.where(v > 0, tl.sum(dz[:, :, None] * w[None, :, :], 1), 0.0) * slope[None, :]
@@ -268,17 +271,15 @@ def backward_kernel(
             )  # fmt: skip
 
 
-def forward_budget(call: StandardCall) -> Budget:
+def forward_cost(step: Step) -> Cost:
     """x counts once: where the sample is walked twice, the second time it comes from L2."""
-    gate = call.first_layer + call.second_layer + call.norm_read
-    return Budget(
-        (1 + call.residual) * call.full + gate,
-        call.full + call.saved + (call.tau if call.want_tau else 0),
-        ("forward_kernel",),
-        saved=call.saved,
-    )
+    full, s = cost.map_bytes(step), Sizes.of(step)
+    read = (1 + (step.residual is not None)) * full + s.w1 + s.b1 + s.norm + s.w2 + s.b2
+    kept = 3 * cost.plane_bytes(step.layout) + s.pooled + s.state if step.keep else 0
+    return Cost(read, full + kept + (s.tau if step.want.tau else 0), ("forward_kernel",))
 
 
-def backward_budget(call: StandardCall) -> Budget:
-    gate = call.first_layer + call.second_layer + call.norm_read
-    return Budget(call.full + call.saved + gate, call.full + call.sums(), ("backward_kernel",), call.sums())
+def backward_cost(step: Step) -> Cost:
+    full, s = cost.map_bytes(step), Sizes.of(step)
+    kept = 3 * cost.plane_bytes(step.layout) + s.pooled + s.state
+    return Cost(full + kept + s.w1 + s.norm + s.w2, full + s.pooled, ("backward_kernel",))

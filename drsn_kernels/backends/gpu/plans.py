@@ -2,11 +2,12 @@
 
 What a plan puts into a constexpr depends on the length of a row, the dtype and the layout; where the gate is fused,
 also on the next power of two of C; never on the batch size: within a plan, another batch runs the kernel that is
-compiled already (tests/test_triton_lowering.py counts). Which plan it is may depend on the batch (one pass or several
-launches, the gate's end on the way or apart). Grids and splits are run-time values.
+compiled already (tests/test_triton_lowering.py counts). Which plan it is may depend on the batch: one pass or several
+launches. Grids and splits are run-time values.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from .walk import Walk
 
@@ -25,6 +26,20 @@ CHANNELS = 256
 # long, so that its partial sum (one float) stays far below the traffic of the piece.
 PROGRAMS_PER_SM = 4
 PIECE = 4096
+
+
+class Planned(NamedTuple):
+    """A launch as it would be made, for explain."""
+
+    kernel: str
+    programs: int
+    warps: int
+    plan: Any  # one of the classes below
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self.plan, f.name) for f in fields(self.plan)}
+        shown = (f"{name} {value}" for name, value in values.items() if name not in ("programs", "warps", "why"))
+        return f"{self.kernel}: {self.programs} programs of {self.warps} warps; {', '.join(shown)}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ def _power_of_two(n: int) -> int:
 
 
 def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
-    """The plan of reduce, apply and grad. `split`: rows may be cut, because sums over them may be partial."""
+    """The plan of reduce, map and grad. `split`: rows may be cut, because sums over them may be partial."""
     elements = TILE // _ragged(walk, itemsize)
     unit = walk.unit_bits
     if walk.channels_last:
@@ -105,13 +120,13 @@ ON_CHIP = 16384
 WALKED = 8192
 # It is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
 L2_BYTES = 36 << 20
-# Channels of a fused gate. A program of its kernels holds 4 units x 2 samples of 512 channels, and walks the batch in
-# steps of two; beyond that the chain is longer than torch's own matrix products take (estimated, not yet measured).
-MOST_CHANNELS = 512
-# The second layer and dA are computed by their users, if a tile serves each threshold with so many elements for each of
-# the hidden units, two loads each from L1 or L2; in small tensors with one, where a launch costs more than the loads.
-SERVED = 4
-SMALL_BYTES = 4 << 20
+# Channels of a fused gate, and samples of one with batch statistics. Its kernels multiply and add on the CUDA cores, and
+# batch statistics leave all samples to H / 4 programs; beyond these sizes torch's matrix products are faster. By GPU
+# time on an H200 (docs/benchmarks/nvidia-h200), the fused gate is below the best compiled form up to
+# shrink_train-E-64x128x28x28-fp32-both and above it from shrink_train-E-64x256x14x14-fp32-both, from
+# shrink_eval-E-64x256x14x14-fp32-forward and, of many samples, from shrink_train-G-512x64x256-fp32-both.
+MOST_CHANNELS = 128
+MOST_SAMPLES = 256
 # Elements of one product of the gate (samples x units x channels) that a thread holds, forward; half as many backward,
 # where two products are held at a time: 32 took 128 to 246 registers and spilled 48 bytes at 256 channels.
 PRODUCTS = 32
@@ -119,8 +134,6 @@ PRODUCTS = 32
 # there are fewer programs than multiprocessors, and spills a few for it (8 to 32 bytes, at 40, 64 or 128 registers).
 GATE_WARPS = 8
 MOST_REGISTERS = 255
-# The same for apply and grad where they compute tau or dA on the way: 4 programs of 4 warps an SM still fit.
-ON_THE_WAY_REGISTERS = 128
 # The gate's launches are short chains of dependent loads, so their time is the samples a program walks one after the
 # other: at least this many tiles of samples each, then as many programs as the GPU runs at a time. Their sums over
 # samples are partial then, at most so many bytes of them.
@@ -149,13 +162,10 @@ class GatePlan:
     units: int
     channels: int
     blocks: int  # of units
-    shares: int  # of samples, one a program; 1 where the batch is coupled
+    shares: int  # of samples, one a program; 1 with batch statistics
     share: int  # samples in one
-    on_the_way: bool  # the second layer in apply, dA in grad; else by launches of their own
-    dot: int  # of the hidden units at a time, where a dot product over them is computed on the way
-    vector: int  # thresholds a program, where they have a launch of their own
-    vector_dot: int
-    why: str = field(default="", compare=False)  # on the way, or not
+    vector: int  # thresholds, or elements of dA, that a program of the second layer's launches computes
+    dot: int  # hidden units at a time in the dot product of each
 
 
 def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> OnePassPlan | str:
@@ -193,28 +203,19 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
     return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
 
-def gate(walk: Walk, plan: TilePlan, hidden: int, coupled: bool, itemsize: int, sms: int) -> GatePlan:
-    """The plan of the gate's own launches, around reduce, apply and grad over tiles of `plan`.
-
-    coupled: batch statistics; a program must see every sample.
-    """
+def gate(walk: Walk, hidden: int, batch_stats: bool, itemsize: int, sms: int) -> GatePlan:
+    """The plan of the gate's own launches. batch_stats: a program must see every sample."""
     wide = _power_of_two(walk.q if walk.channels_last else walk.p)
     units = min(4, _power_of_two(hidden))  # few, because the programs are few: H / 4
     held = PRODUCTS if itemsize <= 4 else PRODUCTS // 4  # float64: two registers each, and a longer division
     samples = min(max(32 * GATE_WARPS * held // (units * wide), 1), 64)
     blocks = _cdiv(hidden, units)
     shares = 1
-    if not coupled:
+    if not batch_stats:
         parameters = 4 * blocks * units * 2 * wide
         shares = min(_cdiv(walk.n, samples * TILES_EACH), _cdiv(2 * sms, blocks), max(PARTIAL_BYTES // parameters, 1))
     share = _cdiv(_cdiv(walk.n, shares), samples) * samples
-    vector, served = (plan.columns, plan.rows) if walk.channels_last else (plan.rows, plan.columns)
-    dot = min(max(1024 // vector, 4), 64, _power_of_two(hidden))
-    least = 1 if walk.rows * walk.q * itemsize <= SMALL_BYTES else SERVED
-    on_the_way = least * hidden <= served
-    needed = f"{'at least' if on_the_way else 'fewer than'} {least} for each of {hidden} hidden units"
     return GatePlan(
         samples=samples, units=units, channels=wide, blocks=blocks, shares=_cdiv(walk.n, share), share=share,
-        on_the_way=on_the_way, dot=dot, vector=64, vector_dot=16,
-        why=f"a tile serves a threshold with {served} elements, {needed}",
+        vector=64, dot=16,
     )  # fmt: skip

@@ -2,51 +2,41 @@
 
 Inside `lowering("cuda:90")` the launchers of this package take CPU tensors: every launch is specialised and compiled as
 it would be on that GPU, by the same code of Triton and with the same options, and recorded; nothing runs, so results
-are uninitialised memory. `python -m drsn_kernels warmup --target` fills Triton's cache this way, and the tests read
-registers, spills and bytes from what was compiled.
+are uninitialised memory. `python -m drsn_kernels warmup --target` fills Triton's cache this way.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..backends.triton import interpreting
-from . import listing
+from . import interpreting
 
 
 class Target(NamedTuple):
     """A GPU, as far as a compiler asks. Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute
-    Capability"; AMD CDNA3 ISA guide for gfx942. Shared memory in bytes."""
+    Capability"; AMD CDNA3 ISA guide for gfx942."""
 
     backend: str
     arch: Any
     warp_size: int
-    shared_program: int  # the most one program (CTA) may take
-    shared_sm: int  # on one multiprocessor
+    shared_program: int  # bytes of shared memory: the most one program (CTA) may take
 
 
 TARGETS = {
-    "cuda:80": Target("cuda", 80, 32, 163 << 10, 164 << 10),
-    "cuda:90": Target("cuda", 90, 32, 227 << 10, 228 << 10),
-    "cuda:100": Target("cuda", 100, 32, 227 << 10, 228 << 10),
-    "hip:gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10),
+    "cuda:80": Target("cuda", 80, 32, 163 << 10),
+    "cuda:90": Target("cuda", 90, 32, 227 << 10),
+    "cuda:100": Target("cuda", 100, 32, 227 << 10),
+    "hip:gfx942": Target("hip", "gfx942", 64, 64 << 10),
 }
-# Of one SM, the same for compute capability 8.0, 9.0 and 10.0.
-REGISTERS_SM = 65536
-WARPS_SM = 64  # 2,048 threads
-CTAS_SM = 32
-# Registers are handed out to a warp in units of 256, and to warps in fours; shared memory in units of 128 bytes, and
-# 1 KiB of it a CTA is the system's.
-_REGISTER_UNIT, _WARP_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 4, 128, 1024
+_REGISTERS = 65536  # of a multiprocessor, the same for compute capability 8.0, 9.0 and 10.0
 # JITFunction keeps what it has compiled by device number: one number a target, and none that a real device has.
 _FIRST_DEVICE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch. What needs the compiler's output read is worked out when it is asked for."""
+    """One recorded launch."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -59,82 +49,6 @@ class Launch:
     def programs(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
-    @property
-    def _cuda(self) -> bool:
-        return TARGETS[self.target].backend == "cuda"
-
-    @functools.cached_property
-    def _resources(self) -> listing.Resources:
-        if self._cuda:
-            return listing.cubin_resources(self.compiled.asm["cubin"])
-        return listing.amdgcn_resources(self.compiled.asm["amdgcn"])
-
-    @property
-    def registers(self) -> int:
-        """Registers a thread (hip: vector registers)."""
-        return self._resources.registers
-
-    @property
-    def stack(self) -> int:
-        """Bytes of local memory a thread. These kernels have no arrays: anything above 0 is spilled registers."""
-        return self._resources.stack
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory a program asks for. cuobjdump says 1,024 more on 9.0 and later, the system's share."""
-        return self.compiled.metadata.shared
-
-    @property
-    def occupancy(self) -> int | None:
-        """Programs that fit one SM at a time, None for hip. The CUDA occupancy calculator's formula."""
-        if not self._cuda:
-            return None
-        warps_by_registers = _down(REGISTERS_SM // _up(self.registers * 32, _REGISTER_UNIT), _WARP_UNIT)
-        shared = _up(self.shared + _SHARED_RESERVED, _SHARED_UNIT)
-        return min(
-            CTAS_SM,
-            min(WARPS_SM, warps_by_registers) // self.num_warps,
-            TARGETS[self.target].shared_sm // shared,
-        )
-
-    @functools.cached_property
-    def accesses(self) -> list[listing.Access]:
-        """Every global access in the code, see listing.py."""
-        if self._cuda:
-            arguments = listing.flat_arguments(self.compiled.src.signature)
-            return listing.ptx_accesses(self.compiled.asm["ptx"], arguments)
-        return listing.amdgcn_accesses(self.compiled.asm["amdgcn"])
-
-    @property
-    def widths(self) -> dict[str, dict[int, int]]:
-        """{"ld": {16: 4, 4: 1}, "st": ...}: bytes a thread for each instruction, and how many there are."""
-        return listing.widths(self.accesses)
-
-    def widths_of(self, kind: str, argument: str) -> set[int]:
-        """Widths of the loads ("ld") or stores ("st") through one pointer argument."""
-        return {a.width for a in self.accesses if a.kind == kind and argument in a.pointers}
-
-    def moved(self, kind: str, argument: str | None = None, *, loop: bool = False) -> int:
-        """Bytes that one program loads ("ld") or stores ("st"), through one pointer argument or all of them.
-
-        Outside of loops, or with `loop` in one turn of each loop. Lanes that are masked off count, and so do threads
-        that access one element together: exact for the elements of full tiles, an upper bound for small operands.
-        """
-        threads = self.num_warps * TARGETS[self.target].warp_size
-        return threads * sum(
-            a.width
-            for a in self.accesses
-            if a.kind == kind and a.loop == loop and (argument is None or argument in a.pointers)
-        )
-
-
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
-def _down(n: int, unit: int) -> int:
-    return n // unit * unit
-
 
 class _Utils:
     """The part of a driver that asks the device and loads code onto it."""
@@ -145,7 +59,7 @@ class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
             "max_shared_mem": self._target.shared_program,
-            "max_num_regs": REGISTERS_SM,
+            "max_num_regs": _REGISTERS,
             "warpSize": self._target.warp_size,
         }
 
@@ -154,7 +68,7 @@ class _Utils:
 
 
 class _Driver:
-    """A Triton driver whose device does not exist. backends/triton.py takes CPU tensors where `lowers_only` is set."""
+    """A Triton driver whose device does not exist. The backend takes CPU tensors where `lowers_only` is set."""
 
     lowers_only = True
 

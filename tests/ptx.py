@@ -6,12 +6,15 @@ it. Lanes that a mask switches off are counted, so a tile that hangs over the te
 small operand that several threads load or store (a threshold for each row): for those the number is an upper bound.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from drsn_kernels.backends.gpu import lowering
 
 # [@%p1] ld.global[.L1::evict_first][.L2::cache_hint][.v4].b32 {...}, [%rd1 + 0], ...
 _ACCESS = re.compile(r"^\s*(?:@!?%p\d+\s+)?(ld|st|atom|red)\.(?:[\w:]+\.)*?global\.([\w.:]+)\s([^;]*);", re.M)
@@ -161,3 +164,93 @@ def flat_arguments(signature: dict) -> list[str]:
             yield name
 
     return [flat for name, kind in signature.items() for flat in walk(name, kind)]
+
+
+# ---- a launch --------------------------------------------------------------------------------------------------------
+
+# Of one SM, the same for compute capability 8.0, 9.0 and 10.0, but for shared memory.
+REGISTERS_SM = 65536
+WARPS_SM = 64  # 2,048 threads
+CTAS_SM = 32
+SHARED_SM = {"cuda:80": 164 << 10, "cuda:90": 228 << 10, "cuda:100": 228 << 10}
+# Registers are handed out to a warp in units of 256, and to warps in fours; shared memory in units of 128 bytes, and
+# 1 KiB of it a CTA is the system's.
+_REGISTER_UNIT, _WARP_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 4, 128, 1024
+
+
+class Measured:
+    """A recorded launch (lowering.Launch), and what its compiled code needs and moves, worked out when asked for."""
+
+    def __init__(self, launch: Any):
+        self.launch, self.target = launch, launch.target
+        self.compiled, self.num_warps = launch.compiled, launch.num_warps
+        self._cuda = lowering.TARGETS[launch.target].backend == "cuda"
+
+    @functools.cached_property
+    def _resources(self) -> Resources:
+        if self._cuda:
+            return cubin_resources(self.compiled.asm["cubin"])
+        return amdgcn_resources(self.compiled.asm["amdgcn"])
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread (hip: vector registers)."""
+        return self._resources.registers
+
+    @property
+    def stack(self) -> int:
+        """Bytes of local memory a thread. These kernels have no arrays: anything above 0 is spilled registers."""
+        return self._resources.stack
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory a program asks for. cuobjdump says 1,024 more on 9.0 and later, the system's share."""
+        return self.compiled.metadata.shared
+
+    @property
+    def occupancy(self) -> int | None:
+        """Programs that fit one SM at a time, None for hip. The CUDA occupancy calculator's formula."""
+        if not self._cuda:
+            return None
+        warps_by_registers = _down(REGISTERS_SM // _up(self.registers * 32, _REGISTER_UNIT), _WARP_UNIT)
+        shared = _up(self.shared + _SHARED_RESERVED, _SHARED_UNIT)
+        return min(
+            CTAS_SM, min(WARPS_SM, warps_by_registers) // self.num_warps, SHARED_SM[self.target] // shared
+        )  # fmt: skip
+
+    @functools.cached_property
+    def accesses(self) -> list[Access]:
+        """Every global access in the code."""
+        if self._cuda:
+            return ptx_accesses(self.compiled.asm["ptx"], flat_arguments(self.compiled.src.signature))
+        return amdgcn_accesses(self.compiled.asm["amdgcn"])
+
+    @property
+    def widths(self) -> dict[str, dict[int, int]]:
+        """{"ld": {16: 4, 4: 1}, "st": ...}: bytes a thread for each instruction, and how many there are."""
+        return widths(self.accesses)
+
+    def widths_of(self, kind: str, argument: str) -> set[int]:
+        """Widths of the loads ("ld") or stores ("st") through one pointer argument."""
+        return {a.width for a in self.accesses if a.kind == kind and argument in a.pointers}
+
+    def moved(self, kind: str, argument: str | None = None, *, loop: bool = False) -> int:
+        """Bytes that one program loads ("ld") or stores ("st"), through one pointer argument or all of them.
+
+        Outside of loops, or with `loop` in one turn of each loop. Lanes that are masked off count, and so do threads
+        that access one element together: exact for the elements of full tiles, an upper bound for small operands.
+        """
+        threads = self.num_warps * lowering.TARGETS[self.target].warp_size
+        return threads * sum(
+            a.width
+            for a in self.accesses
+            if a.kind == kind and a.loop == loop and (argument is None or argument in a.pointers)
+        )
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def _down(n: int, unit: int) -> int:
+    return n // unit * unit

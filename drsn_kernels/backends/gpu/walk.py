@@ -1,15 +1,15 @@
 """How a call's operands lie in memory, in the one form all kernels take: N samples of P rows of Q elements.
 
-P and Q follow the bit planes' walk (planes.py): P = C and Q = L, or, where the dense stride of C is 1, P = L, Q = C.
+P and Q follow the rows of the bit planes (layout.py): P = C and Q = L, or, in channels_last order, P = L and Q = C.
 Neighbouring dimensions that every operand holds back to back are merged, so dense tensors have one P and one Q
 dimension however many spatial ones they have, and a sliced or transposed image keeps two or three.
 """
 
+import math
 from collections.abc import Iterable
-from math import gcd
 from typing import NamedTuple
 
-from ..planes import Geometry, order, row_bits
+from ...layout import Layout
 
 Strides = tuple[int, ...]
 
@@ -30,6 +30,9 @@ class Walk(NamedTuple):
     q_sizes: tuple[int, ...]
     align: int  # elements, a power of two up to 16, that every row start of the unit operands is a multiple of
     operands: tuple[Operand, ...]
+    unit_bits: int  # of a plane's unit: rows own whole units, 32-bit words but for rows of at most 16 elements
+    units: int  # in a row
+    plane_units: int  # in a plane: how far one plane is from the next
     wide: bool  # an offset, of an element or of a bit, does not fit 31 bits
 
     @property
@@ -37,13 +40,9 @@ class Walk(NamedTuple):
         return self.n * self.p
 
     @property
-    def unit_bits(self) -> int:
-        """Bits of the plane's unit: rows own whole units, 32-bit words but for rows of at most 16 elements."""
-        return min(row_bits(self.q), 32)
-
-    @property
-    def units(self) -> int:
-        return row_bits(self.q) // self.unit_bits
+    def length(self) -> int:
+        """L, the formulas' number of spatial elements."""
+        return self.p if self.channels_last else self.q
 
 
 def _merge(dims: tuple[int, ...], sizes: Strides, strides: tuple[Strides, ...]) -> tuple[list[int], list[list[int]]]:
@@ -66,30 +65,33 @@ def _merge(dims: tuple[int, ...], sizes: Strides, strides: tuple[Strides, ...]) 
     return kept, by_operand
 
 
-def walk(geo: Geometry, *strides: Strides, force_wide: bool = False) -> Walk:
-    """The walk over tensors of geo's shape with these strides."""
-    shape, _ = geo
-    permutation, *_, channels_last = order(geo)
-    inner = permutation[1:-1] if channels_last else (1,)
-    columns = (1,) if channels_last else permutation[2:]
+def walk(layout: Layout, *strides: Strides, force_wide: bool = False) -> Walk:
+    """The walk over tensors of the layout's shape with these strides."""
+    shape, permutation = layout.shape, layout.permutation
+    inner, columns = (permutation[1:-1], (1,)) if layout.channels_last else ((1,), permutation[2:])
     p_sizes, p_strides = _merge(inner, shape, strides)
     q_sizes, q_strides = _merge(columns, shape, strides)
     n_strides = [s[0] if shape[0] > 1 else 0 for s in strides]
     p_strides = [s if p_sizes != [1] else [0] for s in p_strides]
     units = [s == [1] for s in q_strides]
-    p, q = _product(p_sizes), _product(q_sizes)
-    align = gcd(16, q)
+    p, q = math.prod(p_sizes), math.prod(q_sizes)
+    align = math.gcd(16, q)
     for n_stride, s, unit in zip(n_strides, p_strides, units, strict=True):
         if unit:
-            align = gcd(align, n_stride, *s)
+            align = math.gcd(align, n_stride, *s)
     operands = tuple(
         Operand(opaque((*(v // (align if unit else 1) for v in (n_stride, *ps)), *qs)), unit)
         for n_stride, ps, qs, unit in zip(n_strides, p_strides, q_strides, units, strict=True)
     )
     # largest offset of an element, and of a bit of a plane
     reach = max((sum((size - 1) * s for size, s in zip(shape, own, strict=True)) for own in strides), default=0)
-    wide = force_wide or max(reach, shape[0] * p * row_bits(q)) >= 2**31 - 2**16  # room for a tile's masked columns
-    return Walk(channels_last, shape[0], p, q, opaque(p_sizes[1:]), opaque(q_sizes[1:]), align, operands, wide)
+    # room for a tile's masked columns
+    wide = force_wide or max(reach, layout.rows * layout.row_bits) >= 2**31 - 2**16
+    unit_bits = min(layout.row_bits, 32)
+    return Walk(
+        layout.channels_last, layout.n, p, q, opaque(p_sizes[1:]), opaque(q_sizes[1:]), align, operands,
+        unit_bits, layout.row_bits // unit_bits, layout.words * 32 // unit_bits, wide,
+    )  # fmt: skip
 
 
 def opaque(values: Iterable[int]) -> tuple[int, ...]:
@@ -100,9 +102,3 @@ def opaque(values: Iterable[int]) -> tuple[int, ...]:
     """
     return tuple(2 * v + 3 for v in values)
 
-
-def _product(sizes: list[int]) -> int:
-    out = 1
-    for size in sizes:
-        out *= size
-    return out

@@ -1,0 +1,124 @@
+"""The class that the operators call. It imports the kernels, and with them Triton, at the first call."""
+
+import functools
+
+import torch
+
+from ...gates import StandardGate
+from .. import cost
+from ..step import Backend, Cost, Plan, Step, Strides
+from . import describe, plans, unsupported
+
+
+class Gpu(Backend):
+    name = "triton"
+    fuses_gates = True
+
+    @functools.cached_property
+    def _stream(self):
+        from . import stream
+
+        return stream
+
+    @functools.cached_property
+    def _sequence(self):
+        from . import sequence
+
+        return sequence
+
+    def unsupported(self, x: torch.Tensor) -> str | None:
+        return unsupported(x)
+
+    def describe(self) -> str:
+        return describe()
+
+    # ---- the kernels
+
+    def reduce_into(self, out, planes, x, layout, kind, times) -> None:
+        self._stream.reduce_into(out, planes, x, layout, kind, times)
+
+    def map_into(self, y, planes, x, layout, t, kind, rule, residual, shift) -> None:
+        self._stream.map_into(y, planes, x, layout, t, kind, rule, residual, shift)
+
+    def grad_into(self, dx, dtau, layout, dtype, planes, g, dA, rule) -> None:
+        self._stream.grad_into(dx, dtau, layout, dtype, planes, g, dA, rule)
+
+    # ---- the standard gate, computed together with the step
+
+    def gate_unsupported(self, x: torch.Tensor, parts: StandardGate) -> str | None:
+        n, c = x.shape[:2]
+        if c > plans.MOST_CHANNELS:
+            return f"{c} channels, the fused gate takes at most {plans.MOST_CHANNELS}"
+        if parts.batch_stats and n > plans.MOST_SAMPLES:
+            return f"batch statistics of {n} samples, the fused gate takes at most {plans.MOST_SAMPLES}"
+        if n * max(parts.w1.shape) >= 2**31:
+            return "samples x channels, or x hidden units, do not fit the fused gate's 32-bit offsets"
+        return None
+
+    def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:
+        self._sequence.forward(self, y, tau, kept, step, x, parts, residual)
+
+    def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want) -> tuple:
+        """All of the gradients, whichever are wanted: they are made by one launch."""
+        return self._sequence.backward(dx, step, parts, kept, g, tau_grad)
+
+    # ---- costs and plans
+
+    def reduce_cost(self, step: Step, strides: Strides, *, kind="magnitude", keep=False) -> Cost:
+        return _Launches(self).reduce_cost(step, strides, kind=kind, keep=keep)
+
+    def map_cost(
+        self, step: Step, strides: Strides, *, columns, kind="threshold", residual=False, shift=False, keep=0
+    ) -> Cost:  # fmt: skip
+        return _Launches(self).map_cost(
+            step, strides, columns=columns, kind=kind, residual=residual, shift=shift, keep=keep
+        )  # fmt: skip
+
+    def grad_cost(self, step: Step, *, g=True, dA=False, dx=True, dtau=False) -> Cost:
+        return _Launches(self).grad_cost(step, g=g, dA=dA, dx=dx, dtau=dtau)
+
+    def plan(self, step: Step) -> Plan:
+        if step.gate is not None:
+            return self._sequence.plan(step)
+        found = _Launches(self)
+        forward, backward = cost.of_streams(found, step)
+        why = "; ".join(dict.fromkeys(launch.plan.why for launch in found.launches))
+        if step.op in ("shrink", "squeeze_excite"):
+            name, why = "two launches each way", f"a gate of torch's stands between them; {why}"
+        else:
+            name = "one launch each way"
+        return self._sequence.described(name, why, (), forward, backward, tuple(found.launches))
+
+
+class _Launches:
+    """What cost.of_streams asks a backend, answered from launches that are prepared for it and listed in order."""
+
+    def __init__(self, backend: Gpu):
+        self._stream, self.launches = backend._stream, []
+
+    def reduce_cost(self, step: Step, strides: Strides, *, kind="magnitude", keep=False) -> Cost:
+        times = step.strides if kind == "product" else None
+        launch = self._stream.prepare_reduce(step.layout, strides, times, step.dtype, step.device, kind, keep)
+        self.launches.append(launch)
+        return launch.cost + cost.added_up(cost.sums_bytes(step), launch.plan.splits)
+
+    def map_cost(
+        self, step: Step, strides: Strides, *, columns, kind="threshold", residual=False, shift=False, keep=0
+    ) -> Cost:  # fmt: skip
+        dense = step.layout.strides
+        launch = self._stream.prepare_map(
+            step.layout, strides, dense, (step.residual or dense) if residual else None,
+            (1, 0) if columns == 1 else (columns, 1), step.dtype, step.device, kind, step.rule, shift, keep,
+        )  # fmt: skip
+        self.launches.append(launch)
+        return launch.cost
+
+    def grad_cost(self, step: Step, *, g=True, dA=False, dx=True, dtau=False) -> Cost:
+        dense, rows = step.layout.strides, (0, 1, 2) if g else (None, 0, 1)
+        launch = self._stream.prepare_grad(
+            step.layout, dense if g else None, step.dtype, step.device, rows, dA, dx, dtau, step.rule
+        )  # fmt: skip
+        self.launches.append(launch)
+        parts = launch.plan.splits if dtau else 1
+        return launch.cost + cost.added_up(cost.sums_bytes(step), parts)
+

@@ -1,0 +1,298 @@
+"""The shrinkage step with the standard gate: which launches it takes, in order, prepared once and run.
+
+                       forward                       backward
+    one pass           forward_kernel                backward_kernel, hidden_grad
+    several launches   reduce, [hidden, alpha,] map  grad (dtau), [hidden_grad, pooled_grad,] grad (dx)
+
+One pass is for gates without batch statistics. In brackets is the gate, which knows nothing of x: forward it takes A and
+the parameters to tau and the state, backward dtau to dA and the parameters' gradients. Without batch statistics a large
+batch is shared out in hidden_grad, whose partial sums torch then adds: deterministic, one more short launch. Between
+launches nothing comes back to the host.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ...gates import StandardGate
+from ...reference import SOFT
+from .. import cost
+from ..step import Backend, Cost, Kept, Plan, Step
+from . import gate, one_pass, plans, stream
+from .gate import Sizes
+from .launch import Prepared, multiprocessors, tile_values, units_of
+from .plans import GatePlan, OnePassPlan
+from .walk import Strides, Walk, walk
+
+_PLANES = (0, 1, 2)  # rows of kept, sign and nonzero, as layout.thresholded has them
+
+
+def plan_of(step: Step, strides: tuple[Strides, ...]) -> tuple[Walk, OnePassPlan] | str:
+    """The one-pass plan over operands of these strides, or why the step takes several launches."""
+    if step.gate.batch_stats:
+        return "BatchNorm in training couples the batch: its statistics are known only when all of x has been read"
+    on, (hidden, outputs, *_) = walk(step.layout, *strides), step.gate
+    plan = plans.one_pass(on, hidden, outputs, step.dtype.itemsize, multiprocessors(step.device))
+    return plan if isinstance(plan, str) else (on, plan)
+
+
+def _one_pass(fn: Any, step: Step, on: Walk, plan: OnePassPlan, operands: str, cost_of: Cost) -> Prepared:
+    values = tile_values(on, plan, step.dtype, operands) | _gate_values(step)
+    values |= {"S": plan.samples, "PB": plan.rows, "BH": plan.units}
+    programs = -(-on.n // plan.samples)
+    return Prepared(fn, step.device, programs, values, plan, cost_of, warps=plan.warps, registers=plan.registers)
+
+
+def _gate_values(step: Step) -> dict[str, Any]:
+    hidden, outputs, _, batch_stats, eps, momentum = step.gate
+    return {
+        "C": step.layout.c, "H": hidden, "outputs": outputs, "ONE": outputs == 1, "AVERAGE": step.average,
+        "BATCH_STATS": batch_stats, "EPS": eps, "MOMENTUM": momentum,
+    }  # fmt: skip
+
+
+def _gate_plan(step: Step) -> GatePlan:
+    on = walk(step.layout, step.layout.strides)
+    hidden, _, _, batch_stats, *_ = step.gate
+    return plans.gate(on, hidden, batch_stats, step.dtype.itemsize, multiprocessors(step.device))
+
+
+def _of_gate(fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, **values: int) -> Prepared:
+    values |= _gate_values(step) | {"N": step.layout.n}
+    return Prepared(
+        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.MOST_REGISTERS
+    )  # fmt: skip
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+class Gate(NamedTuple):
+    """The gate's launches of a forward pass: A and the parameters to tau and the state."""
+
+    hidden: Prepared
+    alpha: Prepared
+
+    def __call__(self, partial, pooled, state, tau, parts: StandardGate) -> None:
+        mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
+        self.hidden(
+            partial=partial, pooled=pooled, state=state, w1=parts.w1, b1=parts.b1,
+            running_mean=parts.mean, running_var=parts.var, batches=parts.batches,
+        )  # fmt: skip
+        self.alpha(
+            pooled=pooled, state=state, tau=tau, mean=mean, var=var, gamma=parts.gamma, beta=parts.beta,
+            w2=parts.w2, b2=parts.b2,
+        )  # fmt: skip
+
+
+class Forward(NamedTuple):
+    """Prepared launches: `one`, or the others."""
+
+    one: Prepared | None
+    reduce: Prepared | None
+    gate: Gate | None
+    map: Prepared | None
+    cost: Cost
+
+    @property
+    def launches(self) -> tuple[Prepared, ...]:
+        return (self.reduce, *self.gate, self.map) if self.one is None else (self.one,)
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare_forward(step: Step, y: Strides) -> Forward:
+    """y: strides of it."""
+    layout, s = step.layout, Sizes.of(step)
+    kept = 3 * cost.plane_bytes(layout) + s.pooled + s.state
+    running = s.norm // 2 - s.statistics  # mean and variance, where they are not in the state
+    saved = Cost(saved=kept + running if step.keep else 0)
+    one = plan_of(step, (step.strides, y, step.residual or y))
+    if not isinstance(one, str):
+        launch = _one_pass(one_pass.forward_kernel, step, *one, "xyr", one_pass.forward_cost(step))
+        return Forward(launch, None, None, None, launch.cost + saved)
+    first = stream.prepare_reduce(layout, step.strides, None, step.dtype, step.device, "magnitude", False)
+    last = stream.prepare_map(
+        layout, step.strides, y, step.residual, (1, 0) if step.one_tau else (layout.c, 1), step.dtype, step.device,
+        "threshold", SOFT, False, 3 if step.keep else 0,
+    )  # fmt: skip
+    ends = _prepare_gate(step, first.plan.splits)
+    used = first.plan.splits * s.pooled + (0 if step.want.tau else s.tau) + (0 if step.keep else s.pooled + s.state)
+    total = first.cost + ends.hidden.cost + ends.alpha.cost + last.cost + saved + Cost(workspace=used)
+    return Forward(None, first, ends, last, total)
+
+
+def _prepare_gate(step: Step, parts: int) -> Gate:
+    """parts: partial sums that A comes in."""
+    plan = _gate_plan(step)
+    hidden = _of_gate(
+        gate.hidden_kernel, step, plan, plan.blocks * plan.shares, gate.hidden_cost(step, parts), parts=parts,
+        share=plan.share, blocks=plan.blocks, BN=plan.samples, BH=plan.units, CB=plan.channels,
+    )  # fmt: skip
+    thresholds = step.layout.n * (1 if step.one_tau else step.layout.c)
+    programs = -(-thresholds // plan.vector)
+    alpha = _of_gate(gate.alpha_kernel, step, plan, programs, gate.alpha_cost(step), V=plan.vector, BH=plan.dot)
+    return Gate(hidden, alpha)
+
+
+def forward(
+    backend: Backend, y: torch.Tensor, tau: torch.Tensor | None, kept: Kept, step: Step, x: torch.Tensor,
+    parts: StandardGate, residual: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Fills y, tau and kept, as far as they are given."""
+    launches, layout = prepare_forward(step, y.stride()), step.layout
+    planes = units_of(kept.bits, layout)
+    if launches.one is not None:
+        launches.one(
+            x=x, y=y, residual=residual, planes=planes, pooled=kept.pooled, state=kept.state, tau=tau, w1=parts.w1,
+            b1=parts.b1, mean=parts.mean, var=parts.var, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
+        )  # fmt: skip
+        return
+    new, n, c = parts.w1.new_empty, layout.n, layout.c  # w1 has the dtype of sums
+    partial = new((launches.reduce.plan.splits, n, c))
+    tau = new((n, 1 if step.one_tau else c)) if tau is None else tau
+    pooled, state = (kept.pooled, kept.state) if step.keep else (new((n, c)), backend.gate_state(step))
+    launches.reduce(x=x, out=partial)
+    launches.gate(partial, pooled, state, tau, parts)
+    launches.map(x=x, y=y, residual=residual, t=tau, planes=planes)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+class GateGrad(NamedTuple):
+    """The gate's launches of a backward pass: dtau to dA, if wanted, and the parameters' gradients."""
+
+    hidden: Prepared
+    pooled: Prepared | None  # where dA is wanted
+    sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
+
+    def __call__(self, new: Callable, step: Step, dtau, tau_grad, kept: Kept, parts: StandardGate):
+        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor."""
+        n, c, (h, o, _, batch_stats, *_) = step.layout.n, step.layout.c, step.gate
+        du = new((n, h)) if self.pooled is not None or batch_stats else None
+        direct = None if self.pooled is None else new((n, c))
+        shares = self.hidden.plan.shares
+        grads = new((shares, sum(self.sizes)))
+        self.hidden(
+            dtau=dtau, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state, mean=kept.mean, var=kept.var,
+            gamma=parts.gamma, beta=parts.beta, w2=parts.w2, du=du, direct=direct, grads=grads,
+        )  # fmt: skip
+        dA = None
+        if self.pooled is not None:
+            dA = new((n, c))
+            self.pooled(du=du, w1=parts.w1, direct=direct, dA=dA)
+        grads = grads[0] if shares == 1 else grads.sum(0)
+        # a section may be up to 3 elements longer than its parameter
+        starts = (0, *itertools.accumulate(self.sizes[:-1]))
+        shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
+        strides = ((c, 1), (1,), (h, 1), (1,), (1,), (1,))
+        dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts)
+        dgamma, dbeta = norm or (None, None)
+        return dA, (dw1, db1, dgamma, dbeta, dw2, db2)
+
+
+class Backward(NamedTuple):
+    """Prepared launches: `one` and the gate, or all the others (dx: where it is wanted)."""
+
+    one: Prepared | None
+    dtau: Prepared | None
+    gate: GateGrad
+    dx: Prepared | None
+    cost: Cost
+
+    @property
+    def launches(self) -> tuple[Prepared, ...]:
+        every = (self.one, self.dtau, self.gate.hidden, self.gate.pooled, self.dx)
+        return tuple(launch for launch in every if launch is not None)
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
+    """g: strides of it."""
+    layout, s = step.layout, Sizes.of(step)
+    one = plan_of(step, (g, layout.strides)) if want_dx else "without dx there is nothing to fuse"
+    if not isinstance(one, str):
+        launch = _one_pass(one_pass.backward_kernel, step, *one, "gd", one_pass.backward_cost(step))
+        ends, spent = _prepare_gate_grad(step, 1, False)
+        return Backward(launch, None, ends, None, launch.cost + spent + Cost(workspace=s.pooled))
+
+    def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
+        return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT)
+
+    first = grad(False, False, True)
+    ends, spent = _prepare_gate_grad(step, first.plan.splits, want_dx)
+    last = grad(True, True, False) if want_dx else None
+    total = first.cost + spent + Cost(workspace=first.plan.splits * s.pooled)
+    return Backward(None, first, ends, last, total if last is None else total + last.cost)
+
+
+def _prepare_gate_grad(step: Step, parts: int, want_dA: bool) -> tuple[GateGrad, Cost]:
+    """The launches, and what they cost together. parts: partial sums that dtau comes in."""
+    plan, s, (h, o, norm, batch_stats, *_) = _gate_plan(step), Sizes.of(step), step.gate
+    c, size = step.layout.c, step.sums.itemsize
+    sizes = tuple(-(-length // 4) * 4 for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
+    row, du = sum(sizes) * size, want_dA or batch_stats
+    hidden = _of_gate(
+        gate.hidden_grad_kernel, step, plan, plan.blocks * plan.shares,
+        gate.hidden_grad_cost(step, parts, plan.shares * row, du, want_dA), parts=parts, share=plan.share,
+        blocks=plan.blocks, total=sum(sizes), BN=max(plan.samples // 2, 1), BH=plan.units, CB=plan.channels,
+    )  # fmt: skip
+    total = hidden.cost + cost.added_up(row, plan.shares) + Cost(workspace=du * s.hidden)
+    if not want_dA:
+        return GateGrad(hidden, None, sizes), total
+    programs = -(-step.layout.n * c // plan.vector)
+    pooled = _of_gate(
+        gate.pooled_grad_kernel, step, plan, programs, gate.pooled_grad_cost(step), V=plan.vector, BH=plan.dot
+    )  # fmt: skip
+    return GateGrad(hidden, pooled, sizes), total + pooled.cost + Cost(workspace=2 * s.pooled)  # direct, and dA
+
+
+def backward(
+    dx: torch.Tensor | None, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor,
+    tau_grad: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """Fills dx, if given; the gradients of w1, b1, gamma, beta, w2, b2."""
+    launches, layout = prepare_backward(step, g.stride(), dx is not None), step.layout
+    planes, new = units_of(kept.bits, layout), parts.w1.new_empty
+    if launches.one is not None:
+        dtau = new((1, layout.n, layout.c))
+        launches.one(
+            g=g, dx=dx, planes=planes, dtau=dtau, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state, w1=parts.w1,
+            mean=kept.mean, var=kept.var, gamma=parts.gamma, beta=parts.beta, w2=parts.w2,
+        )  # fmt: skip
+    else:
+        dtau = new((launches.dtau.plan.splits, layout.n, layout.c))
+        launches.dtau(g=g, planes=planes, dtau=dtau)
+    dA, grads = launches.gate(new, step, dtau, tau_grad, kept, parts)
+    if launches.dx is not None:
+        launches.dx(g=g, planes=planes, dA=dA, dx=dx)
+    return grads
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan(step: Step) -> Plan:
+    """Of forward() into a dense y and, where something is kept, of backward() from a dense g."""
+    dense = step.layout.strides
+    ahead = prepare_forward(step, dense)
+    launches, spent = ahead.launches, Cost()
+    if step.keep:
+        back = prepare_backward(step, dense, step.want.x)
+        launches, spent = launches + back.launches, back.cost
+    if ahead.one is not None:
+        where = "walked twice, the second time from L2" if ahead.one.plan.loop else "kept in registers"
+        name, why, not_taken = "one pass", f"a program takes whole samples, {where}", ()
+    else:
+        name, why = "several launches", f"the gate stands between reduce and map; {ahead.map.plan.why}"
+        not_taken = (("one pass", plan_of(step, (step.strides, dense, step.residual or dense))),)
+    return described(name, why, not_taken, ahead.cost, spent, launches)
+
+
+def described(name: str, why: str, not_taken, forward: Cost, backward: Cost, launches: tuple[Prepared, ...]) -> Plan:
+    wide = any(launch.values.get("WIDE", False) for launch in launches)
+    shown = tuple(launch.describe() for launch in launches)
+    return Plan(name, why, not_taken, 64 if wide else 32, forward, backward, shown)
