@@ -11,7 +11,7 @@ from drsn_kernels import gates
 from drsn_kernels.backends import BACKENDS, cpu
 from drsn_kernels.backends.eager import Eager
 from drsn_kernels.backends.step import Backend, GateShape, Step, Want
-from drsn_kernels.layout import Layout, Planes, layout, pack
+from drsn_kernels.layout import Layout, Planes, layout_of, pack
 from drsn_kernels.reference import SOFT, Rule, threshold
 
 SHAPES = [(3, 5, 6, 7), (5, 9, 2, 2), (2, 40, 5, 20)]  # rows in one byte, two, and whole words
@@ -55,7 +55,7 @@ def same_planes(ours: Planes | None, right: Planes | None, of: Layout) -> None:
 
 
 def all_planes(x: torch.Tensor, tau: torch.Tensor) -> Planes:
-    return eager.map(x, layout(x), tau, keep=3)[1]
+    return eager.map(x, layout_of(x), tau, keep=3)[1]
 
 
 everywhere = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +67,7 @@ laid_out = pytest.mark.parametrize("name", LAYOUTS)
 def test_reduce(on, dtype, name):
     for shape, kind in itertools.product(SHAPES, ("magnitude", "value", "product")):
         x = features(name, shape, dtype)
-        of = layout(x)
+        of = layout_of(x)
         times = features("sliced channels_last", shape, dtype) if kind == "product" else None
         for keep in (False, True) if kind == "magnitude" else (False,):
             (ours, planes), (right, expected) = (b.reduce(x, of, kind=kind, times=times, keep=keep) for b in (on, eager))
@@ -82,7 +82,7 @@ def test_map_with_a_threshold(on, dtype, name):
     """Every rule with each number of planes, with and without a residual; one column of tau or C, in turns."""
     for shape in SHAPES:
         x, columns = features(name, shape, dtype), itertools.cycle((1, shape[1]))
-        of, overlaps = layout(x), "expanded" in name or name == "scalar"
+        of, overlaps = layout_of(x), "expanded" in name or name == "scalar"
         residuals = (None, LAYOUTS["image transposed"](*shape).to(dtype))
         for rule, keep, residual in itertools.product(RULES, (0, 2, 3), residuals):
             tau = torch.rand(shape[0], next(columns), dtype=wide(dtype))
@@ -108,9 +108,9 @@ def test_thresholds_of_any_strides(on, tau, dtype):
     t = torch.rand(c, n, dtype=wide(dtype)).T
     t = {"transposed": t, "one": t[:1, :1], "expanded": t[:, :1].expand(n, c)}[tau]
     for view in (x, x.contiguous()):
-        (ours, planes), (right, expected) = (b.map(view, layout(view), t, keep=3) for b in (on, eager))
+        (ours, planes), (right, expected) = (b.map(view, layout_of(view), t, keep=3) for b in (on, eager))
         same_values(ours, right)
-        same_planes(planes, expected, layout(view))
+        same_planes(planes, expected, layout_of(view))
 
 
 @laid_out
@@ -118,7 +118,7 @@ def test_thresholds_of_any_strides(on, tau, dtype):
 def test_map_with_a_factor(on, dtype, name):
     for shape in SHAPES:
         x = features(name, shape, dtype)
-        of, residual = layout(x), LAYOUTS["padded rows"](*shape).to(dtype)
+        of, residual = layout_of(x), LAYOUTS["padded rows"](*shape).to(dtype)
         shift = torch.randn(shape[:2], dtype=wide(dtype))
         for c, options in itertools.product((1, shape[1]), ({}, {"residual": residual}, {"shift": shift})):
             s = torch.randn(shape[0], c, dtype=wide(dtype))
@@ -133,7 +133,7 @@ def test_grad(on, dtype, name):
     """x in each layout, g in another one each time."""
     for shape, g_name in zip(SHAPES, ("sliced", "expanded space", "channels_last"), strict=True):
         x = features(name, shape, dtype)
-        of, tau = layout(x), torch.rand(shape[:2], dtype=wide(dtype))
+        of, tau = layout_of(x), torch.rand(shape[:2], dtype=wide(dtype))
         g, dA = LAYOUTS[g_name](*shape).to(dtype), torch.randn(shape[1], shape[0], dtype=wide(dtype)).T
         planes = all_planes(x, tau)
         asked = ({}, {"want_dtau": True}, {"want_dx": False, "want_dtau": True}, {"dA": dA})
@@ -157,7 +157,7 @@ def gated(x, gate, average, residual, keep=True, tau=True) -> tuple[Step, gates.
     shape = GateShape.of(parts)
     added = None if residual is None else residual.stride()
     return Step(
-        "shrink", layout(x), x.stride(), x.dtype, x.device, average=average, outputs=shape.outputs, gate=shape,
+        "shrink", layout_of(x), x.stride(), x.dtype, x.device, average=average, outputs=shape.outputs, gate=shape,
         residual=added, keep=keep, want=Want(x=keep, threshold=keep, tau=tau),
     ), parts  # fmt: skip
 
@@ -236,7 +236,7 @@ def test_only_wanted_gradients_of_a_gate(on):
 @laid_out
 def test_the_extension_counts_the_words_of_a_plane_as_the_layout_does(name):
     for shape in (*SHAPES, (2, 3, 1, 9), (1, 70, 37, 1)):
-        of = layout(LAYOUTS[name](*shape))
+        of = layout_of(LAYOUTS[name](*shape))
         assert cpu._cpu.Walk(dtype=0, shape=of.shape, strides=of.strides).words == of.words
         assert of.words == pack(torch.zeros(shape, dtype=torch.bool), of).numel()
 

@@ -1,7 +1,6 @@
 """The costs of plans against what a call really launches, allocates and keeps. Counts only: nothing is timed."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import steps
@@ -46,26 +45,29 @@ class Measured:
         with self.monkeypatch.context() as patch, Counting() as mode:
             patch.setattr(dispatch, "_dispatch_modes", lambda: 0)  # or the operators would step aside for the mode
             if self.backend == "cpu":
-                counted = {name: self._counted(name, mode) for name in _CPU_KERNELS}
-                patch.setattr(cpu, "_cpu", SimpleNamespace(**{**vars(cpu._cpu), **counted}))
+                walk = cpu._walk
+                patch.setattr(cpu, "_walk", lambda *of: Counted(walk(*of), mode.kernels))
             elif self.backend == "triton":
                 from drsn_kernels.backends.gpu import launch
 
                 patch.setattr(launch.Prepared, "_launch", lambda it, _: mode.kernels.append(it.fn.__name__))
             yield mode
 
-    @staticmethod
-    def _counted(name: str, mode):
-        kernel = getattr(cpu._cpu, name)
 
-        def run(*args):
-            mode.kernels.append(name)
-            return kernel(*args)
+class Counted:
+    """The C++ kernels of one layout, each call noted by its name."""
+
+    def __init__(self, walk, kernels: list[str]):
+        self.walk, self.kernels = walk, kernels
+
+    def __getattr__(self, name: str):
+        kernel = getattr(self.walk, name)
+
+        def run(**arguments):
+            self.kernels.append(name)
+            return kernel(**arguments)
 
         return run
-
-
-_CPU_KERNELS = ("reduce", "apply", "grad", "standard_forward", "standard_backward", "mean", "scale", "scale_sums")
 
 
 @pytest.fixture(params=["cpu", "torch", "triton"])
