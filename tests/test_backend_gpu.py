@@ -45,9 +45,8 @@ def fresh_plans():
 def sizes(request, monkeypatch):
     """Tiles of a whole row; so small that rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "split":
-        monkeypatch.setattr(plans, "TILE", 64)
-        monkeypatch.setattr(plans, "CHANNELS", 16)
-        monkeypatch.setattr(plans, "PIECE", 32)
+        monkeypatch.setattr(plans, "TILE", 256)
+        monkeypatch.setattr(plans, "PIECE", 64)
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):
             monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
@@ -55,7 +54,7 @@ def sizes(request, monkeypatch):
 
 
 def close(a, b):
-    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(a.dtype, 2e-5)
+    tolerance = {torch.bfloat16: 1e-2, torch.float64: 1e-9}.get(a.dtype, 2e-5)
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -72,15 +71,22 @@ each_layout = pytest.mark.parametrize("where", ["contiguous", "channels_last", "
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 
-def made(where: str, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
-    return [LAYOUTS[where](2, 5, 6, 7).to(dtype) for _ in range(count)]
+def made(where: str, dtype: torch.dtype, count: int, sizes: str) -> list[torch.Tensor]:
+    """Of the layout still after the conversion; rows of 600 elements where they are to be split."""
+    spatial = (24, 25) if sizes == "split" else (6, 7)
+    out = []
+    for _ in range(count):
+        x = LAYOUTS[where](2, 5, *spatial)
+        out.append(torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x))
+    return out
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("kind", ["magnitude", "value", "product"])
 def test_reduce(sizes, kind, dtype, where):
-    x, times = made(where, dtype, 2)
+    x, times = made(where, dtype, 2, sizes)
     layout = layouts.layout(x)
     times = times if kind == "product" else None
     keep = kind == "magnitude"
@@ -92,11 +98,12 @@ def test_reduce(sizes, kind, dtype, where):
         same_planes(planes, wanted, layout)
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)
 def test_map_by_every_rule(sizes, rule, dtype, where):
-    x, residual = made(where, dtype, 2)
+    x, residual = made(where, dtype, 2, sizes)
     layout = layouts.layout(x)
     for keep, shape, added in ((0, (2, 5), residual), (2, (2, 1), None), (3, (1, 5), residual), (3, (1, 1), None)):
         tau = torch.rand(shape, dtype=wide(dtype))
@@ -111,11 +118,12 @@ def test_map_by_every_rule(sizes, rule, dtype, where):
     close(start, torchs.map(x, layout, tau, rule=RULES[rule])[0])
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("shifted", [False, True])
 def test_map_scales(sizes, shifted, dtype, where):
-    x, residual = made(where, dtype, 2)
+    x, residual = made(where, dtype, 2, sizes)
     layout = layouts.layout(x)
     shift = torch.randn(5, 2, dtype=wide(dtype)).t() if shifted else None
     for columns in (5, 1):
@@ -124,11 +132,12 @@ def test_map_scales(sizes, shifted, dtype, where):
         close(ours.map(x, layout, t, **arguments)[0], torchs.map(x, layout, t, **arguments)[0])
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)
 def test_grad(sizes, rule, dtype, where):
-    x, g = made(where, dtype, 2)
+    x, g = made(where, dtype, 2, sizes)
     layout, dA = layouts.layout(x), torch.randn(2, 5, dtype=wide(dtype))
     tau = torch.rand(2, 5, dtype=wide(dtype))
     _, planes = ours.map(x, layout, tau, keep=3)
@@ -166,6 +175,7 @@ def plan(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("one", [False, True], ids=["an alpha a channel", "one alpha"])
@@ -184,7 +194,7 @@ def test_gated_step(plan, kind, one, average, channels_last):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["norm", "batch norm"])
 def test_gated_step_in_other_dtypes_and_splits(sizes, kind, dtype):
-    x, residual, g = (features((4, 3, 200), dtype) for _ in range(3))
+    x, residual, g = (features((4, 3, 600), dtype) for _ in range(3))
     check_gated(x, residual, g, gate_of(3, kind, "channel").to(wide(dtype)), "channel", None)
 
 
@@ -234,7 +244,8 @@ def check_gated(x, residual, g, module, average, name):
     close(dx, wanted[0].to(x.dtype))
     grads = [grad for grad, p in zip(grads, parameters, strict=True) if p is not None]
     for a, b in zip(grads, wanted[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        rest = 1e-9 if acc is torch.float64 else 1e-3  # a norm over 4 samples cancels
+        torch.testing.assert_close(a, b, rtol=rest, atol=rest)
     if parts.batch_stats:
         close(running[0], expected[0])
         close(running[1], expected[1])
