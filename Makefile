@@ -50,7 +50,7 @@ test-all-only: $(VENV)/installed
 	$(TESTS) --dist loadgroup -m slow $(FUZZ)
 
 bench: $(VENV)/installed
-	cd $(VENV) && bin/python -m drsn_kernels bench --out $(abspath $(BENCH_OUT)) $(BENCH)
+	$(BIN)/python -m benchmarks --out $(abspath $(BENCH_OUT)) $(BENCH)
 
 experiments: $(VENV)/installed
 	$(BIN)/python -m experiments.run $(if $(VIBRATION),--vibration "$(VIBRATION)") $(if $(SPEECH),--speech "$(SPEECH)") \

@@ -11,7 +11,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("drsn_kernels benchmarks")
     group.addoption("--benchmark", action="store_true", help="run the benchmark suite, benchmarks/, instead of tests/")
     group.addoption("--benchmark-grid", choices=("quick", "standard", "full"), default="quick",
-                    help="how many of the cases: see python -m drsn_kernels bench --help (default: quick)")  # fmt: skip
+                    help="how many of the cases: see python -m benchmarks --help (default: quick)")  # fmt: skip
     group.addoption("--benchmark-shapes", metavar="LETTERS", default="ABCDE", help="groups of shapes, of ABCDEFG")
     group.addoption("--benchmark-device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group.addoption("--benchmark-compile", choices=("auto", "none", "best", "all"), default="auto",
@@ -27,6 +27,8 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--benchmark-rounds must be at least 1, got {rounds}")
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError('--benchmark needs pytest-benchmark: pip install "drsn_kernels[bench]"')
+    import repository  # noqa: F401 - the package benchmarks, whose modules are collected and import one another
+
     if not config.option.file_or_dir:  # not testpaths
         config.args[:] = [str(BENCHMARKS)]
 

@@ -1,7 +1,17 @@
-"""`pytest --benchmark` (bench_operators.py), what a call costs the host (overhead.py, launches.py), and everything that
-needs a GPU by one command (gpu_suite.py).
+"""`python -m benchmarks` and `pytest --benchmark`, in the repository: what is fast, against what, on which machine.
 
-The benchmark itself is in drsn_kernels/bench. Nothing here runs in the tests but on fake or tiny work.
+cases.py    what is timed: operators, networks, shapes, and which of them a run selects
+calls.py    who computes: ports, compilers, backends, the floor; and the calls of a case by provider
+checks.py   no row without its correctness check, no input where rounding decides
+clock.py    CPU and GPU time of a call, its launches, peak and saved bytes
+rows.py     a row with all that is needed to read it by itself; JSON, CSV, Markdown
+report.py   the figures the project aims at, the regression gate, plots
+run.py      the command                     bench_operators.py   the same as tests of pytest-benchmark
+
+gpu_suite.py   everything that needs a GPU, by one command
+overhead.py  launches.py   what a call costs the host
+
+Calls are timed in turn by drsn_kernels/demo/timing.py. Nothing here runs in the tests but on fake or tiny work.
 """
 
 import sys

@@ -10,10 +10,9 @@ times, so that pytest-benchmark's tables, files and comparisons hold them. The o
 
 import pytest
 
-from drsn_kernels.bench.arguments import ROUNDS
-from drsn_kernels.bench.cases import select
-from drsn_kernels.bench.record import environment
-from drsn_kernels.bench.run import Settings, check_device, measure, providers_of
+from .cases import select
+from .rows import environment
+from .run import ROUNDS, Settings, check_device, measure, providers_of
 
 
 class Replay:

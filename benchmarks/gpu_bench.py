@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_bench time --out FOLDER        FOLDER/results.json and refused.json
 
 Both go through plan() in its order and begin no case after the moment in the environment's GPU_SUITE_END (seconds since
-the epoch). Timing is that of `python -m drsn_kernels bench`: each provider checked, all of a case in turn.
+the epoch). Timing is that of `python -m benchmarks`: each provider checked, all of a case in turn.
 """
 
 import argparse
@@ -18,13 +18,11 @@ from pathlib import Path
 
 import torch
 
-from drsn_kernels.bench import record
-from drsn_kernels.bench.cases import NETWORK, NETWORKS, Case, select
-from drsn_kernels.bench.providers import Provider, backends_for, providers
-from drsn_kernels.bench.run import HEADER, Settings, line, measure
-from drsn_kernels.bench.workloads import build
-
+from .calls import Provider, backends_for, build, providers
+from .cases import NETWORK, NETWORKS, Case, select
 from .gpu_sampling import device_is_lost, end
+from .rows import environment, write_json
+from .run import HEADER, Settings, line, measure
 
 ROUNDS = 7
 HEADLINES: list[tuple[str, list[tuple[int, ...]], tuple[str, ...], bool]] = [
@@ -108,7 +106,7 @@ def compile_cases(cases: list[Case], options: argparse.Namespace) -> int:
 
 
 def time_cases(cases: list[Case], options: argparse.Namespace) -> int:
-    settings, about = Settings(options.device, options.rounds), record.environment(options.device)
+    settings, about = Settings(options.device, options.rounds), environment(options.device)
     rows: list[dict] = []
     refused: dict[str, dict[str, str]] = {}
     took: list[float] = []
@@ -131,7 +129,7 @@ def time_cases(cases: list[Case], options: argparse.Namespace) -> int:
         print(f"{case.id} {took[-1]:.1f} s", *map(line, new), *(f"  {n:20s}WRONG: {w}" for n, w in wrong.items()),
               sep="\n", flush=True)  # fmt: skip
         if rows:
-            part = record.write_json(results.with_suffix(".part"), rows, "python -m benchmarks.gpu_suite")
+            part = write_json(results.with_suffix(".part"), rows, "python -m benchmarks.gpu_suite")
             part.replace(results)  # whole at any moment: the process may be ended in the next one
         if wrong:
             refused[case.id] = wrong

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import drsn_kernels as dk
-from drsn_kernels.bench import compare, record, summary
-from drsn_kernels.bench.providers import OURS
 
 from . import gpu_sampling, sanitizer
+from .calls import OURS
+from .report import compare, missing, verdict
+from .report import figures as figures_of
+from .rows import read_json
 
 SHOWN = {"causes": 12, "regressions": 8, "figures": 14}  # lines of the report; report.json has all
 WIDTH = 150  # characters of a cell
@@ -92,8 +94,8 @@ def benchmark(folder: Path, baseline: Path | None) -> Benchmark:
     )
     if not (folder / "results.json").is_file():
         return Benchmark(causes=causes)
-    rows = record.read_json(folder / "results.json")
-    figures = tuple(str(figure) for figure in summary.figures(rows) if figure.value is not None)
+    rows = read_json(folder / "results.json")
+    figures = tuple(str(figure) for figure in figures_of(rows) if figure.value is not None)
     regressions, compared = _compared(rows, baseline) if baseline else ((), "")
     return Benchmark(figures, regressions, compared, causes, len({row["case"] for row in rows}))
 
@@ -102,14 +104,14 @@ def _compared(rows: list[dict], baseline: Path) -> tuple[tuple[str, ...], str]:
     """Lines for what regressed or is missing, and one for all. Stored providers that no run here times do not count."""
     timed = {row["provider"] for row in rows if row["provider"] in OURS}
     try:
-        stored = [row for row in record.read_json(baseline) if row["provider"] in timed]
+        stored = [row for row in read_json(baseline) if row["provider"] in timed]
         if not stored:
             raise ValueError(f"{baseline.name} has no row of {', '.join(sorted(timed)) or 'ours'}")
-        changes = compare.compare(rows, stored)
+        changes = compare(rows, stored)
     except ValueError as error:
         return (), f"nothing was compared: {error}"
-    lines, _ = compare.report(changes)
-    return (*lines[:-1], *compare.missing(rows, stored)), f"{lines[-1]} ({baseline.name})"
+    lines, _ = verdict(changes)
+    return (*lines[:-1], *missing(rows, stored)), f"{lines[-1]} ({baseline.name})"
 
 
 def examined(result: Result, log: str, out: Path, baseline: Path | None) -> tuple[Result, Benchmark | None]:

@@ -38,11 +38,11 @@ from .installed import ROOT, ensure_installed, python_path
 ensure_installed()
 
 import drsn_kernels as dk  # noqa: E402
-from drsn_kernels.bench import record  # noqa: E402
 
 from . import gpu_report  # noqa: E402
 from .gpu_report import Benchmark, Result  # noqa: E402
 from .gpu_sampling import END  # noqa: E402
+from .rows import environment as environment_of  # noqa: E402
 
 BENCHMARKS = ROOT / "benchmarks"
 SANITIZERS = ("memcheck", "racecheck")
@@ -196,7 +196,7 @@ def run_all(
 
 def describe_machine() -> dict:
     """What a reader of the report must know to read a figure in it."""
-    found = {**record.environment("cuda"), "cuda": torch.version.cuda or f"hip {torch.version.hip}"}
+    found = {**environment_of("cuda"), "cuda": torch.version.cuda or f"hip {torch.version.hip}"}
     return found | {"python": platform.python_version(), "drsn_kernels": f"{dk.__version__} in {dk.__file__}"}
 
 
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpu = torch.cuda.get_device_name()
     baseline, notes = (options.baseline or stored_run(gpu)).resolve(), []
     if options.baseline and not baseline.is_file():
-        parser.error(f"--baseline must be a file that `python -m drsn_kernels bench` wrote, got {options.baseline}")
+        parser.error(f"--baseline must be a file that `python -m benchmarks` wrote, got {options.baseline}")
     if not baseline.is_file():
         notes = [f"Nothing was compared: there is no stored run of {gpu}, which would be {baseline.relative_to(ROOT)}."]
         print(f"::notice::{notes[0]}" if os.environ.get("GITHUB_ACTIONS") else notes[0])

@@ -13,9 +13,10 @@ import statistics
 import torch
 
 import drsn_kernels as dk
-from drsn_kernels.bench.measure import Call, interleaved
-from drsn_kernels.bench.record import environment
+from drsn_kernels.demo.timing import Call, interleaved
 from drsn_kernels.triton import launch, lowering
+
+from .rows import environment
 
 
 def _bind_anew(self: launch.Prepared, pointers: tuple) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu
-from drsn_kernels.planes import geometry
+from drsn_kernels.backends import BACKENDS
+from drsn_kernels.layout import layout_of
 
 
 def microseconds(call, number: int = 300, repeat: int = 150) -> float:
@@ -27,10 +27,10 @@ def main() -> None:
     pooled = torch.rand(1, 2)
     pooled_leaf = pooled.clone().requires_grad_()
     gate = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 2), nn.Sigmoid()).eval()
-    geo = geometry(x)
+    cpu, layout = BACKENDS["cpu"], layout_of(x)
     with torch.no_grad():
-        kernel = microseconds(lambda: cpu.apply(x, geo, tau, None, None, 0))
-        pool = microseconds(lambda: cpu.reduce(x, geo, False))
+        kernel = microseconds(lambda: cpu.map(x, layout, tau))
+        pool = microseconds(lambda: cpu.reduce(x, layout))
         soft = microseconds(lambda: dk.soft_threshold(x, tau))
         gate_eager = microseconds(lambda: gate(pooled))
         shrink = microseconds(lambda: dk.shrink(x, gate))

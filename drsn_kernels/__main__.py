@@ -1,4 +1,4 @@
-"""python -m drsn_kernels info | demo | train | warmup | bench"""
+"""python -m drsn_kernels info | demo | train | warmup"""
 
 import argparse
 import json
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from . import info
-from .bench import arguments as bench_arguments
 from .train import arguments as train_arguments
 
 
@@ -35,8 +34,6 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--eval-only", action="store_true", help="without a training step")
     warm.add_argument("--channels-last", action="store_true", help="inputs and model in channels_last order")
     warm.add_argument("--target", metavar="GPU", help="without a GPU: cuda:80, cuda:90, cuda:100 or hip:gfx942")
-    bench = commands.add_parser("bench", help="time every operator beside ports, compiler and copies; compare runs")
-    bench_arguments.add_arguments(bench)
     train = commands.add_parser("train", help="train a network of the paper on vibration, speech or images")
     train_arguments.add_arguments(train)
     return parser
@@ -52,10 +49,6 @@ def _run(options: argparse.Namespace) -> int:
             channels_last=options.channels_last, target=options.target,
         )  # fmt: skip
         return 0
-    if options.command == "bench":
-        from .bench.run import command
-
-        return command(options)
     if options.command == "train":
         from .train.command import command
 
@@ -67,7 +60,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(train_arguments.join_snr(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:
+        print("error: bench is no command of the package; in the repository: python -m benchmarks", file=sys.stderr)
+        return 2
+    options = _parser().parse_args(train_arguments.join_snr(arguments))
     if options.command == "info":
         report = info.collect()
         print(json.dumps(report, indent=2)) if options.json else info.show(report)

@@ -1,29 +1,30 @@
 """explain: how every operator call of a model or function runs, what it may cost, and why not in a faster way."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import backends, budgets, recording, traffic
-from .gates import StandardGate, looks_standard, standard_gate
+from . import backends, recording
+from .backends.step import Backend, Cost, Plan, Step
+from .gates import looks_standard, standard_gate
+from .layout import is_dense, layout_of
 from .ops.dispatch import opaque_when_compiled
-from .reference import SOFT, Rule
-from .traffic import Budget, Plan, StandardCall
 from .untouched import untouched
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call. Budgets are None where PyTorch or a compiler decides what the reference becomes."""
+    """One operator call."""
 
     op: str  # abs_mean, soft_threshold, shrink or squeeze_excite
     module: str  # qualified name of the innermost module it happened in, "" outside of modules
@@ -33,11 +34,18 @@ class Call:
     backend: str  # cpu, triton, torch; reference: plain differentiable PyTorch; compiler: torch.compile has the graph
     why: str  # this backend
     plan: Plan
-    forward: Budget | None
-    backward: Budget | None
     fused: bool | None  # the gate is computed by the backend; None where there is no gate
     gate: str  # why it is not, or ""
     fallback: str  # why the call is slower than it could be on this device, or ""
+
+    @property
+    def forward(self) -> Cost | None:
+        """None where PyTorch or a compiler decides what the reference becomes."""
+        return self.plan.forward
+
+    @property
+    def backward(self) -> Cost | None:
+        return self.plan.backward
 
     @property
     def saved(self) -> int | None:
@@ -130,79 +138,50 @@ class _Recorder:
                 self.names.setdefault(id(module), ".".join(parts))
 
     def __call__(
-        self, op: str, x: torch.Tensor, backend: ModuleType | None, *, keep: bool = False, why: str | None = None,
-        gate: Any = None, parts: StandardGate | str | None = None, average: str | None = None, outputs: int = 0,
-        residual: torch.Tensor | None = None, return_tau: bool = False, tau: torch.Tensor | None = None,
-        gate_grad: bool = True, rule: Rule = SOFT,
+        self, step: Step | str, x: torch.Tensor, backend: Backend | None, *, gate: Any = None, not_fused: str = "",
+        why: str | None = None,
     ) -> None:  # fmt: skip
+        """not_fused: why the gate is called. Without a backend, step is the operator's name, and why says why."""
         if threading.get_ident() != self.thread:
             return
+        op = step.op if isinstance(step, Step) else step
         module, compiled = _place(sys._getframe(1), self.names)
-        about = {"op": op, "module": module, "shape": tuple(x.shape), "dtype": x.dtype, "layout": _layout(x)}
-        no_gate = None if gate is None else False
+        place = {"op": op, "module": module, "shape": tuple(x.shape), "dtype": x.dtype, "layout": _layout(x)}
         if compiled:
-            opaque, reason = opaque_when_compiled(x) if op != "squeeze_excite" else (False, "it has none")
-            plan = Plan("decomposed", _FUSES, (("opaque ops", reason),), None)
-            if opaque:
-                plan = Plan("opaque ops", reason, (), None)
-            self._add(Call(
-                **about, backend="compiler", why="torch.compile traces this call", plan=plan, forward=None,
-                backward=None, fused=no_gate, gate="in a graph the gate is called", fallback="",
-            ))  # fmt: skip
-            return
+            return self._compiled(place, x, gate)
         if backend is None:
-            kernels = (x.is_cpu or x.is_cuda) and why is not None and backends.choice.backend != "torch"
-            plan = Plan("PyTorch operations", "the reference", (("kernels", why or "x has no elements"),), None)
-            self._add(Call(
-                **about, backend="reference", why=why or "x has no elements", plan=plan, forward=None, backward=None,
-                fused=no_gate, gate="the reference calls the gate", fallback=(why or "") if kernels else "",
-            ))  # fmt: skip
-            return
-        geo = traffic.geometry_of(x.shape, x.stride())
-        dense = geo[1]
-        strides = (x.stride(), dense, dense if residual is None else residual.stride())
-        fused = isinstance(parts, StandardGate)
-        described: StandardCall | str | None = parts
-        if op == "squeeze_excite":
-            described = "squeeze_excite calls every gate"
-        if fused:
-            described = StandardCall(
-                geo, strides, x.dtype, x.device, parts.w1.shape[0], outputs, average, parts.gamma is not None,
-                parts.batch_stats, parts.eps, parts.momentum, residual is not None, keep, return_tau, x.requires_grad,
-            )  # fmt: skip
-        common = {"backend": backend.name, "grad": keep, "strides": x.stride(), "device": x.device}
-        if fused:
-            forward, backward = traffic.standard(backend, described)
-        elif op == "shrink":
-            forward, backward = budgets.shrink(
-                x.shape, x.dtype, **common, fused=False, outputs=outputs, average=average, return_tau=return_tau,
-                residual=residual is not None, input_grad=x.requires_grad, rule=rule,
-            )  # fmt: skip
-        elif op == "squeeze_excite":
-            forward, backward = budgets.squeeze_excite(
-                x.shape, x.dtype, **common, outputs=outputs, residual=residual is not None, input_grad=x.requires_grad,
-                gate_grad=gate_grad,
-            )  # fmt: skip
-        elif op == "abs_mean":
-            forward, backward = budgets.abs_mean(x.shape, x.dtype, **common)
-        else:
-            forward, backward = budgets.soft_threshold(
-                x.shape, x.dtype, **common, tau=tuple(tau.shape), input_grad=x.requires_grad,
-                tau_grad=tau.requires_grad, rule=rule,
-            )  # fmt: skip
-        planes = 0 if not keep else 2 if op != "shrink" or not x.requires_grad else 1
-        plan = backend.plan(op, geo, strides, x.dtype, x.device, described, planes)
+            return self._reference(place, x, gate, why)
+        plan = backend.plan(step)
+        if not_fused:
+            plan = dataclasses.replace(plan, not_taken=(*plan.not_taken, ("gate fused", not_fused)))
         reason, fell_back = backends.why(x)
         fallback = f"running in pure PyTorch: {reason}" if fell_back else ""
         # where the backend itself prefers to call a gate, that is its plan
-        fusing = op == "shrink" and hasattr(backend, "standard_forward")
-        declined = fusing and isinstance(standard_gate(gate, x), str)
+        declined = step.op == "shrink" and backend.fuses_gates and isinstance(standard_gate(gate, x), str)
         if not fallback and declined and looks_standard(gate):
-            fallback = f"the standard gate is not fused: {parts}"
+            fallback = f"the standard gate is not fused: {not_fused}"
+        fused = None if gate is None else step.gate is not None
         self._add(Call(
-            **about, backend=backend.name, why=reason, plan=plan, forward=forward, backward=backward,
-            fused=None if gate is None else fused, gate=described if isinstance(described, str) else "",
-            fallback=fallback,
+            **place, backend=backend.name, why=reason, plan=plan, fused=fused, gate=not_fused, fallback=fallback
+        ))  # fmt: skip
+
+    def _reference(self, place: dict, x: torch.Tensor, gate: Any, why: str | None) -> None:
+        kernels = (x.is_cpu or x.is_cuda) and why is not None and backends.choice.backend != "torch"
+        why = why or "x has no elements"
+        plan = Plan("PyTorch operations", "the reference", (("kernels", why),), None)
+        self._add(Call(
+            **place, backend="reference", why=why, plan=plan, fused=None if gate is None else False,
+            gate="the reference calls the gate", fallback=why if kernels else "",
+        ))  # fmt: skip
+
+    def _compiled(self, place: dict, x: torch.Tensor, gate: Any) -> None:
+        opaque, reason = opaque_when_compiled(x) if place["op"] != "squeeze_excite" else (False, "it has none")
+        plan = Plan("decomposed", _FUSES, (("opaque ops", reason),), None)
+        if opaque:
+            plan = Plan("opaque ops", reason, (), None)
+        self._add(Call(
+            **place, backend="compiler", why="torch.compile traces this call", plan=plan,
+            fused=None if gate is None else False, gate="in a graph the gate is called", fallback="",
         ))  # fmt: skip
 
     def _add(self, call: Call) -> None:
@@ -218,10 +197,10 @@ _FUSES = "the compiler fuses the reference with what surrounds it"
 def _layout(x: torch.Tensor) -> str:
     if x.dim() < 2 or type(x) not in (torch.Tensor, nn.Parameter):
         return "rows"
-    geo = traffic.geometry_of(tuple(x.shape), x.stride())
-    if not traffic.is_dense(geo, x.stride()):
+    layout = layout_of(x)
+    if not is_dense(layout, x.stride()):
         return "strided"
-    return "channels_last" if geo[1][1] == 1 and x.shape[1] > 1 else "rows"
+    return "channels_last" if layout.channels_last else "rows"
 
 
 def _place(frame: FrameType | None, names: dict[int, str]) -> tuple[str, bool]:

@@ -34,6 +34,11 @@ class StandardGate(NamedTuple):
     momentum: float
     batch_stats: bool
 
+    @property
+    def parameters(self) -> tuple[torch.Tensor | None, ...]:
+        """w1, b1, gamma, beta, w2, b2."""
+        return self.w1, self.b1, self.gamma, self.beta, self.w2, self.b2
+
     def alpha(self, pooled: torch.Tensor) -> torch.Tensor:
         """The formula in ordinary PyTorch; running statistics are read in eval and left alone in training."""
         v = F.linear(pooled, self.w1, self.b1)
@@ -41,17 +46,6 @@ class StandardGate(NamedTuple):
             mean, var = (None, None) if self.batch_stats else (self.mean, self.var)
             v = F.batch_norm(v, mean, var, self.gamma, self.beta, self.batch_stats, 0.0, self.eps)
         return F.linear(v.relu(), self.w2, self.b2).sigmoid()
-
-
-class Kept(NamedTuple):
-    """What a backward pass needs: 3 bits an element, and tensors of the gate's size. None where nothing is kept."""
-
-    bits: torch.Tensor | None  # (3, words): sign, nonzero, kept
-    pooled: torch.Tensor | None  # A (N, C)
-    hidden: torch.Tensor | None  # u (N, H); of the cpu backend u, alpha and the batch's statistics, one after the other
-    alpha: torch.Tensor | None  # (N, O)
-    mean: torch.Tensor | None  # (H,), of the batch or running
-    var: torch.Tensor | None
 
 
 _GLOBAL_HOOKS = [  # private, dictionaries that torch fills in place

@@ -73,6 +73,33 @@ def threshold(alpha: torch.Tensor, pooled: torch.Tensor, average: str | None) ->
     return alpha
 
 
+def threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_pooled):
+    """Gradients of alpha and A from dtau (N, C) of the kernel and tau_grad (tau's shape) of the user.
+
+    tau = alpha * M with M = A, or mean_c A: dalpha = M * dtau and dM = alpha * dtau, each summed to its shape.
+    """
+    columns = pooled.shape[1] if average == "channel" else alpha.shape[1]
+    if dtau is not None and dtau.shape[1] != columns:
+        dtau = dtau.sum(1, keepdim=True)
+    if tau_grad is not None:
+        dtau = tau_grad if dtau is None else dtau + tau_grad
+    if dtau is None:
+        return None, None
+    if average is None:
+        return dtau, None
+    mean = pooled if average == "channel" else pooled.mean(1, keepdim=True)
+    alpha_grad = pooled_grad = None
+    if want_alpha:
+        alpha_grad = mean * dtau
+        if alpha_grad.shape != alpha.shape:
+            alpha_grad = alpha_grad.sum(1, keepdim=True)
+    if want_pooled:
+        pooled_grad = alpha * dtau
+        if average == "sample":
+            pooled_grad = (pooled_grad.sum(1, keepdim=True) / pooled.shape[1]).expand_as(pooled)
+    return alpha_grad, pooled_grad
+
+
 def mean(x: torch.Tensor) -> torch.Tensor:
     """(N, C, *spatial) -> (N, C), the mean over the spatial dimensions, in float32 (float64 for float64)."""
     return x.mean(dim=list(range(2, x.dim())), dtype=accumulate_dtype(x.dtype))

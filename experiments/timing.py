@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import drsn_kernels as dk
-from drsn_kernels.bench.measure import Call, interleaved, quartiles, ratios
-from drsn_kernels.bench.workloads import swap
+from drsn_kernels.demo.port import PortShrinkage, swap
+from drsn_kernels.demo.timing import Call, interleaved, quartiles, ratios
 from drsn_kernels.models import paper_network
 from drsn_kernels.train.recipe import Recipe, train_step
 
@@ -39,7 +39,7 @@ def call(model: str, form: str, batch: int, length: int) -> Call:
     """A training step of the paper's recipe."""
     torch.manual_seed(0)
     net = paper_network(model)
-    net = swap(net, "port") if form == "port" else net
+    net = swap(net, PortShrinkage) if form == "port" else net
     x, y = torch.randn(batch, 1, length), torch.randint(8, (batch,))
     step = partial(train_step, net, Recipe().optimizer(net), x, y)
     return Call(step, setting=partial(dk.use_backend, "torch" if form == "eager" else "auto"))

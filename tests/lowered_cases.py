@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from math import gcd
 
 import torch
+from drsn_kernels.traffic import Budget
 
 import drsn_kernels as dk
 from drsn_kernels import budgets
-from drsn_kernels.traffic import Budget
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -16,7 +16,6 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 
 from drsn_kernels import backends
-from drsn_kernels.backends import cpu
 
 NAME = "cpu:0"
 _HERE = torch.device(NAME)
@@ -126,7 +125,6 @@ def use() -> Iterator[None]:
         patch.setattr(backends, "select", checked_select)
         patch.setattr(torch, "from_numpy", marked_from_numpy)
         patch.setattr(torch, "Generator", _Generator)
-        patch.setattr(cpu, "_CPU", _HERE)
         yield
     for key in [key for key, storage in _on_cpu.items() if storage.expired()]:
         del _on_cpu[key]

@@ -14,10 +14,14 @@ from oracle import AVERAGES, DTYPES, standard_gate, varied, wide
 
 import drsn_kernels.backends.cpu as cpu
 from drsn_kernels import gates
-from drsn_kernels.backends import eager
-from drsn_kernels.backends.cpu_plan import StandardPlan
-from drsn_kernels.planes import geometry
-from drsn_kernels.reference import Rule, threshold
+from drsn_kernels.backends.cpu_extension import torch_parallel_for
+from drsn_kernels.backends.cpu_plan import BatchPlan
+from drsn_kernels.backends.eager import Eager
+from drsn_kernels.backends.step import GateShape, Step, Want
+from drsn_kernels.layout import layout, thresholded
+from drsn_kernels.reference import SOFT, Rule, threshold
+
+ours, eager = cpu.Cpu(), Eager()
 
 SHAPES = (
     (2, 3, 1),
@@ -56,71 +60,67 @@ def check(a: torch.Tensor | None, b: torch.Tensor | None, low: bool) -> None:
 
 
 def steps(dtype: torch.dtype) -> int:
-    """reduce, apply and grad: how often the last was called."""
+    """reduce, map and grad: how often the last was called."""
     low, acc, calls = dtype.itemsize == 2, wide(dtype), 0
     for shape in SHAPES:
         for x in layouts(torch.randn(shape).to(dtype)):
-            geo, tau = geometry(x), torch.rand(shape[:2], dtype=acc)
-            pooled, bits = cpu.reduce(x, geo, True)
-            check(pooled, eager.reduce(x, geo, False)[0], low)
-            check(cpu.mean(x, geo), eager.mean(x, geo), low)
+            of, tau = layout(x), torch.rand(shape[:2], dtype=acc)
+            pooled, of_abs_mean = ours.reduce(x, of, keep=True)
+            check(pooled, eager.reduce(x, of)[0], low)
+            check(ours.reduce(x, of, kind="value")[0], eager.reduce(x, of, kind="value")[0], low)
             for g in layouts(torch.randn(shape).to(dtype)):
-                y, kept = cpu.apply(x, geo, tau, g, None, 2)
-                check(y, eager.apply(x, geo, tau, g, None, 0)[0], low)
-                for added, da in ((g, None), (None, None), (None, tau)):
-                    if da is None:
-                        check(cpu.scale(x, geo, tau, added), eager.scale(x, geo, tau, added), low)
-                    check(cpu.scale_grad(geo, dtype, g, tau, da), eager.scale_grad(geo, dtype, g, tau, da), low)
+                y, planes = ours.map(x, of, tau, residual=g, keep=3)
+                check(y, eager.map(x, of, tau, residual=g)[0], low)
                 for rule in (Rule(0.0, 0.0), Rule(0.3, 0.7)):  # hard, leaky
-                    for added in (g, None):
-                        right = eager.apply(x, geo, tau, added, None, 0, rule)[0]
-                        check(cpu.apply(x, geo, tau, added, None, 2, rule)[0], right, low)
-                    for wanted in ({"want_dtau": True}, {"nonzero": bits[1], "pooled_grad": tau}, {}):
-                        ours = cpu.grad(geo, dtype, g, kept[0], kept[1], rule=rule, **wanted)
-                        right = eager.grad(geo, dtype, g, kept[0], kept[1], rule=rule, **wanted)
-                        for a, b in zip(ours, right, strict=True):
-                            check(a, b, low)
-                sums, size = eager.scale_sums(geo, g, x), eager.scale_sums(geo, g.abs(), x.abs())
-                assert ((cpu.scale_sums(geo, g, x) - sums).abs() <= 1e-5 * size).all()
-                for arguments in (
-                    dict(g=g, kept=kept[0], sign=kept[1], want_dtau=True),
-                    dict(g=g, kept=kept[0], sign=bits[0], want_dx=False, want_dtau=True),
-                    dict(g=g, kept=kept[0], sign=bits[0], nonzero=bits[1], pooled_grad=tau),
-                    dict(g=None, kept=None, sign=bits[0], nonzero=bits[1], pooled_grad=tau),
-                ):
-                    ours = cpu.grad(geo, dtype, **arguments)
-                    for a, b in zip(ours, eager.grad(geo, dtype, **arguments), strict=True):
+                    for added, keep in ((g, 2), (None, 0)):
+                        options = dict(rule=rule, residual=added, keep=keep)
+                        check(ours.map(x, of, tau, **options)[0], eager.map(x, of, tau, **options)[0], low)
+                for options in ({"residual": g}, {}, {"shift": tau}):
+                    scaled = [on.map(x, of, tau, kind="scale", **options)[0] for on in (ours, eager)]
+                    check(*scaled, low)
+                sums, size = (eager.reduce(a, of, kind="product", times=b)[0] for a, b in ((g, x), (g.abs(), x.abs())))
+                assert ((ours.reduce(g, of, kind="product", times=x)[0] - sums).abs() <= 1e-5 * size).all()
+                asked = [(of_abs_mean, None, {"dA": tau})]
+                for rule in (SOFT, Rule(0.3, 0.7)):
+                    for options in ({}, {"want_dtau": True}, {"want_dx": False, "want_dtau": True}, {"dA": tau}):
+                        asked.append((planes, g, {"rule": rule, **options}))
+                for kept, given, options in asked:
+                    made = [on.grad(of, dtype, kept, given, **options) for on in (ours, eager)]
+                    for a, b in zip(*made, strict=True):
                         check(a, b, low)
                     calls += 1
     return calls
 
 
 def step_with_gate(x, residual, g, gate, average, block: int, want_tau: bool, want_dx: bool) -> None:
-    """standard_forward and standard_backward, each stage against PyTorch on what the stage before it gave."""
-    cpu.standard_plan = lambda *call: StandardPlan("", block, "")
-    geo, parts, low = geometry(x), gates.standard_gate(gate, x), x.dtype.itemsize == 2
+    """gated_forward and gated_backward, each stage against PyTorch on what the stage before it gave."""
+    cpu.batch_plan = lambda step: BatchPlan("", block, "")
+    of, parts, low = layout(x), gates.standard_gate(gate, x), x.dtype.itemsize == 2
     assert isinstance(parts, gates.StandardGate), parts
-    y, tau, kept = cpu.standard_forward(x, geo, parts, average, residual, None, True, True)
-    pooled = eager.reduce(x, geo, False)[0].requires_grad_()
+    shape, added = GateShape.of(parts), None if residual is None else residual.stride()
+    step = Step("shrink", of, x.stride(), x.dtype, x.device, average=average, outputs=shape.outputs, gate=shape,
+                residual=added, keep=True, want=Want(x=want_dx, threshold=True, tau=True))  # fmt: skip
+    y, tau, kept = ours.gated_forward(step, x, parts, residual=residual)
+    pooled = eager.reduce(x, of)[0].requires_grad_()
     expected = threshold(parts.alpha(pooled), pooled, average)
     torch.testing.assert_close(kept.pooled, pooled)
     torch.testing.assert_close(tau, expected, rtol=2e-4, atol=2e-5)
-    check(y, eager.apply(x, geo, tau, residual, None, 0)[0], low)
+    check(y, eager.map(x, of, tau, residual=residual)[0], low)
     if not parts.batch_stats:  # without what is kept for backward, and in place
-        again = cpu.standard_forward(x, geo, parts, average, residual, torch.empty_like(x), False, False)[0]
+        light = step._replace(keep=False, want=Want())
+        again = ours.gated_forward(light, x, parts, residual=residual, out=torch.empty_like(x))[0]
         assert torch.equal(again, y)
 
-    parts = parts._replace(mean=kept.mean, var=kept.var)
     tau_g = torch.randn_like(tau) if want_tau else None
-    dx, *grads = cpu.standard_backward(geo, x.dtype, parts, average, kept, g, tau_g, (want_dx, *[True] * 6))
-    sign, nonzero, mask = kept.bits
-    total = eager.grad(geo, x.dtype, g, mask, sign, want_dx=False, want_dtau=True)[1].sum_to_size(tau.shape)
+    dx, *grads = ours.gated_backward(step, parts, kept, g, tau_g, (want_dx, *[True] * 6))
+    planes = thresholded(kept.bits)
+    total = eager.grad(of, x.dtype, planes, g, want_dx=False, want_dtau=True)[1].sum_to_size(tau.shape)
     wanted = [pooled, *(p for p in parts[:6] if p is not None)]
     from_gate, *exact = torch.autograd.grad(expected, wanted, total if tau_g is None else total + tau_g)
-    for ours, right in zip((t for t in grads if t is not None), exact, strict=True):
-        assert (ours - right).norm() <= 1e-3 * right.norm() + 1e-4 * max(t.norm() for t in exact)
+    for made, right in zip((t for t in grads if t is not None), exact, strict=True):
+        assert (made - right).norm() <= 1e-3 * right.norm() + 1e-4 * max(t.norm() for t in exact)
     if want_dx:
-        right = eager.grad(geo, x.dtype, g, mask, sign, nonzero, from_gate)[0]
+        right = eager.grad(of, x.dtype, planes, g, dA=from_gate)[0]
         assert (dx - right).double().norm() <= (2e-2 if low else 1e-3) * right.double().norm()
 
 
@@ -178,7 +178,7 @@ def main(path: str) -> None:
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     cpu._cpu, cpu.MISSING = native, None
-    native.set_parallel_for(cpu._torch_parallel_for())
+    native.set_parallel_for(torch_parallel_for())
     torch.manual_seed(0)
     calls = fused = 0
     for isa in native.available_isas():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu
+from drsn_kernels.backends import cpu, cpu_memory
 
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
 SHAPE = (8, 64, 1024)  # 2 MiB
@@ -181,7 +181,7 @@ def test_no_more_is_kept_than_the_limit(x):
         outputs.clear()
         assert cpu._cpu.cached_bytes() == 4 << 20
     finally:
-        cpu._cpu.set_cache_limit(cpu._CACHE_BYTES)
+        cpu._cpu.set_cache_limit(cpu_memory.CACHE_BYTES)
 
 
 def test_gradients_of_a_large_gate_are_gradients_like_others():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import drsn_kernels as dk
-from drsn_kernels.planes import row_bits
+from drsn_kernels.layout import row_bits
 
 
 class Saved:
@@ -198,6 +198,51 @@ def test_backward_frees_the_planes_while_the_output_lives(kernels, average):
         y = kernels.shrink(x, smooth_gate(8), average=average)
     y.backward(torch.randn_like(y))
     assert saved.alive == 0 and y.grad_fn is not None
+
+
+def planes_alive(node) -> bool:
+    """Whether anything but the saved tensors of the graph still holds the planes."""
+    return node.bits is not None
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_loss_on_the_average_alone(kernels, average):
+    """Its gradient needs planes that only the rest of the step can write: before that runs, after, and without it."""
+    gate, x, seen, early = smooth_gate(8), torch.randn(4, 8, 99, requires_grad=True), [], []
+
+    def watched(pooled):
+        seen.append(pooled)
+        early.append(torch.autograd.grad(pooled.sum(), x, retain_graph=True)[0])
+        return gate(pooled)
+
+    y = kernels.shrink(x, watched, average=average)
+    right = x.detach().sign() / 99
+    torch.testing.assert_close(early[0], right)
+    torch.testing.assert_close(torch.autograd.grad(seen[0].sum(), x, retain_graph=True)[0], right)
+    del y
+    torch.testing.assert_close(torch.autograd.grad(seen[0].sum(), x)[0], right)
+
+
+def test_planes_kept_for_the_average_go_with_the_graph(kernels):
+    """Outside of saved tensors they are held for a loss on A alone: not longer, and not where hooks move tensors."""
+    x, gate, pools = torch.randn(4, 8, 99, requires_grad=True), smooth_gate(8), []
+
+    def run():
+        return kernels.shrink(x, lambda pooled: (pools.append(pooled.grad_fn), gate(pooled))[1])
+
+    y = run()
+    assert pools[0].source is None and planes_alive(pools[0])
+    y.sum().backward(retain_graph=True)
+    assert planes_alive(pools[0])
+    y.sum().backward()
+    assert not planes_alive(pools[0])
+    y = run()
+    torch.autograd.grad(y.sum(), list(gate.parameters()))
+    assert not planes_alive(pools[1])
+    with torch.autograd.graph.save_on_cpu():
+        y = run()
+    assert not planes_alive(pools[2])
+    y.sum().backward()
 
 
 # ---- backward passes -------------------------------------------------------------------------------------------------

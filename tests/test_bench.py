@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
-from drsn_kernels.__main__ import main
+from benchmarks import run
+from benchmarks.calls import FLOOR, PORT, Provider
+from benchmarks.cases import MODES, OPERATORS, Case, select
+from benchmarks.rows import COLUMNS, ENVIRONMENT, read_json
+from benchmarks.run import Settings, main
 from drsn_kernels.backends import cpu
-from drsn_kernels.bench import record, run
-from drsn_kernels.bench.cases import MODES, OPERATORS, Case, select
-from drsn_kernels.bench.measure import Call, interleaved
-from drsn_kernels.bench.providers import FLOOR, PORT, Provider
-from drsn_kernels.bench.run import Settings
+from drsn_kernels.demo.timing import Call, interleaved
 
-ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["bench", "--device", "cpu", "--quick", "--shapes", "F", "--ops", "shrink_train", "shrink_eval",
+QUICK = ["--device", "cpu", "--quick", "--shapes", "F", "--ops", "shrink_train", "shrink_eval",
          "--rounds", "2", "--compile", "none"]  # fmt: skip
-ABOUT = {name: "" for name in record.ENVIRONMENT}
+ABOUT = {name: "" for name in ENVIRONMENT}
 ONCE = Settings(rounds=1, compile="none")
 
 
@@ -77,7 +77,7 @@ def test_every_provider_of_an_operator_passes_its_check_and_gets_a_row(op, mode)
         rows, refused = run.measure(case, ONCE, ABOUT)
         assert refused == {}
         assert {one["provider"] for one in rows} >= {"floor", "port", "best", "torch"}
-        assert all(set(one) == {*record.COLUMNS, "seconds"} and one["clock"] == "wall" for one in rows)
+        assert all(set(one) == {*COLUMNS, "seconds"} and one["clock"] == "wall" for one in rows)
 
 
 def test_a_network_is_stepped_beside_its_resnet():
@@ -153,7 +153,7 @@ def test_the_command_writes_json_csv_and_plots(tmp_path, capsys):
     assert main([*QUICK, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "summary" in out and "not measured  paper network" in out and "aim: at most 1.18" in out
-    rows = record.read_json(tmp_path / "results.json")
+    rows = read_json(tmp_path / "results.json")
     assert {one["op"] for one in rows} == {"shrink_train", "shrink_eval"}
     for one in rows:
         assert one["rounds"] == len(one["seconds"]) == 2
@@ -163,10 +163,10 @@ def test_the_command_writes_json_csv_and_plots(tmp_path, capsys):
     assert port["saved_bytes"] > best["saved_bytes"] > 0
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert tuple(table[0]) == record.COLUMNS and len(table) == len(rows) and table[0]["shape"] == "16x4x2048x1"
+    assert tuple(table[0]) == COLUMNS and len(table) == len(rows) and table[0]["shape"] == "16x4x2048x1"
     assert (tmp_path / "shrink_train-both-fp32.png").stat().st_size > 1000
     command = json.loads((tmp_path / "results.json").read_text("utf-8"))["command"]
-    assert command.startswith("python -m drsn_kernels ")
+    assert command.startswith("python -m benchmarks ")
     page = (tmp_path / "results.md").read_text("utf-8")
     lines = [line for line in page.splitlines() if line.startswith("| shrink_")]
     assert command in page and f"torch: {torch.__version__}" in page and "aim: at most 1.18" in page
@@ -256,7 +256,7 @@ def test_a_provider_that_is_gone_fails_the_gate(stored, capsys, monkeypatch):
 
 def test_a_stored_run_without_a_case_of_this_one_is_refused_before_anything_runs(stored, capsys):
     capsys.readouterr()
-    assert main(["bench", "--device", "cpu", "--quick", "--shapes", "C", "--compare", str(stored)]) == 1
+    assert main(["--device", "cpu", "--quick", "--shapes", "C", "--compare", str(stored)]) == 1
     captured = capsys.readouterr()
     assert "no row of ours for any of the" in captured.err and captured.out == ""
 
@@ -273,7 +273,7 @@ def test_what_was_measured_before_a_stop_is_written(tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(run, "measure", stopped)
     assert main([*QUICK, "--out", str(tmp_path)]) == status
-    assert {one["case"] for one in record.read_json(tmp_path / "results.json")} == {done[0].id}
+    assert {one["case"] for one in read_json(tmp_path / "results.json")} == {done[0].id}
     assert "stopped after 1 of 2 cases" in capsys.readouterr().out
 
 

@@ -4,13 +4,17 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import repository  # noqa: F401 - benchmarks/
 import torch
 
-from drsn_kernels.bench import measure, record, run
-from drsn_kernels.bench.cases import Case
-from drsn_kernels.bench.measure import Call, CudaClock, WallClock
+from benchmarks import clock as clocks
+from benchmarks import run
+from benchmarks.cases import Case
+from benchmarks.clock import CudaClock, WallClock
+from benchmarks.rows import ENVIRONMENT
+from drsn_kernels.demo.timing import Call
 
-ABOUT = {name: "" for name in record.ENVIRONMENT}
+ABOUT = {name: "" for name in ENVIRONMENT}
 MS, US = 1e-3, 1e-6
 
 
@@ -90,7 +94,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     flush = SimpleNamespace(zero_=lambda: machine.launch("flush", 60 * US))
     monkeypatch.setattr(torch, "empty", lambda *size, **options: flush)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: machine.now)
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: machine.now)
     return machine
 
 
@@ -106,7 +110,7 @@ def test_a_call_bound_by_the_host_is_not_reported_as_gpu_time(machine, way):
             forbidden_in_a_graph(machine)
         machine.call(host=1 * MS, device=30 * US)
 
-    start, stop = measure._events()
+    start, stop = clocks._events()
     start.record()
     bound()
     stop.record()
@@ -199,7 +203,7 @@ def test_the_wall_clock_leaves_out_what_comes_before(machine):
 
 def test_slowed_waits_for_the_factor(monkeypatch):
     ticks = iter(range(100))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(ticks))
     assert WallClock().slowed(Call(lambda: "result"), 5).run() == "result"
     assert next(ticks) == 6  # started at 0, took 1, waited until 5
 

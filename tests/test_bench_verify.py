@@ -3,16 +3,18 @@
 from dataclasses import replace
 
 import pytest
+import repository  # noqa: F401 - benchmarks/
 import torch
 
-from drsn_kernels.bench import record, run, workloads
-from drsn_kernels.bench.cases import Case
-from drsn_kernels.bench.measure import Call
-from drsn_kernels.bench.run import Settings
-from drsn_kernels.bench.ties import MARGIN
-from drsn_kernels.bench.verify import Judge
+from benchmarks import run
+from benchmarks.calls import _Calls, build, module
+from benchmarks.cases import Case
+from benchmarks.checks import MARGIN, Judge
+from benchmarks.rows import ENVIRONMENT
+from benchmarks.run import Settings
+from drsn_kernels.demo.timing import Call
 
-ABOUT = {name: "" for name in record.ENVIRONMENT}
+ABOUT = {name: "" for name in ENVIRONMENT}
 ONCE = Settings(rounds=1, compile="none")
 
 
@@ -24,7 +26,7 @@ def short(monkeypatch):
 def test_a_wrong_provider_is_refused(monkeypatch):
     def wrong(change):
         def built(*arguments, **options):
-            calls, port, exact = workloads.build(*arguments, **options)
+            calls, port, exact = build(*arguments, **options)
             right = calls["torch"].run
             return calls | {"torch": replace(calls["torch"], run=lambda: change(list(right())))}, port, exact
 
@@ -57,7 +59,7 @@ def test_a_wrong_provider_is_refused(monkeypatch):
 @pytest.mark.parametrize("which", range(6), ids=["w1", "b1", "gamma", "beta", "w2", "b2"])
 def test_a_parameters_gradient_that_is_one_percent_wrong_is_refused(shape, which):
     case = Case("shrink_train", "C", shape)
-    _, port, exact = workloads.build(case, [], "cpu")
+    _, port, exact = build(case, [], "cpu")
     judge = Judge(case, port, exact)
     outputs = list(port.once())
     assert judge.objection(Call(lambda: outputs)) is None
@@ -74,7 +76,7 @@ def test_a_parameters_gradient_that_is_one_percent_wrong_is_refused(shape, which
 def test_nothing_that_is_checked_in_float32_is_near_a_tie(op, seed):
     case = Case(op, "C", (64, 64, 64))
     torch.manual_seed(seed)
-    shared, port = workloads._Calls(case, "cpu"), workloads.module(case, "port")
+    shared, port = _Calls(case, "cpu"), module(case, "port")
     shared.clear_of_ties(port)
     least = []
     for part in port.double().modules():

@@ -8,8 +8,8 @@ from oracle import smooth_gate
 from torch import nn
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu
-from drsn_kernels.planes import geometry
+from drsn_kernels.backends import BACKENDS, cpu
+from drsn_kernels.layout import layout_of
 
 
 def features(*shape, **kwargs):
@@ -209,17 +209,18 @@ def test_memory_of_another_device_is_refused_by_the_backend_itself():
     """Whoever calls it: an address of another device would be read as this process's own memory."""
     x, tau, g = torch.randn(2, 3, 40), torch.rand(2, 3), torch.randn(2, 3, 40)
     elsewhere = {t: t.to("meta") for t in (x, tau, g)}
-    geo, (_, bits) = geometry(x), cpu.apply(x, geometry(x), tau, None, None, 2)
+    on, layout = BACKENDS["cpu"], layout_of(x)
+    _, planes = on.map(x, layout, tau, keep=3)
     refused = pytest.raises(ValueError, match=r"the cpu kernels take CPU tensors, got one of shape \(2, 3.* on meta")
     for run in (
-        lambda: cpu.reduce(elsewhere[x], geo, True),
-        lambda: cpu.apply(elsewhere[x], geo, tau, None, None, 2),
-        lambda: cpu.apply(x, geo, elsewhere[tau], None, None, 2),
-        lambda: cpu.apply(x, geo, tau, elsewhere[x], None, 0),
-        lambda: cpu.grad(geo, x.dtype, elsewhere[g], *bits, want_dtau=True),
-        lambda: cpu.grad(geo, x.dtype, None, None, *bits, elsewhere[tau]),
-        lambda: cpu.scale(x, geo, elsewhere[tau], None),
-        lambda: cpu.scale_sums(geo, elsewhere[g], x),
+        lambda: on.reduce(elsewhere[x], layout, keep=True),
+        lambda: on.reduce(x, layout, kind="product", times=elsewhere[g]),
+        lambda: on.map(elsewhere[x], layout, tau),
+        lambda: on.map(x, layout, elsewhere[tau]),
+        lambda: on.map(x, layout, tau, residual=elsewhere[x]),
+        lambda: on.map(x, layout, tau, kind="scale", shift=elsewhere[tau]),
+        lambda: on.grad(layout, x.dtype, planes, elsewhere[g], want_dtau=True),
+        lambda: on.grad(layout, x.dtype, planes, g, dA=elsewhere[tau]),
     ):
         with refused:
             run()

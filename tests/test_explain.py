@@ -4,6 +4,7 @@ import functools
 import threading
 
 import pytest
+import steps
 import torch
 from oracle import smooth_gate
 from torch import nn
@@ -14,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_child import child
 
 import drsn_kernels as dk
-from drsn_kernels import backends, budgets, recording
-from drsn_kernels.backends import cpu, triton
-from drsn_kernels.ops import compiled
+from drsn_kernels import backends, recording
+from drsn_kernels.backends import cpu, gpu
+from drsn_kernels.ops import dispatch
 from drsn_kernels.untouched import untouched
 
 pytestmark = pytest.mark.unpoisoned
 needs_cpu = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
-interpreted = pytest.mark.skipif(not (triton.INSTALLED and triton.interpreting()), reason="needs Triton, interpreted")
+interpreted = pytest.mark.skipif(not (gpu.INSTALLED and gpu.interpreting()), reason="needs Triton, interpreted")
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def test_a_model_in_training(capsys):
     assert (first.op, first.shape, first.dtype) == ("shrink", (4, 4, 512), torch.float32)
     assert (first.layout, first.backend, first.fused, first.plan.index_bits) == ("rows", "cpu", True, 64)
     assert first.why == "the default for cpu tensors" and not first.fallback
-    forward, backward = budgets.shrink((4, 4, 512), backend="cpu", residual=True)
+    forward, backward = steps.cost(steps.shrink((4, 4, 512), residual=True), "cpu")
     assert (first.forward, first.backward, first.saved) == (forward, backward, forward.saved)
     out = capsys.readouterr().out
     assert out == f"{found}\n" and out.count("\n") > 13 and "1-12: cpu: the default for cpu tensors" in out
@@ -68,7 +69,7 @@ def test_functions_and_each_operator():
     ]  # fmt: skip
     assert found[0].gate == "the gate is not Linear, [BatchNorm1d], ReLU, Linear, Sigmoid"
     assert ("gate fused", found[0].gate) in found[0].plan.not_taken
-    assert found[0].forward == budgets.shrink((3, 6, 40), backend="cpu", fused=False, residual=True)[0]
+    assert found[0].forward == steps.cost(steps.shrink((3, 6, 40), fused=False, residual=True), "cpu")[0]
     assert [plan for plan, _ in found[2].plan.not_taken] == ["contiguous runs"]
     assert [call.module for call in found] == ["", "", ""]
 
@@ -114,7 +115,7 @@ def test_a_backend_that_was_asked_for(name):
 @interpreted
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 def test_triton_explains_with_the_objects_of_its_launches(monkeypatch, norm):
-    from drsn_kernels.triton import launch
+    from drsn_kernels.backends.gpu import launch
 
     launched = []
     monkeypatch.setattr(launch.Prepared, "_launch", lambda prepared, _: launched.append(prepared))
@@ -139,7 +140,7 @@ def test_triton_explains_with_the_objects_of_its_launches(monkeypatch, norm):
 
 @interpreted
 def test_triton_says_why_a_slower_plan_is_taken(monkeypatch):
-    from drsn_kernels.triton import launch
+    from drsn_kernels.backends.gpu import launch
 
     monkeypatch.setattr(launch.Prepared, "_launch", lambda *_: None)
     with dk.use_backend("triton", strict=True), torch.no_grad():
@@ -155,7 +156,7 @@ def test_triton_says_why_a_slower_plan_is_taken(monkeypatch):
 
 LOWERED = """
 import torch, drsn_kernels as dk
-from drsn_kernels.triton.lowering import lowering
+from drsn_kernels.backends.gpu.lowering import lowering
 x = torch.randn(8, 16, 1024)
 with lowering("cuda:90") as launches, dk.use_backend("triton", strict=True), torch.no_grad():
     (call,) = dk.explain(dk.Shrinkage(16).eval(), x, strict=True)
@@ -217,7 +218,7 @@ def test_compiled_calls_are_reported_and_not_compiled():
     for _ in range(12):  # more than torch.compile's limit of recompilations
         (call,) = dk.explain(run, x)
     assert (call.module, call.backend, call.plan.name) == ("", "compiler", "decomposed")
-    assert call.plan.not_taken == (("opaque ops", compiled.RULES["cpu"].why),) and not call.fallback
+    assert call.plan.not_taken == (("opaque ops", dispatch._DECOMPOSED["cpu"]),) and not call.fallback
     assert counter.frame_count == 0
     run(x), run(x)
     assert counter.frame_count == 1
@@ -238,28 +239,6 @@ def test_compiled_calls_with_a_forced_backend_stay_opaque():
     with dk.use_backend("cpu"):
         (call,) = dk.explain(torch.compile(dk.Shrinkage(6), backend="eager"), torch.randn(3, 6, 40))
     assert (call.plan.name, call.plan.why) == ("opaque ops", "a backend is forced")
-
-
-def test_the_table_for_compiled_calls_decides(monkeypatch):
-    """What a graph holds follows compiled.RULES, from the recorded size on."""
-
-    def held(x: torch.Tensor) -> bool:
-        targets = []
-
-        def record(graph, inputs):
-            targets.extend(str(node.target) for node in graph.graph.nodes)
-            return graph.forward
-
-        torch._dynamo.reset()
-        torch.compile(lambda t: dk.abs_mean(t), backend=record, fullgraph=True, dynamic=False)(x)
-        return any("drsn_kernels" in target for target in targets)
-
-    small, large = torch.randn(2, 3, 40), torch.randn(4, 3, 40)
-    assert not held(small) and not held(large)
-    monkeypatch.setitem(compiled.RULES, "cpu", compiled.Rule(4 * 3 * 40 * 4, "a test"))
-    assert not held(small) and held(large)
-    with dk.use_backend("torch"):
-        assert not held(large)
 
 
 # ---- strict ----------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from oracle import (
     without_ties,
 )
 
-from drsn_kernels.backends import cpu
+from drsn_kernels.backends import BACKENDS, cpu
 from drsn_kernels.backends.cpu_plan import StandardPlan
+from drsn_kernels.layout import layout_of
 
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 129]
 
@@ -170,18 +171,16 @@ def test_many_random_standard_gates(kernels, case, monkeypatch):
 @given(case=cases())
 def test_instruction_sets_agree(case):
     """y, dx without a sum in it, and the planes do not depend on the instruction set at all."""
-    from drsn_kernels.planes import geometry, order
-
     x, tau, before, results = case["x"].detach(), case["tau"], cpu._cpu.isa(), {}
-    geo = geometry(x)
-    used = order(geo).rows * order(geo).row_bits // 8
+    on, layout = BACKENDS["cpu"], layout_of(x)
+    used = layout.rows * layout.row_bits // 8
     try:
         for isa in cpu._cpu.available_isas():
             cpu._cpu.set_isa(isa)
-            y, bits = cpu.apply(x, geo, tau, case["residual"], None, 2)
-            dx = cpu.grad(geo, x.dtype, case["g"], *bits)[0]
-            planes = [*bits, *cpu.reduce(x, geo, True)[1]]
-            results[isa] = [y, dx, *(p.view(torch.uint8)[:used] for p in planes)]
+            y, planes = on.map(x, layout, tau, residual=case["residual"], keep=3)
+            dx, _ = on.grad(layout, x.dtype, planes, case["g"])
+            bits = [*planes.bits, *on.reduce(x, layout, keep=True)[1].bits]
+            results[isa] = [y, dx, *(plane.view(torch.uint8)[:used] for plane in bits)]
     finally:
         cpu._cpu.set_isa(before)
     reference = results.pop("portable")

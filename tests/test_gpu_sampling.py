@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import gpu_sampling as sampling
+from benchmarks import gpu_suite as suite
 
 TESTS = """
 import os, sys
@@ -50,28 +51,8 @@ def test_that_loses_the_device(i):
 """
 
 
-@pytest.fixture(scope="module")
-def sampling():
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import gpu_sampling
-    finally:
-        sys.path[:] = [entry for entry in sys.path if entry != str(ROOT)]
-    return gpu_sampling
-
-
-@pytest.fixture(scope="module")
-def suite():
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import gpu_suite
-    finally:
-        sys.path[:] = [entry for entry in sys.path if entry != str(ROOT)]
-    return gpu_suite
-
-
 @pytest.fixture
-def run(suite, sampling, tmp_path):
+def run(tmp_path):
     """The command of the step "tests", on TESTS: what it wrote, and its exit code."""
     (tmp_path / "test_of_all_kinds.py").write_text(TESTS)
 
@@ -90,7 +71,7 @@ def names(functions: int, cases: int) -> list[str]:
     return [f"tests/test_a.py::test_{f}[{c}]" for f in range(functions) for c in range(cases)]
 
 
-def test_rare_tests_come_first_and_common_ones_in_an_order_by_the_seed(sampling):
+def test_rare_tests_come_first_and_common_ones_in_an_order_by_the_seed():
     common, rare = names(2, 9), [f"tests/test_b.py::test_rare[{c}]" for c in range(8)] + ["tests/test_b.py::test_one"]
     order = sampling.ordered([*common, *rare], seed=1)
     assert set(order[: len(rare)]) == set(rare) and sorted(order) == sorted([*common, *rare])
@@ -98,13 +79,13 @@ def test_rare_tests_come_first_and_common_ones_in_an_order_by_the_seed(sampling)
     assert order == sampling.ordered([*rare, *reversed(common)], seed=1) != sampling.ordered([*common, *rare], seed=2)
 
 
-def test_what_failed_before_comes_first(sampling):
+def test_what_failed_before_comes_first():
     failed = [names(3, 50)[77], names(3, 50)[140], "tests/test_gone.py::test_that_is_no_more"]
     order = sampling.ordered(names(3, 50), 5, failed)
     assert set(order[:2]) == set(failed[:2]) and len(order) == 150
 
 
-def test_the_order_is_the_same_in_every_process(sampling):
+def test_the_order_is_the_same_in_every_process():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gpu_sampling as s; "
         f"print('\\n'.join(s.ordered({names(3, 20)!r}, 7)))"
@@ -115,7 +96,7 @@ def test_the_order_is_the_same_in_every_process(sampling):
         assert done.stdout.split() == sampling.ordered(names(3, 20), 7), done.stderr
 
 
-def test_messages_that_differ_in_numbers_are_one(sampling):
+def test_messages_that_differ_in_numbers_are_one():
     said = ["\n  at 0x7f2a: 12 of 1.5e-3 differ\nmore", "at 0xdead: 7 of 2 differ"]
     assert {sampling.normalised(message) for message in said} == {"at N: N of N differ"}
     assert sampling.normalised("") == ""
@@ -130,7 +111,7 @@ def check_outcomes(results: dict[str, dict]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run(run, sampling, tmp_path):
+def test_a_run(run, tmp_path):
     results, collected, code = run(1)
     assert collected == len(results) == 26 and code == 1
     check_outcomes(results)
@@ -155,7 +136,7 @@ def test_a_run_of_several_processes(run):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_tests_themselves(suite, sampling, tmp_path):
+def test_a_run_of_the_tests_themselves(tmp_path):
     """The step's command on a test of tests/, under its conftest.py, in two processes where pytest-xdist is there."""
     selection = [str(ROOT / "tests" / "test_oracle.py"), "-k", "plain and channel"]
     step = suite.pytest_step("tests", tmp_path, 3, selection, 2 if suite.has_xdist() else 1)

@@ -12,36 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from repository import ROOT
 
-from drsn_kernels.bench import compare, record
+from benchmarks import gpu_bench, installed
+from benchmarks import gpu_report as report
+from benchmarks import gpu_suite as suite
+from benchmarks.report import compare, missing, verdict
+from benchmarks.rows import FORMAT, read_json
 
-ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"device": "a GPU", "driver": "1.2", "commit": "abc"}
 CASE = "abs_mean-C-128x16x128-fp32-forward"
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """The modules of benchmarks/, by name."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import gpu_bench, gpu_report, gpu_suite, installed  # takes ROOT out of sys.path again
-    finally:
-        sys.path[:] = [entry for entry in sys.path if entry != str(ROOT)]
-    return SimpleNamespace(suite=gpu_suite, report=gpu_report, bench=gpu_bench, installed=installed)
-
-
-@pytest.fixture
-def suite(modules):
-    return modules.suite
-
-
-@pytest.fixture
-def report(modules):
-    return modules.report
-
-
-def python(suite, name: str, code: str, share: float = 1, **options):
+def python(name: str, code: str, share: float = 1, **options):
     return suite.Step(name, (sys.executable, "-c", code), share, **options)
 
 
@@ -73,7 +56,7 @@ def test_pytest_without_a_gpu_where_one_is_required(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "soon"], ["--only", "gradients"]])
-def test_arguments_that_are_wrong(suite, options, capsys):
+def test_arguments_that_are_wrong(options, capsys):
     with pytest.raises(SystemExit) as raised:
         suite.main(["--out", "nowhere", *options])
     assert raised.value.code == 2 and options[1] in capsys.readouterr().err
@@ -82,13 +65,13 @@ def test_arguments_that_are_wrong(suite, options, capsys):
 # ---- steps and their time --------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_fails_does_not_stop_the_others(suite, tmp_path):
+def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
     chosen = [
-        python(suite, "good", "print('all is ``` well')"),
-        python(suite, "bad", "import sys; print('to stderr', file=sys.stderr); sys.exit(3)"),
+        python("good", "print('all is ``` well')"),
+        python("bad", "import sys; print('to stderr', file=sys.stderr); sys.exit(3)"),
         suite.Step("no such program", ("/nonexistent/program",), 1),
-        python(suite, "not here", "raise SystemExit(1)", absent="the tool is not present"),
-        python(suite, "told", "import os; print(os.environ['TOLD'], os.getcwd())", env={"TOLD": "x1"}, cwd=tmp_path),
+        python("not here", "raise SystemExit(1)", absent="the tool is not present"),
+        python("told", "import os; print(os.environ['TOLD'], os.getcwd())", env={"TOLD": "x1"}, cwd=tmp_path),
     ]
     assert suite.run_all(chosen, tmp_path, ends_in(300), MACHINE, notes=["Nothing was compared."]) == 1
     report = json.loads((tmp_path / "report.json").read_text())
@@ -107,36 +90,36 @@ def test_a_step_that_fails_does_not_stop_the_others(suite, tmp_path):
         assert row in markdown
 
 
-def test_all_passed(suite, tmp_path):
-    chosen = [python(suite, "good", "pass"), python(suite, "not here", "", absent="compute-sanitizer is not present")]
+def test_all_passed(tmp_path):
+    chosen = [python("good", "pass"), python("not here", "", absent="compute-sanitizer is not present")]
     assert suite.run_all(chosen, tmp_path, ends_in(60), MACHINE) == 0
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
     assert "passed" in (tmp_path / "report.md").read_text().splitlines()[0]
 
 
-def test_shares_of_the_time(suite):
+def test_shares_of_the_time():
     """What is absent takes none, and what a step leaves over goes to the later ones."""
-    one, two, absent = (python(suite, name, "", share) for name, share in (("one", 30), ("two", 10), ("absent", 60)))
-    absent = python(suite, "absent", "", 60, absent="not here")
+    one, two, absent = (python(name, "", share) for name, share in (("one", 30), ("two", 10), ("absent", 60)))
+    absent = python("absent", "", 60, absent="not here")
     assert suite.allotted([one, absent, two], 80) == 60
     assert suite.allotted([two], 80 - 5) == 75
     assert suite.allotted([one, two], -1) == 0
 
 
-def test_a_step_knows_when_to_end(suite, tmp_path):
+def test_a_step_knows_when_to_end(tmp_path):
     before = time.time()
-    result = suite.run(python(suite, "step", f"import os; print(os.environ[{suite.END!r}])"), tmp_path, 50)
+    result = suite.run(python("step", f"import os; print(os.environ[{suite.END!r}])"), tmp_path, 50)
     assert result.state == "passed" and result.limit == 50
     assert before + 40 <= float(result.tail) <= time.time() + 40  # a fifth before the end
 
 
-def test_a_step_that_takes_too_long_ends_with_its_children(suite, tmp_path):
+def test_a_step_that_takes_too_long_ends_with_its_children(tmp_path):
     """The step's child holds a lock, which only its end gives back. The next step is without time."""
     held = tmp_path / "held"
     child = f"import fcntl, time; file = open({str(held)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
     child += "print('holding', flush=True); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    chosen = [python(suite, "slow", parent, share=1000), python(suite, "next", "pass", share=1e-6)]
+    chosen = [python("slow", parent, share=1000), python("next", "pass", share=1e-6)]
     deadline = ends_in(5)
     assert suite.run_all(chosen, tmp_path, deadline, MACHINE) == 1
     assert time.monotonic() < deadline + 30  # it would have slept for ten minutes
@@ -151,7 +134,7 @@ def test_a_step_that_takes_too_long_ends_with_its_children(suite, tmp_path):
     pytest.fail("the step's child is still running")
 
 
-def test_a_run_that_is_cut_short_does_not_report_success(suite, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_short_does_not_report_success(tmp_path, monkeypatch):
     def interrupted(step, logs, seconds, run=suite.run):
         if step.name == "second":
             raise KeyboardInterrupt
@@ -159,13 +142,13 @@ def test_a_run_that_is_cut_short_does_not_report_success(suite, tmp_path, monkey
 
     monkeypatch.setattr(suite, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        chosen = [python(suite, "first", "pass"), python(suite, "second", "pass")]
+        chosen = [python("first", "pass"), python("second", "pass")]
         suite.run_all(chosen, tmp_path, ends_in(60), MACHINE)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is False and [s["state"] for s in report["steps"]] == ["passed", "not reached"]
 
 
-def test_the_steps(suite, tmp_path, monkeypatch):
+def test_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(suite.shutil, "which", lambda name, path: f"/cuda/bin/{name}")
     monkeypatch.setattr(suite, "cores", lambda: 16)
     monkeypatch.setattr(suite, "has_xdist", lambda: True)
@@ -187,31 +170,31 @@ def test_the_steps(suite, tmp_path, monkeypatch):
     assert "-n" not in bare["tests"].command and "no:xdist" in bare["tests"].command
 
 
-def test_the_selections_of_the_steps_name_tests_that_exist(suite):
+def test_the_selections_of_the_steps_name_tests_that_exist():
     """`pytest -k` with nothing to run would be a failing step on a GPU, and a name that moved would go unseen here."""
     assert "def test_a_small_step(" in Path(suite.SMALL_STEPS[0]).read_text() and "small_step" in suite.SMALL_STEPS
 
 
-def test_a_stored_run_has_the_name_of_its_gpu(suite):
+def test_a_stored_run_has_the_name_of_its_gpu():
     path = suite.stored_run("NVIDIA H100 80GB HBM3")
     assert path == ROOT / "docs" / "benchmarks" / "nvidia-h100-80gb-hbm3" / "results.json"
 
 
-def test_the_stored_run_of_the_h200_is_one_the_gate_compares_with(suite):
+def test_the_stored_run_of_the_h200_is_one_the_gate_compares_with():
     """In the present format, GPU time throughout; nothing has changed against itself, and a slower row is found."""
     path = suite.stored_run("NVIDIA H200")
-    assert json.loads(path.read_text("utf-8"))["format"] == record.FORMAT
-    stored = record.read_json(path)
+    assert json.loads(path.read_text("utf-8"))["format"] == FORMAT
+    stored = read_json(path)
     assert {one["device"] for one in stored} == {"NVIDIA H200"} and {one["clock"] for one in stored} == {"graph"}
-    assert compare.missing(stored, stored) == []
-    lines, regression = compare.report(compare.compare(stored, stored))
+    assert missing(stored, stored) == []
+    lines, regression = verdict(compare(stored, stored))
     assert not regression and lines == ["82 rows compared, 0 regressions; geometric mean x1.000 of the stored"]
     slower = [one | {"ratio_to_floor": 1.2 * one["ratio_to_floor"]} for one in stored]
-    assert compare.report(compare.compare(slower, stored))[1]
+    assert verdict(compare(slower, stored))[1]
 
 
 @pytest.mark.parametrize("options, ran", [([], 5), (["--quick", "--only", "tests", "memcheck"], 1)])
-def test_the_command_with_a_gpu(suite, tmp_path, monkeypatch, capsys, options, ran):
+def test_the_command_with_a_gpu(tmp_path, monkeypatch, capsys, options, ran):
     """main on a GPU that is only claimed: what would run and for how long, and the notice where nothing is compared."""
     limits = {}
 
@@ -244,13 +227,13 @@ def test_the_command_with_a_gpu(suite, tmp_path, monkeypatch, capsys, options, r
 
 
 @pytest.mark.skipif(not (ROOT / "drsn_kernels").is_dir(), reason="the package's sources have been taken away")
-def test_a_source_tree_without_an_installed_package(modules, monkeypatch, tmp_path):
+def test_a_source_tree_without_an_installed_package(monkeypatch, tmp_path):
     pytest.importorskip("setuptools")
-    monkeypatch.setattr(modules.installed.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(modules.installed.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "site"))
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "site"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
-    modules.installed.ensure_installed()
+    installed.ensure_installed()
     assert os.environ["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "site"), str(tmp_path)])
     code = "import drsn_kernels, drsn_kernels._build as b; print(drsn_kernels.__file__, b.MISSING)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -273,7 +256,7 @@ def tiny_bench(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_benchmark_and_its_comparison(report, tiny_bench, tmp_path):
+def test_the_benchmark_and_its_comparison(tiny_bench, tmp_path):
     found = report.benchmark(tiny_bench, None)
     assert found.cases == 1 and not found.regressions and not found.causes and not found.compared
 
@@ -302,36 +285,36 @@ def test_the_benchmark_and_its_comparison(report, tiny_bench, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_cut_short(modules, monkeypatch, tmp_path, tiny_bench):
+def test_a_benchmark_that_is_cut_short(monkeypatch, tmp_path, tiny_bench):
     """The rows of what was done are there; a case that raises or is refused is a cause, and does not end the run."""
     rows = json.loads((tiny_bench / "results.json").read_text())["rows"]
-    cases = modules.bench.plan()[:4]
+    cases = gpu_bench.plan()[:4]
     asked = []
 
     def measure(case, *rest):
         asked.append(case)
         if case is cases[1]:
             raise RuntimeError("of case 1\nand more")
-        monkeypatch.setenv(modules.suite.END, "0" if case is cases[2] else "inf")
+        monkeypatch.setenv(suite.END, "0" if case is cases[2] else "inf")
         return [row | {"case": case.id} for row in rows], {"port": "off by 0.25"} if case is cases[0] else {}
 
-    monkeypatch.setattr(modules.bench, "measure", measure)
+    monkeypatch.setattr(gpu_bench, "measure", measure)
     options = SimpleNamespace(device="cpu", rounds=1, out=tmp_path, compile="none")
-    assert modules.bench.time_cases(cases, options) == 1 and asked == cases[:3]
-    found = modules.report.benchmark(tmp_path, None)
+    assert gpu_bench.time_cases(cases, options) == 1 and asked == cases[:3]
+    found = report.benchmark(tmp_path, None)
     assert found.cases == 2
     assert [(cause.what, cause.example) for cause in found.causes] == [
         ("port: off by N", cases[0].id), ("all: raised RuntimeError: of case N", cases[1].id)
     ]  # fmt: skip
 
 
-def test_the_plan(modules):
+def test_the_plan():
     """The headline cases first, each once, and of the providers of ours only the preferred one."""
-    cases = modules.bench.plan()
+    cases = gpu_bench.plan()
     assert len(cases) == len(set(cases)) > 100
     assert cases[0].id == "shrink_train-G-512x64x256-fp32-both"
     assert {case.group for case in cases[:40]} >= set("ABCDEGN")
-    names = [provider.name for provider in modules.bench.wanted(cases[0], "cpu")]
+    names = [provider.name for provider in gpu_bench.wanted(cases[0], "cpu")]
     assert names[:4] == ["floor", "port", "best", "best-compiled"] and len(names) == 5
 
 
@@ -342,7 +325,7 @@ def line_of(test: str, outcome: str, **cause) -> str:
     return json.dumps({"test": test, "outcome": outcome, "seconds": 0.1} | ({"cause": cause} if cause else {})) + "\n"
 
 
-def test_failures_are_grouped_by_cause(report, tmp_path):
+def test_failures_are_grouped_by_cause(tmp_path):
     same = {"type": "RuntimeError", "message": "N is not N", "where": "drsn_kernels/ops.py:7 in shrink"}
     results = tmp_path / "tests.jsonl"
     results.write_text(
@@ -360,7 +343,7 @@ def test_failures_are_grouped_by_cause(report, tmp_path):
     ]
 
 
-def test_a_compilation_that_takes_longer_is_no_failure(report, tmp_path):
+def test_a_compilation_that_takes_longer_is_no_failure(tmp_path):
     """The benchmark compiles what is missing, and shows what does not compile."""
     log = f"{CASE} triton: RuntimeError: no\n{CASE} 12.5 s\n{CASE} 0.5 s\n"
     for state, code, expected in (("timed out", None, "cut short"), ("failed", 1, "failed"), ("passed", 0, "passed")):
@@ -369,7 +352,7 @@ def test_a_compilation_that_takes_longer_is_no_failure(report, tmp_path):
 
 
 @pytest.mark.parametrize("line, state", [(0, "failed"), (1, "passed")])
-def test_a_sanitizer_fails_by_what_it_finds(report, tmp_path, monkeypatch, line, state):
+def test_a_sanitizer_fails_by_what_it_finds(tmp_path, monkeypatch, line, state):
     """Its tests passed both times; a race on a line that is known does not fail it, one on another line does."""
     place = "Write access at k+0x10 in k.py:" + str(line + 1)
     log = f"========= Error: Race reported between {place}\n=========     and {place} [8 hazards]\n"
@@ -387,12 +370,12 @@ def test_a_sanitizer_fails_by_what_it_finds(report, tmp_path, monkeypatch, line,
     assert not missing.is_bad and "does not support" in missing.state
 
 
-def test_no_test_at_all_is_no_success(report, tmp_path):
+def test_no_test_at_all_is_no_success(tmp_path):
     found, _ = report.examined(report.Result("tests", "pytest", "passed", 0), "", tmp_path, None)
     assert found.state == "failed" and found.done == "no test ran"
 
 
-def test_the_report_is_a_page(report):
+def test_the_report_is_a_page():
     """However much went wrong; what is left out is said to be in report.json."""
     causes = tuple(report.Cause("tests", f"Error{i}: " + "long | " * 99, "x.py:1 in f", i, "t") for i in range(99))
     results = [report.Result(name, "c", "failed", 1, 1, 2, "did", causes) for name in ("tests", "memcheck", "bench")]

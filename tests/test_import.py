@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from repository import ROOT
 
 import drsn_kernels as dk
 from drsn_kernels import info
+from drsn_kernels.__main__ import main
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -87,3 +89,14 @@ def test_command_line_without_a_command_and_with_a_wrong_folder(tmp_path):
     assert done.returncode == 1 and str(tmp_path / "none") in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run([sys.executable, "-m", "drsn_kernels"], capture_output=True, text=True)
     assert done.returncode == 2 and "info" in done.stderr
+
+
+def test_the_benchmark_is_a_command_of_the_repository(capsys):
+    assert main(["bench", "--quick"]) == 2
+    said = "error: bench is no command of the package; in the repository: python -m benchmarks\n"
+    assert capsys.readouterr().err == said
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m benchmarks "), done.stderr
+    code = "import benchmarks.run, drsn_kernels; print(drsn_kernels.__file__)"  # not the source tree beside it
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == dk.__file__, done.stderr

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import drsn_kernels as dk
 from drsn_kernels.backends import BACKENDS, cpu
-from drsn_kernels.planes import geometry, order, pack, row_bits, unpack, words
+from drsn_kernels.layout import layout_of, pack, row_bits, unpack
 
 SHAPE = (3, 5, 6, 7)
 native = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
@@ -96,7 +96,7 @@ def test_one_allocation_each_way_and_no_copy(x_layout, g_layout, average):
     gate = smooth_gate(16)
     leaf_x, residual = LAYOUTS[x_layout](*BIG).requires_grad_(), LAYOUTS[g_layout](*BIG).requires_grad_()
     g, size = LAYOUTS[g_layout](*BIG), torch.Size(BIG).numel() * 4
-    planes = 3 * words(geometry(leaf_x)) * 4
+    planes = 3 * layout_of(leaf_x).words * 4
     x = leaf_x.view_as(leaf_x)  # not a leaf: its gradient is accumulated by autograd, in place
     with dk.use_backend("cpu", strict=True):
         dk.shrink(x, gate, average=average, residual=residual)
@@ -183,11 +183,14 @@ def test_nothing_is_written_past_the_end(kernels, guarded, length, channels_last
 # ---- planes ----------------------------------------------------------------------------------------------------------
 
 
-def every_plane(backend, x, tau) -> list[torch.Tensor]:
-    geo = geometry(x)
-    pooled_bits, bits = backend.reduce(x, geo, True)[1], backend.apply(x, geo, tau, None, None, 2)[1]
-    used = order(geo).rows * order(geo).row_bits // 8  # the last word may end in bytes of no row
-    return [plane.view(torch.uint8)[:used] for plane in (*pooled_bits, *bits)]
+def every_plane(backend, x, tau) -> dict[str, torch.Tensor]:
+    """By who writes it, and what it is."""
+    layout = layout_of(x)
+    of_average, of_threshold = backend.reduce(x, layout, keep=True)[1], backend.map(x, layout, tau, keep=3)[1]
+    used = layout.rows * layout.row_bits // 8  # the last word may end in bytes of no row
+    found = {f"reduce {name}": of_average.plane(name) for name in ("sign", "nonzero")}
+    found |= {f"map {name}": of_threshold.plane(name) for name in ("kept", "sign", "nonzero")}
+    return {name: plane.view(torch.uint8)[:used] for name, plane in found.items()}
 
 
 @native
@@ -200,24 +203,22 @@ def test_planes_are_the_same_bits_in_every_backend(kernels, shape, layout, dtype
         x[x.abs() < 0.2] = 0.0
         x[x > 2] = -0.0
     tau = torch.rand(shape[:2], dtype=wide(dtype))
-    geo = geometry(x)
-    sign, nonzero, kept, sign_again = every_plane(BACKENDS[kernels.backend], x, tau)
-    wide_x = x.to(wide(dtype))
-    masks = (torch.signbit(x), x != 0, ~(wide_x.abs() <= tau[..., None, None]) & (x != 0))
-    for plane, mask in zip((sign, nonzero, kept), masks, strict=True):
-        assert torch.equal(plane, pack(mask, geo).view(torch.uint8)[: plane.numel()])
-    assert torch.equal(sign, sign_again)
+    kept = ~(x.to(wide(dtype)).abs() <= tau[..., None, None]) & (x != 0)
+    masks = {"sign": torch.signbit(x), "nonzero": x != 0, "kept": kept}
+    for name, plane in every_plane(BACKENDS[kernels.backend], x, tau).items():
+        right = pack(masks[name.split()[1]], layout_of(x)).view(torch.uint8)[: plane.numel()]
+        assert torch.equal(plane, right), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [SHAPE, (2, 3, 1, 9), (5, 9, 2, 2), (1, 70, 37, 1)], ids=str)
 def test_pack_and_unpack(layout, shape):
     x = LAYOUTS[layout](*shape)
-    geo, mask = geometry(x), LAYOUTS["contiguous"](*shape) > 0
-    plane = pack(mask, geo)
-    assert plane.dtype is torch.int32 and plane.shape == (words(geo),)
-    assert torch.equal(unpack(plane, geo), mask)
-    assert geo[1] == torch.empty_like(x).stride()
+    layout, mask = layout_of(x), LAYOUTS["contiguous"](*shape) > 0
+    plane = pack(mask, layout)
+    assert plane.dtype is torch.int32 and plane.shape == (layout.words,)
+    assert torch.equal(unpack(plane, layout), mask)
+    assert layout.strides == torch.empty_like(x).stride()
 
 
 @pytest.mark.parametrize("length, bits", [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (999, 1024)])

@@ -5,7 +5,7 @@ import torch
 from oracle import LAYOUTS
 
 import drsn_kernels as dk
-from drsn_kernels.planes import geometry, words
+from drsn_kernels.layout import layout_of
 
 pytestmark = pytest.mark.unpoisoned
 ops = torch.ops.drsn_kernels
@@ -45,7 +45,7 @@ def test_registered_ops_compute_what_the_operators_do(kernels, case):
     x = CHECKED[case]().requires_grad_()
     tau = torch.rand(x.shape[:2], requires_grad=True)
     pooled, planes = ops.abs_mean(x)
-    assert torch.equal(pooled, dk.abs_mean(x)) and planes.shape == (2, words(geometry(x)))
+    assert torch.equal(pooled, dk.abs_mean(x)) and planes.shape == (2, layout_of(x).words)
     y, planes = ops.soft_threshold(x, tau)
     assert torch.equal(y, dk.soft_threshold(x, tau)) and not planes.requires_grad
     g = torch.randn(x.shape)

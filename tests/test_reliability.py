@@ -15,7 +15,7 @@ from torch import nn
 
 import drsn_kernels as dk
 from drsn_kernels import backends
-from drsn_kernels.backends import cpu
+from drsn_kernels.backends import cpu, cpu_memory
 
 native = pytest.mark.skipif(cpu._cpu is None, reason=f"no compiled CPU kernels: {cpu.MISSING}")
 
@@ -299,7 +299,7 @@ BAD_SETTINGS = [
 def test_a_malformed_environment_variable_is_one_sentence(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as error:
-        backends._checked(value, f"{VARIABLE} {name}") if name == "DRSN_BACKEND" else cpu._cache_limit()
+        backends._checked(value, f"{VARIABLE} {name}") if name == "DRSN_BACKEND" else cpu_memory.cache_limit()
     assert str(error.value) == message
 
 
@@ -313,9 +313,9 @@ def test_and_comes_at_import(name, value, message):
 def test_a_cache_of_any_size_is_taken(monkeypatch):
     monkeypatch.setenv("DRSN_CACHE_MIB", "9" * 30)
     try:
-        cpu._cpu.set_cache_limit(cpu._cache_limit())
+        cpu._cpu.set_cache_limit(cpu_memory.cache_limit())
     finally:
-        cpu._cpu.set_cache_limit(cpu._CACHE_BYTES)
+        cpu._cpu.set_cache_limit(cpu_memory.CACHE_BYTES)
 
 
 def test_installing_with_a_malformed_choice_is_refused():

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from triton_child import child
 
-from drsn_kernels.backends import triton
+from drsn_kernels.backends import gpu
 
-pytestmark = pytest.mark.skipif(triton._missing() is not None, reason="no Triton, or too old")
+pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason="no Triton, or too old")
 SCRIPT = Path(__file__).resolve().parent / "replicated_stores.py"
 
 

@@ -1,24 +1,14 @@
 """benchmarks/sanitizer.py: logs of compute-sanitizer, with pytest's own output between."""
 
-import sys
 from pathlib import Path
 
 import pytest
+import repository  # noqa: F401 - benchmarks/
 
 import drsn_kernels as dk
+from benchmarks import sanitizer
 
-ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path(dk.__file__).parent / "triton"
-
-
-@pytest.fixture(scope="module")
-def sanitizer():
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import sanitizer
-    finally:
-        sys.path[:] = [entry for entry in sys.path if entry != str(ROOT)]
-    return sanitizer
 
 
 def number(race) -> int:
@@ -46,7 +36,7 @@ def write(kernel: str, offset: str, file: str, line: int, arguments: str = "") -
 
 
 @pytest.fixture
-def race(sanitizer, monkeypatch):
+def race(monkeypatch):
     """A line of a kernel, for these tests only, as the one place that is known."""
     source = (KERNELS / "gate.py").read_text()
     text = next(line.strip() for line in source.splitlines() if "u = tl.sum(" in line)
@@ -55,19 +45,19 @@ def race(sanitizer, monkeypatch):
     return known
 
 
-def test_the_known_places_are_in_the_kernels(sanitizer):
+def test_the_known_places_are_in_the_kernels():
     """A line that was edited or moved to another kernel is no longer known, and should not be listed."""
     for race in sanitizer.KNOWN_RACES:
         assert race.reason and race.text in [line.strip() for line in (KERNELS / race.file).read_text().splitlines()]
 
 
-def test_known_races_are_no_findings(sanitizer, race):
+def test_known_races_are_no_findings(race):
     records = [report(*[write(race.kernel, "0x2a10", race.file, number(race), a)] * 2) for a in ("", "(float *, int)")]
     assert sanitizer.race_findings(log(*records), KERNELS) == ([], len(records))
     assert sanitizer.race_findings(log(), KERNELS) == ([], 0)
 
 
-def test_every_other_race_is_a_finding(sanitizer, race):
+def test_every_other_race_is_a_finding(race):
     line = number(race)
     known = write(race.kernel, "0x10", race.file, line)
     others = {
@@ -88,7 +78,7 @@ def test_every_other_race_is_a_finding(sanitizer, race):
     assert findings == [sanitizer.Finding("race: write and read", f"{race.kernel} in {race.file}:{line}")]
 
 
-def test_a_log_that_is_not_whole_or_not_understood_is_a_finding(sanitizer, race):
+def test_a_log_that_is_not_whole_or_not_understood_is_a_finding(race):
     known = report(*[write(race.kernel, "0x10", race.file, number(race))] * 2)
     for text in (log(known).rpartition("========= RACECHECK")[0], ""):
         assert "no summary" in sanitizer.race_findings(text, KERNELS)[0][-1].what
@@ -114,7 +104,7 @@ MEMCHECK = """========= COMPUTE-SANITIZER
 """
 
 
-def test_memcheck(sanitizer):
+def test_memcheck():
     first, second = sanitizer.memory_findings(MEMCHECK)
     assert first == sanitizer.Finding("Invalid __global__ read of size 4 bytes", "hidden_kernel in gate.py:110")
     assert second.what.startswith("Program hit CUDA_ERROR_INVALID_VALUE") and not second.where

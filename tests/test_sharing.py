@@ -79,7 +79,7 @@ def test_inplace_without_gradient_is_seen_by_who_saved_x(kernels):
 
 
 def test_a_backward_pass_inside_another(kernels):
-    """A hook on alpha runs the same graph again while the first pass is between Apply and AbsMean."""
+    """A hook on alpha runs the same graph again while the first pass is between Apply and Pool."""
     x, g, gate = leaf(), torch.randn(4, 8, 70, dtype=torch.float64), smooth_gate(8).double()
     inner, fired = [], []
 
@@ -127,7 +127,7 @@ def test_gradients_of_the_gate_alone_leave_nothing_behind(kernels):
     y = dk.shrink(x, gate)
     torch.autograd.grad(y, list(gate.parameters()), torch.randn_like(y), retain_graph=True)
     node = y.grad_fn
-    assert node.pool.handed == {}  # AbsMean did not run: g must not stay with it
+    assert node.pool.handed == {}  # Pool did not run: g must not stay with it
 
 
 @pytest.mark.unpoisoned

@@ -13,8 +13,9 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cpu, eager, triton
-from drsn_kernels.planes import geometry
+from drsn_kernels.backends import cpu, gpu
+from drsn_kernels.backends.eager import spread
+from drsn_kernels.layout import layout_of
 
 LENGTHS = [1, 17, 65, 129, 1027, 32771]  # around the widths of the kernels: test_ops.py
 SHAPES = [(2, 8, 1024), (8, 4, 512), (1, 3, 9600), (2, 4, 56, 56), (2, 64, 7, 7), (4, 4, 256, 1), (2, 3, 2, 3, 5)]
@@ -96,8 +97,8 @@ def test_the_sums_are_accurate(kernels, dtype, channels_last):
         x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
     backend = dk.backends.BACKENDS[kernels.backend]
     for found, terms in (
-        (backend.mean(x, geometry(x)), x.double() / x.shape[2]),
-        (backend.scale_sums(geometry(x), g, x), g.double() * x.double()),
+        (backend.reduce(x, layout_of(x), kind="value")[0], x.double() / x.shape[2]),
+        (backend.reduce(g, layout_of(x), kind="product", times=x)[0], g.double() * x.double()),
     ):
         assert found.dtype is wide(dtype) and found.shape == (2, 3)
         limit = (1e-12 if dtype is torch.float64 else 2e-6) * terms.abs().sum(2)
@@ -383,27 +384,26 @@ def test_explain():
     full, small = x.numel() * 4, 3 * 6 * 4
     assert (call.forward.read, call.forward.written, call.saved) == (3 * full + small, full + small, full + small)
     assert (call.backward.read, call.backward.written) == (3 * full + 2 * small, full + small)
-    assert (call.forward.kernels, call.backward.kernels) == (("mean", "scale"), ("scale_sums", "scale"))
-    assert frozen.saved == full and frozen.backward.kernels == ("scale_sums",)
+    assert (call.forward.kernels, call.backward.kernels) == (("reduce", "map"), ("reduce", "map"))
+    assert frozen.saved == full and frozen.backward.kernels == ("reduce",)
     assert module.fallback == "" and module.module == ""
     (compiled,) = dk.explain(torch.compile(dk.SqueezeExcite(6)), x)
     assert (compiled.backend, compiled.plan.name) == ("compiler", "decomposed")
 
 
 def test_explain_of_triton_plans_the_launches_that_are_budgeted():
-    if triton._missing() is not None or not triton.interpreting():
+    if gpu.missing() is not None or not gpu.interpreting():
         pytest.skip("needs Triton, interpreted")
     x = torch.randn(3, 6, 40, requires_grad=True)
     with dk.use_backend("triton", strict=True):
         (call,) = dk.explain(lambda: dk.squeeze_excite(x, smooth_gate(6)), strict=True)
-    assert call.forward.kernels == call.backward.kernels == ("reduce_kernel", "apply_kernel")
+    assert call.forward.kernels == call.backward.kernels == ("reduce_kernel", "map_kernel")
     assert [planned.kernel for planned in call.plan.launches] == [*call.forward.kernels, *call.backward.kernels]
     assert call.plan.name == "two launches each way"
 
 
-def test_the_eager_kernels_are_differentiable_without_g():
+def test_the_gradient_of_a_mean_is_differentiable():
     """A gate whose output goes to a loss of its own: there is no g, and dx is dA / L alone."""
-    geo = geometry(torch.empty(2, 3, 5))
     da = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    dx = eager.scale_grad(geo, torch.float64, None, None, da)
+    dx = spread(da, layout_of(torch.empty(2, 3, 5)), torch.float64)
     assert torch.equal(dx, (da / 5)[..., None].expand(2, 3, 5)) and dx.is_contiguous()

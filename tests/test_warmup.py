@@ -9,9 +9,9 @@ import torch
 from triton_child import child
 
 from drsn_kernels import __main__, warmup
-from drsn_kernels.backends import triton
+from drsn_kernels.backends import gpu
 
-needs_triton = pytest.mark.skipif(triton._missing() is not None, reason="no Triton, or too old")
+needs_triton = pytest.mark.skipif(gpu.missing() is not None, reason="no Triton, or too old")
 
 # What a user's file may hold, put where `python -m` finds it.
 NETWORKS = """

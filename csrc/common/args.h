@@ -1,4 +1,4 @@
-// What a kernel of any compiled backend is given: pointers, the walk over them, strides.
+// What a compiled kernel is given: pointers, the walk over them, strides. Fields are set by name; what is not set is absent.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Strides {
   int64_t size[kMaxDims] = {}, stride[kMaxDims] = {};
 };
 
-// How a tensor is walked: see drsn_kernels/planes.py for the order and the layout of the planes.
+// How a tensor is walked: see drsn_kernels/layout.py for the order and the layout of the planes.
 struct Walk {
   int64_t n = 0, c = 0, l = 0;
   bool channels_last = false;
@@ -26,67 +26,68 @@ struct Walk {
 // What reduce adds up: |x| or x for their means, x * times for its sum.
 enum class Sum : int { magnitudes, values, products };
 
-// What apply makes of x and t, its threshold or factor: soft_threshold(x, t), piecewise(x, t, ...), or x * t.
+// What map makes of x and t, its threshold or factor: soft_threshold(x, t), piecewise(x, t, ...), or x * t.
 enum class Map : int { soft, pieces, scale };
 
 struct ReduceArgs {  // out = mean |x|, or another Sum; planes optional (both or none), with |x| only
-  DType dtype;
+  DType dtype = DType::f32;
   Walk walk;
-  const void* x;
-  Strides xs;
-  void* out;  // (N, C), float or double
-  uint8_t *sign, *nonzero;
   Sum sum = Sum::magnitudes;
+  const void* x = nullptr;
+  Strides xs;
   const void* times = nullptr;  // of x's shape
-  Strides ts = {};
+  Strides ts;
+  void* out = nullptr;  // (N, C), float or double
+  uint8_t *sign = nullptr, *nonzero = nullptr;
 };
 
-struct ApplyArgs {  // y = map(x, tau) [+ residual] [+ shift / L]; kept optional, sign only with kept; neither where it scales
-  DType dtype;
+// y = map(x, t) [+ residual] [+ shift / L]. A threshold writes the planes kept and sign, or all three, or none.
+struct MapArgs {
+  DType dtype = DType::f32;
   Walk walk;
-  const void* x;
-  Strides xs;
-  void* y;
-  Strides ys;
-  const void* tau;  // float or double, strides in elements, 0 where broadcast
-  int64_t tau_n, tau_c;
-  const void* residual;
-  Strides rs;
-  uint8_t *kept, *sign;
   Map map = Map::soft;
   double inside = 0, offset = 1;  // of pieces
-  const void* shift = nullptr;    // (N, C), float or double, contiguous; where it scales, without a residual
+  const void* x = nullptr;
+  Strides xs;
+  void* y = nullptr;
+  Strides ys;
+  const void* t = nullptr;  // float or double, strides in elements, 0 where broadcast
+  int64_t t_n = 0, t_c = 0;
+  const void* residual = nullptr;
+  Strides rs;
+  const void* shift = nullptr;  // (N, C), float or double, contiguous; where it scales, without a residual
+  uint8_t *kept = nullptr, *sign = nullptr, *nonzero = nullptr;
 };
 
 struct GradArgs {
   // dx = kept * g + s * da / L    where dx is given; g or da may be absent
   // dtau = - sum_L s * kept * g   where dtau is given
   // by other pieces, inside * g is in the place of 0 where it is not kept, and dtau is offset times that
-  DType dtype;
+  DType dtype = DType::f32;
   Walk walk;
-  const void* g;
-  Strides gs;
-  const void* da;  // (N, C), float or double, contiguous
-  void* dx;
-  Strides ds;
-  void* dtau;  // (N, C), float or double
-  const uint8_t *kept, *sign, *nonzero;
   double inside = 0, offset = 1;
+  const void* g = nullptr;
+  Strides gs;
+  const void* da = nullptr;  // (N, C), float or double, contiguous
+  void* dx = nullptr;
+  Strides ds;
+  void* dtau = nullptr;  // (N, C), float or double
+  const uint8_t *kept = nullptr, *sign = nullptr, *nonzero = nullptr;
 };
 
 enum class Average : int { channel = 0, sample = 1, none = 2 };
 
 // The standard gate: u = A w1' + b1, v = relu(norm(u)), alpha = sigmoid(v w2' + b2). float, or double for f64.
 struct GateArgs {
-  int64_t n, c, h, o;
-  Average average;
-  bool norm, batch_stats;
-  double eps, momentum;
-  const void *w1, *b1, *gamma, *beta, *w2, *b2;
-  void *running_mean, *running_var;
-  int64_t* batches;
-  void *pooled, *hidden, *alpha;  // A (N, C), u (N, H), alpha (N, O)
-  void *mean, *var;               // (H,): what normalises u; written where they are of the batch
+  int64_t n = 0, c = 0, h = 0, o = 0;
+  Average average = Average::channel;
+  bool norm = false, batch_stats = false;
+  double eps = 0, momentum = 0;
+  const void *w1 = nullptr, *b1 = nullptr, *gamma = nullptr, *beta = nullptr, *w2 = nullptr, *b2 = nullptr;
+  void *running_mean = nullptr, *running_var = nullptr;
+  int64_t* batches = nullptr;
+  void *pooled = nullptr, *hidden = nullptr, *alpha = nullptr;  // A (N, C), u (N, H), alpha (N, O)
+  void *mean = nullptr, *var = nullptr;  // (H,): what normalises u; written where they are of the batch
 };
 
 }  // namespace drsn

@@ -5,27 +5,28 @@
 
 namespace drsn {
 
-struct StandardForwardArgs {
+struct GatedForwardArgs {
   ReduceArgs reduce;  // out is gate.pooled
-  ApplyArgs apply;    // tau (N, C), or (N, 1) with tau_c 0, is written first; absent where nobody wants it
+  MapArgs map;        // t is tau, (N, C), or (N, 1) with t_c 0, and written first; absent where nobody wants it
   GateArgs gate;
-  int64_t block;  // samples that are pooled, gated and shrunk together; 0, and with batch statistics: the whole batch
+  int64_t block = 0;  // samples that are pooled, gated and shrunk together; 0, and with batch statistics: the whole batch
 };
 
-struct StandardBackwardArgs {
+struct GatedBackwardArgs {
   GradArgs dtau, dx;  // dx.dx may be absent
   GateArgs gate;
-  const void* tau_grad;  // (N, C) or (N, 1) like tau, or absent
-  void *dw1, *db1, *dgamma, *dbeta, *dw2, *db2;  // each absent where nobody wants it
+  const void* tau_grad = nullptr;  // (N, C) or (N, 1) like tau, or absent
+  // each absent where nobody wants it
+  void *dw1 = nullptr, *db1 = nullptr, *dgamma = nullptr, *dbeta = nullptr, *dw2 = nullptr, *db2 = nullptr;
 };
 
 struct Kernels {
   const char* name;
   void (*reduce)(const ReduceArgs&);
-  void (*apply)(const ApplyArgs&);
+  void (*map)(const MapArgs&);
   void (*grad)(const GradArgs&);
-  void (*standard_forward)(const StandardForwardArgs&);
-  void (*standard_backward)(const StandardBackwardArgs&);
+  void (*gated_forward)(const GatedForwardArgs&);
+  void (*gated_backward)(const GatedBackwardArgs&);
 };
 
 extern const Kernels kernels_portable;

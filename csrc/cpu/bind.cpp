@@ -1,4 +1,4 @@
-// The extension drsn_kernels._cpu: raw pointers, shapes and strides in, nothing of torch's C++ in it.
+// The extension drsn_kernels._cpu: tensors in, by their Python attributes; nothing of torch's C++ in it.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "api.h"
 #include "arena.h"
 #include "dlpack.h"
+#include "named.h"
 
 namespace py = pybind11;
 
@@ -85,102 +86,198 @@ py::capsule empty(int dtype, const py::tuple& shape, const py::tuple& strides) {
   });
 }
 
-void reduce(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t out,
-            uintptr_t sign, uintptr_t nonzero) {
-  const Shape s(shape, dense);
-  const ReduceArgs args{DType(dtype),       s.walk, pointer<void>(x), s.strides(xs), pointer<void>(out),
-                        pointer<uint8_t>(sign), pointer<uint8_t>(nonzero)};
-  py::gil_scoped_release release;
-  kernels->reduce(args);
+// ---- the kernels: methods of a walk, their arguments by name ---------------------------------------------------------
+
+// A dtype and a layout, parsed once for all calls on tensors that have them.
+struct BoundWalk {
+  DType dtype;
+  Shape shape;
+  int64_t plane;  // bytes
+
+  BoundWalk(int dtype, const py::tuple& sizes, const py::tuple& strides)
+      : dtype(DType(dtype)), shape(sizes, strides), plane(plane_bytes(shape.walk)) {}
+  int64_t numbers() const { return dtype == DType::f64 ? 8 : 4; }  // bytes of one in sums, thresholds and the gate
+};
+
+namespace names {
+const Name kind("kind"), inside("inside"), offset("offset");
+const Name x("x"), times("times"), out("out"), y("y"), t("t"), residual("residual"), shift("shift");
+const Name planes("planes"), kept("kept"), sign("sign"), nonzero("nonzero");
+const Name g("g"), dA("dA"), dx("dx"), dtau("dtau"), tau("tau"), tau_grad("tau_grad");
+const Name average("average"), hidden("hidden"), outputs("outputs"), batch_stats("batch_stats"), eps("eps");
+const Name momentum("momentum"), block("block"), pooled("pooled"), state("state");
+const Name w1("w1"), b1("b1"), gamma("gamma"), beta("beta"), w2("w2"), b2("b2");
+const Name mean("mean"), var("var"), batches("batches");
+const Name dw1("dw1"), db1("db1"), dgamma("dgamma"), dbeta("dbeta"), dw2("dw2"), db2("db2");
+}  // namespace names
+
+// The address of a tensor that a caller hands in, and of one that is made for the call; null where there is none.
+template <class T = void> T* given(Named& call, const Name& name) {
+  PyObject* const tensor = call.given(name);
+  return tensor ? static_cast<T*>(cpu_address(tensor)) : nullptr;
+}
+template <class T = void> T* made(Named& call, const Name& name) {
+  PyObject* const tensor = call.given(name);
+  return tensor ? static_cast<T*>(address(tensor)) : nullptr;
 }
 
-void apply(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
-           const py::tuple& ys, uintptr_t tau, const py::tuple& tau_shape, const py::tuple& ts, uintptr_t residual, const py::tuple& rs,
-           uintptr_t kept, uintptr_t sign, double inside, double factor) {
-  const Shape s(shape, dense);
-  const Map map = inside == 0 && factor == 1 ? Map::soft : Map::pieces;
-  const int64_t tau_n = item(tau_shape, 0) == 1 ? 0 : item(ts, 0), tau_c = item(tau_shape, 1) == 1 ? 0 : item(ts, 1);
-  const ApplyArgs args{DType(dtype), s.walk,        pointer<void>(x),         s.strides(xs), pointer<void>(y),
-                       s.strides(ys), pointer<void>(tau), tau_n,              tau_c,         pointer<void>(residual),
-                       s.strides(rs), pointer<uint8_t>(kept), pointer<uint8_t>(sign), map, inside, factor};
-  py::gil_scoped_release release;
-  kernels->apply(args);
+// The same of a tensor of x's shape, and its strides.
+void* given(const BoundWalk& w, Named& call, const Name& name, Strides& strides) {
+  PyObject* const tensor = call.given(name);
+  if (!tensor) return nullptr;
+  strides = w.shape.merged(steps(tensor, w.shape.rank).ptr());
+  return cpu_address(tensor);
 }
 
-void grad(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t da,
-          uintptr_t dx, uintptr_t dtau, uintptr_t kept, uintptr_t sign, uintptr_t nonzero, double inside, double factor) {
-  const Shape s(shape, dense);
-  const GradArgs args{DType(dtype),      s.walk,       pointer<void>(g),       s.strides(gs), pointer<void>(da),
-                      pointer<void>(dx), s.strides(dense), pointer<void>(dtau), pointer<uint8_t>(kept),
-                      pointer<uint8_t>(sign), pointer<uint8_t>(nonzero), inside, factor};
-  py::gil_scoped_release release;
-  kernels->grad(args);
+// A plane in a tensor of them, by the number of its row; null where there is none.
+template <class T> T* plane(const BoundWalk& w, Named& call, T* planes, const Name& name) {
+  const int64_t row = call.integer(name, -1);
+  return planes && row >= 0 ? planes + row * w.plane : nullptr;
 }
 
-void mean(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t out) {
-  const Shape s(shape, dense);
-  const ReduceArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(out), nullptr, nullptr, Sum::values};
+void reduce(const BoundWalk& w, Named& call) {
+  ReduceArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  a.sum = Sum(call.choice(names::kind, {"magnitude", "value", "product"}, 0));
+  a.x = given(w, call, names::x, a.xs);
+  a.times = given(w, call, names::times, a.ts);
+  a.out = made(call, names::out);
+  uint8_t* const planes = given<uint8_t>(call, names::planes);
+  a.sign = plane(w, call, planes, names::sign);
+  a.nonzero = plane(w, call, planes, names::nonzero);
+  call.finish();
   py::gil_scoped_release release;
-  kernels->reduce(args);
+  kernels->reduce(a);
 }
 
-void scale(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
-           uintptr_t factors, const py::tuple& fs, uintptr_t residual, const py::tuple& rs, uintptr_t shift) {
-  const Shape s(shape, dense);
-  const ApplyArgs args{DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(dense),
-                       pointer<void>(factors), item(fs, 0), item(fs, 1), pointer<void>(residual), s.strides(rs), nullptr, nullptr,
-                       Map::scale, 0, 1, pointer<void>(shift)};
+void map(const BoundWalk& w, Named& call) {
+  MapArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  const bool scales = call.choice(names::kind, {"threshold", "scale"}, 0) == 1;
+  a.x = given(w, call, names::x, a.xs);
+  a.y = given(w, call, names::y, a.ys);
+  if (PyObject* const t = call.given(names::t)) {
+    const py::object size = sizes(t, 2), step = steps(t, 2);
+    a.t = cpu_address(t);
+    a.t_n = item(size.ptr(), 0) == 1 ? 0 : item(step.ptr(), 0);
+    a.t_c = item(size.ptr(), 1) == 1 ? 0 : item(step.ptr(), 1);
+  }
+  a.inside = call.number(names::inside, 0);
+  a.offset = call.number(names::offset, 1);
+  a.map = scales ? Map::scale : a.inside == 0 && a.offset == 1 ? Map::soft : Map::pieces;
+  a.residual = given(w, call, names::residual, a.rs);
+  a.shift = given(call, names::shift);
+  uint8_t* const planes = given<uint8_t>(call, names::planes);
+  a.kept = plane(w, call, planes, names::kept);
+  a.sign = plane(w, call, planes, names::sign);
+  a.nonzero = plane(w, call, planes, names::nonzero);
+  call.finish();
   py::gil_scoped_release release;
-  kernels->apply(args);
+  kernels->map(a);
 }
 
-void scale_sums(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t x,
-                const py::tuple& xs, uintptr_t out) {
-  const Shape s(shape, dense);
-  const ReduceArgs args{DType(dtype), s.walk, pointer<void>(g), s.strides(gs), pointer<void>(out), nullptr, nullptr,
-                        Sum::products, pointer<void>(x), s.strides(xs)};
+void grad(const BoundWalk& w, Named& call) {
+  GradArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  a.g = given(w, call, names::g, a.gs);
+  a.da = given(call, names::dA);
+  a.dx = made(call, names::dx);
+  a.ds = w.shape.dense;
+  a.dtau = made(call, names::dtau);
+  const uint8_t* const planes = given<uint8_t>(call, names::planes);
+  a.kept = plane(w, call, planes, names::kept);
+  a.sign = plane(w, call, planes, names::sign);
+  a.nonzero = plane(w, call, planes, names::nonzero);
+  a.inside = call.number(names::inside, 0);
+  a.offset = call.number(names::offset, 1);
+  call.finish();
   py::gil_scoped_release release;
-  kernels->reduce(args);
+  kernels->grad(a);
 }
 
-void standard_forward(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t x, const py::tuple& xs, uintptr_t y,
-                      const py::tuple& ys, uintptr_t residual, const py::tuple& rs, uintptr_t bits, uintptr_t tau, int average,
-                      int64_t hidden, int64_t outputs, bool batch_stats, double eps, double momentum, const py::tuple& parts,
-                      const py::tuple& state, int64_t block) {
-  const Shape s(shape, dense);
-  const GateArgs gate = gate_args(s.walk, average, hidden, outputs, batch_stats, eps, momentum, parts, state);
-  const int64_t plane = plane_bytes(s.walk);
-  uint8_t *const sign = pointer<uint8_t>(bits), *const nonzero = sign ? sign + plane : nullptr;
-  const bool one_tau = outputs == 1 && gate.average != Average::channel;
-  const StandardForwardArgs args{
-      {DType(dtype), s.walk, pointer<void>(x), s.strides(xs), gate.pooled, sign, nonzero},
-      {DType(dtype), s.walk, pointer<void>(x), s.strides(xs), pointer<void>(y), s.strides(ys), pointer<void>(tau),
-       one_tau ? 1 : s.walk.c, one_tau ? 0 : 1, pointer<void>(residual), s.strides(rs), sign ? sign + 2 * plane : nullptr, nullptr},
-      gate, block};
-  py::gil_scoped_release release;
-  kernels->standard_forward(args);
+// state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
+GateArgs gate(const BoundWalk& w, Named& call) {
+  GateArgs a;
+  a.n = w.shape.walk.n;
+  a.c = w.shape.walk.c;
+  a.average = Average(call.choice(names::average, {"channel", "sample"}, int(Average::none)));
+  a.h = call.integer(names::hidden, 0);
+  a.o = call.integer(names::outputs, 0);
+  a.batch_stats = call.integer(names::batch_stats, 0);
+  a.eps = call.number(names::eps, 0);
+  a.momentum = call.number(names::momentum, 0);
+  a.w1 = given(call, names::w1);
+  a.b1 = given(call, names::b1);
+  a.gamma = given(call, names::gamma);
+  a.beta = given(call, names::beta);
+  a.w2 = given(call, names::w2);
+  a.b2 = given(call, names::b2);
+  a.running_mean = given(call, names::mean);
+  a.running_var = given(call, names::var);
+  a.batches = given<int64_t>(call, names::batches);
+  a.norm = a.gamma != nullptr;
+  a.pooled = made(call, names::pooled);
+  char* const state = made<char>(call, names::state);
+  a.hidden = state;
+  a.alpha = state + a.n * a.h * w.numbers();
+  a.mean = a.batch_stats ? state + a.n * (a.h + a.o) * w.numbers() : a.running_mean;
+  a.var = a.batch_stats ? state + (a.n * (a.h + a.o) + a.h) * w.numbers() : a.running_var;
+  return a;
 }
 
-// grads: dw1, db1, dgamma, dbeta, dw2, db2
-void standard_backward(int dtype, const py::tuple& shape, const py::tuple& dense, uintptr_t g, const py::tuple& gs, uintptr_t dx,
-                       uintptr_t bits, uintptr_t tau_grad, int average, int64_t hidden, int64_t outputs, bool batch_stats,
-                       double eps, const py::tuple& parts, const py::tuple& state, const py::tuple& grads) {
-  const Shape s(shape, dense);
-  const int64_t plane = plane_bytes(s.walk);
-  const uint8_t *const sign = pointer<uint8_t>(bits), *const nonzero = sign + plane, *const kept = sign + 2 * plane;
-  Addresses to{grads};
-  StandardBackwardArgs args{};
-  args.gate = gate_args(s.walk, average, hidden, outputs, batch_stats, eps, 0, parts, state);
-  args.dtau = {DType(dtype), s.walk, pointer<void>(g), s.strides(gs), nullptr, nullptr, {}, nullptr, kept, sign, nonzero};
-  args.dx = {DType(dtype), s.walk, pointer<void>(g), s.strides(gs), nullptr, pointer<void>(dx), s.strides(dense), nullptr, kept, sign, nonzero};
-  args.tau_grad = pointer<void>(tau_grad);
-  args.dw1 = to.next(), args.db1 = to.next(), args.dgamma = to.next(), args.dbeta = to.next(), args.dw2 = to.next(), args.db2 = to.next();
+void gated_forward(const BoundWalk& w, Named& call) {
+  GatedForwardArgs a;
+  ReduceArgs& reduce = a.reduce;
+  MapArgs& map = a.map;
+  reduce.dtype = map.dtype = w.dtype;
+  reduce.walk = map.walk = w.shape.walk;
+  reduce.x = map.x = given(w, call, names::x, map.xs);
+  reduce.xs = map.xs;
+  map.y = given(w, call, names::y, map.ys);
+  map.residual = given(w, call, names::residual, map.rs);
+  map.t = made(call, names::tau);
+  uint8_t* const planes = given<uint8_t>(call, names::planes);
+  map.kept = plane(w, call, planes, names::kept);
+  map.sign = plane(w, call, planes, names::sign);
+  map.nonzero = plane(w, call, planes, names::nonzero);
+  a.block = call.integer(names::block, 0);
+  a.gate = gate(w, call);
+  const bool one_tau = a.gate.o == 1 && a.gate.average != Average::channel;
+  map.t_n = one_tau ? 1 : a.gate.c;
+  map.t_c = one_tau ? 0 : 1;
+  reduce.out = a.gate.pooled;
+  call.finish();
   py::gil_scoped_release release;
-  kernels->standard_backward(args);
+  kernels->gated_forward(a);
 }
 
-int64_t plane_words(const py::tuple& shape, const py::tuple& dense) {
-  return plane_bytes(Shape(shape, dense).walk) / 4;
+void gated_backward(const BoundWalk& w, Named& call) {
+  GatedBackwardArgs a;
+  GradArgs both;
+  both.dtype = w.dtype;
+  both.walk = w.shape.walk;
+  both.g = given(w, call, names::g, both.gs);
+  const uint8_t* const planes = given<uint8_t>(call, names::planes);
+  both.kept = plane(w, call, planes, names::kept);
+  both.sign = plane(w, call, planes, names::sign);
+  both.nonzero = plane(w, call, planes, names::nonzero);
+  a.dtau = a.dx = both;
+  a.dx.dx = made(call, names::dx);
+  a.dx.ds = w.shape.dense;
+  a.tau_grad = given(call, names::tau_grad);
+  a.gate = gate(w, call);
+  a.dw1 = made(call, names::dw1);
+  a.db1 = made(call, names::db1);
+  a.dgamma = made(call, names::dgamma);
+  a.dbeta = made(call, names::dbeta);
+  a.dw2 = made(call, names::dw2);
+  a.db2 = made(call, names::db2);
+  call.finish();
+  py::gil_scoped_release release;
+  kernels->gated_backward(a);
 }
 
 py::tuple available() {
@@ -213,18 +310,17 @@ void set_isa(const std::string& name) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace drsn;
   m.doc() = "CPU kernels of drsn_kernels; called by drsn_kernels.backends.cpu, which checks what it passes.";
-  m.def("reduce", &reduce, "out (N, C) = mean |x|, and the planes sign and nonzero where not 0");
-  m.def("apply", &apply, "y = sign(x) relu(|x| - tau) + residual, or of other pieces, and the planes kept and sign where not 0");
-  m.def("grad", &grad, "dx = kept g + s dA / L and dtau = -sum s kept g, each where its pointer is not 0");
-  m.def("mean", &mean, "out (N, C) = mean x");
-  m.def("scale", &scale, "y = x f + residual, or x f + shift / L; factors f by their strides, 0 where they are broadcast");
-  m.def("scale_sums", &scale_sums, "out (N, C) = sum g x");
-  m.def("plane_words", &plane_words, "32-bit words in one plane of a tensor of this shape and dense strides");
+  py::class_<BoundWalk> walk(m, "Walk", "The kernels for tensors of one dtype, shape and dense strides.");
+  walk.def(py::init<int, const py::tuple&, const py::tuple&>(), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+  walk.def_property_readonly("words", [](const BoundWalk& w) { return w.plane / 4; }, "32-bit words in one plane.");
+  add_method<BoundWalk, reduce>(walk, "reduce", "out (N, C) = mean |x|, mean x, or the sum of x * times; planes sign, nonzero.");
+  add_method<BoundWalk, map>(walk, "map", "y = x thresholded at t, or x * t; the planes kept, sign and nonzero, `count` of them.");
+  add_method<BoundWalk, grad>(walk, "grad", "dx = kept g + s dA / L and dtau = -sum s kept g, each where its address is given.");
+  add_method<BoundWalk, gated_forward>(walk, "gated_forward", "The step with the standard gate: y, and what its gradient needs.");
+  add_method<BoundWalk, gated_backward>(walk, "gated_backward", "dx and the gradients of the gate's parameters.");
   m.def("set_parallel_for", [](uintptr_t p) { parallel_for = reinterpret_cast<ParallelFor>(p); },
         "The address of torch_parallel_for, or 0 for serial kernels.");
   m.def("has_parallel_for", [] { return parallel_for != nullptr; });
-  m.def("standard_forward", &standard_forward, "The step with the standard gate: y, and what its gradient needs.");
-  m.def("standard_backward", &standard_backward, "dx and the gradients of the gate's parameters.");
   m.def("empty", &empty, "Uninitialised memory for a large output, as a DLPack capsule.");
   m.def("set_cache_limit", [](size_t bytes) { arena().set_limit(bytes); }, "Bytes of freed outputs to keep.");
   m.def("cached_bytes", [] { return arena().cached(); }, "Bytes of freed outputs kept now.");

@@ -1,8 +1,8 @@
 // The kernels for any CPU.
 #include "vec_portable.h"
 
-#include "standard.h"
+#include "gated.h"
 
 namespace drsn {
-const Kernels kernels_portable = {"portable", reduce, apply, grad, standard_forward, standard_backward};
+const Kernels kernels_portable = {"portable", reduce, map, grad, gated_forward, gated_backward};
 }

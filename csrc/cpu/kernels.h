@@ -1,6 +1,6 @@
 // The CPU kernels, written once over Vec and compiled once for each instruction set (see isa_*.cpp).
 //
-// A row is the contiguous run of the walk (drsn_kernels/planes.py): the L elements of one (n, c), or in channels_last
+// A row is the contiguous run of the walk (drsn_kernels/layout.py): the L elements of one (n, c), or in channels_last
 // the C elements of one (n, l). Row functions work on contiguous memory, 64 elements (one plane word) a step; an operand
 // whose rows are strided is staged through a buffer of 512 elements, so no layout ever needs a copy of the tensor.
 // In the row walk tau, dA and the sums are one scalar a row; in channels_last they are vectors along C.
@@ -189,21 +189,21 @@ template <class T, bool CL, Sum SUM, bool PLANES> void reduce_as(const ReduceArg
                });
 }
 
-template <class T, bool CL, Map MAP, bool RESIDUAL, bool SHIFT> void apply_as(const ApplyArgs& a) {
+template <class T, bool CL, Map MAP, bool RESIDUAL, bool SHIFT> void map_as(const MapArgs& a) {
   using S = typename Compute<T>::type;
   const auto x = rows<T>(a.x, a.xs, a.walk), y = rows<T>(a.y, a.ys, a.walk), res = rows<T>(a.residual, a.rs, a.walk);
   const bool contiguous = x.contiguous && y.contiguous && res.contiguous;
-  // channels_last reads tau as a vector along C; where it is not one in memory, it is spread out first
-  const bool spread = CL && a.tau_c != 1;
+  // channels_last reads t as a vector along C; where it is not one in memory, it is spread out first
+  const bool spread = CL && a.t_c != 1;
   Scratch<S> wide(spread ? a.walk.n * a.walk.c : 0);
-  const S* tau = static_cast<const S*>(a.tau);
-  int64_t tau_n = a.tau_n;
-  const int64_t tau_c = a.tau_c, bytes = a.walk.row_bytes;
+  const S* factors = static_cast<const S*>(a.t);
+  int64_t t_n = a.t_n;
+  const int64_t t_c = a.t_c, bytes = a.walk.row_bytes;
   if (spread) {
     for (int64_t n = 0; n < a.walk.n; ++n)
-      for (int64_t c = 0; c < a.walk.c; ++c) wide.data[n * a.walk.c + c] = tau[n * tau_n + c * tau_c];
-    tau = wide.data;
-    tau_n = a.walk.c;
+      for (int64_t c = 0; c < a.walk.c; ++c) wide.data[n * a.walk.c + c] = factors[n * t_n + c * t_c];
+    factors = wide.data;
+    t_n = a.walk.c;
   }
   const int64_t channels = a.walk.c;
   Scratch<S> shares(SHIFT ? a.walk.n * channels : 0);  // shift / L; -0, which changes nothing, where there is none
@@ -213,30 +213,30 @@ template <class T, bool CL, Map MAP, bool RESIDUAL, bool SHIFT> void apply_as(co
   }
   const S* const share = shares.data;
   const double inside = a.inside, factor = a.offset;
-  uint8_t *const kept = a.kept, *const sign = a.sign;
+  uint8_t *const kept = a.kept, *const sign = a.sign, *const nonzero = a.nonzero;
   const auto any = [&](T* x_row, T* y_row, T* res_row, const S* t, const S* shift, int64_t start, int64_t count,
                        int64_t plane) __attribute__((noinline)) {
     alignas(64) T x_buffer[kChunk], y_buffer[kChunk], res_buffer[kChunk];
     pieces(contiguous, start, count, [&](int64_t i, int64_t len) {
       const int64_t at = plane + (i - start) / 8;
-      apply_row<false, T, CL, MAP, RESIDUAL, SHIFT>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer),
-                                                    CL ? t + i : t, res.fetch(res_row, i, len, res_buffer),
-                                                    SHIFT && CL ? shift + i : shift, inside, factor, len, offset(kept, at),
-                                                    offset(sign, at), bytes - i / 8);
+      map_row<false, T, CL, MAP, RESIDUAL, SHIFT>(x.fetch(x_row, i, len, x_buffer), y.target(y_row, i, y_buffer),
+                                                  CL ? t + i : t, res.fetch(res_row, i, len, res_buffer),
+                                                  SHIFT && CL ? shift + i : shift, inside, factor, len, offset(kept, at),
+                                                  offset(sign, at), offset(nonzero, at), bytes - i / 8);
       y.put(y_row, i, len, y_buffer);
     });
   };
   for_rows(a.walk, [=, &x, &y, &res, &any](int64_t n, int64_t j, int64_t start, int64_t count,
                                            int64_t plane) DRSN_LAMBDA {
-    const S* t = CL ? tau + n * tau_n : tau + n * tau_n + j * tau_c;
+    const S* t = factors + n * t_n + (CL ? 0 : j * t_c);
     const S* shift = SHIFT ? share + n * channels + (CL ? 0 : j) : nullptr;
     constexpr bool optional = MAP == Map::pieces;  // no code of its own with and without a residual, nor for short rows
     T *const x_row = x.row(n, j), *const y_row = y.row(n, j);
     T* const res_row = RESIDUAL && (!optional || res.base) ? res.row(n, j) : nullptr;
     if (optional || start || count > 64 || !contiguous) return any(x_row, y_row, res_row, t, shift, start, count, plane);
     if constexpr (!optional)
-      apply_row<true, T, CL, MAP, RESIDUAL, SHIFT>(x_row, y_row, t, res_row, shift, inside, factor, count, offset(kept, plane),
-                                                   offset(sign, plane), bytes);
+      map_row<true, T, CL, MAP, RESIDUAL, SHIFT>(x_row, y_row, t, res_row, shift, inside, factor, count, offset(kept, plane),
+                                                 offset(sign, plane), offset(nonzero, plane), bytes);
   });
 }
 
@@ -301,11 +301,11 @@ template <class T, bool CL> void reduce_walk(const ReduceArgs& a) {
     case Sum::products: return reduce_as<T, CL, Sum::products, false>(a);
   }
 }
-template <class T, bool CL> void apply_walk(const ApplyArgs& a) {
+template <class T, bool CL> void map_walk(const MapArgs& a) {
   switch (a.map) {
-    case Map::soft: return a.residual ? apply_as<T, CL, Map::soft, true, false>(a) : apply_as<T, CL, Map::soft, false, false>(a);
-    case Map::pieces: return apply_as<T, CL, Map::pieces, true, false>(a);
-    case Map::scale: return a.residual ? apply_as<T, CL, Map::scale, true, false>(a) : apply_as<T, CL, Map::scale, false, true>(a);
+    case Map::soft: return a.residual ? map_as<T, CL, Map::soft, true, false>(a) : map_as<T, CL, Map::soft, false, false>(a);
+    case Map::pieces: return map_as<T, CL, Map::pieces, true, false>(a);
+    case Map::scale: return a.residual ? map_as<T, CL, Map::scale, true, false>(a) : map_as<T, CL, Map::scale, false, true>(a);
   }
 }
 template <class T, bool CL, bool LEAKY> void grad_of(const GradArgs& a) {
@@ -324,10 +324,10 @@ void reduce(const ReduceArgs& a) {
     a.walk.channels_last ? reduce_walk<T, true>(a) : reduce_walk<T, false>(a);
   });
 }
-void apply(const ApplyArgs& a) {
+void map(const MapArgs& a) {
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
-    a.walk.channels_last ? apply_walk<T, true>(a) : apply_walk<T, false>(a);
+    a.walk.channels_last ? map_walk<T, true>(a) : map_walk<T, false>(a);
   });
 }
 void grad(const GradArgs& a) {

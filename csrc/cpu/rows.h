@@ -219,15 +219,15 @@ DRSN_INLINE void reduce_row(const T* x, const T* times, int64_t n, typename Comp
 
 // inside and offset: of Map::pieces.
 template <bool SHORT, class T, bool CL, Map MAP, bool RESIDUAL, bool SHIFT>
-DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* tau, const T* residual,
+DRSN_INLINE void map_row(const T* x, T* y, const typename Compute<T>::type* factors, const T* residual,
                const typename Compute<T>::type* shift, double inside, double offset, int64_t n, uint8_t* kept, uint8_t* sign,
-               int64_t bytes) {
+               uint8_t* nonzero, int64_t bytes) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
-    uint64_t k = 0, s = 0;
+    uint64_t k = 0, s = 0, z = 0;
     each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
-      const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(tau, i + j, lanes);
+      const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(factors, i + j, lanes);
       V out = a * t;
       if constexpr (MAP != Map::scale) {
         decltype(a.nonzero()) above;
@@ -235,6 +235,7 @@ DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* ta
         if constexpr (MAP == Map::pieces) out = piecewise(a, t, V::set(S(inside)), V::set(S(offset)), above);
         k |= V::bits(above) << j;
         s |= V::bits(a.negative()) << j;
+        if (nonzero) z |= V::bits(a.nonzero()) << j;
       }
       if constexpr (SHIFT) out = out + coefficient<CL, V>(shift, i + j, lanes);
       if (RESIDUAL && (MAP != Map::pieces || residual)) out = out + load<V>(residual + i + j, lanes);
@@ -242,6 +243,7 @@ DRSN_INLINE void apply_row(const T* x, T* y, const typename Compute<T>::type* ta
     });
     if (kept) put_word(kept + i / 8, part.full ? 8 : bytes - i / 8, k);
     if (sign) put_word(sign + i / 8, part.full ? 8 : bytes - i / 8, s);
+    if (nonzero) put_word(nonzero + i / 8, part.full ? 8 : bytes - i / 8, z);
   });
 }
 

@@ -1,31 +1,23 @@
 """Backends: who computes an eager call, and why.
 
-A backend is a module with a `name`, `unsupported(x)` (None, or the reason in words) and three kernels:
-
-    reduce(x, geo, planes)                           -> A (N, C), and int32 (2, words) of sign and nonzero, or None
-    apply(x, geo, tau, residual, out, planes, rule)  -> y, and int32 (planes, words) of kept [and sign], or None
-    grad(geo, dtype, g, kept, sign, ...)             -> dx and/or dtau, from the planes
-
-and four for squeeze_excite: mean and scale forward, scale_sums and scale_grad backward.
-
-geo is x's shape and dense strides (planes.geometry), computed once a call.
-`torch` (pure PyTorch, any device) is the reference for all of them. A new backend joins by one line in BACKENDS and,
-in the tests, by being listed there.
+A backend is a class (step.py says of what) and a line in BACKENDS; in the tests, a line in KERNELS of conftest.py.
+`torch` (eager.py, pure PyTorch, any device) is the reference for all of them.
 """
 
 import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 
-from . import cpu, eager, triton
+from . import cpu, gpu
+from .eager import eager
+from .step import Backend
 
 log = logging.getLogger("drsn_kernels")
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": eager}
+BACKENDS: dict[str, Backend] = {"cpu": cpu.Cpu(), "triton": gpu.Gpu(), "torch": eager}
 
 
 def _checked(name: str, source: str) -> str:
@@ -77,9 +69,9 @@ def fall_back(message: str) -> None:
         log.warning(message)
 
 
-def _preferred(x: torch.Tensor) -> ModuleType:
+def _preferred(x: torch.Tensor) -> Backend:
     """By device; interpreted Triton runs on CPU tensors only where it is asked for."""
-    return triton if x.is_cuda else cpu
+    return BACKENDS["triton" if x.is_cuda else "cpu"]
 
 
 def why(x: torch.Tensor) -> tuple[str, bool]:
@@ -95,7 +87,7 @@ def why(x: torch.Tensor) -> tuple[str, bool]:
     return f"{choice.backend} was asked for, but {reason}", True
 
 
-def select(x: torch.Tensor) -> ModuleType:
+def select(x: torch.Tensor) -> Backend:
     """The backend for an eager call on x."""
     if choice.backend == "auto":
         backend = _preferred(x)

@@ -1,8 +1,8 @@
 """The main job: `python -m drsn_kernels demo` shows what the package does on this machine, in a few minutes.
 
 1. environment   versions, backends available or not (info.py)
-2. check         the fused operator against plain PyTorch, here and now (check.py)
-3. speed         a training step of the paper's network, fused and not, over its ResNet (speed.py)
+2. check         the fused operator against plain PyTorch, here and now (check.py, port.py)
+3. speed         a training step of the paper's network, fused and not, over its ResNet (speed.py, timing.py)
 4. learning      DRSN-CW and ResNet on noisy vibration signals (learning.py, plots.py)
 """
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .. import backends
-from ..bench.baselines import PortShrinkage
 from ..modules import Shrinkage
+from .port import PortShrinkage
 
 SHAPES = ((32, 24, 333), (16, 32, 17, 19))
 # An error is fine up to twice PyTorch's own in that dtype, plus this.

@@ -1,28 +1,41 @@
 """One training step of the paper's network as ResNet and as DRSN-CW, eager and fused; interleaved, medians."""
 
 import statistics
+from functools import partial
 
 import torch
+from torch import nn
 
-from ..bench.cases import NETWORK, Case
-from ..bench.counts import saved_bytes
-from ..bench.measure import interleaved, ratio
-from ..bench.providers import FLOOR, PORT, Provider
-from ..bench.summary import PAPER_RATIO
-from ..bench.workloads import build
+from ..models import paper_network
+from ..modules import Shrinkage
+from ..train.recipe import Recipe, train_step
+from .port import PortShrinkage, swap
+from .timing import Call, interleaved, ratio, saved_bytes
 
-NAMES = {"floor": "ResNet", "port": "DRSN-CW, popular port", "ours": "DRSN-CW, fused"}
-PROVIDERS = (FLOOR, PORT, Provider("ours", "ours"))
-SHAPE = NETWORK["paper_network"][1][0]
+PAPER_RATIO = 1.545  # DRSN-CW over ResNet, 1511.1 s over 978.0 s (Zhao et al. 2020, section IV)
+SHAPE = (128, 1, 2048)
+FEATURES = (128, 16, 1024)  # of a unit
+FORMS = {"DRSN-CW, popular port": PortShrinkage, "DRSN-CW, fused": Shrinkage}
+
+
+def _networks() -> dict[str, nn.Module]:
+    """The ResNet, and the network with each form of shrinkage."""
+    return {"ResNet": paper_network("resnet")} | {name: swap(paper_network(), form) for name, form in FORMS.items()}
+
+
+def _kept(form: type[nn.Module]) -> float:
+    """Bytes that a shrinkage keeps for its backward pass, over the elements of x."""
+    module, x = form(FEATURES[1]), torch.randn(FEATURES, requires_grad=True)
+    return saved_bytes(Call(partial(module, x), parameters=tuple(module.parameters()))) / x.numel()
 
 
 def run(steps: int) -> dict:
     """Time `steps` training steps of each network, one after another in turn; print and return medians and ratios."""
-    calls, _, _ = build(Case("paper_network", "N", SHAPE, "step"), PROVIDERS, "cpu")
-    times = {NAMES[name]: samples["time"] for name, samples in interleaved(calls, steps).items()}
-    shrinkage = Case("shrink_train", "N", (SHAPE[0], 16, 1024))
-    units, _, _ = build(shrinkage, PROVIDERS[1:], "cpu")
-    kept = {NAMES[name]: saved_bytes(call) / shrinkage.numel for name, call in units.items()}
+    torch.manual_seed(0)
+    x, y = torch.randn(SHAPE), torch.randint(8, SHAPE[:1])
+    calls = {name: Call(partial(train_step, net, Recipe().optimizer(net), x, y)) for name, net in _networks().items()}
+    times = {name: samples["time"] for name, samples in interleaved(calls, steps).items()}
+    kept = {name: _kept(form) for name, form in FORMS.items()}
 
     median = {name: statistics.median(t) * 1e3 for name, t in times.items()}
     # the ratio of a step to the ResNet step beside it: what both share of a noisy machine falls out

@@ -8,55 +8,34 @@ Forward reads x once. Backward reads the planes sign and nonzero (2 bits an elem
 import torch
 
 from .. import backends, recording, reference
-from ..backends import eager
-from ..planes import geometry
-from ..reference import SOFT
+from ..backends.eager import eager
+from ..backends.step import Step
+from ..layout import averaged, layout_of
 from . import checks
-from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, use_registered_ops
+from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
 
 
 class AbsMean(torch.autograd.Function):
-    """x -> A; with `alias` also x itself, for an operator that goes on with x after a gate has seen A (shrink.py).
-
-    The alias makes this node run after the second operator's (Apply), which hands over its gradient g, the plane kept,
-    and the planes of this node that it has unpacked already (saved tensors may be asked for only once under
-    checkpointing). So dx = kept * g + s * dA / L is written in one pass, and no gradient add is left to autograd.
-    `handed` is keyed by the backward pass: threads and hooks may run several through one node at a time. A gradient
-    that reaches the alias itself comes from elsewhere (an in-place x that the gate or a residual uses too): it is whole
-    already, and added.
-    """
+    """x -> A."""
 
     @staticmethod
-    def forward(ctx, x, geo, backend, alias, inplace):
-        pooled, bits = backend.reduce(x, geo, planes=True)
-        ctx.save_for_backward(bits)
-        ctx.backend, ctx.geometry, ctx.dtype, ctx.handed = backend, geo, x.dtype, {}
+    def forward(ctx, x, layout, backend):
+        pooled, planes = backend.reduce(x, layout, keep=True)
+        ctx.save_for_backward(planes.bits)
+        ctx.backend, ctx.layout, ctx.dtype = backend, layout, x.dtype
         ctx.set_materialize_grads(False)
-        if inplace:
-            ctx.mark_dirty(x)
-        return (pooled, x) if alias else pooled
+        return pooled
 
     @staticmethod
-    def backward(ctx, pooled_grad, alias_grad=None):
-        handed = ctx.handed.pop(current_backward(), None)
-        g = kept = dx = None
-        rule = SOFT
-        if handed is not None:
-            g, kept, (sign, nonzero), rule = handed
-        elif pooled_grad is not None:
-            sign, nonzero = ctx.saved_tensors[0]
-        if g is not None or pooled_grad is not None:
-            backend = ctx.backend if is_eager_grad(g, pooled_grad) else eager
-            dx, _ = backend.grad(
-                ctx.geometry, ctx.dtype, g, kept, sign if pooled_grad is not None else None, nonzero, pooled_grad,
-                rule=rule,
-            )  # fmt: skip
-        if alias_grad is not None:
-            dx = alias_grad if dx is None else dx + alias_grad
-        return dx, None, None, None, None
+    def backward(ctx, dA):
+        if dA is None:
+            return None, None, None
+        backend = ctx.backend if is_eager_grad(dA) else eager
+        dx, _ = backend.grad(ctx.layout, ctx.dtype, averaged(ctx.saved_tensors[0]), None, dA=dA)
+        return dx, None, None
 
 
-apply_abs_mean = direct_apply(AbsMean)
+_apply = direct_apply(AbsMean)
 
 
 def abs_mean(x: torch.Tensor) -> torch.Tensor:
@@ -74,17 +53,15 @@ def abs_mean(x: torch.Tensor) -> torch.Tensor:
     """
     checks.features(x, rank=3)
     why = not_eager(x)
-    if why is None and x.numel():
-        backend = backends.select(x)
-        keep = x.requires_grad and torch.is_grad_enabled()
+    if why is not None or not x.numel():
         if recording.active is not None:
-            recording.active("abs_mean", x, backend, keep=keep)
-        if keep:
-            return apply_abs_mean(x, geometry(x), backend, False, False)
-        return backend.reduce(x, geometry(x), planes=False)[0]
+            recording.elsewhere("abs_mean", x, why)
+        return traced_abs_mean(x)
+    backend, layout = backends.select(x), layout_of(x)
+    keep = x.requires_grad and torch.is_grad_enabled()
     if recording.active is not None:
-        recording.elsewhere("abs_mean", x, why)
-    return traced_abs_mean(x)
+        recording.active(Step("abs_mean", layout, x.stride(), x.dtype, x.device, keep=keep), x, backend)
+    return _apply(x, layout, backend) if keep else backend.reduce(x, layout)[0]
 
 
 def traced_abs_mean(x: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch.library import Library, register_autograd, register_fake
 
 from .. import backends
-from ..backends import eager
-from ..planes import geometry, words
+from ..backends.eager import eager
+from ..layout import Layout, averaged, dense, layout_of, thresholded
 from ..reference import accumulate_dtype
 
 _lib = Library("drsn_kernels", "DEF")
@@ -26,28 +26,28 @@ _lib.define(f"soft_threshold_grad(Tensor g, Tensor planes, {_META}) -> (Tensor, 
 
 
 def _abs_mean(x):
-    return backends.select(x).reduce(x, geometry(x), planes=True)
+    pooled, planes = backends.select(x).reduce(x, layout_of(x), keep=True)
+    return pooled, planes.bits
 
 
 def _soft_threshold(x, tau):
-    return backends.select(x).apply(x, geometry(x), tau, None, None, planes=2)
+    y, planes = backends.select(x).map(x, layout_of(x), tau, keep=2)
+    return y, planes.bits
 
 
-def _backend(t, size):
-    """For a gradient of x: t may have fewer dimensions than x (size)."""
-    return backends.select(t) if len(size) <= 8 else eager
+def _of_gradient(t, size, stride):
+    """The backend and x's layout, for a gradient of x: t may have fewer dimensions than x (size)."""
+    return backends.select(t) if len(size) <= 8 else eager, dense(tuple(size), tuple(stride))
 
 
-def _abs_mean_grad(pooled_grad, planes, size, stride, dtype):
-    backend = _backend(pooled_grad, size)
-    sign, nonzero = planes
-    return backend.grad((tuple(size), tuple(stride)), dtype, None, None, sign, nonzero, pooled_grad)[0]
+def _abs_mean_grad(dA, planes, size, stride, dtype):
+    backend, layout = _of_gradient(dA, size, stride)
+    return backend.grad(layout, dtype, averaged(planes), None, dA=dA)[0]
 
 
 def _soft_threshold_grad(g, planes, size, stride, dtype):
-    kept, sign = planes
-    geo = (tuple(size), tuple(stride))
-    return _backend(g, size).grad(geo, dtype, g, kept, sign, want_dx=True, want_dtau=True)
+    backend, layout = _of_gradient(g, size, stride)
+    return backend.grad(layout, dtype, thresholded(planes), g, want_dtau=True)
 
 
 for _name, _kernel in (
@@ -64,8 +64,13 @@ _ops = torch.ops.drsn_kernels
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
+def _symbolic(x) -> Layout:
+    """x's layout where sizes may be symbolic."""
+    return dense(x.shape, x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride())
+
+
 def _empty_planes(x):
-    return x.new_empty((2, words(geometry(x))), dtype=torch.int32)
+    return x.new_empty((2, _symbolic(x).words), dtype=torch.int32)
 
 
 @register_fake("drsn_kernels::abs_mean", lib=_lib)
@@ -102,7 +107,8 @@ def _keep_planes(ctx, inputs, output):
     x = inputs[0]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.meta = (*geometry(x), x.dtype)
+    layout = _symbolic(x)
+    ctx.meta = layout.shape, layout.strides, x.dtype
     if len(inputs) == 2:
         ctx.tau_shape = inputs[1].shape
 

@@ -1,6 +1,6 @@
 """shrink: the whole shrinkage step with any gate.
 
-    A     = mean_l |x|                                          AbsMean (abs_mean.py)
+    A     = mean_l |x|                                          Pool
     alpha = gate(A)                                             ordinary autograd: any module, hooks, parameters
     tau   = alpha * A | alpha * mean_c A | alpha                Apply
     y     = sign(x) * max(|x| - tau, 0) [+ residual]            Apply
@@ -9,102 +9,150 @@ Two autograd nodes with the gate between them, and no add of two gradients the s
 
     Apply.backward     reads g: dtau = -sum s * kept * g, dalpha, the direct part of dA; hands g on untouched
     the gate's own backward: dA
-    AbsMean.backward   reads g again: dx = kept * g + s * dA / L, the only full write
+    Pool.backward      reads g again: dx = kept * g + s * dA / L, the only full write
 
-x -> AbsMean -> alias of x -> Apply is why it works: AbsMean runs after Apply and after the gate, with g and dA at hand.
-Kept for it: the planes sign and nonzero (AbsMean), kept (Apply), alpha and A: 3 bits an element and two (N, C) tensors.
+x -> Pool -> alias of x -> Apply is why it works: Pool runs after Apply and after the gate, with g and dA at hand.
+Kept for it by Apply, which knows tau: three planes, alpha and A, 3 bits an element and two (N, C) tensors.
 """
 
+import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .. import backends, recording, reference
-from ..backends import eager
+from ..backends.eager import eager
+from ..backends.step import Backend, GateShape, Step, Want
 from ..gates import StandardGate, standard_gate
-from ..planes import geometry
-from ..reference import SOFT
+from ..layout import Planes, layout_of, thresholded
+from ..reference import SOFT, Rule
 from . import checks
-from .abs_mean import apply_abs_mean, traced_abs_mean
-from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, use_registered_ops, will_run
+from .abs_mean import traced_abs_mean
+from .dispatch import (
+    current_backward,
+    direct_apply,
+    hooks_on_saved_tensors,
+    is_eager_grad,
+    keeps_graph,
+    not_eager,
+    use_registered_ops,
+    will_run,
+)  # fmt: skip
+from .gated_shrink import apply_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
-from .standard_shrink import Call, apply_standard
 
 AVERAGES = ("channel", "sample", None)
 
 
-class Apply(torch.autograd.Function):
-    """(x, alpha, A, residual) -> y, or (y, tau). `pool` is the AbsMean node whose alias x is, if there is one."""
+class Handed(NamedTuple):
+    """From Apply.backward to Pool.backward, in place of a gradient of the alias."""
+
+    g: torch.Tensor | None
+    planes: Planes
+    rule: Rule
+
+
+class Pool(torch.autograd.Function):
+    """x -> (A, alias of x).
+
+    The alias makes this node run after Apply, which hands over g and the planes that it has unpacked (saved tensors may
+    be asked for only once under checkpointing). `handed` is keyed by the backward pass: threads and hooks may run
+    several through one node at a time. A gradient that reaches the alias itself comes from elsewhere (an in-place x that
+    the gate or a residual uses too): it is whole already, and added.
+
+    Where only A has a loss, Apply does not run, and may be gone: the planes are then Apply's, kept here as well, or are
+    made from x while there is no Apply yet.
+    """
 
     @staticmethod
-    def forward(ctx, x, alpha, pooled, residual, geo, average, pool, backend, inplace, return_tau, rule):
+    def forward(ctx, x, layout, backend, inplace):
+        pooled, _ = backend.reduce(x, layout)
+        ctx.backend, ctx.layout, ctx.dtype, ctx.handed = backend, layout, x.dtype, {}
+        ctx.source, ctx.bits, ctx.apply_node = x.detach(), None, None
         ctx.set_materialize_grads(False)
-        tau = reference.threshold(alpha, pooled, average)
-        if return_tau and average is None:
-            tau = tau.clone()  # an output that is an input would be a view of the gate's tensor
-        planes = 1 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
-        y, bits = backend.apply(x, geo, tau, residual, x if inplace else None, planes, rule)
-        if planes:
-            ctx.save_for_backward(bits, alpha, pooled)
-            ctx.geometry = geo
-        ctx.average, ctx.pool, ctx.backend, ctx.dtype, ctx.rule = average, pool, backend, x.dtype, rule
         if inplace:
             ctx.mark_dirty(x)
-        return (y, tau) if return_tau else y
+        return pooled, x
+
+    @staticmethod
+    def backward(ctx, dA, alias_grad):
+        handed = ctx.handed.pop(current_backward(), None)
+        g, planes, rule = handed or (None, None, SOFT)
+        dx = None
+        if g is not None or dA is not None:
+            planes = _planes(ctx) if planes is None else planes
+            backend = ctx.backend if is_eager_grad(g, dA) else eager
+            dx, _ = backend.grad(ctx.layout, ctx.dtype, planes, g, dA=dA, rule=rule)
+        if alias_grad is not None:
+            dx = alias_grad if dx is None else dx + alias_grad
+        if not keeps_graph():
+            ctx.bits = None
+        return dx, None, None, None
+
+
+def _planes(pool: Pool) -> Planes:
+    if pool.source is not None:
+        return pool.backend.reduce(pool.source, pool.layout, keep=True)[1]
+    apply = pool.apply_node()
+    if apply is not None:
+        return thresholded(apply.saved_tensors[0])
+    if pool.bits is None:
+        raise RuntimeError("a loss on the gate's input alone needs y's graph: y is gone, and saved tensors are hooked")
+    return thresholded(pool.bits)
+
+
+class Apply(torch.autograd.Function):
+    """(x, alpha, A, residual) -> y, or (y, tau). `pool` is the node whose alias x is, if there is one."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, pooled, residual, step, backend, pool, inplace):
+        ctx.set_materialize_grads(False)
+        tau = reference.threshold(alpha, pooled, step.average)
+        if step.want.tau and step.average is None:
+            tau = tau.clone()  # an output that is an input would be a view of the gate's tensor
+        keep = 3 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
+        y, planes = backend.map(
+            x, step.layout, tau, rule=step.rule, residual=residual, out=x if inplace else None, keep=keep
+        )
+        if keep:
+            ctx.save_for_backward(planes.bits, alpha, pooled)
+        if pool is not None:  # a hook decides where saved tensors live: nothing is held beside it
+            pool.source, pool.apply_node = None, weakref.ref(ctx)
+            pool.bits = None if hooks_on_saved_tensors() else planes.bits
+        ctx.step, ctx.backend, ctx.pool = step, backend, pool
+        if inplace:
+            ctx.mark_dirty(x)
+        return (y, tau) if step.want.tau else y
 
     @staticmethod
     def backward(ctx, g, tau_grad=None):
         want_x, want_alpha, want_pooled, want_residual = ctx.needs_input_grad[:4]
         residual_grad = g if want_residual else None
         if not (want_x or want_alpha or want_pooled) or (g is None and tau_grad is None):
-            return None, None, None, residual_grad, None, None, None, None, None, None, None
+            return None, None, None, residual_grad, None, None, None, None
+        step = ctx.step
         bits, alpha, pooled = ctx.saved_tensors
-        planes = ctx.pool.saved_tensors[0] if ctx.pool is not None else None
-        kept, sign = bits[0], bits[1] if planes is None else planes[0]
+        planes = thresholded(bits)
         x_grad = dtau = None
-        if g is not None:
+        here = want_x and ctx.pool is None  # nothing pools: the masked gradient is written here
+        want_dtau = want_alpha or want_pooled
+        if g is not None and (here or want_dtau):
             backend = ctx.backend if is_eager_grad(g) else eager
-            here = want_x and planes is None  # no AbsMean node on x's way: the masked gradient is written here
-            want_dtau = want_alpha or want_pooled
-            if here or want_dtau:
-                x_grad, dtau = backend.grad(
-                    ctx.geometry, ctx.dtype, g, kept, sign, want_dx=here, want_dtau=want_dtau, rule=ctx.rule
-                )
-        if planes is not None and want_x and will_run(ctx.pool):
-            ctx.pool.handed[current_backward()] = (g, kept, planes, ctx.rule)  # instead of returning g: see AbsMean
-        alpha_grad, pooled_grad = _threshold_grad(dtau, tau_grad, alpha, pooled, ctx.average, want_alpha, want_pooled)
-        return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None, None, None, None
+            x_grad, dtau = backend.grad(
+                step.layout, step.dtype, planes, g, want_dx=here, want_dtau=want_dtau, rule=step.rule
+            )
+        if ctx.pool is not None:
+            if want_x and will_run(ctx.pool):
+                ctx.pool.handed[current_backward()] = Handed(g, planes, step.rule)  # and no gradient of the alias
+            elif not keeps_graph():
+                ctx.pool.bits = None
+        alpha_grad, pooled_grad = reference.threshold_grad(dtau, tau_grad, alpha, pooled, step.average, want_alpha, want_pooled)
+        return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None
 
 
-_apply = direct_apply(Apply)
-
-
-def _threshold_grad(dtau, tau_grad, alpha, pooled, average, want_alpha, want_pooled):
-    """Gradients of alpha and A from dtau (N, C) of the kernel and tau_grad (tau's shape) of the user.
-
-    tau = alpha * M with M = A, or mean_c A: dalpha = M * dtau and dM = alpha * dtau, each summed to its shape.
-    """
-    columns = pooled.shape[1] if average == "channel" else alpha.shape[1]
-    if dtau is not None and dtau.shape[1] != columns:
-        dtau = dtau.sum(1, keepdim=True)
-    if tau_grad is not None:
-        dtau = tau_grad if dtau is None else dtau + tau_grad
-    if dtau is None:
-        return None, None
-    if average is None:
-        return dtau, None
-    mean = pooled if average == "channel" else pooled.mean(1, keepdim=True)
-    alpha_grad = pooled_grad = None
-    if want_alpha:
-        alpha_grad = mean * dtau
-        if alpha_grad.shape != alpha.shape:
-            alpha_grad = alpha_grad.sum(1, keepdim=True)
-    if want_pooled:
-        pooled_grad = alpha * dtau
-        if average == "sample":
-            pooled_grad = (pooled_grad.sum(1, keepdim=True) / pooled.shape[1]).expand_as(pooled)
-    return alpha_grad, pooled_grad
+_pool, _apply = direct_apply(Pool), direct_apply(Apply)
 
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
@@ -181,41 +229,47 @@ def shrink(
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
     fused = residual if residual is None or residual.dtype == x.dtype else None
-    backend, geo = backends.select(x), geometry(x)
+    backend, layout = backends.select(x), layout_of(x)
     grads = torch.is_grad_enabled()
     # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
     by_copy = inplace and grads and x._is_view()
     overwrite = inplace and not by_copy
     parts = _fusable(gate, x, backend) if rule == SOFT else "the fused gate has soft thresholds only"
     if not isinstance(parts, str):
-        if grads and fused is not None and fused.requires_grad and not _any_requires_grad(x, *parts[:6]):
+        if grads and fused is not None and fused.requires_grad and not _any_requires_grad(x, *parts.parameters):
             fused = None  # added afterwards: its gradient is g, for which nothing need be kept
-        y, tau = _standard(x, geo, parts, backend, gate, average, fused, grads, overwrite, return_tau)
+        step = Step(
+            "shrink", layout, x.stride(), x.dtype, x.device, average, outputs=parts.w2.shape[0],
+            gate=GateShape.of(parts), residual=None if fused is None else fused.stride(),
+            keep=grads and _any_requires_grad(x, *parts.parameters), want=Want(x=x.requires_grad, tau=return_tau),
+        )  # fmt: skip
+        y, tau = _gated(x, step, parts, backend, gate, fused, overwrite)
         return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
     pool, handle = None, x
     if grads and x.requires_grad:
-        pooled, handle = apply_abs_mean(x, geo, backend, True, overwrite)
+        pooled, handle = _pool(x, layout, backend, overwrite)
         pool = pooled.grad_fn
     else:
-        pooled = backend.reduce(x, geo, planes=False)[0]
+        pooled, _ = backend.reduce(x, layout)
     alpha = call_gate(gate, pooled, x)
     why = not_eager(alpha)
     if why is not None:  # a gate of tensor subclasses
         if recording.active is not None:
             recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau, rule)
-    keep = grads and (x.requires_grad or alpha.requires_grad or (fused is not None and fused.requires_grad))
+    needed = grads and (x.requires_grad or alpha.requires_grad)
+    step = Step(
+        "shrink", layout, x.stride(), x.dtype, x.device, average, rule, alpha.shape[1],
+        residual=None if fused is None else fused.stride(), keep=needed, want=Want(x=x.requires_grad, tau=return_tau),
+    )  # fmt: skip
     if recording.active is not None:
-        recording.active(
-            "shrink", x, backend, keep=grads and (x.requires_grad or alpha.requires_grad), gate=gate, parts=parts,
-            average=average, outputs=alpha.shape[1], residual=fused, return_tau=return_tau, rule=rule,
-        )  # fmt: skip
-    if keep:
-        out = _apply(handle, alpha, pooled, fused, geo, average, pool, backend, overwrite, return_tau, rule)
+        recording.active(step, x, backend, gate=gate, not_fused=parts)
+    if needed or (grads and fused is not None and fused.requires_grad):
+        out = _apply(handle, alpha, pooled, fused, step, backend, pool, overwrite)
         y, tau = out if return_tau else (out, None)
     else:
         tau = reference.threshold(alpha, pooled, average)
-        y = backend.apply(x, geo, tau, fused, x if overwrite else None, 0, rule)[0]
+        y, _ = backend.map(x, layout, tau, rule=rule, residual=fused, out=x if overwrite else None)
         _overwritten(x if overwrite else None)
         if return_tau and average is None:
             tau = tau.clone()  # the gate's own tensor otherwise
@@ -237,32 +291,25 @@ def _overwritten(*tensors: torch.Tensor | None) -> None:
             torch.autograd.graph.increment_version(t)
 
 
-def _fusable(gate, x: torch.Tensor, backend) -> StandardGate | str:
+def _fusable(gate, x: torch.Tensor, backend: Backend) -> StandardGate | str:
     """The parts of a standard gate that this backend computes itself, or why the gate is called."""
-    if not hasattr(backend, "standard_forward"):
+    if not backend.fuses_gates:
         return f"the {backend.name} backend calls every gate"
     parts = standard_gate(gate, x)
-    return parts if isinstance(parts, str) else backend.standard_unsupported(x, parts) or parts
+    return parts if isinstance(parts, str) else backend.gate_unsupported(x, parts) or parts
 
 
-def _standard(x, geo, parts, backend, gate, average, residual, grads, overwrite, return_tau):
+def _gated(x, step: Step, parts: StandardGate, backend: Backend, gate, residual, overwrite):
     """(y, tau or None), gate and step computed together."""
-    parameters = parts[:6]
-    keep = grads and _any_requires_grad(x, *parameters)
     if recording.active is not None:
-        recording.active(
-            "shrink", x, backend, keep=keep, gate=gate, parts=parts, average=average, outputs=parts.w2.shape[0],
-            residual=residual, return_tau=return_tau,
-        )  # fmt: skip
-    if keep:
-        call = Call(backend, geo, average, overwrite, return_tau)
-        y, _, *tau = apply_standard(x, residual, *parameters, parts, call)
+        recording.active(step, x, backend, gate=gate)
+    if step.keep:
+        y, _, *tau = apply_gated(x, residual, *parts.parameters, parts, step, backend, overwrite)
         tau = tau[0] if tau else None
     else:
-        y, tau, _ = backend.standard_forward(
-            x, geo, parts, average, residual, x if overwrite else None, False, return_tau
-        )
-        _overwritten(x if overwrite else None)
+        out = x if overwrite else None
+        y, tau, _ = backend.gated_forward(step, x, parts, residual=residual, out=out)
+        _overwritten(out)
     if parts.batch_stats:
         _overwritten(parts.mean, parts.var, parts.batches)
     return y, tau

@@ -15,8 +15,9 @@ import numbers
 import torch
 
 from .. import backends, recording, reference
-from ..backends import eager
-from ..planes import geometry, memory_order
+from ..backends.eager import eager
+from ..backends.step import Step, Want
+from ..layout import layout_of, thresholded
 from ..reference import SOFT, Rule
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
@@ -26,10 +27,10 @@ class SoftThreshold(torch.autograd.Function):
     """x (N, C, *spatial), tau (N | 1, C | 1) in the accumulate dtype -> y."""
 
     @staticmethod
-    def forward(ctx, x, tau, geo, backend, rule):
-        y, bits = backend.apply(x, geo, tau, None, None, 2, rule)
-        ctx.save_for_backward(bits)
-        ctx.backend, ctx.geometry, ctx.dtype, ctx.tau_shape, ctx.rule = backend, geo, x.dtype, tau.shape, rule
+    def forward(ctx, x, tau, layout, backend, rule):
+        y, planes = backend.map(x, layout, tau, rule=rule, keep=2)
+        ctx.save_for_backward(planes.bits)
+        ctx.backend, ctx.layout, ctx.dtype, ctx.tau_shape, ctx.rule = backend, layout, x.dtype, tau.shape, rule
         ctx.set_materialize_grads(False)
         return y
 
@@ -37,11 +38,11 @@ class SoftThreshold(torch.autograd.Function):
     def backward(ctx, g):
         if g is None:
             return None, None, None, None, None
-        kept, sign = ctx.saved_tensors[0]
+        planes = thresholded(ctx.saved_tensors[0])
         backend = ctx.backend if is_eager_grad(g) else eager
         want_dx, want_dtau = ctx.needs_input_grad[:2]
         dx, dtau = backend.grad(
-            ctx.geometry, ctx.dtype, g, kept, sign, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule
+            ctx.layout, ctx.dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule
         )
         return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None, None
 
@@ -100,13 +101,15 @@ def soft_threshold(
         rows = _per_channel(tau)
         if rows is None:
             return _element_wise(x, tau, threshold, slope)
-        backend = backends.select(x)
+        backend, layout = backends.select(x), layout_of(x)
         keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
         if recording.active is not None:
-            recording.active("soft_threshold", x, backend, keep=keep, tau=rows, rule=rule)
-        if keep:
-            return _apply(x, rows, geometry(x), backend, rule)
-        return backend.apply(x, geometry(x), rows, None, None, 0, rule)[0]
+            want = Want(x=x.requires_grad, threshold=tau.requires_grad)
+            recording.active(Step(
+                "soft_threshold", layout, x.stride(), x.dtype, x.device, rule=rule, outputs=rows.shape[1], keep=keep,
+                want=want,
+            ), x, backend)  # fmt: skip
+        return _apply(x, rows, layout, backend, rule) if keep else backend.map(x, layout, rows, rule=rule)[0]
     if recording.active is not None:
         recording.elsewhere("soft_threshold", x, why)
     return traced_soft_threshold(x, tau, rule)
@@ -114,7 +117,7 @@ def soft_threshold(
 
 def _element_wise(x: torch.Tensor, tau: torch.Tensor, threshold: str, slope: float) -> torch.Tensor:
     """A tau that varies along the spatial dimensions: every element, in x's memory order, as a channel of its own."""
-    as_it_lies, back = memory_order(geometry(x))
+    as_it_lies, back = layout_of(x).memory_order
     flat, each = (t.permute(as_it_lies).reshape(1, -1) for t in (x, tau.expand(x.shape)))
     y = soft_threshold(flat, each, threshold=threshold, slope=slope)
     y = y.view([x.shape[d] for d in as_it_lies]).permute(back)

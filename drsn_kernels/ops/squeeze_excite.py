@@ -18,8 +18,9 @@ from collections.abc import Callable
 import torch
 
 from .. import backends, recording, reference
-from ..backends import eager
-from ..planes import geometry
+from ..backends.eager import eager, spread
+from ..backends.step import Step, Want
+from ..layout import layout_of
 from . import checks
 from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, will_run
 from .gating import call_gate
@@ -29,10 +30,10 @@ class Mean(torch.autograd.Function):
     """x -> (A, alias of x). Runs after Scale, which takes the alias and hands g and s over: AbsMean says how."""
 
     @staticmethod
-    def forward(ctx, x, geo, backend):
-        ctx.backend, ctx.geometry, ctx.dtype, ctx.handed = backend, geo, x.dtype, {}
+    def forward(ctx, x, layout, backend):
+        ctx.backend, ctx.layout, ctx.dtype, ctx.handed = backend, layout, x.dtype, {}
         ctx.set_materialize_grads(False)
-        return backend.mean(x, geo), x
+        return backend.reduce(x, layout, kind="value")[0], x
 
     @staticmethod
     def backward(ctx, mean_grad, alias_grad):
@@ -40,7 +41,11 @@ class Mean(torch.autograd.Function):
         dx = None
         if g is not None or mean_grad is not None:
             backend = ctx.backend if g is not None and is_eager_grad(g, mean_grad) else eager
-            dx = backend.scale_grad(ctx.geometry, ctx.dtype, g, s, mean_grad)
+            if g is None:  # only A has a loss
+                dx = spread(mean_grad, ctx.layout, ctx.dtype)
+            else:
+                shift = None if mean_grad is None else mean_grad.contiguous()
+                dx, _ = backend.map(g, ctx.layout, s, kind="scale", shift=shift)
         if alias_grad is not None:  # after a gate of tensor subclasses, the alias goes through PyTorch's operations
             dx = alias_grad if dx is None else dx + alias_grad
         return dx, None, None
@@ -53,12 +58,12 @@ class Scale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, alias, s, residual, x, geo, mean, backend):
+    def forward(ctx, alias, s, residual, x, layout, mean, backend):
         want_x, want_s = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if want_s else None, s if want_x else None)
-        ctx.geometry, ctx.mean, ctx.backend, ctx.columns = geo, mean, backend, s.shape[1]
+        ctx.layout, ctx.mean, ctx.backend, ctx.columns = layout, mean, backend, s.shape[1]
         ctx.set_materialize_grads(False)
-        return backend.scale(x, geo, s, residual)
+        return backend.map(x, layout, s, kind="scale", residual=residual)[0]
 
     @staticmethod
     def backward(ctx, g):
@@ -69,7 +74,7 @@ class Scale(torch.autograd.Function):
         ds = None
         if want_s:
             backend = ctx.backend if is_eager_grad(g) else eager
-            ds = backend.scale_sums(ctx.geometry, g, x)
+            ds, _ = backend.reduce(g, ctx.layout, kind="product", times=x)
             if ds.shape[1] != ctx.columns:
                 ds = ds.sum(1, keepdim=True)
         if want_x and will_run(ctx.mean):
@@ -121,14 +126,14 @@ def squeeze_excite(
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
     fused = residual if residual is None or residual.dtype == x.dtype else None
-    backend, geo = backends.select(x), geometry(x)
+    backend, layout = backends.select(x), layout_of(x)
     grads = torch.is_grad_enabled()
     mean, handle = None, x
     if grads and x.requires_grad:
-        pooled, handle = _mean(x, geo, backend)
+        pooled, handle = _mean(x, layout, backend)
         mean = pooled.grad_fn
     else:
-        pooled = backend.mean(x, geo)
+        pooled, _ = backend.reduce(x, layout, kind="value")
     s = call_gate(gate, pooled, x)
     why = not_eager(s)
     if why is not None:  # a gate of tensor subclasses
@@ -136,14 +141,15 @@ def squeeze_excite(
             recording.elsewhere("squeeze_excite", x, f"of what the gate returned, {why}", gate=gate)
         return _compose(handle, s, residual)
     if recording.active is not None:
-        recording.active(
-            "squeeze_excite", x, backend, keep=grads and (x.requires_grad or s.requires_grad), gate=gate,
-            outputs=s.shape[1], residual=fused, gate_grad=s.requires_grad,
-        )  # fmt: skip
+        recording.active(Step(
+            "squeeze_excite", layout, x.stride(), x.dtype, x.device, outputs=s.shape[1],
+            residual=None if fused is None else fused.stride(), keep=grads and (x.requires_grad or s.requires_grad),
+            want=Want(x=x.requires_grad, threshold=s.requires_grad),
+        ), x, backend, gate=gate, not_fused="squeeze_excite calls every gate")  # fmt: skip
     if grads and (x.requires_grad or s.requires_grad or (fused is not None and fused.requires_grad)):
-        y = _scale(handle, s, fused, x, geo, mean, backend)
+        y = _scale(handle, s, fused, x, layout, mean, backend)
     else:
-        y = backend.scale(x, geo, s, fused)
+        y, _ = backend.map(x, layout, s, kind="scale", residual=fused)
     return y if residual is fused else y + residual
 
 

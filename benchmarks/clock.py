@@ -1,37 +1,26 @@
-"""Interleaved timing: every candidate runs once a round, so that a busy neighbour hits all of them.
+"""How one call is timed, and what it launches, allocates and keeps.
 
-Medians are taken over the rounds, and ratios round by round. A clock says how one call is timed: on the CPU by what
-passes until it returns, on CUDA devices by what the device needs, and host time apart.
+On the CPU its time is what passes until it returns; on CUDA devices what the device needs, and host time apart. Many
+calls are timed in turn by drsn_kernels.demo.timing.
 """
 
 import contextlib
-import random
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from drsn_kernels.backends import cpu
+from drsn_kernels.demo.timing import Call, saved_bytes, wall_time
 
 FLUSH_BYTES = 256 << 20  # several times any L2
 SLEEP = 1_000_000  # cycles of torch.cuda._sleep by which its speed is measured
 TRIES = 6  # each with twice the head start of the one before
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is timed, what runs untimed before it each time, their context (backend, threads), and the parameters."""
-
-    run: Callable[[], object]
-    before: Callable[[], object] | None = None
-    setting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    parameters: tuple[torch.Tensor, ...] = ()
-
-    def once(self) -> object:
-        with self.setting():
-            if self.before is not None:
-                self.before()
-            return self.run()
 
 
 class WallClock:
@@ -40,12 +29,7 @@ class WallClock:
     main = "time"
 
     def __call__(self, call: Call) -> dict[str, float]:
-        with call.setting():
-            if call.before is not None:
-                call.before()
-            start = time.perf_counter()
-            call.run()
-            return {"time": time.perf_counter() - start}
+        return wall_time(call)
 
     def way(self, call: Call) -> str:
         return "wall"
@@ -184,50 +168,50 @@ def clock_for(device: str) -> WallClock | CudaClock:
     return CudaClock() if device == "cuda" else WallClock()
 
 
-def interleaved(
-    calls: Mapping[str, Call],
-    rounds: int,
-    clock: Callable[[Call], dict[str, float]] | None = None,
-    warmup: int = 3,
-    seconds: float = 0.0,
-) -> dict[str, dict[str, list[float]]]:
-    """Samples by call and kind of time: `rounds` of each, and of short calls for `seconds`, up to 10 times as many.
-
-    The order is drawn anew each round: a call finds in the cache what the one before left there, and in a fixed order
-    that made the same kernel 0.7 or 1.2 times as fast as its neighbour.
-    """
-    clock = clock or WallClock()
-    for _ in range(warmup):
-        for call in calls.values():
-            clock(call)
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
-    shuffled = random.Random(0)  # not the user's generator
-    begin = time.perf_counter()
-    done = 0
-    while done < rounds or (done < 10 * rounds and time.perf_counter() - begin < seconds):
-        for name in shuffled.sample(list(calls), len(calls)):
-            for kind, value in clock(calls[name]).items():
-                samples[name].setdefault(kind, []).append(value)
-        done += 1
-    return samples
+# ---- what a call launches, allocates and keeps: one profiled call, after the timing --------------------------------
 
 
-def ratios(a: list[float], b: list[float]) -> list[float]:
-    """a / b round by round: what both share of a noisy machine falls out."""
-    return [x / y for x, y in zip(a, b, strict=True)]
+def counts(call: Call, device: str) -> dict[str, int]:
+    """{"launches", "peak_bytes", "saved_bytes"} of one call."""
+    saved = saved_bytes(call)
+    launches, peak = _launches_and_peak(call, device)
+    return {"launches": launches, "peak_bytes": peak, "saved_bytes": saved}
 
 
-def ratio(a: list[float], b: list[float]) -> float:
-    """Median of the round-by-round ratios a / b."""
-    return statistics.median(ratios(a, b))
+@contextlib.contextmanager
+def _no_arena() -> Iterator[None]:
+    """What the cpu backend allocates comes from torch's allocator too, which the profiler sees."""
+    kept = cpu._OUTPUT_BYTES, cpu._INNER_BYTES
+    cpu._OUTPUT_BYTES = cpu._INNER_BYTES = sys.maxsize
+    try:
+        yield
+    finally:
+        cpu._OUTPUT_BYTES, cpu._INNER_BYTES = kept
 
 
-def quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
-def geometric_mean(values: list[float]) -> float | None:
-    return statistics.geometric_mean(values) if values else None
+def _launches_and_peak(call: Call, device: str) -> tuple[int, int]:
+    """CUDA: kernels launched. CPU: aten operators the profiler saw, nested ones too; it does not see C++ kernels
+    called by pointer. And the most bytes that were allocated at once by the call."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports each start and stop otherwise
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with call.setting(), _no_arena():
+        if call.before is not None:
+            call.before()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        with profile(activities=activities, profile_memory=device == "cpu") as record:
+            outputs = call.run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        del outputs
+    if device == "cuda":
+        kernels = [e for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return len(kernels), torch.cuda.max_memory_allocated() - before
+    level = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return sum(e.name.startswith("aten::") for e in record.events()), peak

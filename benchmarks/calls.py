@@ -1,25 +1,134 @@
-"""The calls of a case: each provider's module with the same parameters, on the same x, returning what it computed."""
+"""Who computes a case, and the calls: each provider's module with the same parameters, on the same x."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import models
-from ..modules import Shrinkage
-from ..ops import abs_mean, soft_threshold
-from . import baselines
+from drsn_kernels import Shrinkage, abs_mean, backends, models, recording, soft_threshold
+from drsn_kernels.backends.step import Cost
+from drsn_kernels.demo.port import PortShrinkage, standard_gate, swap
+from drsn_kernels.demo.timing import Call
+
 from .cases import NETWORK, Case
-from .measure import Call
-from .providers import PORT, Provider
-from .ties import clear_hidden_units, clear_thresholds
+from .checks import clear_hidden_units, clear_thresholds
+
+# ---- providers: the floor, the popular port, the best eager form, the compiler, and each backend of ours ------------
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A form of the step (floor, port, best, ours), and how it runs."""
+
+    name: str
+    form: str
+    backend: str = "auto"
+    compiled: bool = False
+    threads: int | None = None
+
+    @contextlib.contextmanager
+    def setting(self) -> Iterator[None]:
+        threads = torch.get_num_threads()
+        with backends.use_backend(self.backend, strict=self.backend != "auto"):
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            try:
+                yield
+            finally:
+                if self.threads is not None:
+                    torch.set_num_threads(threads)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FLOOR, PORT = Provider("floor", "floor"), Provider("port", "port")
+_EAGER, _COMPILED = ("triton", "cpu", "torch"), ("ours", "triton", "cpu")
+OURS = (*_EAGER, *(f"{name}-compiled" for name in _COMPILED))  # names that the gate watches
+COMPILE = ("none", "best", "all")
+
+
+def backends_for(device: str, dtype: torch.dtype) -> list[str]:
+    """Our backends that have kernels for this device here, the preferred one first; "torch" is always the last.
+
+    Triton on CPU tensors is its interpreter, where times mean nothing.
+    """
+    sample = torch.empty(0, dtype=dtype, device=device)
+    able = [name for name, backend in backends.BACKENDS.items() if backend.unsupported(sample) is None]
+    return [name for name in able if not (name == "triton" and device == "cpu")]
+
+
+def providers(case: Case, device: str, compile: str) -> list[Provider]:
+    """Those of a case, in the order of its rows. compile: "none", "best" (best-compiled only) or "all"."""
+    names = backends_for(device, case.torch_dtype)
+    if case.op == "scaling":
+        return [
+            Provider(name + label, form, backend, threads=threads)
+            for name, form, backend in (("floor", "floor", "auto"), (names[0], "ours", names[0]))
+            for label, threads in (("", 2), ("-1-thread", 1))
+        ]
+    found = [FLOOR, PORT, Provider("best", "best")]
+    if compile != "none":
+        found.append(Provider("best-compiled", "best", compiled=True))
+    if compile == "all":
+        found.append(Provider("port-compiled", "port", compiled=True))
+    found += [Provider(name, "ours", name) for name in names]
+    if compile == "all":
+        # by default a compiled call is the reference, which the compiler fuses; a forced backend is opaque operators
+        found.append(Provider("ours-compiled", "ours", compiled=True))
+        found += [Provider(f"{name}-compiled", "ours", name, compiled=True) for name in names if name != "torch"]
+    return found
+
+
+# ---- the step as people write it in PyTorch --------------------------------------------------------------------------
+
+
+def port_abs_mean(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, *spatial) -> (N, C), as the popular ports write it."""
+    return torch.flatten(nn.functional.adaptive_avg_pool1d(torch.abs(x).flatten(2), 1), 1)
+
+
+def best_abs_mean(x: torch.Tensor) -> torch.Tensor:
+    """The same in the fewest operations of PyTorch."""
+    return x.abs().mean(dim=list(range(2, x.dim())))
+
+
+def port_soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """x (N, C, *spatial), tau (N, C), as the popular ports write it."""
+    sub = torch.abs(x) - tau.view(*tau.shape, *[1] * (x.dim() - 2))
+    zeros = sub - sub
+    return torch.mul(torch.sign(x), torch.max(sub, zeros))
+
+
+def best_soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """x - clamp(x, -tau, tau): the form torch.compile does best with."""
+    tau = tau.view(*tau.shape, *[1] * (x.dim() - 2))
+    return x - torch.clamp(x, -tau, tau)
+
+
+class BestShrinkage(nn.Module):
+    """The fewest operations in pure PyTorch, with the same gate."""
+
+    def __init__(self, channels: int, gate: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc = standard_gate(channels) if gate is None else gate
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        average = best_abs_mean(x)
+        y = best_soft_threshold(x, average * self.fc(average))
+        return y if residual is None else y + residual
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
 
 TRAINING = ("shrink_train", "shrink_any_gate", "unit")  # their forward pass is recorded for a backward pass
-SHRINKAGE = {"port": baselines.PortShrinkage, "best": baselines.BestShrinkage, "ours": Shrinkage}
-_POOL = {"port": baselines.port_abs_mean, "best": baselines.best_abs_mean, "ours": abs_mean}
-_THRESHOLD = {"port": baselines.port_soft_threshold, "best": baselines.best_soft_threshold, "ours": soft_threshold}
+SHRINKAGE = {"port": PortShrinkage, "best": BestShrinkage, "ours": Shrinkage}
+_POOL = {"port": port_abs_mean, "best": best_abs_mean, "ours": abs_mean}
+_THRESHOLD = {"port": port_soft_threshold, "best": best_soft_threshold, "ours": soft_threshold}
 
 
 class _Pool(nn.Module):
@@ -51,20 +160,15 @@ def _any_gate(form: str, channels: int) -> nn.Module:
     return SHRINKAGE[form](channels, gate)
 
 
-def swap(model: nn.Module, form: str) -> nn.Module:
-    """Replace the shrinkage of every unit by another form of it, with its parameters."""
-    for unit in model.modules():
-        if isinstance(unit, models.ResidualShrinkageUnit) and unit.shrinkage is not None:
-            other = SHRINKAGE[form](unit.out_channels)
-            other.load_state_dict(unit.shrinkage.state_dict())
-            unit.shrinkage = other
-    return model
+def _formed(build: Callable[..., nn.Module], form: str) -> nn.Module:
+    """A unit or network with this form of shrinkage; its floor is the same without one."""
+    return build(attention=None) if form == "floor" else swap(build(attention="cw"), SHRINKAGE[form])
 
 
 def network(op: str, form: str, in_channels: int) -> models.DRSN:
     """A network of cases.NETWORK; its floor is the ResNet."""
     options, _ = NETWORK[op]
-    return swap(models.DRSN(in_channels, attention=None if form == "floor" else "cw", **options), form)
+    return _formed(partial(models.DRSN, in_channels, **options), form)
 
 
 def module(case: Case, form: str) -> nn.Module:
@@ -77,9 +181,8 @@ def module(case: Case, form: str) -> nn.Module:
     elif case.op == "shrink_any_gate":
         built = _any_gate(form, channels)
     elif case.op == "unit":
-        attention = None if form == "floor" else "cw"
-        dims = len(case.shape) - 2
-        built = swap(models.ResidualShrinkageUnit(channels, channels, dims=dims, attention=attention), form)
+        unit = partial(models.ResidualShrinkageUnit, channels, channels, dims=len(case.shape) - 2)
+        built = _formed(unit, form)
     elif case.op in NETWORK:
         built = network(case.op, form, channels)
     else:
@@ -99,12 +202,33 @@ def floor_bytes(case: Case) -> int | None:
     return None if own_floor(case) else {"forward": 2, "backward": 3, "both": 5}[case.mode] * case.bytes
 
 
+def cost(case: Case, provider: Provider, call: Call) -> dict[str, int]:
+    """{"bytes", "saved"}: what a call of ours should move and keep, by the plans of the operators in it.
+
+    {} for what is not ours, is compiled or has more than our operators.
+    """
+    if provider.form != "ours" or provider.compiled or own_floor(case):
+        return {}
+    plans = []
+    before, recording.active = recording.active, lambda step, x, backend, **_: plans.append(backend.plan(step))
+    try:
+        call.once()
+    finally:
+        recording.active = before
+    forward, backward = (sum((getattr(plan, way) for plan in plans), Cost()) for way in ("forward", "backward"))
+    moved = {"forward": forward.bytes, "backward": backward.bytes, "both": forward.bytes + backward.bytes}
+    return {"bytes": moved[case.mode], "saved": forward.saved}
+
+
 def _floor(case: Case, x: torch.Tensor, g: torch.Tensor) -> Callable[[], tuple]:
     return {
         "forward": lambda: (x.clone(),),
         "backward": lambda: (torch.mul(x, g),),
         "both": lambda: (x.clone(), torch.mul(x, g)),
     }[case.mode]
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 class _Calls:

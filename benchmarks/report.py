@@ -1,20 +1,39 @@
-"""The figures that the project aims at, from rows; and geometric means by group of shapes."""
+"""What is made of rows: the figures that the project aims at, the regression gate, and plots.
+
+The gate compares ratios to the floor of the same run, now and stored, so that a busy machine does not decide. A row of
+ours is a regression where its ratio exceeds the stored one by more than the tolerance and three standard errors of the
+two medians. One that the stored run has and this one has not fails as well: a backend that does not load, or a row that
+was refused, is no pass. Providers that are not ours are not judged.
+"""
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from drsn_kernels._extras import require
+from drsn_kernels.demo.speed import PAPER_RATIO
+from drsn_kernels.demo.timing import ratio
+
+from .calls import OURS
 from .cases import DTYPES, LARGE
-from .measure import geometric_mean, ratio
 
-PAPER_RATIO = 1.545  # DRSN-CW over ResNet, 1511.1 s over 978.0 s (Zhao et al. 2020, section IV)
 HOST_AIMS = {  # of an eager call on a GPU, microseconds until it returns
     ("abs_mean", "forward"): 7,
     ("soft_threshold", "forward"): 8,
     ("shrink_eval", "forward"): 14,
     ("shrink_train", "both"): 75,
 }
+
+TOLERANCE = 0.15  # of the gate
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    return statistics.geometric_mean(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -152,3 +171,121 @@ def _host(table: Table) -> list[Figure]:
 def _gain(rows: dict[str, dict], name: str) -> float | None:
     alone = rows.get(f"{name}-1-thread")
     return ratio(alone["seconds"], rows[name]["seconds"]) if alone and name in rows else None
+
+
+# ---- the regression gate ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """Ratio to the floor of one case and provider, stored and now."""
+
+    case: str
+    provider: str
+    before: float
+    now: float
+    limit: float
+
+    @property
+    def regression(self) -> bool:
+        return self.now > self.limit
+
+    def __str__(self) -> str:
+        return (f"{self.case} {self.provider}: {self.now:.3f} of the floor, stored {self.before:.3f} "
+                f"(x{self.now / self.before:.2f}, limit {self.limit:.3f})")  # fmt: skip
+
+
+def _standard_error(row: dict) -> float:
+    """Of the median of the ratios, from their quartiles: 1.25 sigma / sqrt(n), sigma = IQR / 1.35."""
+    return 0.93 * row["ratio_iqr"] / math.sqrt(row["rounds"])
+
+
+def check_same_device(rows: Sequence[dict], stored: Sequence[dict]) -> None:
+    """Raises ValueError where the two are of different devices: their ratios say nothing about each other."""
+    for name in ("device", "threads"):
+        now, before = rows[0][name], stored[0][name]
+        if now != before and (name == "device" or not rows[0]["driver"]):
+            raise ValueError(f"the stored run was made with {name} {before}, this one with {now}: record a run here")
+
+
+def check_cases(cases: Collection[str], stored: Sequence[dict]) -> None:
+    """Raises ValueError where the stored run has no row of ours for any of the cases that are to be run."""
+    if not any(row["case"] in cases and row["provider"] in OURS for row in stored):
+        raise ValueError(f"the stored run has no row of ours for any of the {len(cases)} cases selected")
+
+
+def missing(rows: Sequence[dict], stored: Sequence[dict], uncompiled: Collection[str] = ()) -> list[str]:
+    """A line for each stored row of ours whose case is in this run without it. `uncompiled`: cases that this run does
+    not compile because it was told so, or is smaller; their stored compiled rows are not missing."""
+    cases = {row["case"] for row in rows}
+    now = {(row["case"], row["provider"]) for row in rows}
+    return [
+        f"MISSING {case} {provider}: in the stored run, not in this one"
+        for case, provider in dict.fromkeys((row["case"], row["provider"]) for row in stored)
+        if case in cases and provider in OURS and (case, provider) not in now
+        and not (provider.endswith("-compiled") and case in uncompiled)
+    ]  # fmt: skip
+
+
+def compare(rows: Sequence[dict], stored: Sequence[dict], tolerance: float = TOLERANCE) -> list[Change]:
+    """The rows of ours that both runs have.
+
+    Raises:
+        ValueError: a tolerance below 0, different devices, or nothing in common.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    check_same_device(rows, stored)
+    before = {(row["case"], row["provider"]): row for row in stored}
+    changes = []
+    for row in rows:
+        old = before.get((row["case"], row["provider"]))
+        if row["provider"] in OURS and old is not None:
+            noise = 3 * math.hypot(_standard_error(row), _standard_error(old))
+            limit = old["ratio_to_floor"] * (1 + tolerance) + noise
+            changes.append(Change(row["case"], row["provider"], old["ratio_to_floor"], row["ratio_to_floor"], limit))
+    if not changes:
+        raise ValueError("the stored run has no case and provider of ours in common with this one")
+    return changes
+
+
+def verdict(changes: Sequence[Change]) -> tuple[list[str], bool]:
+    """One line for each regression and one for all; and whether there is a regression."""
+    worse = [change for change in changes if change.regression]
+    mean = geometric_mean([change.now / change.before for change in changes])
+    lines = [f"REGRESSION {change}" for change in worse]
+    lines.append(f"{len(changes)} rows compared, {len(worse)} regressions; geometric mean x{mean:.3f} of the stored")
+    return lines, bool(worse)
+
+
+# ---- plots, drawn without pyplot: no display is needed and no global state is touched --------------------------------
+
+
+def bars(rows: Sequence[dict], out: Path) -> list[Path]:
+    """One PNG for each operator, mode and dtype: percent of the floor's speed, a bar for each provider and shape."""
+    figures: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
+    for one in rows:
+        if one["provider"].startswith("floor") or one["op"] == "scaling":
+            continue
+        label = f"{one['group']} {'x'.join(map(str, one['shape']))}" + (" cl" if one["channels_last"] else "")
+        shapes = figures.setdefault((one["op"], one["mode"], one["dtype"]), {})
+        shapes.setdefault(label, {})[one["provider"]] = one["percent_of_floor"]
+    about = rows[0]["device"] + ("" if rows[0]["clock"] == "wall" else ", GPU time")
+    return [_draw(out / f"{'-'.join(key)}.png", key, shapes, about) for key, shapes in figures.items()]
+
+
+def _draw(path: Path, key: tuple[str, str, str], shapes: dict[str, dict[str, float]], about: str) -> Path:
+    names = list(dict.fromkeys(name for by_provider in shapes.values() for name in by_provider))
+    width = 0.8 / len(names)
+    size = (max(5, 0.55 * len(shapes) + 2), 4)
+    figure = require("matplotlib.figure", "demo").Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for i, name in enumerate(names):
+        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(shapes))]
+        axes.bar(places, [values.get(name, 0) for values in shapes.values()], width, label=name)
+    axes.axhline(100, color="0.4", linestyle=":")
+    axes.set(title=f"{', '.join(key)}: speed against the floor\n{about}", ylabel="% of the floor's speed")
+    axes.set_xticks(range(len(shapes)), list(shapes), rotation=60, ha="right", fontsize=7)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+    return path

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import math
 import shlex
 import sys
 import tempfile
@@ -11,18 +12,18 @@ from pathlib import Path
 
 import torch
 
-from .. import backends
-from .._extras import require
-from . import compare, plots, record, summary
-from .arguments import ROUNDS
-from .budget import budget
-from .cases import NETWORKS, SAMPLE, SHAPES, Case, select
-from .counts import launches_and_peak, saved_bytes
-from .measure import Call, CudaClock, WallClock, clock_for, interleaved
-from .providers import FLOOR, Provider, providers
-from .verify import Judge
-from .workloads import build, floor_bytes
+from drsn_kernels import backends
+from drsn_kernels._extras import require
+from drsn_kernels.demo.timing import Call, interleaved
 
+from . import report
+from .calls import COMPILE, FLOOR, Provider, build, cost, floor_bytes, providers
+from .cases import NETWORKS, OPS, SAMPLE, SHAPES, Case, select
+from .checks import Judge
+from .clock import CudaClock, WallClock, clock_for, counts
+from .rows import environment, read_json, row, write_csv, write_json, write_markdown
+
+ROUNDS = {"quick": 7, "standard": 15, "full": 15}
 SECONDS = 0.2  # short calls are repeated for so long, or 10 times as often
 
 
@@ -83,9 +84,9 @@ def measure(
         seconds = samples[name][clock.main]
         floor = samples["floor-1-thread" if name.endswith("-1-thread") else "floor"][clock.main]
         rows.append(
-            record.row(
+            row(
                 case, name, clock.way(call), seconds, samples[name].get("host", seconds), floor, floor_bytes(case),
-                _counts(call, settings.device), budget(case, names[name]), about,
+                counts(call, settings.device), cost(case, names[name], call), about,
             )  # fmt: skip
         )
     return rows, refused
@@ -103,12 +104,6 @@ def _objection(judge: Judge, call: Call, clock: WallClock | CudaClock) -> str | 
         return why
     except Exception as error:  # a compiler that fails must not end a run of an hour
         return f"raised {type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-
-
-def _counts(call: Call, device: str) -> dict[str, int]:
-    saved = saved_bytes(call)
-    launches, peak = launches_and_peak(call, device)
-    return {"launches": launches, "peak_bytes": peak, "saved_bytes": saved}
 
 
 HEADER = (f"{'':22s}{'clock':>7s}{'ms':>10s}{'IQR':>9s}{'% floor':>9s}{'GB/s':>7s}{'ops':>6s}{'host us':>10s}"
@@ -146,12 +141,12 @@ def command(options: argparse.Namespace) -> int:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not options.tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {options.tolerance}")
-    stored = record.read_json(options.compare) if options.compare else None
+    stored = read_json(options.compare) if options.compare else None
     settings = Settings(device, rounds, options.compile, grid, options.slow_down)
-    about = record.environment(device)
+    about = environment(device)
     if stored is not None:
-        compare.check_same_device([about], stored)
-        compare.check_cases({case.id for case in cases}, stored)
+        report.check_same_device([about], stored)
+        report.check_cases({case.id for case in cases}, stored)
     if options.slow_down and not any(options.slow_down[0] == p.name for c in cases for p in providers_of(c, settings)):
         raise ValueError(f"slow-down: no case here has a provider {options.slow_down[0]!r}")
     if options.out:
@@ -169,7 +164,7 @@ def command(options: argparse.Namespace) -> int:
             _write(options.out, rows)
         raise
     print("\nsummary")
-    for figure in summary.figures(rows):
+    for figure in report.figures(rows):
         print(figure)
     if options.out:
         _write(options.out, rows)
@@ -177,9 +172,9 @@ def command(options: argparse.Namespace) -> int:
     if refusals:
         print(f"{refusals} rows refused: see WRONG above")
     if stored is not None:
-        lost = compare.missing(rows, stored, {c.id for c in cases if compiled_forms(c, settings) != "all"})
+        lost = report.missing(rows, stored, {c.id for c in cases if compiled_forms(c, settings) != "all"})
         print("".join(f"{text}\n" for text in lost), end="")
-        lines, regression = compare.report(compare.compare(rows, stored, options.tolerance))
+        lines, regression = report.verdict(report.compare(rows, stored, options.tolerance))
         print("\n".join(lines))
         failed |= regression or bool(lost)
     return int(failed)
@@ -210,13 +205,59 @@ def _measure_all(cases: Sequence[Case], settings: Settings, about: dict, rows: l
 
 
 def _write(out: Path, rows: list[dict]) -> None:
-    command = f"python -m drsn_kernels {shlex.join(sys.argv[1:])}"
-    written = [record.write_json(out / "results.json", rows, command), record.write_csv(out / "results.csv", rows),
-               record.write_markdown(out / "results.md", rows, summary.figures(rows), command)]  # fmt: skip
+    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
+    written = [write_json(out / "results.json", rows, command), write_csv(out / "results.csv", rows),
+               write_markdown(out / "results.md", rows, report.figures(rows), command)]  # fmt: skip
     try:
         require("matplotlib", "demo")
     except ImportError as error:
         print(f"no plots: {error}")
     else:
-        written += plots.bars(rows, out)
+        written += report.bars(rows, out)
     print(f"written: {', '.join(map(str, written))}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """`pytest --benchmark` has the same options under its own prefix."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Time every operator beside ports, compiler and copies; compare runs."
+    )
+    parser.add_argument("--shapes", metavar="LETTERS", help=f"of {''.join(SHAPES)}; default ABCDE, on CUDA ABCDEG")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a training step and a forward pass on one shape a letter")
+    size.add_argument("--full", action="store_true", help="every operator, mode, dtype and format on every shape")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help=f"only these of {', '.join(OPS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of all providers in turn (default 15, 7 with --quick)")
+    parser.add_argument("--compile", choices=("auto", *COMPILE), default="auto",
+                        help="torch.compile of: nothing, the best form, every form; default: by case")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json, results.csv and plots")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="a stored results.json; a regression exits with 1")
+    parser.add_argument("--tolerance", type=float, default=report.TOLERANCE, metavar="SHARE",
+                        help=f"of the stored ratio to the floor (default {report.TOLERANCE})")  # fmt: skip
+    parser.add_argument("--slow-down", type=_slow_down, metavar="PROVIDER=FACTOR",
+                        help="make a provider slower on purpose, to see the gate catch it")  # fmt: skip
+    return parser
+
+
+def _slow_down(text: str) -> tuple[str, float]:
+    name, _, factor = text.partition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = 0
+    if not name or not 1 <= value < math.inf:  # nor nan
+        raise argparse.ArgumentTypeError(f"takes PROVIDER=FACTOR with a finite factor of at least 1, got {text!r}")
+    return name, value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return command(options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,16 +1,17 @@
-"""The budgets against what a call really launches, allocates and keeps. Counts only: nothing is timed."""
+"""The costs of plans against what a call really launches, allocates and keeps. Counts only: nothing is timed."""
 
 import contextlib
 from types import SimpleNamespace
 
 import pytest
+import steps
 import torch
 from oracle import AVERAGES
 from test_autograd_memory import Saved
 
 import drsn_kernels as dk
-from drsn_kernels import budgets, traffic
-from drsn_kernels.backends import cpu, triton
+from drsn_kernels.backends import cost, cpu, gpu
+from drsn_kernels.backends.step import Cost
 from drsn_kernels.ops import dispatch
 from drsn_kernels.reference import Rule
 
@@ -25,8 +26,8 @@ def features(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.flo
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
-class Counting(traffic._Counting):
-    """Leaves out the tensor without memory that planes.geometry asks for the strides of."""
+class Counting(cost.Counting):
+    """Leaves out the tensor without memory that layout_of asks for the strides of."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if kwargs and kwargs.get("device") == torch.device("meta"):
@@ -72,7 +73,7 @@ def backend(request) -> str:
     """triton: planned and launched, but nothing runs, so results are whatever memory held."""
     if request.param == "cpu" and cpu._cpu is None:
         pytest.skip("no compiled CPU kernels")
-    if request.param == "triton" and not (triton.INSTALLED and triton.interpreting()):
+    if request.param == "triton" and not (gpu.INSTALLED and gpu.interpreting()):
         pytest.skip("needs Triton, interpreted")
     with dk.use_backend(request.param, strict=True):
         yield request.param
@@ -83,9 +84,9 @@ def measured(backend, monkeypatch) -> Measured:
     return Measured(monkeypatch, backend)
 
 
-def check(op, budget, measured, leaves: list[torch.Tensor], module=None, given: int = 0) -> None:
-    """Forward and backward of op() against budget. given: bytes that count as kept and are the caller's."""
-    forward, backward = budget
+def check(op, costs, measured, leaves: list[torch.Tensor], module=None, given: int = 0) -> None:
+    """Forward and backward of op() against its costs. given: bytes that count as kept and are the caller's."""
+    forward, backward = costs
     with Saved(module) as saved, measured() as ran:
         y = op()
     outputs = sum(t.numel() * t.element_size() for t in (y if isinstance(y, tuple) else (y,)))
@@ -110,9 +111,9 @@ def check(op, budget, measured, leaves: list[torch.Tensor], module=None, given: 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_abs_mean(backend, measured, shape, layout, dtype):
     x = features(shape, layout, dtype).requires_grad_()
-    common = {"backend": backend, "channels_last": layout == "channels_last"}
-    check(lambda: dk.abs_mean(x), budgets.abs_mean(shape, dtype, **common), measured, [x])
-    check(lambda: dk.abs_mean(x.detach()), budgets.abs_mean(shape, dtype, grad=False, **common), measured, [])
+    common = {"channels_last": layout == "channels_last"}
+    check(lambda: dk.abs_mean(x), steps.cost(steps.abs_mean(shape, dtype, **common), backend), measured, [x])
+    check(lambda: dk.abs_mean(x.detach()), steps.cost(steps.abs_mean(shape, dtype, grad=False, **common), backend), measured, [])
 
 
 @pytest.mark.parametrize("wants", ["x", "tau", "both", "none"])
@@ -123,11 +124,10 @@ def test_soft_threshold(backend, measured, layout, columns, wants):
     x, tau = features(shape, layout), torch.rand(4, 6 if columns else 1)
     x.requires_grad_(wants in ("x", "both"))
     tau.requires_grad_(wants in ("tau", "both"))
-    budget = budgets.soft_threshold(
-        shape, backend=backend, tau=tuple(tau.shape), channels_last=layout == "channels_last", grad=wants != "none",
-        input_grad=x.requires_grad, tau_grad=tau.requires_grad,
-    )  # fmt: skip
-    check(lambda: dk.soft_threshold(x, tau), budget, measured, [t for t in (x, tau) if t.requires_grad])
+    costs = steps.cost(steps.soft_threshold(
+        shape, tau=tuple(tau.shape), channels_last=layout == "channels_last", grad=wants != "none",
+        input_grad=x.requires_grad, tau_grad=tau.requires_grad), backend)  # fmt: skip
+    check(lambda: dk.soft_threshold(x, tau), costs, measured, [t for t in (x, tau) if t.requires_grad])
 
 
 @pytest.mark.parametrize("mode", ["train", "frozen input", "no grad", "returned tau"])
@@ -145,15 +145,14 @@ def test_shrink_with_any_gate(backend, measured, shape, average, residual, mode)
         x.requires_grad_(mode != "frozen input")
         alpha.requires_grad_()
         leaves = [t for t in (x, alpha) if t.requires_grad]
-    budget = budgets.shrink(
-        shape, backend=backend, fused=False, average=average, residual=residual, grad=mode != "no grad",
-        input_grad=mode != "frozen input", return_tau=mode == "returned tau",
-    )  # fmt: skip
+    costs = steps.cost(steps.shrink(
+        shape, fused=False, average=average, residual=residual, grad=mode != "no grad",
+        input_grad=mode != "frozen input", return_tau=mode == "returned tau"), backend)  # fmt: skip
 
     def op():
         return dk.shrink(x, lambda _: alpha, average=average, residual=added, return_tau=mode == "returned tau")
 
-    check(op, budget, measured, leaves, given=0 if mode == "no grad" else alpha.numel() * 4)
+    check(op, costs, measured, leaves, given=0 if mode == "no grad" else alpha.numel() * 4)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen input", "no grad"])
@@ -166,24 +165,23 @@ def test_shrink_with_the_standard_gate(backend, measured, shape, average, norm, 
     module = dk.Shrinkage(shape[1], average=average, norm=norm, reduction=2).train(mode in ("train", "frozen input"))
     x = features(shape, "channels_last" if len(shape) == 4 else "rows").requires_grad_(mode in ("train", "eval"))
     leaves = [*([x] if x.requires_grad else []), *module.parameters()] if mode != "no grad" else []
-    budget = budgets.shrink(
-        shape, backend=backend, average=average, norm=norm, hidden=shape[1] // 2, training=module.training,
-        channels_last=len(shape) == 4, grad=mode != "no grad", input_grad=x.requires_grad,
-    )  # fmt: skip
+    costs = steps.cost(steps.shrink(
+        shape, average=average, norm=norm, hidden=shape[1] // 2, training=module.training,
+        channels_last=len(shape) == 4, grad=mode != "no grad", input_grad=x.requires_grad), backend)  # fmt: skip
     with torch.set_grad_enabled(mode != "no grad"):
         op = torch.no_grad()(lambda: module(x)) if mode == "no grad" else lambda: module(x)
-        check(op, budget, measured, leaves, module)
+        check(op, costs, measured, leaves, module)
 
 
 @pytest.mark.parametrize("rule", [Rule(0.0, 0.0), Rule(0.3, 0.7)], ids=["hard", "leaky"])
 def test_other_thresholds(backend, measured, rule):
     shape, options = (4, 6, 100), {"threshold": "soft" if rule.offset else "hard", "slope": rule.inside}
     x, tau, alpha = (t.requires_grad_() for t in (features(shape, "rows"), torch.rand(4, 6), torch.rand(4, 6)))
-    budget = budgets.soft_threshold(shape, backend=backend, rule=rule)
-    check(lambda: dk.soft_threshold(x, tau, **options), budget, measured, [x, tau])
-    budget = budgets.shrink(shape, backend=backend, rule=rule)
+    costs = steps.cost(steps.soft_threshold(shape, rule=rule), backend)
+    check(lambda: dk.soft_threshold(x, tau, **options), costs, measured, [x, tau])
+    costs = steps.cost(steps.shrink(shape, rule=rule), backend)
     op = lambda: dk.shrink(x, lambda _: alpha, **options)  # noqa: E731
-    check(op, budget, measured, [x, alpha], given=alpha.numel() * 4)
+    check(op, costs, measured, [x, alpha], given=alpha.numel() * 4)
 
 
 @pytest.mark.parametrize("wants", ["x and factors", "x", "factors", "none"])
@@ -198,13 +196,12 @@ def test_squeeze_excite(backend, measured, layout, residual, columns, wants):
     x, w = features(shape, layout), torch.rand(4, 6 if columns else 1)
     x.requires_grad_("x" in wants), w.requires_grad_("factors" in wants)
     added = features(shape, layout) if residual else None
-    budget = budgets.squeeze_excite(
-        shape, backend=backend, outputs=w.shape[1], residual=residual, channels_last=layout == "channels_last",
-        grad=wants != "none", input_grad=x.requires_grad, gate_grad=w.requires_grad,
-    )  # fmt: skip
+    costs = steps.cost(steps.squeeze_excite(
+        shape, outputs=w.shape[1], residual=residual, channels_last=layout == "channels_last",
+        grad=wants != "none", input_grad=x.requires_grad, gate_grad=w.requires_grad), backend)  # fmt: skip
     given = (x.numel() * w.requires_grad + w.numel() * x.requires_grad) * 4
     leaves = [t for t in (x, w) if t.requires_grad]
-    check(lambda: dk.squeeze_excite(x, lambda _: w, residual=added), budget, measured, leaves, given=given)
+    check(lambda: dk.squeeze_excite(x, lambda _: w, residual=added), costs, measured, leaves, given=given)
 
 
 FULL, PLANE, SMALL = 128 * 64 * 1024 * 4, 128 * 64 * 1024 // 8, 128 * 64 * 4
@@ -213,37 +210,31 @@ FULL, PLANE, SMALL = 128 * 64 * 1024 * 4, 128 * 64 * 1024 // 8, 128 * 64 * 4
 @pytest.mark.parametrize("backend_name", ["cpu", "triton"])
 def test_the_feature_map_is_moved_as_designed(backend_name):
     """Any gate: 2 reads and a write each way, and 3 bits an element kept."""
-    if backend_name == "triton" and not triton.INSTALLED:
+    if backend_name == "triton" and not gpu.INSTALLED:
         pytest.skip("Triton is not installed")
-    forward, backward = budgets.shrink((128, 64, 1024), backend=backend_name, fused=False)
+    forward, backward = steps.cost(steps.shrink((128, 64, 1024), fused=False), backend_name)
     assert 0 <= forward.read - 2 * FULL <= 3 * SMALL and 0 <= forward.written - FULL - 3 * PLANE <= 3 * SMALL
     assert 0 <= backward.read - 2 * FULL - 5 * PLANE <= 6 * SMALL and 0 <= backward.written - FULL <= 4 * SMALL
     assert forward.saved == 3 * PLANE + 2 * SMALL
-    more, _ = budgets.shrink((128, 64, 1024), backend=backend_name, fused=False, residual=True)
+    more, _ = steps.cost(steps.shrink((128, 64, 1024), fused=False, residual=True), backend_name)
     assert more.read - forward.read == FULL and more.written == forward.written
     assert forward.saved / (FULL / 4) < 0.42  # bytes an element
 
 
 def test_one_pass_reads_once():
-    if not triton.INSTALLED:
+    if not gpu.INSTALLED:
         pytest.skip("Triton is not installed")
-    forward, backward = budgets.shrink((512, 64, 256), backend="triton", norm=False)
+    forward, backward = steps.cost(steps.shrink((512, 64, 256), norm=False), "triton")
     full = 512 * 64 * 256 * 4
     assert forward.kernels == ("forward_kernel",)
     assert backward.kernels == ("backward_kernel", "hidden_grad_kernel", "aten::sum")  # the batch is shared out
     assert full <= forward.read < 1.01 * full and full <= backward.read < 1.15 * full
-    forward, backward = budgets.shrink((512, 64, 256), backend="triton", norm=True)
+    forward, backward = steps.cost(steps.shrink((512, 64, 256), norm=True), "triton")
     assert (forward.launches, backward.launches) == (3, 3)
 
 
-def test_budgets_add_up():
-    one, two = traffic.Budget(1, 2, ("a",), 3, 4), traffic.Budget(10, 20, ("b", "c"), 30, 40)
-    assert one + two == traffic.Budget(11, 22, ("a", "b", "c"), 33, 44)
+def test_costs_add_up():
+    one, two = Cost(1, 2, ("a",), 3, 4), Cost(10, 20, ("b", "c"), 30, 40)
+    assert one + two == Cost(11, 22, ("a", "b", "c"), 33, 44)
     assert ((one + two).launches, (one + two).bytes) == (3, 33)
 
-
-def test_what_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of cpu, triton, torch, got 'gpu'"):
-        budgets.abs_mean((1, 2, 3), backend="gpu")
-    with pytest.raises(ValueError, match=r"shape must be \(N, C, \*spatial\), got \(3,\)"):
-        budgets.soft_threshold((3,), backend="cpu")

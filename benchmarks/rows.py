@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from .. import info
+from drsn_kernels import info
+from drsn_kernels.demo.timing import quartiles, ratios
+
 from .cases import Case
-from .measure import quartiles, ratios
+from .installed import ROOT
 
 FORMAT = 2
 ENVIRONMENT = ("machine", "device", "driver", "torch", "triton", "compiler", "commit", "threads", "date")
@@ -35,12 +37,10 @@ def _output(*command: str, **options) -> str:
 
 
 def commit() -> str:
-    """Of the checkout that the package or the working directory lies in; an installed package does not know its own."""
-    for folder in (Path(__file__).parent, Path.cwd()):
-        top = _output("git", "rev-parse", "--show-toplevel", cwd=folder)
-        if top and (Path(top) / "drsn_kernels" / "bench").is_dir():
-            return _output("git", "describe", "--always", "--dirty", cwd=top) or "unknown"
-    return "unknown"
+    """Of the checkout that this file lies in."""
+    if _output("git", "rev-parse", "--show-toplevel", cwd=ROOT) != str(ROOT):
+        return "unknown"
+    return _output("git", "describe", "--always", "--dirty", cwd=ROOT) or "unknown"
 
 
 def _compiler() -> str:
@@ -140,7 +140,7 @@ def read_json(path: Path) -> list[dict]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(stored, dict) or stored.get("format") not in (1, FORMAT) or not stored.get("rows"):
-        raise ValueError(f"{path} is not a result of `python -m drsn_kernels bench` in format {FORMAT}, or has no rows")
+        raise ValueError(f"{path} is not a result of `python -m benchmarks` in format {FORMAT}, or has no rows")
     rows = stored["rows"]
     if stored["format"] == 1:
         if any(one.get("warm_ms", "") != "" for one in rows):

@@ -24,32 +24,33 @@ ReduceArgs part(ReduceArgs a, int64_t first, int64_t count) {
   a.nonzero = offset(a.nonzero, plane);
   return a;
 }
-ApplyArgs part(ApplyArgs a, int64_t first, int64_t count) {
+MapArgs part(MapArgs a, int64_t first, int64_t count) {
   const int64_t item = size_of(a.dtype), plane = first * (a.walk.channels_last ? a.walk.l : a.walk.c) * a.walk.row_bytes;
   a.walk.n = count;
   a.x = shift(a.x, first * a.xs.n * item);
   a.y = shift(a.y, first * a.ys.n * item);
-  a.tau = shift(a.tau, first * a.tau_n * (item == 8 ? 8 : 4));
+  a.t = shift(a.t, first * a.t_n * (item == 8 ? 8 : 4));
   a.residual = shift(a.residual, first * a.rs.n * item);
   a.kept = offset(a.kept, plane);
   a.sign = offset(a.sign, plane);
+  a.nonzero = offset(a.nonzero, plane);
   return a;
 }
 
-template <class S> void forward_as(const StandardForwardArgs& args) {
+template <class S> void forward_as(const GatedForwardArgs& args) {
   const Gate<S> gate(args.gate);
   const int64_t n = gate.n, h = gate.h;
-  Scratch<S> v(n * h), own(args.apply.tau ? 0 : n * gate.c);
-  ApplyArgs last = args.apply;
-  if (!last.tau) last.tau = own.data;
-  S* const tau = static_cast<S*>(const_cast<void*>(last.tau));
+  Scratch<S> v(n * h), own(args.map.t ? 0 : n * gate.c);
+  MapArgs last = args.map;
+  if (!last.t) last.t = own.data;
+  S* const tau = static_cast<S*>(const_cast<void*>(last.t));
   const auto pool = [&](int64_t first, int64_t count) {
     reduce(part(args.reduce, first, count));
     gate.first_layer(first, count);
   };
   const auto shrink = [&](int64_t first, int64_t count) {
     gate.second_layer(first, count, v.data + first * h, tau);
-    apply(part(last, first, count));
+    map(part(last, first, count));
   };
   if (!args.block) {
     pool(0, n);
@@ -68,7 +69,7 @@ template <class S> void forward_as(const StandardForwardArgs& args) {
   });
 }
 
-template <class S> void backward_as(const StandardBackwardArgs& args) {
+template <class S> void backward_as(const GatedBackwardArgs& args) {
   const Gate<S> gate(args.gate);
   const int64_t n = gate.n, c = gate.c, h = gate.h, o = gate.o;
   const GateArgs& a = args.gate;
@@ -109,10 +110,10 @@ template <class S> void backward_as(const StandardBackwardArgs& args) {
   grad(last);
 }
 
-void standard_forward(const StandardForwardArgs& a) {
+void gated_forward(const GatedForwardArgs& a) {
   a.reduce.dtype == DType::f64 ? forward_as<double>(a) : forward_as<float>(a);
 }
-void standard_backward(const StandardBackwardArgs& a) {
+void gated_backward(const GatedBackwardArgs& a) {
   a.dx.dtype == DType::f64 ? backward_as<double>(a) : backward_as<float>(a);
 }
 

@@ -1,0 +1,265 @@
+"""What a call is, and what a backend is.
+
+A `Step` describes one operator call but for its tensors: what backends plan by, what costs are counted for, what
+explain prints. A `Backend` has three kernels that stream over x, and may have a fourth part, the standard gate computed
+together with them:
+
+    reduce   A (N, C) = mean |x|, or mean x, or sum x * times
+    map      y = soft_threshold(x, t) by a rule, or x * t, plus a residual; and the bit planes
+    grad     dx = kept * g + s * dA / L and dtau = -sum s * kept * g, from the planes
+
+They take thresholds and dA as tensors (N, C) and know no gate. Outputs are allocated here, once for every backend.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+
+from ..gates import StandardGate
+from ..layout import Layout, Planes, averaged, thresholded
+from ..reference import SOFT, Rule, accumulate_dtype
+
+Strides = tuple[int, ...]
+
+
+class GateShape(NamedTuple):
+    """A standard gate but for its tensors."""
+
+    hidden: int
+    outputs: int
+    norm: bool
+    batch_stats: bool  # BatchNorm in training: statistics of the batch
+    eps: float
+    momentum: float
+
+    @classmethod
+    def of(cls, parts: StandardGate) -> "GateShape":
+        outputs, hidden = parts.w2.shape
+        return cls(hidden, outputs, parts.gamma is not None, parts.batch_stats, parts.eps, parts.momentum)
+
+
+class Kept(NamedTuple):
+    """What a backward pass of a fused gate needs: 3 bits an element, and tensors of the gate's size."""
+
+    bits: torch.Tensor | None  # planes kept, sign, nonzero, as layout.thresholded has them
+    pooled: torch.Tensor | None  # A (N, C)
+    state: torch.Tensor | None  # Backend.gate_state
+    mean: torch.Tensor | None  # (H,), running; None where they are of the batch, and in state
+    var: torch.Tensor | None
+
+
+class Want(NamedTuple):
+    """Which gradients a backward pass has to make, if there is one, and whether tau is returned."""
+
+    x: bool = False
+    threshold: bool = False  # of tau, of the gate's output, or of squeeze_excite's factors
+    tau: bool = False  # returned
+
+
+class Step(NamedTuple):
+    """One operator call. `strides`, `residual`: as they lie; the residual's are None without one."""
+
+    op: str  # abs_mean, soft_threshold, shrink or squeeze_excite
+    layout: Layout
+    strides: Strides
+    dtype: torch.dtype
+    device: torch.device
+    average: str | None = None  # of shrink: what the gate's output is multiplied by
+    rule: Rule = SOFT
+    outputs: int = 1  # columns of tau, of alpha, or of squeeze_excite's factors: C or 1
+    gate: GateShape | None = None  # the standard gate, where the backend computes it
+    residual: Strides | None = None
+    keep: bool = False  # something is kept for a backward pass
+    want: Want = Want()
+
+    @property
+    def one_tau(self) -> bool:
+        """tau is (N, 1): one alpha, and an average that is shared or none."""
+        return self.outputs == 1 and self.average != "channel"
+
+    @property
+    def sums(self) -> torch.dtype:
+        return accumulate_dtype(self.dtype)
+
+
+# ---- cost and plan ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a launch, or of several: counted and not timed. Every operand counts once a launch, at its own size."""
+
+    read: int = 0  # bytes
+    written: int = 0
+    kernels: tuple[str, ...] = ()  # one name for each launch, in order; operations of torch's are aten::...
+    workspace: int = 0  # bytes allocated that are neither returned nor kept, as if none were freed before the end
+    saved: int = 0  # bytes kept for the backward pass, parameters and buffers left out
+
+    @property
+    def launches(self) -> int:
+        return len(self.kernels)
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step runs, what it costs, and for each plan that may be faster, why it is not taken."""
+
+    name: str
+    why: str
+    not_taken: tuple[tuple[str, str], ...] = ()  # (plan, reason)
+    index_bits: int | None = 64  # None: PyTorch's or the compiler's business
+    forward: Cost | None = None  # None where PyTorch or a compiler decides what the reference becomes
+    backward: Cost | None = None
+    launches: tuple[Any, ...] = field(default=(), compare=False)  # described, where a backend prepares them
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+class Backend:
+    """Who computes eager calls. A subclass has a name, the first two methods, the three kernels and their costs."""
+
+    name: str
+    fuses_gates = False  # has the part on the standard gate, below
+
+    def unsupported(self, x: torch.Tensor) -> str | None:
+        """Why this backend has no kernels for x; None where it has."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line for `python -m drsn_kernels info`."""
+        raise NotImplementedError
+
+    def empty(self, shape: Strides, strides: Strides, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    # ---- what the operators call: the kernels below on fresh outputs
+
+    def reduce(
+        self, x: torch.Tensor, layout: Layout, *, kind: str = "magnitude", times: torch.Tensor | None = None,
+        keep: bool = False,
+    ) -> tuple[torch.Tensor, Planes | None]:  # fmt: skip
+        """A (N, C). kind: "magnitude", mean |x|; "value", mean x; "product", sum x * times. keep: the planes too."""
+        out = self.sums(layout, x.dtype, x.device)
+        planes = averaged(self.planes(2, layout, x.device)) if keep else None
+        self.reduce_into(out, planes, x, layout, kind, times)
+        return out, planes
+
+    def map(
+        self, x: torch.Tensor, layout: Layout, t: torch.Tensor, *, kind: str = "threshold", rule: Rule = SOFT,
+        residual: torch.Tensor | None = None, shift: torch.Tensor | None = None, out: torch.Tensor | None = None,
+        keep: int = 0,
+    ) -> tuple[torch.Tensor, Planes | None]:  # fmt: skip
+        """y = x thresholded at t, or "scale": x * t (+ shift / L), + residual. t (N | 1, C | 1), shift (N, C).
+
+        out: written to instead of a fresh y, x itself for one. keep: 0, or planes: 2 for kept and sign, 3 for nonzero
+        too.
+        """
+        y = self.empty(layout.shape, layout.strides, x.dtype, x.device) if out is None else out
+        planes = thresholded(self.planes(keep, layout, x.device)) if keep else None
+        self.map_into(y, planes, x, layout, t, kind, rule, residual, shift)
+        return y, planes
+
+    def grad(
+        self, layout: Layout, dtype: torch.dtype, planes: Planes, g: torch.Tensor | None, *,
+        dA: torch.Tensor | None = None, want_dx: bool = True, want_dtau: bool = False, rule: Rule = SOFT,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """dx and dtau (N, C), each if wanted. g may be absent (abs_mean alone), and so may dA (N, C)."""
+        device = (g if g is not None else dA).device
+        dx = self.empty(layout.shape, layout.strides, dtype, device) if want_dx else None
+        dtau = self.sums(layout, dtype, device) if want_dtau else None
+        self.grad_into(dx, dtau, layout, dtype, planes, g, None if dA is None else dA.contiguous(), rule)
+        return dx, dtau
+
+    def plan(self, step: Step) -> Plan:
+        raise NotImplementedError
+
+    # ---- the standard gate, computed together with the step
+
+    def gate_unsupported(self, x: torch.Tensor, parts: StandardGate) -> str | None:
+        """Why this gate is called instead; None where it is fused."""
+        return None if self.fuses_gates else f"the {self.name} backend calls every gate"
+
+    def gated_forward(
+        self, step: Step, x: torch.Tensor, parts: StandardGate, *, residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
+        """y, tau where step.want.tau, and what a backward pass needs where step.keep (else nothing)."""
+        layout, gate = step.layout, step.gate
+        y = self.empty(layout.shape, layout.strides, step.dtype, step.device) if out is None else out
+        tau = None
+        if step.want.tau:
+            tau = self.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c)
+        kept = Kept(None, None, None, None, None)
+        if step.keep:
+            mean, var = (None, None) if gate.batch_stats else (parts.mean, parts.var)
+            pooled, state = self.sums(layout, step.dtype, step.device), self.gate_state(step)
+            kept = Kept(self.planes(3, layout, step.device), pooled, state, mean, var)
+        self.gated_forward_into(y, tau, kept, step, x, parts, residual)
+        return y, tau, kept
+
+    def gated_backward(
+        self, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None,
+        want: tuple[bool, ...],
+    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted."""
+        layout = step.layout
+        dx = self.empty(layout.shape, layout.strides, step.dtype, step.device) if want[0] else None
+        tau_grad = None if tau_grad is None else tau_grad.contiguous()
+        return dx, *self.gated_backward_into(dx, step, parts, kept, g, tau_grad, want[1:])
+
+    def gate_state(self, step: Step) -> torch.Tensor:
+        """One tensor for u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other."""
+        gate = step.gate
+        size = step.layout.n * (gate.hidden + gate.outputs) + (2 * gate.hidden if gate.batch_stats else 0)
+        return self.empty((size,), (1,), step.sums, step.device)
+
+    # ---- fresh memory
+
+    def sums(self, layout: Layout, dtype: torch.dtype, device: torch.device, columns: int | None = None) -> torch.Tensor:
+        """(N, C), or (N, columns), in the dtype of sums."""
+        c = layout.c if columns is None else columns
+        return self.empty((layout.n, c), (c, 1), accumulate_dtype(dtype), device)
+
+    def planes(self, count: int, layout: Layout, device: torch.device) -> torch.Tensor:
+        return self.empty((count, layout.words), (layout.words, 1), torch.int32, device)
+
+    # ---- the kernels
+
+    def reduce_into(self, out, planes, x, layout, kind, times) -> None:
+        raise NotImplementedError
+
+    def map_into(self, y, planes, x, layout, t, kind, rule, residual, shift) -> None:
+        raise NotImplementedError
+
+    def grad_into(self, dx, dtau, layout, dtype, planes, g, dA, rule) -> None:
+        raise NotImplementedError
+
+    def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:
+        raise NotImplementedError
+
+    def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want) -> tuple:
+        """The gradients of w1, b1, gamma, beta, w2, b2; want: which."""
+        raise NotImplementedError
+
+    # ---- their costs (cost.py), for tensors of these strides
+
+    def reduce_cost(self, step: Step, strides: Strides, *, kind: str = "magnitude", keep: bool = False) -> Cost:
+        raise NotImplementedError
+
+    def map_cost(
+        self, step: Step, strides: Strides, *, columns: int, kind: str = "threshold", residual: bool = False,
+        shift: bool = False, keep: int = 0,
+    ) -> Cost:  # fmt: skip
+        raise NotImplementedError
+
+    def grad_cost(self, step: Step, *, g: bool = True, dA: bool = False, dx: bool = True, dtau: bool = False) -> Cost:
+        raise NotImplementedError
