@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from drsn_kernels.backends import cpu
+from drsn_kernels.backends import cpu_memory
 from drsn_kernels.demo.timing import Call, saved_bytes, wall_time
 
 FLUSH_BYTES = 256 << 20  # several times any L2
@@ -181,12 +181,12 @@ def counts(call: Call, device: str) -> dict[str, int]:
 @contextlib.contextmanager
 def _no_arena() -> Iterator[None]:
     """What the cpu backend allocates comes from torch's allocator too, which the profiler sees."""
-    kept = cpu._OUTPUT_BYTES, cpu._INNER_BYTES
-    cpu._OUTPUT_BYTES = cpu._INNER_BYTES = sys.maxsize
+    kept = cpu_memory._OUTPUT_BYTES, cpu_memory._INNER_BYTES
+    cpu_memory._OUTPUT_BYTES = cpu_memory._INNER_BYTES = sys.maxsize
     try:
         yield
     finally:
-        cpu._OUTPUT_BYTES, cpu._INNER_BYTES = kept
+        cpu_memory._OUTPUT_BYTES, cpu_memory._INNER_BYTES = kept
 
 
 def _launches_and_peak(call: Call, device: str) -> tuple[int, int]:

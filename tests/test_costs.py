@@ -49,7 +49,7 @@ class Measured:
                 counted = {name: self._counted(name, mode) for name in _CPU_KERNELS}
                 patch.setattr(cpu, "_cpu", SimpleNamespace(**{**vars(cpu._cpu), **counted}))
             elif self.backend == "triton":
-                from drsn_kernels.triton import launch
+                from drsn_kernels.backends.gpu import launch
 
                 patch.setattr(launch.Prepared, "_launch", lambda it, _: mode.kernels.append(it.fn.__name__))
             yield mode

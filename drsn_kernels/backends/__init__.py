@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 import torch
 
-from . import cpu, gpu
+from . import cpu, gpu  # noqa: F401  gpu: whether there is a GPU backend, without importing Triton
 from .eager import eager
+from .gpu.backend import Gpu
 from .step import Backend
 
 log = logging.getLogger("drsn_kernels")
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu.Cpu(), "triton": gpu.Gpu(), "torch": eager}
+BACKENDS: dict[str, Backend] = {"cpu": cpu.Cpu(), "triton": Gpu(), "torch": eager}
 
 
 def _checked(name: str, source: str) -> str:
