@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=0 python -m benchmarks.launches
 
-The kernels are compiled for an H100 and not run (drsn_kernels.triton.lowering). So the driver's own launch is not in
-these figures, and everything before it is: checks, planning, allocation, autograd, the binding. "through Triton" is
-the call with every launch through Triton's own binder and specialisation, as it is without `launch.Prepared`.
+The kernels are compiled for an H100 and not run (drsn_kernels/backends/gpu/lowering.py). So the driver's own launch is
+not in these figures, and everything before it is: checks, planning, allocation, autograd, the binding. "through Triton"
+is the call with every launch through Triton's own binder and specialisation, as it is without `launch.Prepared`.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import statistics
 import torch
 
 import drsn_kernels as dk
+from drsn_kernels.backends.gpu import launch, lowering
 from drsn_kernels.demo.timing import Call, interleaved
-from drsn_kernels.triton import launch, lowering
 
 from .rows import environment
 
 
-def _bind_anew(self: launch.Prepared, pointers: tuple) -> None:
-    self.fn[self.grid](*pointers, *self.integers, **self.constants)
+def _bind_anew(self: launch.Prepared, pointers: dict) -> None:
+    self._first(0, pointers, tuple(map(pointers.get, self.fn.pointers)))
 
 
 def main() -> None:

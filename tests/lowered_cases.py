@@ -1,4 +1,4 @@
-"""The calls that lowered_plans.py compiles for every GPU, and the budget of each: launches, bytes, widths.
+"""The calls that lowered_plans.py compiles for every GPU, and the cost of each: launches, bytes, widths.
 
 A new kernel joins by cases appended to CASES.
 """
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import gcd
 
+import steps
 import torch
-from drsn_kernels.traffic import Budget
 
 import drsn_kernels as dk
-from drsn_kernels import budgets
+from drsn_kernels.backends.step import Cost
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -70,14 +70,14 @@ def _cdiv(a: int, b: int) -> int:
 class Case:
     """`make()` prepares tensors and returns the forward call; what it returns that requires grad goes to backward.
 
-    `budget()` gives the launches, forward and backward; `forward` and `backward` say what each does to the feature map.
+    `cost()` gives the launches, forward and backward; `forward` and `backward` say what each does to the feature map.
     """
 
     name: str
     make: Callable[[], Callable[[], object]]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    budget: Callable[[], tuple[Budget, Budget]]
+    cost: Callable[[], tuple[Cost, Cost]]
     forward: tuple[Expected, ...]
     backward: tuple[Expected, ...] = ()
     # bytes that each load and store of the feature map should move a thread; None: not asserted
@@ -101,9 +101,9 @@ SHAPES = ((8, 16, 1024), (8, 16, 1000), (8, 16, 196), (8, 64, 49), (4, 8, 9600),
 ONE_TILE = 4096  # elements; rows up to this are one tile
 
 
-def budget_of(op: str, shape: tuple[int, ...], dtype: torch.dtype, **options) -> Callable[[], tuple[Budget, Budget]]:
-    options |= {"backend": "triton", "channels_last": len(shape) == 4}
-    return lambda: getattr(budgets, op)(shape, dtype, **options)
+def cost_of(op: str, shape: tuple[int, ...], dtype: torch.dtype, **options) -> Callable[[], tuple[Cost, Cost]]:
+    options |= {"channels_last": len(shape) == 4}
+    return lambda: steps.cost(getattr(steps, op)(shape, dtype, **options), "triton")
 
 
 def feature_map(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -141,8 +141,8 @@ def shrink_case(shape: tuple[int, ...], dtype: torch.dtype, residual: bool = Fal
     loads = {"x": 1, "residual": 1} if residual else {"x": 1}
     return Case(
         _name("shrink", shape, dtype, ("residual" if residual else "") + ("no_grad" if evaluate else "")),
-        make, shape, dtype, budget_of("shrink", shape, dtype, fused=False, residual=residual, grad=not evaluate),
-        forward=(expected("reduce_kernel", {"x": 1}, loop=long), expected("apply_kernel", loads, {"y": 1})),
+        make, shape, dtype, cost_of("shrink", shape, dtype, fused=False, residual=residual, grad=not evaluate),
+        forward=(expected("reduce_kernel", {"x": 1}, loop=long), expected("map_kernel", loads, {"y": 1})),
         backward=() if evaluate else (
             expected("grad_kernel", {"g": 1}, loop=long), expected("grad_kernel", {"g": 1}, {"dx": 1}),
         ),
@@ -156,7 +156,7 @@ def abs_mean_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         return lambda: dk.abs_mean(x)
 
     return Case(
-        _name("abs_mean", shape, dtype), make, shape, dtype, budget_of("abs_mean", shape, dtype),
+        _name("abs_mean", shape, dtype), make, shape, dtype, cost_of("abs_mean", shape, dtype),
         forward=(expected("reduce_kernel", {"x": 1}, loop=_long(shape, dtype)),),
         backward=(expected("grad_kernel", {}, {"dx": 1}),),
         width=width_of(shape, dtype),
@@ -170,8 +170,8 @@ def soft_threshold_case(shape: tuple[int, ...], dtype: torch.dtype, note: str = 
         return lambda: dk.soft_threshold(x, tau, **options)
 
     return Case(
-        _name("soft_threshold", shape, dtype, note), make, shape, dtype, budget_of("soft_threshold", shape, dtype),
-        forward=(expected("apply_kernel", {"x": 1}, {"y": 1}),),
+        _name("soft_threshold", shape, dtype, note), make, shape, dtype, cost_of("soft_threshold", shape, dtype),
+        forward=(expected("map_kernel", {"x": 1}, {"y": 1}),),
         backward=(expected("grad_kernel", {"g": 1}, {"dx": 1}, loop=_long(shape, dtype)),),
         width=width_of(shape, dtype),
     )  # fmt: skip
@@ -186,10 +186,10 @@ def squeeze_excite_case(shape: tuple[int, ...], dtype: torch.dtype, residual: bo
     long, loads = _long(shape, dtype), {"x": 1, "residual": 1} if residual else {"x": 1}
     return Case(
         _name("squeeze_excite", shape, dtype, "residual" if residual else ""), make, shape, dtype,
-        budget_of("squeeze_excite", shape, dtype, residual=residual),
-        forward=(expected("reduce_kernel", {"x": 1}, loop=long), expected("apply_kernel", loads, {"y": 1})),
+        cost_of("squeeze_excite", shape, dtype, residual=residual),
+        forward=(expected("reduce_kernel", {"x": 1}, loop=long), expected("map_kernel", loads, {"y": 1})),
         backward=(  # these kernels call g x, x times, and dx y
-            expected("reduce_kernel", {"x": 1, "times": 1}, loop=long), expected("apply_kernel", {"x": 1}, {"y": 1}),
+            expected("reduce_kernel", {"x": 1, "times": 1}, loop=long), expected("map_kernel", {"x": 1}, {"y": 1}),
         ),
         width=width_of(shape, dtype),
     )  # fmt: skip
@@ -221,27 +221,27 @@ def gate_case(
         x.requires_grad_()
         return lambda: step(x)
 
-    budget = budget_of(
+    cost = cost_of(
         "shrink", shape, dtype, grad=bool(backward), training=bool(backward),
         norm=options.get("norm", True), average=options.get("average", "channel"),
     )  # fmt: skip
     return Case(
-        _name("Shrinkage", shape, dtype, note), make, shape, dtype, budget, forward, backward, width_of(shape, dtype),
+        _name("Shrinkage", shape, dtype, note), make, shape, dtype, cost, forward, backward, width_of(shape, dtype),
         padding,
     )  # fmt: skip
 
 
-def three_launches(shape: tuple[int, ...], dtype: torch.dtype, way: tuple[str, ...] = (), back: tuple[str, ...] = ()):
-    """reduce, the gate, apply; and grad, the gate, grad. `way`, `back`: launches of the gate besides the usual one."""
+def several(shape: tuple[int, ...], dtype: torch.dtype):
+    """reduce, the gate, map; and grad, the gate, grad."""
     long = _long(shape, dtype)
     forward = (
         expected("reduce_kernel", {"x": 1}, loop=long),
-        *map(expected, ("hidden_kernel", *way)),
-        expected("apply_kernel", {"x": 1}, {"y": 1}),
+        *map(expected, ("hidden_kernel", "alpha_kernel")),
+        expected("map_kernel", {"x": 1}, {"y": 1}),
     )
     backward = (
         expected("grad_kernel", {"g": 1}, loop=long),
-        *map(expected, ("hidden_grad_kernel", *back)),
+        *map(expected, ("hidden_grad_kernel", "pooled_grad_kernel")),
         expected("grad_kernel", {"g": 1}, {"dx": 1}),
     )
     return forward, backward
@@ -266,13 +266,8 @@ CASES += [
 CASES += [
     gate_case((8, 16, 196), F32, "no BatchNorm, sample", (ONE_PASS,), ONE_PASS_BACK, norm=False, average="sample")
 ]
-CASES += [gate_case((8, 16, 1024), F32, "BatchNorm", *three_launches((8, 16, 1024), F32))]
-CASES += [
-    gate_case(
-        (4, 64, 28, 28), F32, "BatchNorm",
-        *three_launches((4, 64, 28, 28), F32, ("alpha_kernel",), ("pooled_grad_kernel",)),
-    )
-]  # fmt: skip
+CASES += [gate_case((8, 16, 1024), F32, "BatchNorm", *several((8, 16, 1024), F32))]
+CASES += [gate_case((4, 64, 28, 28), F32, "BatchNorm", *several((4, 64, 28, 28), F32))]
 
 # The one-pass shapes of the benchmarks, forward and backward, on chip and, (128, 64, 512), walked twice.
 CASES += [
@@ -288,13 +283,10 @@ CASES += [
     gate_case((128, 64, 512), dtype, "no BatchNorm, twice", (TWICE,), TWICE_BACK, norm=False) for dtype in (F32, BF16)
 ]
 CASES += [
-    gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *three_launches((16, 64, 1024), F32), norm=False),
-    gate_case((8, 128, 1024), BF16, "BatchNorm", *three_launches((8, 128, 1024), BF16)),
-    gate_case(
-        (4, 512, 7, 7), F32, "BatchNorm",
-        *three_launches((4, 512, 7, 7), F32, ("alpha_kernel",), ("pooled_grad_kernel",)),
-    ),
-]  # fmt: skip
+    gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32), norm=False),
+    gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16)),
+    gate_case((4, 512, 7, 7), F32, "BatchNorm", *several((4, 512, 7, 7), F32)),
+]
 
 # Sizes that one compilation is for: a training step on the first of them compiles, on the others nothing does.
 # A gate without BatchNorm has two plans, of one launch and of several, and the batch size has a say in which it is.

@@ -50,7 +50,7 @@ def reduction(fusion: bool) -> dict:
 
 def small_steps() -> list[dict]:
     """Every launch of the steps that benchmarks/gpu_suite.py runs under racecheck, and of one in float64."""
-    from drsn_kernels.triton.lowering import lowering
+    from drsn_kernels.backends.gpu.lowering import lowering
 
     cases = [(shape, torch.float32) for shape in ((3, 5, 7), (2, 40, 33), (2, 3, 5, 5))] + [((3, 5, 7), torch.float64)]
     with lowering("cuda:90") as launches, dk.use_backend("triton", strict=True):

@@ -1,4 +1,7 @@
-"""The triton backend's class, interpreted: its kernels against pure PyTorch's, its fused gate against autograd."""
+"""The triton backend's class, interpreted: split rows and 64-bit offsets, every plan of the fused gate, costs of plans.
+
+The shapes and layouts that every backend is compared on are in test_backends.py.
+"""
 
 import functools
 
@@ -8,7 +11,7 @@ from oracle import AVERAGES, LAYOUTS, features, gate_of, varied, wide
 
 from drsn_kernels import layout as layouts
 from drsn_kernels.backends import gpu
-from drsn_kernels.backends.eager import Eager
+from drsn_kernels.backends.eager import eager
 from drsn_kernels.backends.gpu.backend import Gpu
 from drsn_kernels.backends.step import GateShape, Step, Want
 from drsn_kernels.gates import standard_gate
@@ -22,7 +25,7 @@ if gpu.missing() is None:
     from drsn_kernels.backends.gpu import plans, sequence, stream
     from drsn_kernels.backends.gpu import walk as walks
 
-ours, torchs = Gpu(), Eager()
+ours, torchs = Gpu(), eager
 RULES = {"soft": SOFT, "leaky": Rule(0.25, 0.75), "hard": Rule(0.1, 0.0)}
 
 
@@ -41,13 +44,12 @@ def fresh_plans():
     forget_plans()
 
 
-@pytest.fixture(params=["one tile", "split", "64-bit offsets"])
+@pytest.fixture(params=["split", "64-bit offsets"])
 def sizes(request, monkeypatch):
-    """Tiles of a whole row; so small that rows are looped over and split; and as if tensors were beyond 2^31."""
+    """Tiles so small that rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "split":
-        monkeypatch.setattr(plans, "TILE", 64)
-        monkeypatch.setattr(plans, "CHANNELS", 16)
-        monkeypatch.setattr(plans, "PIECE", 32)
+        monkeypatch.setattr(plans, "TILE", 256)
+        monkeypatch.setattr(plans, "PIECE", 64)
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):
             monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
@@ -55,7 +57,7 @@ def sizes(request, monkeypatch):
 
 
 def close(a, b):
-    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(a.dtype, 2e-5)
+    tolerance = {torch.bfloat16: 1e-2, torch.float64: 1e-9}.get(a.dtype, 2e-5)
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -72,16 +74,23 @@ each_layout = pytest.mark.parametrize("where", ["contiguous", "channels_last", "
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 
-def made(where: str, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
-    return [LAYOUTS[where](2, 5, 6, 7).to(dtype) for _ in range(count)]
+def made(where: str, dtype: torch.dtype, count: int, sizes: str) -> list[torch.Tensor]:
+    """Of the layout still after the conversion; rows of 600 elements where they are to be split."""
+    spatial = (24, 25) if sizes == "split" else (6, 7)
+    out = []
+    for _ in range(count):
+        x = LAYOUTS[where](2, 5, *spatial)
+        out.append(torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x))
+    return out
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("kind", ["magnitude", "value", "product"])
 def test_reduce(sizes, kind, dtype, where):
-    x, times = made(where, dtype, 2)
-    layout = layouts.layout(x)
+    x, times = made(where, dtype, 2, sizes)
+    layout = layouts.layout_of(x)
     times = times if kind == "product" else None
     keep = kind == "magnitude"
     for kept in {keep, False}:
@@ -92,12 +101,13 @@ def test_reduce(sizes, kind, dtype, where):
         same_planes(planes, wanted, layout)
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)
 def test_map_by_every_rule(sizes, rule, dtype, where):
-    x, residual = made(where, dtype, 2)
-    layout = layouts.layout(x)
+    x, residual = made(where, dtype, 2, sizes)
+    layout = layouts.layout_of(x)
     for keep, shape, added in ((0, (2, 5), residual), (2, (2, 1), None), (3, (1, 5), residual), (3, (1, 1), None)):
         tau = torch.rand(shape, dtype=wide(dtype))
         arguments = dict(rule=RULES[rule], residual=added, keep=keep)
@@ -107,16 +117,17 @@ def test_map_by_every_rule(sizes, rule, dtype, where):
         close(a, b)
         same_planes(planes, wanted, layout)
     start = x.clone()
-    assert ours.map(start, layouts.layout(start), tau, rule=RULES[rule], out=start)[0] is start
+    assert ours.map(start, layouts.layout_of(start), tau, rule=RULES[rule], out=start)[0] is start
     close(start, torchs.map(x, layout, tau, rule=RULES[rule])[0])
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("shifted", [False, True])
 def test_map_scales(sizes, shifted, dtype, where):
-    x, residual = made(where, dtype, 2)
-    layout = layouts.layout(x)
+    x, residual = made(where, dtype, 2, sizes)
+    layout = layouts.layout_of(x)
     shift = torch.randn(5, 2, dtype=wide(dtype)).t() if shifted else None
     for columns in (5, 1):
         t = torch.rand(2, columns, dtype=wide(dtype))
@@ -124,12 +135,13 @@ def test_map_scales(sizes, shifted, dtype, where):
         close(ours.map(x, layout, t, **arguments)[0], torchs.map(x, layout, t, **arguments)[0])
 
 
+@pytest.mark.sampled(4)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)
 def test_grad(sizes, rule, dtype, where):
-    x, g = made(where, dtype, 2)
-    layout, dA = layouts.layout(x), torch.randn(2, 5, dtype=wide(dtype))
+    x, g = made(where, dtype, 2, sizes)
+    layout, dA = layouts.layout_of(x), torch.randn(2, 5, dtype=wide(dtype))
     tau = torch.rand(2, 5, dtype=wide(dtype))
     _, planes = ours.map(x, layout, tau, keep=3)
     _, averaged = ours.reduce(x, layout, keep=True)
@@ -166,6 +178,7 @@ def plan(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("one", [False, True], ids=["an alpha a channel", "one alpha"])
@@ -184,13 +197,13 @@ def test_gated_step(plan, kind, one, average, channels_last):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["norm", "batch norm"])
 def test_gated_step_in_other_dtypes_and_splits(sizes, kind, dtype):
-    x, residual, g = (features((4, 3, 200), dtype) for _ in range(3))
+    x, residual, g = (features((4, 3, 600), dtype) for _ in range(3))
     check_gated(x, residual, g, gate_of(3, kind, "channel").to(wide(dtype)), "channel", None)
 
 
 def check_gated(x, residual, g, module, average, name):
     parts = standard_gate(module, x)
-    layout = layouts.layout(x)
+    layout = layouts.layout_of(x)
     step = Step(
         "shrink", layout, x.stride(), x.dtype, x.device, average, outputs=len(parts.w2), gate=GateShape.of(parts),
         residual=residual.stride(), keep=True, want=Want(True, True, True),
@@ -234,7 +247,8 @@ def check_gated(x, residual, g, module, average, name):
     close(dx, wanted[0].to(x.dtype))
     grads = [grad for grad, p in zip(grads, parameters, strict=True) if p is not None]
     for a, b in zip(grads, wanted[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        rest = 1e-9 if acc is torch.float64 else 1e-3  # a norm over 4 samples cancels
+        torch.testing.assert_close(a, b, rtol=rest, atol=rest)
     if parts.batch_stats:
         close(running[0], expected[0])
         close(running[1], expected[1])
@@ -258,8 +272,8 @@ def check_gated(x, residual, g, module, average, name):
 def shrink_step(shape, gate: GateShape | None, keep=True, **options) -> Step:
     x = torch.empty(shape, device="meta")
     return Step(
-        "shrink", layouts.layout(x), x.stride(), x.dtype, torch.device("cpu"), "channel", outputs=shape[1], gate=gate,
-        keep=keep, want=Want(keep, keep), **options,
+        "shrink", layouts.layout_of(x), x.stride(), x.dtype, torch.device("cpu"), "channel", outputs=shape[1],
+        gate=gate, keep=keep, want=Want(keep, keep), **options,
     )  # fmt: skip
 
 
@@ -307,7 +321,7 @@ def test_gates_that_torch_computes_faster_are_called(monkeypatch):
 def test_a_pointer_of_another_name_is_refused():
     x = torch.randn(2, 3, 8)
     launch = stream.prepare_reduce(
-        layouts.layout(x), x.stride(), None, x.dtype, x.device, "magnitude", False
+        layouts.layout_of(x), x.stride(), None, x.dtype, x.device, "magnitude", False
     )  # fmt: skip
     with pytest.raises(TypeError, match="reduce_kernel takes x, times, out, planes, not y"):
         launch(x=x, y=x)

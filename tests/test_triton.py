@@ -4,7 +4,6 @@ The rest of the suite runs on this backend too, with large tiles (conftest.py).
 """
 
 import copy
-import dataclasses
 import functools
 
 import pytest
@@ -15,24 +14,26 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import drsn_kernels as dk
-from drsn_kernels.backends import triton as backend
+from drsn_kernels import layout as layouts
+from drsn_kernels.backends import gpu
 
 pytestmark = pytest.mark.skipif(
-    not (backend._missing() is None and backend.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
+    not (gpu.missing() is None and gpu.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
 )
-if backend._missing() is None:
+if gpu.missing() is None:
     import triton
     import triton.language as tl
 
-    from drsn_kernels.triton import apply, grad, launch, plans, reduce, standard
-    from drsn_kernels.triton import walk as walks
+    from drsn_kernels.backends.gpu import plans, sequence, stream
+    from drsn_kernels.backends.gpu import walk as walks
 
 
 def forget_plans():
-    for module in (apply, grad, reduce):
-        module._prepare.cache_clear()
-    standard._prepare_forward.cache_clear()
-    standard._prepare_backward.cache_clear()
+    for prepare in (
+        stream.prepare_reduce, stream.prepare_map, stream.prepare_grad, sequence.prepare_forward,
+        sequence.prepare_backward,
+    ):  # fmt: skip
+        prepare.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def sizes(request, monkeypatch):
         monkeypatch.setattr(plans, "TILE", 256)
         monkeypatch.setattr(plans, "PIECE", 64)
     elif request.param == "64-bit offsets":
-        for module in (launch, standard):
+        for module in (stream, sequence):
             monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
     forget_plans()
     return request.param
@@ -87,26 +88,26 @@ def test_more_rows_than_a_grid_dimension_holds(rows, monkeypatch):
 
 def test_a_grid_has_one_dimension_and_a_program_for_every_tile():
     strides = (3 * 4096, 4096, 1)
-    geo = (torch.Size((70_000, 3, 4096)), strides)
-    assert reduce.prepare(geo, strides, torch.float32, torch.device("cpu")).launch.grid == (210_000, 1, 1)
+    layout = layouts.of_strides((70_000, 3, 4096), strides)
+    launch = stream.prepare_reduce(
+        layout, strides, None, torch.float32, torch.device("cpu"), "magnitude", False
+    )  # fmt: skip
+    assert launch.grid == (210_000, 1, 1)
 
 
 # ---- the standard gate -----------------------------------------------------------------------------------------------
 
-PLANS = ["on chip", "twice", "launches", "launches, gate apart"]
+PLANS = ["on chip", "twice", "launches"]
 GATES = ["plain", "norm", "batch norm"]
 
 
 @pytest.fixture
 def plan(request, monkeypatch):
     """One of PLANS, whatever the shape would take."""
-    choose = plans.gate
     if request.param != "on chip":
         monkeypatch.setattr(plans, "ON_CHIP", 0)
-    if request.param.startswith("launches"):
+    if request.param == "launches":
         monkeypatch.setattr(plans, "L2_BYTES", 0)
-        apart = "apart" in request.param
-        monkeypatch.setattr(plans, "gate", lambda *a: dataclasses.replace(choose(*a), on_the_way=not apart))
     else:  # whatever the weights cost and however few programs there are
         one = plans.one_pass
         monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms: one(on, 0, 0, size, 0) if sms else None)
@@ -117,7 +118,7 @@ def plan(request, monkeypatch):
 def compare(x, residual, gate, average, g, fused: bool = False) -> None:
     def ours(x, gate, average, residual):
         y, tau = dk.shrink(x, gate, average=average, residual=residual, return_tau=True)
-        assert type(y.grad_fn).__name__.startswith("StandardShrink") == fused
+        assert type(y.grad_fn).__name__.startswith("GatedShrink") == fused
         return y, tau
 
     check_step(ours, x, residual, gate, average, g)
@@ -129,7 +130,7 @@ def compare(x, residual, gate, average, g, fused: bool = False) -> None:
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("plan", PLANS, indirect=True)
 def test_fused_gate(plan, kind, average, channels_last):
-    if kind == "batch norm" and not plan.startswith("launches"):
+    if kind == "batch norm" and plan != "launches":
         pytest.skip("takes several launches")
     x, residual, g = (varied((5, 6, 70)) for _ in range(3))
     if channels_last:
@@ -147,7 +148,7 @@ def test_fused_gate_in_other_dtypes(plan, kind, dtype):
 
 @pytest.mark.parametrize("one", [False, True], ids=["channels", "one"])
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("plan", ["twice", "launches", "launches, gate apart"], indirect=True)
+@pytest.mark.parametrize("plan", ["twice", "launches"], indirect=True)
 def test_fused_gate_with_one_alpha_or_many_for_every_average(plan, average, one):
     gate = gate_of(6, "norm", "sample" if one else "channel")
     x, g = (features((3, 6, 40)) for _ in range(2))
@@ -292,7 +293,7 @@ def test_a_hook_still_runs_and_one_sample_still_raises():
 
 # ---- the interpreter itself ------------------------------------------------------------------------------------------
 
-if backend._missing() is None:
+if gpu.missing() is None:
 
     @triton.jit
     def _copy(x, y, B: tl.constexpr):

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import drsn_kernels as dk
-from drsn_kernels.backends import triton as backend
+from drsn_kernels.backends import gpu
 
 pytestmark = [
-    pytest.mark.skipif(not (backend._missing() is None and backend.interpreting()), reason="needs Triton, interpreted"),
+    pytest.mark.skipif(not (gpu.missing() is None and gpu.interpreting()), reason="needs Triton, interpreted"),
     pytest.mark.unpoisoned,
 ]
-if backend._missing() is None:
-    from drsn_kernels.triton import launch, plans, standard
+if gpu.missing() is None:
+    from drsn_kernels.backends.gpu import launch, plans, sequence
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,8 @@ def test_a_stride_whose_multiples_do_not_fit_32_bits(plan, monkeypatch):
     gate = torch.nn.Sigmoid() if plan == "any gate" else dk.Shrinkage(4, norm=False).fc
     if plan == "launches":
         monkeypatch.setattr(plans, "one_pass", lambda *args: "not here")
-    standard._prepare_forward.cache_clear()
+    sequence.prepare_forward.cache_clear()
     y = dk.shrink(x, gate)
-    standard._prepare_forward.cache_clear()
+    sequence.prepare_forward.cache_clear()
     with dk.use_backend("torch"):
         torch.testing.assert_close(y, dk.shrink(x.contiguous(), gate), rtol=1e-3, atol=1e-3)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import lowered_cases
 import lowered_plans
+import ptx
 import pytest
 from filelock import FileLock
 from triton_child import child
 
-from drsn_kernels.backends import triton
-from drsn_kernels.triton import listing
+from drsn_kernels.backends import gpu
 
-pytestmark = pytest.mark.skipif(triton._missing() is not None, reason="no Triton, or too old")
+pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason="no Triton, or too old")
 HERE = Path(__file__).resolve().parent
 
 
@@ -70,7 +70,7 @@ def test_launches_are_as_budgeted_and_nothing_else_is_of_full_size(lowered, case
     run = lowered["cases"][target][case.name]
     assert [launch["kernel"] for launch in run["forward"]] == [expected.kernel for expected in case.forward]
     assert [launch["kernel"] for launch in run["backward"]] == [expected.kernel for expected in case.backward]
-    assert run["launches"] == run["budgeted"]  # by drsn_kernels.budgets, in that process
+    assert run["launches"] == run["budgeted"]  # by the backend, in that process
     assert run["full_size_ops"] == []
 
 
@@ -146,8 +146,8 @@ def test_the_table_holds_every_launch(everywhere):
 
 NESTED = """
 import torch, drsn_kernels as dk
-from drsn_kernels.backends import triton as backend
-from drsn_kernels.triton.lowering import lowering
+from drsn_kernels.backends import gpu
+from drsn_kernels.backends.gpu.lowering import lowering
 x = torch.randn(8, 16, 1024)
 with lowering("cuda:90") as outer, dk.use_backend("triton", strict=True):
     dk.abs_mean(x)
@@ -167,17 +167,17 @@ try:
     raise SystemExit("a launch can be changed")
 except AttributeError:
     pass
-assert "CPU tensors under" in backend.unsupported(x)  # afterwards everything is as before
+assert "CPU tensors under" in gpu.unsupported(x)  # afterwards everything is as before
 try:
     with lowering("cuda:90"):
         raise KeyError("a caller's error")
 except KeyError:
     pass
-assert "CPU tensors under" in backend.unsupported(x)
+assert "CPU tensors under" in gpu.unsupported(x)
 """
 
 REFUSED = """
-from drsn_kernels.triton.lowering import lowering
+from drsn_kernels.backends.gpu.lowering import lowering
 try:
     with lowering({target!r}):
         pass
@@ -233,15 +233,15 @@ $L__BB0_2:
 
 
 def test_ptx_is_read():
-    arguments = listing.flat_arguments({"x": "*fp32", "R": "constexpr", "xs": ("i32", "constexpr"), "y": "*bf16"})
+    arguments = ptx.flat_arguments({"x": "*fp32", "R": "constexpr", "xs": ("i32", "constexpr"), "y": "*bf16"})
     assert arguments == ["x", "xs", "y"]
     x, y = frozenset({"x"}), frozenset({"y"})
-    found = listing.ptx_accesses(PTX, arguments)
+    found = ptx.ptx_accesses(PTX, arguments)
     assert found == [
         ("ld", 16, False, x), ("ld", 32, True, y), ("st", 4, True, x), ("ld", 16, True, x), ("atom", 4, False, y),
     ]  # fmt: skip
-    assert listing.widths(found) == {"atom": {4: 1}, "ld": {32: 1, 16: 2}, "st": {4: 1}}
-    straight = listing.ptx_accesses(PTX.replace("@%p2 bra", "//"), arguments)
+    assert ptx.widths(found) == {"atom": {4: 1}, "ld": {32: 1, 16: 2}, "st": {4: 1}}
+    straight = ptx.ptx_accesses(PTX.replace("@%p2 bra", "//"), arguments)
     assert len(straight) == 5 and not any(access.loop for access in straight)
 
 
@@ -258,8 +258,8 @@ global_atomic_add_f32 v1, v2, s[0:1]
 
 
 def test_amdgcn_is_read():
-    found = listing.amdgcn_accesses(AMD)
-    assert listing.widths(found) == {"atom": {4: 1}, "ld": {16: 1, 2: 1}, "st": {2: 1}}
+    found = ptx.amdgcn_accesses(AMD)
+    assert ptx.widths(found) == {"atom": {4: 1}, "ld": {16: 1, 2: 1}, "st": {2: 1}}
     assert [access.loop for access in found] == [False, False, False, False]
-    assert [access.loop for access in listing.amdgcn_accesses(AMD + "s_branch .LBB0_2\n")] == [False, False, True, True]
-    assert listing.amdgcn_resources(AMD) == (26, 12)
+    assert [access.loop for access in ptx.amdgcn_accesses(AMD + "s_branch .LBB0_2\n")] == [False, False, True, True]
+    assert ptx.amdgcn_resources(AMD) == (26, 12)

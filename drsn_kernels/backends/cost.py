@@ -38,10 +38,10 @@ def sums_bytes(step: Step, columns: int | None = None) -> int:
 
 
 def reduce(step: Step, kernel: str, kind: str = "magnitude", keep: bool = False, parts: int = 1) -> Cost:
-    """Rows cut into `parts` give as many partial sums, which torch adds up."""
+    """Rows cut into `parts` give as many partial sums, to be added up."""
     read = (2 if kind == "product" else 1) * map_bytes(step)
     written = parts * sums_bytes(step) + (2 * plane_bytes(step.layout) if keep else 0)
-    return Cost(read, written, (kernel,)) + added_up(sums_bytes(step), parts)
+    return Cost(read, written, (kernel,))
 
 
 def map(step: Step, kernel: str, columns: int, residual: bool = False, shift: bool = False, keep: int = 0) -> Cost:
@@ -59,7 +59,7 @@ def grad(
     direct = dA and dx
     planes = g + (dtau or direct) + direct  # kept, sign, nonzero
     read = g * full + planes * plane_bytes(step.layout) + direct * sums
-    return Cost(read, dx * full + dtau * parts * sums, (kernel,)) + (added_up(sums, parts) if dtau else Cost())
+    return Cost(read, dx * full + dtau * parts * sums, (kernel,))
 
 
 def added_up(size: int, parts: int) -> Cost:

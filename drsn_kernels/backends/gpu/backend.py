@@ -121,4 +121,3 @@ class _Launches:
         self.launches.append(launch)
         parts = launch.plan.splits if dtau else 1
         return launch.cost + cost.added_up(cost.sums_bytes(step), parts)
-

@@ -4,7 +4,7 @@
     z = relu(v) w2' + b2        (N, O)         alpha = sigmoid(z), O = C or 1
     tau = alpha * M             M = A ("channel"), mean_c A ("sample"), 1 (None)
 
-Forward these are two launches, `hidden_kernel` for the first layer and `alpha_kernel` for the second and tau. With batch
+Forward these are two launches: `hidden_kernel` for the first layer, `alpha_kernel` for the second and tau. With batch
 statistics a program of the first takes a few hidden units and the whole batch, so every weight is read by one program
 only and the statistics need no launch of their own. The backward pass mirrors it: `hidden_grad_kernel` for the
 gradients of the parameters and of u, `pooled_grad_kernel` for dA.
@@ -14,7 +14,7 @@ Other statistics come as `mean` and `var`; without a norm these are None.
 
 A tile holds all channels of a few samples (CB, the next power of two of C, is a constexpr; N, C, H are not), so sums
 over channels stay inside it. Products are multiply-and-add over broadcast tiles: exact float32, as torch's own Linear
-without TF32, for any N and H. Rows that were split come as partial sums (parts, N, C), and are added where they are read.
+without TF32, for any N and H. Rows that were split come as partial sums (parts, N, C), added where they are read.
 """
 
 from typing import NamedTuple
@@ -257,7 +257,7 @@ def hidden_grad_kernel(
 
     A program takes BH units of `share` samples (all, with BATCH_STATS) and writes its row of grads (shares, total):
     w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm, gamma (H,) and beta (H,), each at a multiple of 4 elements.
-    du and direct are for dA (pooled_grad_kernel); None where dA is had already (one_pass.py). With BATCH_STATS the second
+    du and direct are for dA (pooled_grad_kernel); None where one_pass.py has dA already. With BATCH_STATS the second
     loop recomputes dz rather than keep it: three loads against a store and a load of each.
     """
     ACC: tl.constexpr = w2.dtype.element_ty

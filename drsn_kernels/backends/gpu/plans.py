@@ -120,9 +120,9 @@ ON_CHIP = 16384
 WALKED = 8192
 # It is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
 L2_BYTES = 36 << 20
-# Channels of a fused gate, and samples of one with batch statistics. Its kernels multiply and add on the CUDA cores, and
-# batch statistics leave all samples to H / 4 programs; beyond these sizes torch's matrix products are faster. By GPU
-# time on an H200 (docs/benchmarks/nvidia-h200), the fused gate is below the best compiled form up to
+# Channels of a fused gate, and samples of one with batch statistics. Its kernels multiply and add on the CUDA cores,
+# and batch statistics leave all samples to H / 4 programs; beyond these sizes torch's matrix products are faster. By
+# GPU time on an H200 (docs/benchmarks/nvidia-h200), the fused gate is below the best compiled form up to
 # shrink_train-E-64x128x28x28-fp32-both and above it from shrink_train-E-64x256x14x14-fp32-both, from
 # shrink_eval-E-64x256x14x14-fp32-forward and, of many samples, from shrink_train-G-512x64x256-fp32-both.
 MOST_CHANNELS = 128

@@ -4,10 +4,10 @@
     one pass           forward_kernel                backward_kernel, hidden_grad
     several launches   reduce, [hidden, alpha,] map  grad (dtau), [hidden_grad, pooled_grad,] grad (dx)
 
-One pass is for gates without batch statistics. In brackets is the gate, which knows nothing of x: forward it takes A and
-the parameters to tau and the state, backward dtau to dA and the parameters' gradients. Without batch statistics a large
-batch is shared out in hidden_grad, whose partial sums torch then adds: deterministic, one more short launch. Between
-launches nothing comes back to the host.
+One pass is for gates without batch statistics. In brackets is the gate, which knows nothing of x: forward it takes A
+and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. Without batch statistics a
+large batch is shared out in hidden_grad, whose partial sums torch then adds: deterministic, one more short launch.
+Between launches nothing comes back to the host.
 """
 
 import functools

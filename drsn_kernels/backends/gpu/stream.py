@@ -22,8 +22,19 @@ from ..step import Step
 from .launch import Prepared, kernel, multiprocessors, tile_values, units_of
 from .plans import TilePlan, tiles
 from .tiles import (
-    by_channel, length_of_rows, offsets, pack, piece, piecewise, plane, sign_bit, soft_threshold, tile, units, unpack,
-)  # fmt: skip
+    by_channel,
+    length_of_rows,
+    offsets,
+    pack,
+    piece,
+    piecewise,
+    plane,
+    sign_bit,
+    soft_threshold,
+    tile,
+    units,
+    unpack,
+)
 from .walk import Strides, walk
 
 # ---- reduce ----------------------------------------------------------------------------------------------------------
@@ -318,4 +329,3 @@ def _over_tiles(fn, device: torch.device, values: dict, plan: TilePlan, cost_of:
 def partial_sums(out: torch.Tensor, launch: Prepared) -> torch.Tensor:
     """What the launch sums into: out (N, C), or (splits, N, C) to be added up."""
     return out if launch.plan.splits == 1 else out.new_empty((launch.plan.splits, *out.shape))
-

@@ -101,4 +101,3 @@ def opaque(values: Iterable[int]) -> tuple[int, ...]:
     batch size or number of channels.
     """
     return tuple(2 * v + 3 for v in values)
-
