@@ -3,8 +3,8 @@
 import copy
 import io
 import pickle
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 
 import port_models as ports
 import pytest

@@ -67,6 +67,14 @@ def added_up(size: int, parts: int) -> Cost:
     return Cost() if parts == 1 else Cost(parts * size, size, ("aten::sum",), workspace=parts * size)
 
 
+def kept_statistics(step: Step) -> Cost:
+    """Of a gated step: running statistics are copied for the backward pass (ops/gated_shrink.py)."""
+    if not step.keep or not step.gate.norm or step.gate.batch_stats:
+        return Cost()
+    size = 2 * step.gate.hidden * step.sums.itemsize
+    return Cost(size, size, ("aten::clone", "aten::clone"))
+
+
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
 

@@ -57,8 +57,7 @@ def gated_cost(step: Step) -> tuple[Cost, Cost]:
     )
     if not step.keep:
         return forward, Cost()
-    if gate.norm and not gate.batch_stats:  # the running statistics are copied for the backward pass
-        forward += Cost(statistics, statistics, ("aten::clone", "aten::clone"))
+    forward += cost.kept_statistics(step)
     passes = cost.grad(step, "", dx=False, dtau=True)
     if step.want.x:
         passes += cost.grad(step, "", dA=True)

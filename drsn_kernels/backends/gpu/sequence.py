@@ -289,7 +289,7 @@ def plan(step: Step) -> Plan:
     else:
         name, why = "several launches", f"the gate stands between reduce and map; {ahead.map.plan.why}"
         not_taken = (("one pass", plan_of(step, (step.strides, dense, step.residual or dense))),)
-    return described(name, why, not_taken, ahead.cost, spent, launches)
+    return described(name, why, not_taken, ahead.cost + cost.kept_statistics(step), spent, launches)
 
 
 def described(name: str, why: str, not_taken, forward: Cost, backward: Cost, launches: tuple[Prepared, ...]) -> Plan:
