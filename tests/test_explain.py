@@ -166,7 +166,7 @@ assert [launch.num_warps for launch in launches] == [planned.warps for planned i
 """
 
 
-@pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")
+@pytest.mark.skipif(not gpu.INSTALLED, reason="Triton is not installed")
 def test_under_lowering(tmp_path):
     done = child("-c", LOWERED, cache=tmp_path)
     assert done.returncode == 0, done.stderr
