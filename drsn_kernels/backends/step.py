@@ -224,7 +224,9 @@ class Backend:
 
     # ---- fresh memory
 
-    def sums(self, layout: Layout, dtype: torch.dtype, device: torch.device, columns: int | None = None) -> torch.Tensor:
+    def sums(
+        self, layout: Layout, dtype: torch.dtype, device: torch.device, columns: int | None = None
+    ) -> torch.Tensor:
         """(N, C), or (N, columns), in the dtype of sums."""
         c = layout.c if columns is None else columns
         return self.empty((layout.n, c), (c, 1), accumulate_dtype(dtype), device)

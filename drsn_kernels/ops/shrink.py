@@ -59,8 +59,8 @@ class Pool(torch.autograd.Function):
 
     The alias makes this node run after Apply, which hands over g and the planes that it has unpacked (saved tensors may
     be asked for only once under checkpointing). `handed` is keyed by the backward pass: threads and hooks may run
-    several through one node at a time. A gradient that reaches the alias itself comes from elsewhere (an in-place x that
-    the gate or a residual uses too): it is whole already, and added.
+    several through one node at a time. A gradient that reaches the alias itself comes from elsewhere (an in-place x
+    that the gate or a residual uses too): it is whole already, and added.
 
     Where only A has a loss, Apply does not run, and may be gone: the planes are then Apply's, kept here as well, or are
     made from x while there is no Apply yet.
@@ -148,7 +148,9 @@ class Apply(torch.autograd.Function):
                 ctx.pool.handed[current_backward()] = Handed(g, planes, step.rule)  # and no gradient of the alias
             elif not keeps_graph():
                 ctx.pool.bits = None
-        alpha_grad, pooled_grad = reference.threshold_grad(dtau, tau_grad, alpha, pooled, step.average, want_alpha, want_pooled)
+        alpha_grad, pooled_grad = reference.threshold_grad(
+            dtau, tau_grad, alpha, pooled, step.average, want_alpha, want_pooled
+        )
         return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None
 
 
