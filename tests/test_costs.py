@@ -114,9 +114,9 @@ def check(op, costs, measured, leaves: list[torch.Tensor], module=None, given: i
 def test_abs_mean(backend, measured, shape, layout, dtype):
     x = features(shape, layout, dtype).requires_grad_()
     common = {"channels_last": layout == "channels_last"}
-    for keep, x in ((True, x), (False, x.detach())):
-        costs = steps.cost(steps.abs_mean(shape, dtype, grad=keep, **common), backend)
-        check(lambda x=x: dk.abs_mean(x), costs, measured, [x] if keep else [])
+    for keep in (True, False):
+        costs, t = steps.cost(steps.abs_mean(shape, dtype, grad=keep, **common), backend), x if keep else x.detach()
+        check(lambda t=t: dk.abs_mean(t), costs, measured, [t] if keep else [])
 
 
 @pytest.mark.parametrize("wants", ["x", "tau", "both", "none"])

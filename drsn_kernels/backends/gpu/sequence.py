@@ -279,11 +279,8 @@ def plan(step: Step) -> Plan:
     """Of forward() into a dense y and, where something is kept, of backward() from a dense g."""
     dense = step.layout.strides
     ahead = prepare_forward(step, dense)
-    launches, total, spent = ahead.launches, ahead.cost, Cost()
+    launches, spent = ahead.launches, Cost()
     if step.keep:
-        s = Sizes.of(step)
-        if running := s.norm // 2 - s.statistics:  # the operator keeps copies of running statistics
-            total += Cost(running, running, ("aten::clone", "aten::clone"))
         back = prepare_backward(step, dense, step.want.x)
         launches, spent = launches + back.launches, back.cost
     if ahead.one is not None:
@@ -292,11 +289,7 @@ def plan(step: Step) -> Plan:
     else:
         name, why = "several launches", f"the gate stands between reduce and map; {ahead.map.plan.why}"
         not_taken = (("one pass", plan_of(step, (step.strides, dense, step.residual or dense))),)
-<<<<<<< HEAD
     return described(name, why, not_taken, ahead.cost + cost.kept_statistics(step), spent, launches)
-=======
-    return described(name, why, not_taken, total, spent, launches)
->>>>>>> h/gpu
 
 
 def described(name: str, why: str, not_taken, forward: Cost, backward: Cost, launches: tuple[Prepared, ...]) -> Plan:
