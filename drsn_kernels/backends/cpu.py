@@ -9,7 +9,7 @@ from . import cost
 from .cpu_extension import MISSING, _cpu
 from .cpu_memory import DTYPES, _empty, empty_cache
 from .cpu_plan import batch_plan, gated_cost
-from .step import Backend, Cost, Plan, Step
+from .step import Backend, Cost, Plan
 
 __all__ = ["MISSING", "Cpu", "empty_cache"]
 
