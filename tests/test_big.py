@@ -7,7 +7,7 @@ from oracle import shrink, smooth_gate, standard_gate
 
 import drsn_kernels as dk
 from drsn_kernels.backends import cpu
-from drsn_kernels.backends.cpu_plan import StandardPlan
+from drsn_kernels.backends.cpu_plan import BatchPlan
 
 pytestmark = [
     pytest.mark.unpoisoned,
@@ -67,7 +67,7 @@ WALKS = ["rows", "channels_last"]
 def test_forward(walk, kind, monkeypatch):
     needs(10)
     block = 5 if kind.endswith("blocks") else 0
-    monkeypatch.setattr(cpu, "standard_plan", lambda *call: StandardPlan("", block, ""))
+    monkeypatch.setattr(cpu, "batch_plan", lambda step: BatchPlan("", block, ""))
     (x, few), gate = repeated(walk), gate_of(kind)
     with torch.no_grad():
         assert_repeats(dk.shrink(x, gate), dk.shrink(few, gate))

@@ -23,7 +23,7 @@ from oracle import (
 )
 
 from drsn_kernels.backends import cpu
-from drsn_kernels.backends.cpu_plan import StandardPlan
+from drsn_kernels.backends.cpu_plan import BatchPlan
 
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 129]
 
@@ -118,7 +118,8 @@ def gated_cases(draw) -> dict:
 
 def compare_gated(kernels, case: dict, monkeypatch) -> None:
     """The cpu backend in blocks or in stages, whatever the shape would take."""
-    monkeypatch.setattr(cpu, "standard_plan", lambda *call: StandardPlan("", 0 if call[-1] else case["block"], ""))
+    block = lambda step: 0 if step.gate.batch_stats else case["block"]  # noqa: E731
+    monkeypatch.setattr(cpu, "batch_plan", lambda step: BatchPlan("", block(step), ""))
     x, gate = case["x"], case["gate"]
     exact = cast_gate(gate, torch.float64)
     with torch.no_grad():
