@@ -70,8 +70,8 @@ def test_reduce(on, dtype, name):
         of = layout_of(x)
         times = features("sliced channels_last", shape, dtype) if kind == "product" else None
         for keep in (False, True) if kind == "magnitude" else (False,):
-            found = (b.reduce(x, of, kind=kind, times=times, keep=keep) for b in (on, eager))
-            (ours, planes), (right, expected) = found
+            both = [b.reduce(x, of, kind=kind, times=times, keep=keep) for b in (on, eager)]
+            (ours, planes), (right, expected) = both
             assert ours.dtype is wide(dtype) and ours.shape == shape[:2] and ours.is_contiguous()
             same_values(ours, right)
             same_planes(planes, expected, of)
@@ -249,7 +249,7 @@ def test_the_extension_counts_the_words_of_a_plane_as_the_layout_does(name):
         ({"out": None, "sums": None}, TypeError, "unexpected argument sums"),
         ({"kind": "abs"}, ValueError, "kind must be one of magnitude, value, product, got 'abs'"),
         ({"x": torch.ones(2, 2)}, ValueError, "a tensor of rank 3"),
-        ({"x": torch.ones(2, 2, 2, device="meta")}, ValueError, r"CPU tensors, got one of shape \(2, 2, 2\) on meta"),
+        ({"x": torch.ones(2, 2, 2, device="meta")}, ValueError, r"got one of shape \(2, 2, 2\) on meta"),
         ({"x": 0}, AttributeError, "stride"),
         ({"sign": "0", "planes": torch.ones(2, dtype=torch.int32)}, TypeError, "str"),
     ],

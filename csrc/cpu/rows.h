@@ -225,7 +225,14 @@ DRSN_INLINE void map_row(const T* x, T* y, const typename Compute<T>::type* fact
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
-    uint64_t k = 0, s = 0, z = 0;
+    if (MAP != Map::scale && nonzero) {  // before y, which may be x; apart, so that it costs a branch a block elsewhere
+      uint64_t z = 0;
+      each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
+        z |= V::bits(load<V>(x + i + j, lanes).nonzero()) << j;
+      });
+      put_word(nonzero + i / 8, part.full ? 8 : bytes - i / 8, z);
+    }
+    uint64_t k = 0, s = 0;
     each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
       const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(factors, i + j, lanes);
       V out = a * t;
@@ -235,7 +242,6 @@ DRSN_INLINE void map_row(const T* x, T* y, const typename Compute<T>::type* fact
         if constexpr (MAP == Map::pieces) out = piecewise(a, t, V::set(S(inside)), V::set(S(offset)), above);
         k |= V::bits(above) << j;
         s |= V::bits(a.negative()) << j;
-        if (nonzero) z |= V::bits(a.nonzero()) << j;
       }
       if constexpr (SHIFT) out = out + coefficient<CL, V>(shift, i + j, lanes);
       if (RESIDUAL && (MAP != Map::pieces || residual)) out = out + load<V>(residual + i + j, lanes);
@@ -243,7 +249,6 @@ DRSN_INLINE void map_row(const T* x, T* y, const typename Compute<T>::type* fact
     });
     if (kept) put_word(kept + i / 8, part.full ? 8 : bytes - i / 8, k);
     if (sign) put_word(sign + i / 8, part.full ? 8 : bytes - i / 8, s);
-    if (nonzero) put_word(nonzero + i / 8, part.full ? 8 : bytes - i / 8, z);
   });
 }
 
