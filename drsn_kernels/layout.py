@@ -113,9 +113,9 @@ class Planes(NamedTuple):
         return self.bits[getattr(self, name)]
 
 
-def thresholded(bits: torch.Tensor) -> Planes:
+def thresholded(bits: torch.Tensor, nonzero: bool) -> Planes:
     """What a threshold writes: kept and sign, and nonzero where A wants a gradient too."""
-    return Planes(bits, 0, 1, 2 if len(bits) == 3 else None)
+    return Planes(bits, 0, 1, 2 if nonzero else None)
 
 
 def averaged(bits: torch.Tensor) -> Planes:

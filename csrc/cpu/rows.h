@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "api.h"
 
@@ -225,28 +226,31 @@ DRSN_INLINE void map_row(const T* x, T* y, const typename Compute<T>::type* fact
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   each_block<SHORT>(n, [&](auto part, int64_t i, int count) DRSN_LAMBDA {
-    if (MAP != Map::scale && nonzero) {  // before y, which may be x; apart, so that it costs a branch a block elsewhere
-      uint64_t z = 0;
+    uint64_t k = 0, s = 0, z = 0;
+    const auto vectors = [&](auto with_nonzero) DRSN_LAMBDA {
       each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
-        z |= V::bits(load<V>(x + i + j, lanes).nonzero()) << j;
+        const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(factors, i + j, lanes);
+        V out = a * t;
+        if constexpr (MAP != Map::scale) {
+          decltype(a.nonzero()) above;
+          if constexpr (MAP == Map::soft) out = soft_threshold(a, t, above);
+          if constexpr (MAP == Map::pieces) out = piecewise(a, t, V::set(S(inside)), V::set(S(offset)), above);
+          k |= V::bits(above) << j;
+          s |= V::bits(a.negative()) << j;
+          if constexpr (decltype(with_nonzero)::value) z |= V::bits(a.nonzero()) << j;
+        }
+        if constexpr (SHIFT) out = out + coefficient<CL, V>(shift, i + j, lanes);
+        if (RESIDUAL && (MAP != Map::pieces || residual)) out = out + load<V>(residual + i + j, lanes);
+        store(out, y + i + j, lanes);
       });
+    };
+    // Two loops: a test within one costs a map without planes 2 to 5 %, a pass of its own over x for nonzero 10 to 18 %.
+    if (MAP == Map::scale || !nonzero) {
+      vectors(std::false_type{});
+    } else {
+      vectors(std::true_type{});
       put_word(nonzero + i / 8, part.full ? 8 : bytes - i / 8, z);
     }
-    uint64_t k = 0, s = 0;
-    each_vector<V>(part, count, [&](int, int j, int lanes) DRSN_LAMBDA {
-      const V a = load<V>(x + i + j, lanes), t = coefficient<CL, V>(factors, i + j, lanes);
-      V out = a * t;
-      if constexpr (MAP != Map::scale) {
-        decltype(a.nonzero()) above;
-        if constexpr (MAP == Map::soft) out = soft_threshold(a, t, above);
-        if constexpr (MAP == Map::pieces) out = piecewise(a, t, V::set(S(inside)), V::set(S(offset)), above);
-        k |= V::bits(above) << j;
-        s |= V::bits(a.negative()) << j;
-      }
-      if constexpr (SHIFT) out = out + coefficient<CL, V>(shift, i + j, lanes);
-      if (RESIDUAL && (MAP != Map::pieces || residual)) out = out + load<V>(residual + i + j, lanes);
-      store(out, y + i + j, lanes);
-    });
     if (kept) put_word(kept + i / 8, part.full ? 8 : bytes - i / 8, k);
     if (sign) put_word(sign + i / 8, part.full ? 8 : bytes - i / 8, s);
   });

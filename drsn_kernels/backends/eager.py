@@ -41,7 +41,7 @@ class Eager(Backend):
             if keep:
                 kept = ~(x.abs().to(t.dtype) <= reference.align_tau(t, x)) & (x != 0)
                 masks = (kept, torch.signbit(x), x != 0)
-                planes = thresholded(_stacked(layout, *masks[:keep]))
+                planes = thresholded(_stacked(layout, *masks[:keep]), keep == 3)
             y = reference.soft_threshold(x, t, residual, rule)
         return (lay_out(y, layout) if out is None else out.copy_(y)), planes
 

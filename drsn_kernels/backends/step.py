@@ -164,7 +164,7 @@ class Backend:
         too.
         """
         y = self.empty(layout.shape, layout.strides, x.dtype, x.device) if out is None else out
-        planes = thresholded(self.planes(keep, layout, x.device)) if keep else None
+        planes = thresholded(self.planes(keep, layout, x.device), keep == 3) if keep else None
         self.map_into(y, planes, x, layout, t, kind, rule, residual, shift)
         return y, planes
 

@@ -56,7 +56,7 @@ apply_gated = direct_apply(GatedShrink)
 
 def _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want):
     """The same gradients as ordinary PyTorch over the planes, A and the parameters: for all higher derivatives."""
-    planes, pooled, dtau = thresholded(kept.bits), kept.pooled, None
+    planes, pooled, dtau = thresholded(kept.bits, nonzero=True), kept.pooled, None
     if g is not None:
         _, dtau = eager.grad(step.layout, step.dtype, planes, g, want_dx=False, want_dtau=True)
     recording = torch.is_grad_enabled()

@@ -47,7 +47,7 @@ def _abs_mean_grad(dA, planes, size, stride, dtype):
 
 def _soft_threshold_grad(g, planes, size, stride, dtype):
     backend, layout = _of_gradient(g, size, stride)
-    return backend.grad(layout, dtype, thresholded(planes), g, want_dtau=True)
+    return backend.grad(layout, dtype, thresholded(planes, nonzero=False), g, want_dtau=True)
 
 
 for _name, _kernel in (

@@ -97,10 +97,10 @@ def _planes(pool: Pool) -> Planes:
         return pool.backend.reduce(pool.source, pool.layout, keep=True)[1]
     apply = pool.apply_node()
     if apply is not None:
-        return thresholded(apply.saved_tensors[0])
+        return thresholded(apply.saved_tensors[0], nonzero=True)
     if pool.bits is None:
         raise RuntimeError("a loss on the gate's input alone needs y's graph: y is gone, and saved tensors are hooked")
-    return thresholded(pool.bits)
+    return thresholded(pool.bits, nonzero=True)
 
 
 class Apply(torch.autograd.Function):
@@ -134,7 +134,7 @@ class Apply(torch.autograd.Function):
             return None, None, None, residual_grad, None, None, None, None
         step = ctx.step
         bits, alpha, pooled = ctx.saved_tensors
-        planes = thresholded(bits)
+        planes = thresholded(bits, nonzero=ctx.pool is not None)
         x_grad = dtau = None
         here = want_x and ctx.pool is None  # nothing pools: the masked gradient is written here
         want_dtau = want_alpha or want_pooled

@@ -38,7 +38,7 @@ class SoftThreshold(torch.autograd.Function):
     def backward(ctx, g):
         if g is None:
             return None, None, None, None, None
-        planes = thresholded(ctx.saved_tensors[0])
+        planes = thresholded(ctx.saved_tensors[0], nonzero=False)
         backend = ctx.backend if is_eager_grad(g) else eager
         want_dx, want_dtau = ctx.needs_input_grad[:2]
         dx, dtau = backend.grad(
