@@ -113,7 +113,7 @@ def step_with_gate(x, residual, g, gate, average, block: int, want_tau: bool, wa
 
     tau_g = torch.randn_like(tau) if want_tau else None
     dx, *grads = ours.gated_backward(step, parts, kept, g, tau_g, (want_dx, *[True] * 6))
-    planes = thresholded(kept.bits)
+    planes = thresholded(kept.bits, nonzero=True)
     total = eager.grad(of, x.dtype, planes, g, want_dx=False, want_dtau=True)[1].sum_to_size(tau.shape)
     wanted = [pooled, *(p for p in parts[:6] if p is not None)]
     from_gate, *exact = torch.autograd.grad(expected, wanted, total if tau_g is None else total + tau_g)

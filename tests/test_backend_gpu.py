@@ -243,7 +243,7 @@ def check_gated(x, residual, g, module, average, name):
     close(out, y.detach().to(x.dtype))
     close(found_tau, tau.detach())
     wanted_planes = torchs.map(x, layout, found_tau, keep=3)[1]
-    same_planes(layouts.thresholded(kept.bits), wanted_planes, layout)
+    same_planes(layouts.thresholded(kept.bits, nonzero=True), wanted_planes, layout)
     close(dx, wanted[0].to(x.dtype))
     grads = [grad for grad, p in zip(grads, parameters, strict=True) if p is not None]
     for a, b in zip(grads, wanted[1:], strict=True):

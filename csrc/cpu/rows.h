@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdlib>
-#include <type_traits>
 
 #include "api.h"
 
@@ -129,6 +128,9 @@ inline void put_word(uint8_t* p, int64_t bytes, uint64_t w) {
 
 // Calls block(Full or Tail, first element, elements) for the blocks of 64 elements of a row and what is left of it.
 // The two are compiled apart: the full one has no lane counts, and its accumulators stay in registers.
+template <bool B> struct Flag {
+  static constexpr bool value = B;
+};
 struct Full {
   static constexpr bool full = true;
 };
@@ -246,9 +248,9 @@ DRSN_INLINE void map_row(const T* x, T* y, const typename Compute<T>::type* fact
     };
     // Two loops: a test within one costs a map without planes 2 to 5 %, a pass of its own over x for nonzero 10 to 18 %.
     if (MAP == Map::scale || !nonzero) {
-      vectors(std::false_type{});
+      vectors(Flag<false>{});
     } else {
-      vectors(std::true_type{});
+      vectors(Flag<true>{});
       put_word(nonzero + i / 8, part.full ? 8 : bytes - i / 8, z);
     }
     if (kept) put_word(kept + i / 8, part.full ? 8 : bytes - i / 8, k);
