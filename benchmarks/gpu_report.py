@@ -123,7 +123,7 @@ def examined(result: Result, log: str, out: Path, baseline: Path | None) -> tupl
     if result.name == "memcheck":
         causes += [Cause(result.name, one.what, one.where) for one in sanitizer.memory_findings(log)]
     if result.name == "racecheck":
-        findings, known = sanitizer.race_findings(log, Path(dk.__file__).parent / "triton")
+        findings, known = sanitizer.race_findings(log, Path(dk.__file__).parent / "backends" / "gpu")
         causes += [Cause(result.name, one.what, one.where) for one in findings]
         done += f", {known} known races"
     if result.name == "bench":

@@ -357,8 +357,8 @@ def test_a_sanitizer_fails_by_what_it_finds(tmp_path, monkeypatch, line, state):
     place = "Write access at k+0x10 in k.py:" + str(line + 1)
     log = f"========= Error: Race reported between {place}\n=========     and {place} [8 hazards]\n"
     log += "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "k.py").write_text("first\n    second\n")
+    (tmp_path / "backends" / "gpu").mkdir(parents=True)
+    (tmp_path / "backends" / "gpu" / "k.py").write_text("first\n    second\n")
     (tmp_path / "racecheck.jsonl").write_text('{"collected": 1}\n' + line_of("a", "passed"))
     sanitizer = report.sanitizer
     monkeypatch.setattr(sanitizer, "KNOWN_RACES", (sanitizer.KnownRace("k", "k.py", "second", "it is so"),))

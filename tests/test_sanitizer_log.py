@@ -8,7 +8,7 @@ import repository  # noqa: F401 - benchmarks/
 import drsn_kernels as dk
 from benchmarks import sanitizer
 
-KERNELS = Path(dk.__file__).parent / "triton"
+KERNELS = Path(dk.__file__).parent / "backends" / "gpu"
 
 
 def number(race) -> int:

@@ -88,7 +88,7 @@ def test_more_rows_than_a_grid_dimension_holds(rows, monkeypatch):
 
 def test_a_grid_has_one_dimension_and_a_program_for_every_tile():
     strides = (3 * 4096, 4096, 1)
-    layout = layouts.of_strides((70_000, 3, 4096), strides)
+    layout = layouts.dense((70_000, 3, 4096), strides)
     launch = stream.prepare_reduce(
         layout, strides, None, torch.float32, torch.device("cpu"), "magnitude", False
     )  # fmt: skip
