@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class KnownRace:
-    """A place in drsn_kernels/backends/gpu. The line's text, not its number: it survives edits elsewhere in the file."""
+    """A place in drsn_kernels/backends/gpu. The line's text, not its number, which edits elsewhere would move."""
 
     kernel: str
     file: str
