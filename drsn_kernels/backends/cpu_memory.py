@@ -12,8 +12,8 @@ from .cpu_extension import _cpu
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4}
 
 # Sizes from which memory is kept: outputs, of rank 3 and more, and what lies between kernels, of rank 1 and 2: planes,
-# sums, what is kept of a gate, gradients of its parameters. malloc may map blocks from 128 KiB on anew each time: outputs
-# of 1 MiB, forward and backward (128, 16, 128), took 1.0 or 2.6 ms from one process to the next, and 1.0 always from here.
+# sums, what is kept of a gate, gradients of its parameters. malloc may map blocks from 128 KiB on anew each time.
+# Outputs of 1 MiB, (128, 16, 128) forward and backward, took 1.0 or 2.6 ms from one process to the next; kept, 1.0.
 _OUTPUT_BYTES, _INNER_BYTES = 512 << 10, 128 << 10
 
 

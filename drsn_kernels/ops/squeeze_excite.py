@@ -27,7 +27,7 @@ from .gating import call_gate
 
 
 class Mean(torch.autograd.Function):
-    """x -> (A, alias of x). Runs after Scale, which takes the alias and hands g and s over, as Pool in shrink.py does."""
+    """x -> (A, alias of x). Runs after Scale, which takes the alias and hands g and s over: see Pool in shrink.py."""
 
     @staticmethod
     def forward(ctx, x, layout, backend):
