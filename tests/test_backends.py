@@ -77,6 +77,7 @@ def test_reduce(on, dtype, name):
             same_planes(planes, expected, of)
 
 
+@pytest.mark.sampled(4)
 @laid_out
 @everywhere
 def test_map_with_a_threshold(on, dtype, name):
@@ -128,6 +129,7 @@ def test_map_with_a_factor(on, dtype, name):
             same_values(ours, right)
 
 
+@pytest.mark.sampled(4)
 @laid_out
 @everywhere
 def test_grad(on, dtype, name):
@@ -171,6 +173,7 @@ def near(ours: torch.Tensor, right: torch.Tensor, scale: float, dtype: torch.dty
     assert (ours - right).double().norm() <= relative * right.double().norm() + small * scale
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["plain", "norm", "batch norm"])
 @pytest.mark.parametrize("average", AVERAGES)
 @everywhere

@@ -13,6 +13,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the insta
 
 from experiments import drawings, pictures  # noqa: E402
 
+pytestmark = pytest.mark.slow  # a training run of 15 seconds
+
 FILES = {"thresholds.png", "signal.png", "zeroed.png", "derivative.png", "gradients.png", "numbers.json"}
 UNITS = [f"stages.{stage}.{unit}.shrinkage" for stage in range(3) for unit in range(4)]
 
@@ -32,7 +34,6 @@ def made(tmp_path_factory):
     return out, numbers
 
 
-@pytest.mark.slow
 def test_all_files_are_made(made):
     out, numbers = made
     assert {path.name for path in out.iterdir()} == FILES
@@ -41,7 +42,6 @@ def test_all_files_are_made(made):
     assert json.loads((out / "numbers.json").read_text()) == numbers
 
 
-@pytest.mark.slow
 def test_correlations(made):
     units = made[1]["thresholds"]["units"]
     assert list(units) == UNITS and [len(u["channels"]) for u in units.values()] == [4] * 4 + [8] * 4 + [16] * 4
