@@ -202,7 +202,7 @@ def test_backward_frees_the_planes_while_the_output_lives(kernels, average):
 
 def planes_alive(node) -> bool:
     """Whether anything but the saved tensors of the graph still holds the planes."""
-    return node.bits is not None
+    return node.planes is not None
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -243,6 +243,50 @@ def test_planes_kept_for_the_average_go_with_the_graph(kernels):
         y = run()
     assert not planes_alive(pools[2])
     y.sum().backward()
+
+
+def test_a_loss_on_the_average_alone_says_what_it_lacks(kernels):
+    """What was freed, overwritten, or is held by hooks only is an error, and never a wrong gradient."""
+    gate, leaf, seen = smooth_gate(8), torch.randn(4, 8, 99, requires_grad=True), []
+
+    def watched(pooled):
+        seen.append(pooled)
+        return gate(pooled)
+
+    y = kernels.shrink(leaf, watched)
+    y.sum().backward()
+    del y
+    with pytest.raises(RuntimeError, match="second time"):
+        seen.pop().sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        y = kernels.shrink(leaf, watched)
+    right = leaf.detach().sign() / 99
+    torch.testing.assert_close(torch.autograd.grad(seen[0].sum(), leaf, retain_graph=True)[0], right)
+    del y
+    with pytest.raises(RuntimeError, match="where saved tensors are hooked; keep y"):
+        seen.pop().sum().backward()
+
+    def failing(pooled):
+        seen.append(pooled)
+        raise ZeroDivisionError
+
+    x = leaf * 1
+    with pytest.raises(ZeroDivisionError):
+        kernels.shrink(x, failing)
+    with torch.no_grad():
+        x.neg_()
+    with pytest.raises(RuntimeError, match="was modified by an inplace"):
+        seen.pop().sum().backward()
+
+
+def test_a_loss_on_the_average_behind_a_gate_of_subclasses_in_place(kernels):
+    class Mine(torch.Tensor):
+        pass
+
+    leaf, seen = torch.randn(4, 8, 99, requires_grad=True), []
+    x = leaf * 1
+    dk.shrink(x, lambda pooled: (seen.append(pooled), torch.sigmoid(pooled).as_subclass(Mine))[1], inplace=True)
+    torch.testing.assert_close(torch.autograd.grad(seen[0].sum(), leaf)[0], leaf.detach().sign() / 99)
 
 
 # ---- backward passes -------------------------------------------------------------------------------------------------

@@ -255,6 +255,8 @@ def test_the_extension_counts_the_words_of_a_plane_as_the_layout_does(name):
         ({"x": torch.ones(2, 2, 2, device="meta")}, ValueError, r"got one of shape \(2, 2, 2\) on meta"),
         ({"x": 0}, AttributeError, "stride"),
         ({"sign": "0", "planes": torch.ones(2, dtype=torch.int32)}, TypeError, "str"),
+        ({"x": torch.ones(2, 2, 2)}, TypeError, "the cpu kernels need the argument out"),
+        ({"".join(["ki", "nd"]): "value", "out": torch.ones(2, 2)}, TypeError, "the cpu kernels need the argument x"),
     ],
 )
 def test_arguments_of_the_extension_that_do_not_fit(arguments, error, message):

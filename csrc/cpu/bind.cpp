@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../common/shape.h"
 #include "api.h"
@@ -135,6 +137,14 @@ template <class T> T* plane(const BoundWalk& w, Named& call, T* planes, const Na
   return planes && row >= 0 ? planes + row * w.plane : nullptr;
 }
 
+// A null pointer would end the process. Tensors without elements have no address either.
+void require(const BoundWalk& w, std::initializer_list<std::pair<const void*, const Name*>> arguments) {
+  const Walk& walk = w.shape.walk;
+  for (const auto& [address, name] : arguments)
+    if (!address && walk.n * walk.c * walk.l)
+      throw py::type_error("the cpu kernels need the argument " + py::cast<std::string>(name->text));
+}
+
 void reduce(const BoundWalk& w, Named& call) {
   ReduceArgs a;
   a.dtype = w.dtype;
@@ -147,6 +157,8 @@ void reduce(const BoundWalk& w, Named& call) {
   a.sign = plane(w, call, planes, names::sign);
   a.nonzero = plane(w, call, planes, names::nonzero);
   call.finish();
+  require(w, {{a.x, &names::x}, {a.out, &names::out}});
+  if (a.sum == Sum::products) require(w, {{a.times, &names::times}});
   py::gil_scoped_release release;
   kernels->reduce(a);
 }
@@ -174,6 +186,7 @@ void map(const BoundWalk& w, Named& call) {
   a.sign = plane(w, call, planes, names::sign);
   a.nonzero = plane(w, call, planes, names::nonzero);
   call.finish();
+  require(w, {{a.x, &names::x}, {a.y, &names::y}, {a.t, &names::t}});
   py::gil_scoped_release release;
   kernels->map(a);
 }
@@ -194,6 +207,7 @@ void grad(const BoundWalk& w, Named& call) {
   a.inside = call.number(names::inside, 0);
   a.offset = call.number(names::offset, 1);
   call.finish();
+  require(w, {{planes, &names::planes}, {a.g ? a.g : a.da, &names::g}});
   py::gil_scoped_release release;
   kernels->grad(a);
 }
@@ -221,6 +235,8 @@ GateArgs gate(const BoundWalk& w, Named& call) {
   a.norm = a.gamma != nullptr;
   a.pooled = made(call, names::pooled);
   char* const state = made<char>(call, names::state);
+  require(w, {{a.w1, &names::w1}, {a.b1, &names::b1}, {a.w2, &names::w2}, {a.b2, &names::b2}});
+  require(w, {{a.pooled, &names::pooled}, {state, &names::state}});
   a.hidden = state;
   a.alpha = state + a.n * a.h * w.numbers();
   a.mean = a.batch_stats ? state + a.n * (a.h + a.o) * w.numbers() : a.running_mean;
@@ -250,6 +266,7 @@ void gated_forward(const BoundWalk& w, Named& call) {
   map.t_c = one_tau ? 0 : 1;
   reduce.out = a.gate.pooled;
   call.finish();
+  require(w, {{reduce.x, &names::x}, {map.y, &names::y}});
   py::gil_scoped_release release;
   kernels->gated_forward(a);
 }
@@ -276,6 +293,7 @@ void gated_backward(const BoundWalk& w, Named& call) {
   a.dw2 = made(call, names::dw2);
   a.db2 = made(call, names::db2);
   call.finish();
+  require(w, {{both.g, &names::g}, {planes, &names::planes}});
   py::gil_scoped_release release;
   kernels->gated_backward(a);
 }
@@ -314,8 +332,8 @@ PYBIND11_MODULE(_cpu, m) {
   walk.def(py::init<int, const py::tuple&, const py::tuple&>(), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
   walk.def_property_readonly("words", [](const BoundWalk& w) { return w.plane / 4; }, "32-bit words in one plane.");
   add_method<BoundWalk, reduce>(walk, "reduce", "out (N, C) = mean |x|, mean x, or the sum of x * times; planes sign, nonzero.");
-  add_method<BoundWalk, map>(walk, "map", "y = x thresholded at t, or x * t; the planes kept, sign and nonzero, `count` of them.");
-  add_method<BoundWalk, grad>(walk, "grad", "dx = kept g + s dA / L and dtau = -sum s kept g, each where its address is given.");
+  add_method<BoundWalk, map>(walk, "map", "y = x thresholded at t, or x * t; and the planes kept, sign and nonzero.");
+  add_method<BoundWalk, grad>(walk, "grad", "dx = kept g + s dA / L and dtau = -sum s kept g, each where it is given.");
   add_method<BoundWalk, gated_forward>(walk, "gated_forward", "The step with the standard gate: y, and what its gradient needs.");
   add_method<BoundWalk, gated_backward>(walk, "gated_backward", "dx and the gradients of the gate's parameters.");
   m.def("set_parallel_for", [](uintptr_t p) { parallel_for = reinterpret_cast<ParallelFor>(p); },

@@ -51,7 +51,7 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
     the backend of its forward pass. The environment variable DRSN_BACKEND sets it from the start.
 
     Raises:
-        ValueError: unknown name, or "cuda", which was a backend up to 0.4.
+        ValueError: unknown name, or "cuda", which was a backend.
     """
     before = choice.backend, choice.strict
     choice.backend, choice.strict = _checked(name, "use_backend"), strict

@@ -62,7 +62,7 @@ class Pool(torch.autograd.Function):
     several through one node at a time. A gradient that reaches the alias itself comes from elsewhere (an in-place x
     that the gate or a residual uses too): it is whole already, and added.
 
-    Where only A has a loss, Apply does not run, and may be gone: the planes are then Apply's, kept here as well, or are
+    Where only A has a loss, Apply does not run, and may be gone: the planes are then those that it left here, or are
     made from x while there is no Apply yet.
     """
 
@@ -70,7 +70,7 @@ class Pool(torch.autograd.Function):
     def forward(ctx, x, layout, backend, inplace):
         pooled, _ = backend.reduce(x, layout)
         ctx.backend, ctx.layout, ctx.dtype, ctx.handed = backend, layout, x.dtype, {}
-        ctx.source, ctx.bits, ctx.apply_node = x.detach(), None, None
+        ctx.source, ctx.planes, ctx.apply_node = None, None, None
         ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(x)
@@ -88,19 +88,25 @@ class Pool(torch.autograd.Function):
         if alias_grad is not None:
             dx = alias_grad if dx is None else dx + alias_grad
         if not keeps_graph():
-            ctx.bits = None
+            ctx.planes = ctx.source = None
         return dx, None, None, None
 
 
 def _planes(pool: Pool) -> Planes:
+    """For a loss on A alone."""
+    if pool.planes is not None:
+        return pool.planes
     if pool.source is not None:
-        return pool.backend.reduce(pool.source, pool.layout, keep=True)[1]
-    apply = pool.apply_node()
+        x, version = pool.source
+        if x._version != version:
+            raise RuntimeError("x was modified by an inplace operation, and the gradient of the gate's input needs it")
+        return pool.backend.reduce(x, pool.layout, keep=True)[1]
+    apply = None if pool.apply_node is None else pool.apply_node()
     if apply is not None:
         return thresholded(apply.saved_tensors[0], nonzero=True)
-    if pool.bits is None:
-        raise RuntimeError("a loss on the gate's input alone needs y's graph: y is gone, and saved tensors are hooked")
-    return thresholded(pool.bits, nonzero=True)
+    if pool.apply_node is not None:
+        raise RuntimeError("a loss on the gate's input alone needs y's graph where saved tensors are hooked; keep y")
+    raise RuntimeError("trying to backward through the graph a second time: pass retain_graph=True to the first")
 
 
 class Apply(torch.autograd.Function):
@@ -118,9 +124,12 @@ class Apply(torch.autograd.Function):
         )
         if keep:
             ctx.save_for_backward(planes.bits, alpha, pooled)
-        if pool is not None:  # a hook decides where saved tensors live: nothing is held beside it
-            pool.source, pool.apply_node = None, weakref.ref(ctx)
-            pool.bits = None if hooks_on_saved_tensors() else planes.bits
+        if pool is not None:
+            pool.source = None
+            if hooks_on_saved_tensors():  # they decide where planes live: nothing is held beside them
+                pool.apply_node = weakref.ref(ctx)
+            else:
+                pool.planes = planes
         ctx.step, ctx.backend, ctx.pool = step, backend, pool
         if inplace:
             ctx.mark_dirty(x)
@@ -147,7 +156,7 @@ class Apply(torch.autograd.Function):
             if want_x and will_run(ctx.pool):
                 ctx.pool.handed[current_backward()] = Handed(g, planes, step.rule)  # and no gradient of the alias
             elif not keeps_graph():
-                ctx.pool.bits = None
+                ctx.pool.planes = None
         alpha_grad, pooled_grad = reference.threshold_grad(
             dtau, tau_grad, alpha, pooled, step.average, want_alpha, want_pooled
         )
@@ -250,7 +259,8 @@ def shrink(
     pool, handle = None, x
     if grads and x.requires_grad:
         pooled, handle = _pool(x, layout, backend, overwrite)
-        pool = pooled.grad_fn
+        pool, source = pooled.grad_fn, x.detach()
+        pool.source = source, source._version
     else:
         pooled, _ = backend.reduce(x, layout)
     alpha = call_gate(gate, pooled, x)
@@ -258,6 +268,8 @@ def shrink(
     if why is not None:  # a gate of tensor subclasses
         if recording.active is not None:
             recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
+        if pool is not None:  # there will be no Apply, and in place x is overwritten
+            pool.planes, pool.source = backend.reduce(x, layout, keep=True)[1], None
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau, rule)
     needed = grads and (x.requires_grad or alpha.requires_grad)
     step = Step(
