@@ -25,7 +25,7 @@ def missing() -> str | None:
 
 
 def build(sources: dict[str, str]) -> Path:
-    """The library of these kernels, files by name, compiled where it is not there; kept in build/, which git ignores."""
+    """The library of these kernels, files by name, compiled where it is not there; git ignores build/."""
     told = hashlib.sha256(repr(sources).encode())
     for path in sorted(EMULATION.iterdir()):
         told.update(path.read_bytes())

@@ -1,17 +1,17 @@
-// The shrinkage step whose gate needs no other sample, in one launch: what backends/gpu/one_pass.py does in Triton, with
-// the same inputs and outputs, for dense (N, C, L) of float32 or bfloat16 on compute capability 9.0 and later.
+// The shrinkage step whose gate needs no other sample, in one launch: what backends/gpu/one_pass.py does in Triton,
+// with the same inputs and outputs, for dense (N, C, L) of float32 or bfloat16 on compute capability 9.0 and later.
 //
-// Blocks are persistent: samples blockIdx.x / cluster, + gridDim.x / cluster, ... are a cluster's, and C / cluster rows of
-// each are a block's. A ring of stages in shared memory holds a sample each and is filled ahead (bulk.h). Results are
-// written over the stage and leave by a bulk copy, so a thread can take 32 neighbouring elements, a word of each bit
-// plane, and still every access to memory is whole: no shuffle packs bits. The gate's weights are read once and stay in
-// shared memory. The blocks of a cluster tell each other the sums of their rows.
+// Blocks are persistent: samples blockIdx.x / cluster, + gridDim.x / cluster, ... are a cluster's, and C / cluster rows
+// of each are a block's. Stages in shared memory hold a sample each and are filled ahead (bulk.h). Results are written
+// over the stage and leave by a bulk copy, so a thread can take 32 neighbouring elements, a word of each bit plane, and
+// still what goes to memory is contiguous: no shuffle packs bits. The gate's weights are read once and stay in shared
+// memory. The blocks of a cluster tell each other the sums of their rows.
 //
 //   forward    A = mean |x| by row; the gate; y and the planes kept, sign, nonzero (layout.py)
-//   backward   dtau by row from g and the planes; back through the gate; dx. The parameters' gradients: another launch
+//   backward   dtau by row from g and the planes; back through the gate; dx. The parameters' gradients are not here
 //
-// plans.one_pass_cu chooses cluster, stages, threads and grid, and says which sizes are taken: L above 16, rows multiples
-// of 16 bytes; C, H and the words of a block's planes multiples of 4. x, y, residual, g, dx lie at multiples of 16.
+// plans.one_pass_cu chooses cluster, stages, threads and grid, and says which sizes are taken: L above 16, in rows of a
+// multiple of 16 bytes; C, H and the words of a block's planes multiples of 4. Tensors lie at multiples of 16 bytes.
 #include "bulk.h"
 
 namespace {
@@ -400,7 +400,7 @@ template <class T> __device__ __forceinline__ void backward(const BackwardArgume
       const float total = sum_over(s.c, part), sum = sum_over(s.c, [&](int k) { return a[k]; });
       if (threadIdx.x == 0) totals[0] = total + own, totals[1] = sum / s.c;
     }
-    if (one || s.average == kSample) __syncthreads();
+    if (!one && s.average == kSample) __syncthreads();  // the gradient of one alpha is thread 0's, as the totals are
     for (int k = threadIdx.x; k < s.outputs; k += blockDim.x) {
       const float average = s.average == kSample ? totals[1] : s.average == kChannel && !one ? a[k] : 1.0f;
       dz[k] = (one ? totals[0] : d_of(k)) * average * (alpha_of(k) * (1 - alpha_of(k)));

@@ -1,6 +1,6 @@
 // Bulk copies, the barriers in shared memory that count their bytes, and the two proxies, as the PTX ISA has them
-// ("Asynchronous operations", "mbarrier", "Proxies"). A copy is cut into pieces, and each lands at some time between its
-// issue and its end: schedule 0 lands nothing before somebody must have it, 1 everything at once, others pieces of any
+// ("Asynchronous operations", "mbarrier", "Proxies"). A copy is cut into pieces, and each lands at some time between
+// its issue and its end: schedule 0 lands nothing before somebody must have it, 1 everything at once, others pieces of any
 // copy in any order. Whatever lands when, these are errors:
 //
 //   a load    read or written over by a thread that has not seen its barrier's phase complete; issued onto memory that

@@ -298,13 +298,13 @@ def _floats(*counts: int) -> int:
 # Bytes of a stage, and of what stays in shared memory, the barriers included: in the order in which the kernels take it.
 
 
-def _cu_forward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, residual: bool) -> tuple[int, int]:
+def _cu_forward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, residual: bool):
     own = 1 if outputs == 1 else rows
     kept = _floats(h * c, own * h, h, own, h, h, h, h, h, 2 * c, own, 1)
     return rows * length * itemsize * (1 + residual), 128 + kept
 
 
-def _cu_backward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, grad: bool) -> tuple[int, int]:
+def _cu_backward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, grad: bool):
     vectors = h + c + (0 if outputs == 1 else c) + (c if grad else 0)
     kept = _floats(h * outputs, rows * h, h, h, h, h, 2 * c, outputs, h, rows, 2)
     return rows * (length * itemsize + 12 * _cdiv(length, 32)) + 4 * vectors, 128 + kept
