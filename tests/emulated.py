@@ -1,13 +1,11 @@
 """csrc/cuda/one_pass.cu on CPU tensors: compiled against tests/emulation, one fiber for each CUDA thread."""
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 from drsn_kernels.backends.gpu import one_pass_cu, plans
@@ -68,16 +66,8 @@ class Emulation:
         """What can be done wrong in the kernel that ran last: values of `mutation`."""
         return self._library.mutations().decode().splitlines()
 
-    @contextlib.contextmanager
-    def as_launcher(self) -> Iterator[None]:
-        """Inside, plans may name one_pass_cu, and it runs here."""
-        before = one_pass_cu.launcher, plans.ONE_PASS_CU
-        one_pass_cu.launcher = lambda launch: functools.partial(self.run, launch.kernel, launch.plan)
-        plans.ONE_PASS_CU = True
-        try:
-            yield
-        finally:
-            one_pass_cu.launcher, plans.ONE_PASS_CU = before
+    def launcher(self, launch: one_pass_cu.Launch):
+        return functools.partial(self.run, launch.kernel, launch.plan)
 
 
 @functools.cache

@@ -234,6 +234,8 @@ CU_STAGES = 3
 CU_THREADS = (64, 512)
 CU_THREADS_PER_SM = 1024  # in the 64 registers that the kernels are compiled for
 CU_CLUSTERS = (1, 2, 4, 8)
+# A sample that fits one block is shared by more where there are few, while each has so many elements at least.
+CU_PART = 4096
 # Shared memory of compute capability 9.0 and 10.0, of a block and of a multiprocessor; each block takes 1 KiB more.
 CU_BLOCK_BYTES = 227 << 10
 CU_SM_BYTES = 228 << 10
@@ -276,10 +278,11 @@ def one_pass_cu(
             stage, kept = _cu_forward(rows, c, hidden, length, outputs, itemsize, extra)
         stage = _up_to(stage, 128)
         stages = min((CU_BLOCK_BYTES - kept) // stage, CU_STAGES)
-        if stages >= 2 and (found is None or found[1] < CU_STAGES or n * found[0] < sms):
+        idle = found is not None and n * found[0] < sms and rows * length >= CU_PART
+        if stages >= 2 and (found is None or found[1] < CU_STAGES or idle):
             found = cluster, stages, kept + stages * stage, rows * words
     if found is None:
-        return f"two samples of {c * length * itemsize} bytes and the weights do not fit the shared memory of 8 blocks"
+        return f"two samples of {c * length * itemsize} bytes and the weights do not fit the shared memory of a cluster"
     cluster, stages, shared, words = found
     threads = min(max(_power_of_two(words), CU_THREADS[0]), CU_THREADS[1])
     together = sms * min(CU_SM_BYTES // (shared + 1024), CU_THREADS_PER_SM // threads)
@@ -295,7 +298,7 @@ def _floats(*counts: int) -> int:
     return sum(_up_to(4 * count, 16) for count in counts)
 
 
-# Bytes of a stage, and of what stays in shared memory, the barriers included: in the order in which the kernels take it.
+# Bytes of a stage, and of what stays in shared memory, the barriers included; in the order of the kernels.
 
 
 def _cu_forward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, residual: bool):
