@@ -62,8 +62,9 @@ def compile_cuda(package: Path) -> None:
     if ASKED == "0" or nvcc is None:
         return
     for_each = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (90, 100)]
-    command = [nvcc, "-std=c++17", "-O3", "--threads=2", "--compress-mode=size", *for_each, "-fatbin", "-o", str(target)]
-    done = subprocess.run([*command, str(ROOT / "csrc/cuda/one_pass.cu")], capture_output=True, text=True)
+    command = [nvcc, "-std=c++17", "-O3", "--threads=2", "--compress-mode=size", *for_each, "-fatbin"]
+    source = str(ROOT / "csrc" / "cuda" / "one_pass.cu")
+    done = subprocess.run([*command, source, "-o", str(target)], capture_output=True, text=True)
     if done.returncode:
         target.unlink(missing_ok=True)
         lines = (done.stderr + done.stdout).strip().splitlines() or [f"status {done.returncode}"]

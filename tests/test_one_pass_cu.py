@@ -202,10 +202,10 @@ def test_a_step_is_that_of_float64(emulation, case):
 @pytest.mark.parametrize("one", [False, True], ids=["an alpha a channel", "one alpha"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_every_step_under_many_schedules(emulation, dtype, one, average, kind, cluster):
-    for length in (24, 64, 200):
+    for length in (24, 200):
         for residual, tau, stages in ((True, True, 3), (False, False, 2)):
             shape = (7, 16, length)
-            check(emulation, Case(shape, 12, kind, one, average, residual, tau, dtype, cluster, stages), range(16))
+            check(emulation, Case(shape, 12, kind, one, average, residual, tau, dtype, cluster, stages), range(8))
 
 
 def check(emulation, case: Case, schedules) -> None:
@@ -358,8 +358,9 @@ def step_of(shape, gate=GATE, dtype=F32, **options) -> Step:
 
 def test_plans_fit_the_device_and_are_pipelines():
     """Whole samples where three fit; clusters where they do not, or where there are few samples."""
+    shapes = (512, 64, 256), (4096, 16, 128), (128, 64, 1024), (64, 128, 512), (8, 64, 512), (1, 16, 64)
     for dtype, size in ((F32, 4), (BF16, 2)):
-        for n, c, length in ((512, 64, 256), (4096, 16, 128), (128, 64, 1024), (64, 128, 512), (8, 64, 512), (1, 16, 64)):
+        for n, c, length in shapes:
             gate = GateShape(c, c, True, False, 1e-5, 0.1)
             for prepare in (one_pass_cu.prepare_forward, one_pass_cu.prepare_backward):
                 step = step_of((n, c, length), gate, dtype)
@@ -510,12 +511,14 @@ def test_an_older_gpu_is_refused_by_the_compiler(tmp_path):
 
 FAKE = r"""
 #include <cuda.h>
-#include <stdio.h>
 #include <string.h>
 static int grid[3], shape[6];
 static unsigned char parameter[256];
 CUresult cuModuleLoadData(CUmodule* m, const void* image) { *m = (CUmodule)image; return *(const char*)image != 'f'; }
-CUresult cuModuleGetFunction(CUfunction* f, CUmodule m, const char* name) { *f = (CUfunction)strdup(name); return m == 0; }
+CUresult cuModuleGetFunction(CUfunction* f, CUmodule m, const char* name) {
+  *f = (CUfunction)m;
+  return strcmp(name, "one_pass_forward_float32");
+}
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int value) {
   shape[5] = value;
   return a != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

@@ -1,13 +1,16 @@
 // Bulk copies, the barriers in shared memory that count their bytes, and the two proxies, as the PTX ISA has them
 // ("Asynchronous operations", "mbarrier", "Proxies"). A copy is cut into pieces, and each lands at some time between
-// its issue and its end: schedule 0 lands nothing before somebody must have it, 1 everything at once, others pieces of any
-// copy in any order. Whatever lands when, these are errors:
+// its issue and its end: schedule 0 lands nothing before somebody must have it, 1 everything at once, others pieces of
+// any copy in any order. Whatever lands when, these are errors:
 //
 //   a load    read or written over by a thread that has not seen its barrier's phase complete; issued onto memory that
 //             another copy has in hand or that a thread has written without a proxy fence; of other bytes than its
 //             barrier expects
 //   a store   of what a thread has written without a proxy fence, or of what it has not seen loaded; written or loaded
 //             over before its thread has waited for it; not waited for when its block ends
+//
+// So it is of accesses of 16 bytes, which are followed (uint4 in cuda_emulation.h). Smaller ones read NaN from where a
+// load is on its way.
 #pragma once
 
 #include "machine.h"
@@ -57,7 +60,7 @@ inline void end_asynchronous(Block& block) {
   for (const auto& copy : block.asynchronous->copies)
     if (!copy->pieces.empty()) misuse("a block ends while a bulk copy is on its way");
   for (const auto& [at, barrier] : block.asynchronous->barriers)
-    if (barrier.bytes || barrier.pending != barrier.arrivals) misuse("a block ends with a barrier in the middle of a phase");
+    if (barrier.bytes || barrier.pending != barrier.arrivals) misuse("a block ends in the middle of a barrier's phase");
 }
 
 // ---- barriers -------------------------------------------------------------------------------------------------------

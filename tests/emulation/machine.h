@@ -114,7 +114,7 @@ inline Thread* running = nullptr;
   throw Misuse(text + " [block " + block + ", thread " + thread + "]");
 }
 
-// ---- mutations: one way of making a call at one line of the kernel wrong, to see that it is noticed -------------------
+// ---- mutations: one way of making a call at one line of the kernel wrong, to see that it is noticed ------------------
 
 inline std::vector<std::pair<Site, const char*>> possible;  // that the launch came to: where, and what is done there
 inline std::string mutation;                                // "what @file:line"

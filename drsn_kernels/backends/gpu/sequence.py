@@ -265,7 +265,7 @@ def backward(
     tau_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """Fills dx, if given; the gradients of w1, b1, gamma, beta, w2, b2."""
-    cu = _for_cu(g, dx, tau_grad)
+    cu = _for_cu(g, dx, tau_grad, *kept[:3])
     launches, layout = prepare_backward(step, g.stride(), dx is not None, cu), step.layout
     planes, new = units_of(kept.bits, layout), parts.w1.new_empty
     if launches.one is not None:
