@@ -86,7 +86,7 @@ __device__ __forceinline__ float with_sign(float v, unsigned signs, int e) {
 
 __device__ __forceinline__ float soft_threshold(float x, float tau) {  // sign(x) * relu(|x| - tau), NaN kept
   const float excess = fabsf(x) - tau, left = excess <= 0 ? 0.0f : excess;
-  return x == 0 ? 0.0f * left : copysignf(left, x);
+  return x == 0 ? 0.0f * left : copysignf(left, x);  // NaN where left is
 }
 
 // ---- rows of a tile, and the threads that share them ----------------------------------------------------------------
@@ -176,16 +176,17 @@ __device__ __forceinline__ void products(const float* w, const float* v, int row
   }
 }
 
-struct Norm {  // v = (u - center) / std * weight + shift; without one v = u
-  float *center, *std, *weight, *shift;
+struct Norm {  // v = (u - center) / scale * weight + shift; without one v = u
+  float *center, *scale, *weight, *shift;
   __device__ Norm(Memory& from, int h) {
-    center = from.take<float>(h), std = from.take<float>(h), weight = from.take<float>(h), shift = from.take<float>(h);
+    center = from.take<float>(h), scale = from.take<float>(h);
+    weight = from.take<float>(h), shift = from.take<float>(h);
   }
-  __device__ float of(float u, int i) const { return (u - center[i]) / std[i] * weight[i] + shift[i]; }
+  __device__ float of(float u, int i) const { return (u - center[i]) / scale[i] * weight[i] + shift[i]; }
   template <class Arguments> __device__ __forceinline__ void keep(const Arguments& p) const {
     for (int i = threadIdx.x; i < p.sizes.h; i += blockDim.x) {
       center[i] = p.mean ? p.mean[i] : 0.0f;
-      std[i] = p.mean ? sqrtf(p.var[i] + p.sizes.eps) : 1.0f;
+      scale[i] = p.mean ? sqrtf(p.var[i] + p.sizes.eps) : 1.0f;
       weight[i] = p.mean ? p.gamma[i] : 1.0f;
       shift[i] = p.mean ? p.beta[i] : 0.0f;
     }
@@ -407,7 +408,7 @@ template <class T> __device__ __forceinline__ void backward(const BackwardArgume
     }
     __syncthreads();
     products(w2, dz, s.h, s.outputs, [&](int k, float sum) {
-      du[k] = norm.of(u[k], k) > 0 ? sum * (norm.weight[k] / norm.std[k]) : 0.0f;
+      du[k] = norm.of(u[k], k) > 0 ? sum * (norm.weight[k] / norm.scale[k]) : 0.0f;
     });
     __syncthreads();
     products(w1, du, mine.rows, s.h, [&](int k, float sum) {
