@@ -1,10 +1,11 @@
 """Builds drsn_kernels._cpu with CMake and ninja; everything else is in pyproject.toml.
 
 The build needs neither torch nor a GPU. Where the extension is not asked for, cannot be built or fails, the package
-installs as pure Python. `python -m drsn_kernels info` gives the reason recorded here.
+installs as pure Python. `python -m drsn_kernels info` gives the reason recorded here. Where nvcc is on PATH, the
+opt-in CUDA kernels of csrc/cuda are compiled into drsn_kernels/one_pass.fatbin as well, some 10 seconds.
 
     DRSN_NATIVE=auto   build the C++ kernels if a compiler is found (default)
-    DRSN_NATIVE=0      pure Python
+    DRSN_NATIVE=0      pure Python, and no CUDA kernels
     DRSN_NATIVE=1      a failing build is an error (wheels, CI)
 """
 
@@ -53,11 +54,30 @@ def record(package: Path, reason: str | None) -> None:
         print(f"drsn_kernels: installing without the C++ kernels: {reason}", file=sys.stderr)
 
 
+def compile_cuda(package: Path) -> None:
+    """The kernels of csrc/cuda for compute capability 9.0 and 10.0, if there is an nvcc that knows both (12.8)."""
+    target = package / "one_pass.fatbin"
+    target.unlink(missing_ok=True)  # of an earlier build in the same folder
+    nvcc = shutil.which("nvcc")
+    if ASKED == "0" or nvcc is None:
+        return
+    for_each = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (90, 100)]
+    command = [nvcc, "-std=c++17", "-O3", "--threads=2", "--compress-mode=size", *for_each, "-fatbin"]
+    source = str(ROOT / "csrc" / "cuda" / "one_pass.cu")
+    done = subprocess.run([*command, source, "-o", str(target)], capture_output=True, text=True)
+    if done.returncode:
+        target.unlink(missing_ok=True)
+        lines = (done.stderr + done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+        print(f"drsn_kernels: installing without the opt-in CUDA kernels: nvcc: {lines[0]}", file=sys.stderr)
+
+
 class RecordedBuild(build_py):
     def run(self) -> None:
         super().run()
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "drsn_kernels"
+        compile_cuda(package)
         if not self.distribution.has_ext_modules():
-            record((ROOT if self.editable_mode else Path(self.build_lib)) / "drsn_kernels", REASON)
+            record(package, REASON)
 
 
 class CMakeBuild(build_ext):

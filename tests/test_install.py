@@ -1,6 +1,7 @@
 """Wheel, sdist and the pure-Python install, each into a clean environment of its own, and used there."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -43,6 +44,10 @@ def clean(tmp_path_factory):
     return python
 
 
+def nvcc_knows_the_targets() -> bool:
+    return shutil.which("nvcc") is not None and "compute_100" in run("nvcc", "--list-gpu-arch")
+
+
 def install(python: str, what: str, **env: str) -> str:
     run(python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", what, **env)
     return run(python, "-c", USE)
@@ -54,6 +59,7 @@ def test_wheel(clean, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("drsn_kernels/_cpu") for name in names) and "drsn_kernels/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+    assert ("drsn_kernels/one_pass.fatbin" in names) == nvcc_knows_the_targets()
     cpu = install(clean, str(wheel))
     assert "available" in cpu and "not available" not in cpu
 

@@ -9,6 +9,7 @@ launches. Grids and splits are run-time values.
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from ...layout import Layout
 from .walk import Walk
 
 # Bytes of x that a thread holds: four 16-byte loads in flight. With two, half as many elements share what a row takes (its
@@ -252,3 +253,94 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
         group=n if apart else GATE_SAMPLES, merge=merge, at_a_time=GATE_MERGED // depth,
         shares=_cdiv(n, share), share=share,
     )  # fmt: skip
+
+
+# ---- one pass in CUDA C++ --------------------------------------------------------------------------------------------
+
+# csrc/cuda/one_pass.cu in place of Triton's one pass, where it takes the shape. Off: no row has shown it faster, and no
+# launcher comes with the package.
+ONE_PASS_CU = False
+# Samples that a block has on chip: one that is worked on, one that its result leaves, one that is loaded. Fewer than
+# two is no pipeline.
+CU_STAGES = 3
+# A word of 32 elements is a thread's at a time; 512 threads are 16,384 elements, 64 KiB of float32.
+CU_THREADS = (64, 512)
+CU_THREADS_PER_SM = 1024  # in the 64 registers that the kernels are compiled for
+CU_CLUSTERS = (1, 2, 4, 8)
+# A sample that fits one block is shared by more where there are few, while each has so many elements at least.
+CU_PART = 4096
+# Shared memory of compute capability 9.0 and 10.0, of a block and of a multiprocessor; each block takes 1 KiB more.
+CU_BLOCK_BYTES = 227 << 10
+CU_SM_BYTES = 228 << 10
+
+
+@dataclass(frozen=True)
+class OnePassCuPlan:
+    """One launch of persistent blocks, each with a cluster's share of one sample after another."""
+
+    cluster: int  # blocks that share a sample, each with as many of its channels
+    stages: int
+    shared: int  # bytes
+    threads: int
+    programs: int  # blocks
+
+
+def one_pass_cu(
+    layout: Layout, hidden: int, outputs: int, itemsize: int, sms: int, *, backward: bool, extra: bool
+) -> OnePassCuPlan | str:
+    """The plan of csrc/cuda/one_pass.cu on dense tensors, or why it does not take them.
+
+    extra: a second operand comes with each sample: the residual, or (backward) a gradient of tau (N, C).
+    """
+    n, c, length = layout.n, layout.c, layout.l
+    words = _cdiv(length, 32)
+    if layout.channels_last:
+        return "channels_last: one_pass.cu takes rows along L"
+    if length <= 16 or length * itemsize % 16:
+        return f"rows of {length} elements: one_pass.cu takes more than 16, in a multiple of 16 bytes"
+    if c % 4 or hidden % 4:
+        return f"{c} channels and {hidden} hidden units: one_pass.cu takes multiples of 4"
+    found = None
+    for cluster in CU_CLUSTERS:
+        rows = c // cluster
+        if c % cluster or rows * words % 4:
+            continue
+        if backward:
+            stage, kept = _cu_backward(rows, c, hidden, length, outputs, itemsize, extra)
+        else:
+            stage, kept = _cu_forward(rows, c, hidden, length, outputs, itemsize, extra)
+        stage = _up_to(stage, 128)
+        stages = min((CU_BLOCK_BYTES - kept) // stage, CU_STAGES)
+        idle = found is not None and n * found[0] < sms and rows * length >= CU_PART
+        if stages >= 2 and (found is None or found[1] < CU_STAGES or idle):
+            found = cluster, stages, kept + stages * stage, rows * words
+    if found is None:
+        return f"two samples of {c * length * itemsize} bytes and the weights do not fit the shared memory of a cluster"
+    cluster, stages, shared, words = found
+    threads = min(max(_power_of_two(words), CU_THREADS[0]), CU_THREADS[1])
+    together = sms * min(CU_SM_BYTES // (shared + 1024), CU_THREADS_PER_SM // threads)
+    programs = min(n, together // cluster) * cluster
+    return OnePassCuPlan(cluster, stages, shared, threads, programs)
+
+
+def _up_to(n: int, unit: int) -> int:
+    return _cdiv(n, unit) * unit
+
+
+def _floats(*counts: int) -> int:
+    return sum(_up_to(4 * count, 16) for count in counts)
+
+
+# Bytes of a stage, and of what stays in shared memory, the barriers included; in the order of the kernels.
+
+
+def _cu_forward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, residual: bool):
+    own = 1 if outputs == 1 else rows
+    kept = _floats(h * c, own * h, h, own, h, h, h, h, h, 2 * c, own, 1)
+    return rows * length * itemsize * (1 + residual), 128 + kept
+
+
+def _cu_backward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, grad: bool):
+    vectors = h + c + (0 if outputs == 1 else c) + (c if grad else 0)
+    kept = _floats(h * outputs, rows * h, h, h, h, h, 2 * c, outputs, h, rows, 2)
+    return rows * (length * itemsize + 12 * _cdiv(length, 32)) + 4 * vectors, 128 + kept

@@ -22,7 +22,7 @@ from ...gates import StandardGate
 from ...reference import SOFT
 from .. import cost
 from ..step import Backend, Cost, Kept, Plan, Step
-from . import gate, one_pass, plans, stream
+from . import gate, one_pass, one_pass_cu, plans, stream
 from .gate import Sizes
 from .launch import Prepared, bytes_of, multiprocessors, tile_values
 from .plans import GatePlan, OnePassPlan
@@ -45,6 +45,11 @@ def _one_pass(fn: Any, step: Step, on: Walk, plan: OnePassPlan, operands: str, c
     values |= {"S": plan.samples, "PB": plan.rows, "BH": plan.units}
     programs = -(-on.n // plan.samples)
     return Prepared(fn, step.device, programs, values, plan, cost_of, warps=plan.warps, registers=plan.registers)
+
+
+def _for_cu(*tensors: torch.Tensor | None) -> bool:
+    """Whether one_pass_cu is asked for and can copy these: from and to multiples of 16 bytes."""
+    return plans.ONE_PASS_CU and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _gate_values(step: Step) -> dict[str, Any]:
@@ -121,7 +126,7 @@ class Gate(NamedTuple):
 class Forward(NamedTuple):
     """Prepared launches: `one`, or the others."""
 
-    one: Prepared | None
+    one: Prepared | one_pass_cu.Launch | None
     reduce: Prepared | None
     gate: Gate | None
     map: Prepared | None
@@ -133,12 +138,14 @@ class Forward(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def prepare_forward(step: Step, y: Strides) -> Forward:
-    """y: strides of it."""
+def prepare_forward(step: Step, y: Strides, cu: bool = False) -> Forward:
+    """y: strides of it. cu: by one_pass_cu, if it takes the step."""
     layout, s = step.layout, Sizes.of(step)
     kept = 3 * cost.plane_bytes(layout) + s.pooled + s.state
     running = s.norm // 2 - s.statistics  # mean and variance, where they are not in the state
     saved = Cost(saved=kept + running if step.keep else 0)
+    if cu and not isinstance(compiled := one_pass_cu.prepare_forward(step, y), str):
+        return Forward(compiled, None, None, None, compiled.cost + saved)
     one = plan_of(step, (step.strides, y, step.residual or y))
     if not isinstance(one, str):
         launch = _one_pass(one_pass.forward_kernel, step, *one, "xyr", one_pass.forward_cost(step))
@@ -176,7 +183,7 @@ def forward(
     parts: StandardGate, residual: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Fills y, tau and kept, as far as they are given."""
-    launches, layout = prepare_forward(step, y.stride()), step.layout
+    launches, layout = prepare_forward(step, y.stride(), _for_cu(x, y, residual)), step.layout
     planes = bytes_of(kept.bits)
     if launches.one is not None:
         launches.one(
@@ -242,7 +249,7 @@ class GateGrad(NamedTuple):
 class Backward(NamedTuple):
     """Prepared launches: `one` and the gate, or all the others (dx: where it is wanted)."""
 
-    one: Prepared | None
+    one: Prepared | one_pass_cu.Launch | None
     dtau: Prepared | None
     gate: GateGrad
     dx: Prepared | None
@@ -255,9 +262,12 @@ class Backward(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
-    """g: strides of it."""
+def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) -> Backward:
+    """g: strides of it. cu: by one_pass_cu, if it takes the step."""
     layout, s = step.layout, Sizes.of(step)
+    if cu and want_dx and not isinstance(compiled := one_pass_cu.prepare_backward(step, g), str):
+        ends, spent = _prepare_gate_grad(step, 1, False)
+        return Backward(compiled, None, ends, None, compiled.cost + spent + Cost(workspace=s.pooled))
     one = plan_of(step, (g, layout.strides)) if want_dx else "without dx there is nothing to fuse"
     if not isinstance(one, str):
         launch = _one_pass(one_pass.backward_kernel, step, *one, "gd", one_pass.backward_cost(step))
@@ -306,7 +316,8 @@ def backward(
     tau_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """Fills dx, if given; the gradients of w1, b1, gamma, beta, w2, b2."""
-    launches, layout = prepare_backward(step, g.stride(), dx is not None), step.layout
+    cu = _for_cu(g, dx, tau_grad, *kept[:3])
+    launches, layout = prepare_backward(step, g.stride(), dx is not None, cu), step.layout
     planes, new = bytes_of(kept.bits), parts.w1.new_empty
     dz, dv, dtau = new((layout.n, step.gate.outputs)), new((layout.n, step.gate.hidden)), None
     if launches.one is not None:
@@ -329,17 +340,21 @@ def backward(
 def plan(step: Step) -> Plan:
     """Of forward() into a dense y and, where something is kept, of backward() from a dense g."""
     dense = step.layout.strides
-    ahead = prepare_forward(step, dense)
+    ahead = prepare_forward(step, dense, plans.ONE_PASS_CU)
     launches, spent = ahead.launches, Cost()
     if step.keep:
-        back = prepare_backward(step, dense, step.want.x)
+        back = prepare_backward(step, dense, step.want.x, plans.ONE_PASS_CU)
         launches, spent = launches + back.launches, back.cost
-    if ahead.one is not None:
+    if isinstance(ahead.one, one_pass_cu.Launch):
+        name, why, not_taken = "one_pass_cu", "plans.ONE_PASS_CU; persistent blocks, samples copied ahead", ()
+    elif ahead.one is not None:
         where = "walked twice, the second time from L2" if ahead.one.plan.loop else "kept in registers"
         name, why, not_taken = "one pass", f"a program takes whole samples, {where}", ()
     else:
         name, why = "several launches", f"the gate stands between reduce and map; {ahead.map.plan.why}"
         not_taken = (("one pass", plan_of(step, (step.strides, dense, step.residual or dense))),)
+    if plans.ONE_PASS_CU and name != "one_pass_cu":
+        not_taken += (("one_pass_cu", one_pass_cu.prepare_forward(step, dense)),)
     return described(name, why, not_taken, ahead.cost + cost.kept_statistics(step), spent, launches)
 
 
