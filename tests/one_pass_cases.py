@@ -55,17 +55,19 @@ class Problem:
 
         gate, leaf = oracle.cast_gate(gate, torch.float64), x.double().requires_grad_()
         pooled = oracle.abs_mean(leaf)
-        alpha = gate(pooled)
+        v = gate[:-3](pooled)  # before the ReLU
+        z = gate[-3:-1](v)
+        alpha = gate[-1](z)
         tau = alpha * {"channel": pooled, "sample": pooled.mean(1, keepdim=True), None: 1.0}[case.average]
         by_channel = tau.expand(n, c)
         y = oracle.soft_threshold(leaf, by_channel)
         g, tau_grad = self.g.double(), torch.zeros(tau_shape).double() if self.tau_grad is None else self.tau_grad
-        dx, dtau = torch.autograd.grad([y, tau], [leaf, by_channel], [g, tau_grad.double()])
+        dx, dz, dv = torch.autograd.grad([y, tau], [leaf, z, v], [g, tau_grad.double()])
         state = torch.cat([gate[0](pooled).flatten(), alpha.flatten()])
         y = y if self.residual is None else y + residual.double()
         forward = {"y": y, "pooled": pooled, "state": state, "tau": tau}
         self.forward = {name: t.detach() for name, t in forward.items()}
-        self.backward = {"dx": dx, "dtau": dtau}
+        self.backward = {"dx": dx, "dz": dz, "dv": dv}
 
     def planned(self, launch: one_pass_cu.Launch, **changed: int) -> plans.OnePassCuPlan:
         """The launch's plan, on a device that holds few blocks."""
@@ -100,7 +102,8 @@ class Problem:
 
     def run_backward(self, emulation, kept: dict[str, torch.Tensor], **changed: int) -> dict[str, torch.Tensor]:
         launch = self.prepare(one_pass_cu.prepare_backward, self.g.stride())
-        out = {"dx": torch.full_like(self.g, torch.nan), "dtau": torch.full_like(kept["pooled"], torch.nan)}
+        out = {name: torch.full_like(t, torch.nan, dtype=F32) for name, t in self.backward.items()}
+        out["dx"] = out["dx"].to(self.case.dtype)
         p = self.parts
         arguments = launch.arguments(
             g=self.g, planes=kept["planes"], tau_grad=self.tau_grad, pooled=kept["pooled"], state=kept["state"],
@@ -118,8 +121,8 @@ class Problem:
             assert torch.equal(found["planes"], wanted.bits)
 
     def check_backward(self, found: dict[str, torch.Tensor]) -> None:
-        close(found["dx"], self.backward["dx"])
-        close(found["dtau"], self.backward["dtau"])
+        for name, wanted in self.backward.items():
+            close(found[name], wanted)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:

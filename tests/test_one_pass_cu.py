@@ -165,7 +165,7 @@ def test_nobody_launches_it_yet(monkeypatch):
     plan = sequence.plan(step)
     assert plan.name == "one_pass_cu"
     assert plan.forward.kernels[0] == "one_pass_forward_float32"
-    assert plan.backward.kernels == ("one_pass_backward_float32", "hidden_grad_kernel")
+    assert plan.backward.kernels == ("one_pass_backward_float32", "linear_grad_kernel")
     assert str(plan.launches[0]).startswith("one_pass_forward_float32: 5 programs of 2 warps; cluster 1, stages 3")
 
 

@@ -8,7 +8,8 @@
 // memory. The blocks of a cluster tell each other the sums of their rows.
 //
 //   forward    A = mean |x| by row; the gate; y and the planes kept, sign, nonzero (layout.py)
-//   backward   dtau by row from g and the planes; back through the gate; dx. The parameters' gradients are not here
+//   backward   dtau by row from g and the planes; back through the gate; dx. dz and dv are for the launch that makes the
+//              parameters' gradients (gate.linear_grad_kernel)
 //
 // plans.one_pass_cu chooses cluster, stages, threads and grid, and says which sizes are taken: L above 16, in rows of a
 // multiple of 16 bytes; C, H and the words of a block's planes multiples of 4. Tensors lie at multiples of 16 bytes.
@@ -41,7 +42,7 @@ struct BackwardArguments {
   const void* g;
   void* dx;
   const unsigned* planes;
-  float* dtau;
+  float *dz, *dv;  // of the logits (N, outputs), of the hidden layer after its norm (N, H)
   const float *tau_grad, *pooled, *state, *w1, *mean, *var, *gamma, *beta, *w2;
   Sizes sizes;
 };
@@ -390,10 +391,7 @@ template <class T> __device__ __forceinline__ void backward(const BackwardArgume
           });
           return sum;
         },
-        [&](int row, float sum) {
-          mine.tell(&d[mine.row + row], -sum, rows.lane, rows.lanes);
-          if (rows.lane == 0) p.dtau[row0 + row] = -sum;
-        });
+        [&](int row, float sum) { mine.tell(&d[mine.row + row], -sum, rows.lane, rows.lanes); });
     mine.sync();
     ring.refill(fill);
     if ((one || s.average == kSample) && threadIdx.x < 32) {  // what channels share: a gradient, and the average of A
@@ -405,10 +403,13 @@ template <class T> __device__ __forceinline__ void backward(const BackwardArgume
     for (int k = threadIdx.x; k < s.outputs; k += blockDim.x) {
       const float average = s.average == kSample ? totals[1] : s.average == kChannel && !one ? a[k] : 1.0f;
       dz[k] = (one ? totals[0] : d_of(k)) * average * (alpha_of(k) * (1 - alpha_of(k)));
+      if (mine.rank == 0) p.dz[i * s.outputs + k] = dz[k];
     }
     __syncthreads();
     products(w2, dz, s.h, s.outputs, [&](int k, float sum) {
-      du[k] = norm.of(u[k], k) > 0 ? sum * (norm.weight[k] / norm.scale[k]) : 0.0f;
+      const float dv = norm.of(u[k], k) > 0 ? sum : 0.0f;
+      du[k] = dv * (norm.weight[k] / norm.scale[k]);
+      if (mine.rank == 0) p.dv[i * s.h + k] = dv;
     });
     __syncthreads();
     products(w1, du, mine.rows, s.h, [&](int k, float sum) {

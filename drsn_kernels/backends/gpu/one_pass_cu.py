@@ -22,7 +22,7 @@ from .plans import OnePassCuPlan, Planned
 FATBIN = Path(__file__).resolve().parents[2] / "one_pass.fatbin"
 FORWARD = ("x", "y", "residual", "planes", "pooled", "state", "tau", "w1", "b1", "mean", "var", "gamma", "beta", "w2",
            "b2")  # fmt: skip
-BACKWARD = ("g", "dx", "planes", "dtau", "tau_grad", "pooled", "state", "w1", "mean", "var", "gamma", "beta", "w2")
+BACKWARD = ("g", "dx", "planes", "dz", "dv", "tau_grad", "pooled", "state", "w1", "mean", "var", "gamma", "beta", "w2")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _AVERAGES = (None, "sample", "channel")  # enum Average
 

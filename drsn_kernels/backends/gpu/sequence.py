@@ -85,9 +85,8 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
         "STATISTICS": statistics, "BH": plans.MERGED_UNITS, "GROUPS": plans.MERGED // plans.MERGED_UNITS,
     }  # fmt: skip
     programs = -(-step.gate.hidden // plans.MERGED_UNITS)
-    return Prepared(
-        gate.merge_kernel, step.device, programs, values, plan, gate.merge_cost(step, plan.tiles), warps=plans.GATE_WARPS
-    )  # fmt: skip
+    spent = gate.merge_cost(step, plan.tiles)
+    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS)
 
 
 def _merged(merge: Prepared | None, tiles: torch.Tensor | None) -> torch.Tensor | None:
@@ -207,7 +206,7 @@ def forward(
 class GateGrad(NamedTuple):
     """The gate's launches of a backward pass: dtau to dA, if wanted, and the parameters' gradients."""
 
-    hidden: Prepared | None  # None where one_pass.py has dz and dv already
+    hidden: Prepared | None  # None where one pass has made dz and dv
     merge: Prepared | None
     linear: Prepared
     dA: bool
@@ -219,8 +218,10 @@ class GateGrad(NamedTuple):
         return tuple(launch for launch in (self.hidden, self.merge, self.linear) if launch is not None)
 
     def __call__(self, new: Callable, step: Step, dtau, tau_grad, dz, dv, kept: Kept, parts: StandardGate):
-        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor. dz (N, O) and dv (N, H) are
-        filled from dtau, or come filled."""
+        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor.
+
+        dz (N, O) and dv (N, H) are filled from dtau, or come filled.
+        """
         n, c, (h, o, _, batch_stats, *_) = step.layout.n, step.layout.c, step.gate
         plan, direct, sums = self.linear.plan, None, None
         if self.hidden is not None:
@@ -266,8 +267,8 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) ->
     """g: strides of it. cu: by one_pass_cu, if it takes the step."""
     layout, s = step.layout, Sizes.of(step)
     if cu and want_dx and not isinstance(compiled := one_pass_cu.prepare_backward(step, g), str):
-        ends, spent = _prepare_gate_grad(step, 1, False)
-        return Backward(compiled, None, ends, None, compiled.cost + spent + Cost(workspace=s.pooled))
+        ends = _prepare_gate_grad(step, None, False)
+        return Backward(compiled, None, ends, None, compiled.cost + ends.cost)
     one = plan_of(step, (g, layout.strides)) if want_dx else "without dx there is nothing to fuse"
     if not isinstance(one, str):
         launch = _one_pass(one_pass.backward_kernel, step, *one, "gd", one_pass.backward_cost(step))
@@ -286,7 +287,7 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) ->
 
 def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     """parts: partial sums that dtau comes in; None where dz and dv come instead."""
-    plan, s, (h, o, norm, batch_stats, *_), c = _gate_plan(step), Sizes.of(step), step.gate, step.layout.c
+    plan, s, (h, o, norm, *_), c = _gate_plan(step), Sizes.of(step), step.gate, step.layout.c
     sizes = tuple(-(-length // 4) * 4 for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
     row = sum(sizes) * step.sums.itemsize
     direct = dA and step.average is not None
