@@ -68,7 +68,7 @@ class Geometry:
 
     def order(self, element: str) -> float:
         """The fault order of "outer", "inner" or "ball"."""
-        return {"outer": self.outer, "inner": self.inner, "ball": self.ball}[element]
+        return getattr(self, element)
 
     def exit_angle(self, width: float) -> float:
         """Shaft angle in radians between entry into a spall of this width in mm and the exit event.

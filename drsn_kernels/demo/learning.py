@@ -5,6 +5,7 @@ The networks (Table II) and the recipe (train/recipe.py) are the paper's: Zhao e
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,9 +45,8 @@ def ranks(values: torch.Tensor) -> torch.Tensor:
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
     """Spearman's rank correlation of two vectors; None where one is constant, because it is undefined there."""
-    a, b = (r - r.mean() for r in (ranks(a), ranks(b)))
-    scale = (a.square().sum() * b.square().sum()).sqrt()
-    return float((a * b).sum() / scale) if scale > 0 else None
+    rho = float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+    return None if math.isnan(rho) else rho
 
 
 def _progress(epochs: int, label: str) -> Iterable[int]:

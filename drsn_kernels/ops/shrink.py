@@ -43,8 +43,6 @@ from .gated_shrink import apply_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 
-AVERAGES = ("channel", "sample", None)
-
 
 class Handed(NamedTuple):
     """From Apply.backward to Pool.backward, in place of a gradient of the alias."""
@@ -219,11 +217,9 @@ def shrink(
         y = x.sign() * (x.abs() - tau.view(*tau.shape, 1, ...)).relu() + residual
     """
     checks.features(x, rank=3)
-    if average not in AVERAGES:
-        raise ValueError(f"average must be 'channel', 'sample' or None, got {average!r}")
+    checks.average(average)
     rule = checks.rule(threshold, slope)
-    if not callable(gate):
-        raise TypeError(f"gate must be a callable (N, C) -> (N, C) or (N, 1), got {type(gate).__name__}")
+    checks.gate(gate)
     if residual is not None:
         checks.residual(residual, x)
     if inplace:

@@ -114,8 +114,7 @@ def squeeze_excite(
         y = x * s.view(*s.shape, 1, ...) + residual
     """
     checks.features(x, rank=3)
-    if not callable(gate):
-        raise TypeError(f"gate must be a callable (N, C) -> (N, C) or (N, 1), got {type(gate).__name__}")
+    checks.gate(gate)
     if residual is not None:
         checks.residual(residual, x)
     why = not_eager(x, residual)
