@@ -107,7 +107,7 @@ def _objection(judge: Judge, call: Call, clock: WallClock | CudaClock) -> str | 
 
 
 HEADER = (f"{'':22s}{'clock':>7s}{'ms':>10s}{'IQR':>9s}{'% floor':>9s}{'GB/s':>7s}{'ops':>6s}{'host us':>10s}"
-          f"{'peak MiB':>10s}{'saved':>9s}{'budget':>9s}{'x budget':>9s}")  # fmt: skip
+          f"{'peak MiB':>10s}{'saved':>9s}{'cost':>9s}{'x cost':>9s}")  # fmt: skip
 
 
 def _mib(value: int | str) -> str:
@@ -115,11 +115,11 @@ def _mib(value: int | str) -> str:
 
 
 def line(row: dict) -> str:
-    gb_s, over = row["gb_s"], row["over_budget"]
+    gb_s, over = row["gb_s"], row["over_cost"]
     return (
         f"  {row['provider']:20s}{row['clock']:>7s}{row['median_ms']:10.4f}{row['iqr_ms']:9.4f}"
         f"{row['percent_of_floor']:9.1f}{'' if gb_s == '' else format(gb_s, '.1f'):>7s}{row['launches']:>6}"
-        f"{row['host_us']:10.1f}{_mib(row['peak_bytes']):>10s}{_mib(row['saved_bytes']):>9s}{_mib(row['budget_bytes']):>9s}"
+        f"{row['host_us']:10.1f}{_mib(row['peak_bytes']):>10s}{_mib(row['saved_bytes']):>9s}{_mib(row['cost_bytes']):>9s}"
         f"{'' if over == '' else format(over, '.2f'):>9s}"
     )
 
