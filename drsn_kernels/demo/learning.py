@@ -164,7 +164,6 @@ def run(
     quick: bool,
     seed: int,
     epochs: int | None = None,
-    device: str | torch.device | None = None,
 ) -> dict:
     """Train both networks, print their accuracy and the thresholds, write two plots and learning.json to `out`.
 
@@ -174,7 +173,6 @@ def run(
         quick: a few epochs on a part of the windows, to see that everything works; its accuracies mean little.
         seed: of the initial weights, the order of the windows and all noise; both networks see the same noise.
         epochs: instead of the default 40 (10 if quick).
-        device: of the networks; the default is a GPU if there is one.
 
     Returns:
         The results as a dict that JSON can hold: accuracy of each model at each SNR, seconds, rank correlations.
@@ -188,7 +186,7 @@ def run(
     require("matplotlib", "demo")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     train_x, train_y, test_x, test_y = dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y
     if quick:
         train_x, train_y = _spread(train_x, train_y, QUICK_TRAIN)
@@ -239,7 +237,7 @@ def run(
         "epochs": epochs,
         "seed": seed,
         "quick": quick,
-        "device": str(device),
+        "device": device,
         "snr_db": list(SNR_DB),
         "models": results,
         "thresholds": tau,

@@ -229,8 +229,7 @@ def shrink(
 
     why = not_eager(x, residual)
     if why is not None or not x.numel():
-        if recording.active is not None:
-            recording.elsewhere("shrink", x, why, gate=gate)
+        recording.elsewhere("shrink", x, why, gate=gate)
         pooled = traced_abs_mean(x)
         return _compose(x, pooled, call_gate(gate, pooled, x), average, residual, inplace, return_tau, rule)
 
@@ -262,8 +261,7 @@ def shrink(
     alpha = call_gate(gate, pooled, x)
     why = not_eager(alpha)
     if why is not None:  # a gate of tensor subclasses
-        if recording.active is not None:
-            recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
+        recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
         if pool is not None:  # there will be no Apply, and in place x is overwritten
             pool.planes, pool.source = backend.reduce(x, layout, keep=True)[1], None
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau, rule)

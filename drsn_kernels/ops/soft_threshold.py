@@ -108,8 +108,7 @@ def soft_threshold(
                 want=want,
             ), x, backend)  # fmt: skip
         return _apply(x, rows, layout, backend, rule) if keep else backend.map(x, layout, rows, rule=rule)[0]
-    if recording.active is not None:
-        recording.elsewhere("soft_threshold", x, why)
+    recording.elsewhere("soft_threshold", x, why)
     return traced_soft_threshold(x, tau, rule)
 
 
