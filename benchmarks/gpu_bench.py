@@ -22,7 +22,7 @@ from .calls import Provider, backends_for, build, providers
 from .cases import NETWORK, NETWORKS, Case, select
 from .gpu_sampling import device_is_lost, end
 from .rows import environment, write_json
-from .run import HEADER, Settings, line, measure
+from .run import HEADER, Settings, measure, said, table
 
 ROUNDS = 7
 HEADLINES: list[tuple[str, list[tuple[int, ...]], tuple[str, ...], bool]] = [
@@ -57,10 +57,6 @@ def wanted(case: Case, device: str, compiled: str = "best") -> list[Provider]:
     return [provider for provider in found if provider.form != "ours" or provider.backend == ours]
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
@@ -93,9 +89,9 @@ def compile_cases(cases: list[Case], options: argparse.Namespace) -> int:
                 try:
                     call.once()
                 except Exception as error:
-                    print(f"{case.id} {name}: {_said(error)}", flush=True)
+                    print(f"{case.id} {name}: {said(error)}", flush=True)
         except Exception as error:
-            print(f"{case.id}: {_said(error)}", flush=True)
+            print(f"{case.id}: {said(error)}", flush=True)
         if device_is_lost():
             return 1
         print(f"{case.id} {time.time() - begin:.1f} s", flush=True)
@@ -123,11 +119,10 @@ def time_cases(cases: list[Case], options: argparse.Namespace) -> int:
         try:
             new, wrong = measure(case, settings, about, wanted(case, options.device, options.compile))
         except Exception as error:
-            new, wrong = [], {"all": f"raised {_said(error)}"}
+            new, wrong = [], {"all": f"raised {said(error)}"}
         took.append(time.time() - begin)
         rows += new
-        print(f"{case.id} {took[-1]:.1f} s", *map(line, new), *(f"  {n:20s}WRONG: {w}" for n, w in wrong.items()),
-              sep="\n", flush=True)  # fmt: skip
+        print(f"{case.id} {took[-1]:.1f} s", *table(new, wrong), sep="\n", flush=True)
         if rows:
             part = write_json(results.with_suffix(".part"), rows, "python -m benchmarks.gpu_suite")
             part.replace(results)  # whole at any moment: the process may be ended in the next one

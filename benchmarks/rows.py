@@ -24,9 +24,11 @@ ENVIRONMENT = ("machine", "device", "driver", "torch", "triton", "compiler", "co
 COLUMNS = (
     "case", "op", "group", "shape", "dtype", "channels_last", "mode", "provider", "clock", "median_ms", "iqr_ms",
     "ratio_to_floor", "ratio_iqr", "percent_of_floor", "gb_s", "launches", "host_us", "peak_bytes", "saved_bytes",
-    "budget_bytes", "over_budget", "budget_saved_bytes", "rounds", *ENVIRONMENT,
+    "cost_bytes", "over_cost", "cost_saved_bytes", "rounds", *ENVIRONMENT,
 )  # fmt: skip
 """Of a row in the CSV; a row in JSON has "seconds" too, the time of every round."""
+# In runs that were stored before.
+RENAMED = {"budget_bytes": "cost_bytes", "over_budget": "over_cost", "budget_saved_bytes": "cost_saved_bytes"}
 
 
 def _output(*command: str, **options) -> str:
@@ -79,7 +81,7 @@ def row(
     floor: list[float],
     floor_bytes: int | None,
     counts: dict[str, int],
-    budget: dict[str, int],
+    cost: dict[str, int],
     about: dict,
 ) -> dict:
     """One row.
@@ -91,7 +93,7 @@ def row(
     over_floor = ratios(seconds, floor)
     ratio_low, ratio_high = quartiles(over_floor)
     median, ratio = statistics.median(seconds), statistics.median(over_floor)
-    moved = budget.get("bytes")
+    moved = cost.get("bytes")
     return {
         "case": case.id,
         "op": case.op,
@@ -113,10 +115,10 @@ def row(
         "host_us": _rounded(statistics.median(host) * 1e6),
         "peak_bytes": counts.get("peak_bytes", ""),
         "saved_bytes": counts.get("saved_bytes", ""),
-        "budget_bytes": "" if moved is None else moved,
-        # the time over what the budget's bytes take at the speed of the floor
-        "over_budget": _rounded(ratio * floor_bytes / moved) if moved and floor_bytes else "",
-        "budget_saved_bytes": budget.get("saved", ""),
+        "cost_bytes": "" if moved is None else moved,
+        # the time over what the plan's bytes take at the speed of the floor
+        "over_cost": _rounded(ratio * floor_bytes / moved) if moved and floor_bytes else "",
+        "cost_saved_bytes": cost.get("saved", ""),
         "rounds": len(seconds),
         **about,
         "seconds": [_rounded(value) for value in seconds],
@@ -141,7 +143,7 @@ def read_json(path: Path) -> list[dict]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(stored, dict) or stored.get("format") not in (1, FORMAT) or not stored.get("rows"):
         raise ValueError(f"{path} is not a result of `python -m benchmarks` in format {FORMAT}, or has no rows")
-    rows = stored["rows"]
+    rows = [{RENAMED.get(name, name): value for name, value in one.items()} for one in stored["rows"]]
     if stored["format"] == 1:
         if any(one.get("warm_ms", "") != "" for one in rows):
             raise ValueError(f"{path} is of format 1, whose times on a CUDA device are not GPU time: record a run anew")

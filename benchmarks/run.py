@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from drsn_kernels import backends
-from drsn_kernels._extras import require
+from drsn_kernels._extras import exit_status, require
 from drsn_kernels.demo.timing import Call, interleaved
 
 from . import report
@@ -103,11 +103,15 @@ def _objection(judge: Judge, call: Call, clock: WallClock | CudaClock) -> str | 
                 why = judge.objection(replay)
         return why
     except Exception as error:  # a compiler that fails must not end a run of an hour
-        return f"raised {type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        return f"raised {said(error)}"
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 
 HEADER = (f"{'':22s}{'clock':>7s}{'ms':>10s}{'IQR':>9s}{'% floor':>9s}{'GB/s':>7s}{'ops':>6s}{'host us':>10s}"
-          f"{'peak MiB':>10s}{'saved':>9s}{'budget':>9s}{'x budget':>9s}")  # fmt: skip
+          f"{'peak MiB':>10s}{'saved':>9s}{'cost':>9s}{'x cost':>9s}")  # fmt: skip
 
 
 def _mib(value: int | str) -> str:
@@ -115,13 +119,17 @@ def _mib(value: int | str) -> str:
 
 
 def line(row: dict) -> str:
-    gb_s, over = row["gb_s"], row["over_budget"]
+    gb_s, over = row["gb_s"], row["over_cost"]
     return (
         f"  {row['provider']:20s}{row['clock']:>7s}{row['median_ms']:10.4f}{row['iqr_ms']:9.4f}"
         f"{row['percent_of_floor']:9.1f}{'' if gb_s == '' else format(gb_s, '.1f'):>7s}{row['launches']:>6}"
-        f"{row['host_us']:10.1f}{_mib(row['peak_bytes']):>10s}{_mib(row['saved_bytes']):>9s}{_mib(row['budget_bytes']):>9s}"
+        f"{row['host_us']:10.1f}{_mib(row['peak_bytes']):>10s}{_mib(row['saved_bytes']):>9s}{_mib(row['cost_bytes']):>9s}"
         f"{'' if over == '' else format(over, '.2f'):>9s}"
     )
+
+
+def table(rows: list[dict], refused: dict[str, str]) -> list[str]:
+    return [*map(line, rows), *(f"  {name:20s}WRONG: {why}" for name, why in refused.items())]
 
 
 def check_device(device: str | None) -> str:
@@ -195,10 +203,7 @@ def _measure_all(cases: Sequence[Case], settings: Settings, about: dict, rows: l
     for case in cases:
         new, refused = measure(case, settings, about)
         print(case.id)
-        for one in new:
-            print(line(one), flush=True)
-        for name, why in refused.items():
-            print(f"  {name:20s}WRONG: {why}", flush=True)
+        print(*table(new, refused), sep="\n", flush=True)
         rows += new
         refusals += len(refused)
     return refusals
@@ -253,11 +258,4 @@ def _slow_down(text: str) -> tuple[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        return command(options)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: command(options))

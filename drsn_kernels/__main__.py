@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from . import info
+from ._extras import exit_status
 from .train import arguments as train_arguments
 
 
@@ -69,14 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = info.collect()
         print(json.dumps(report, indent=2)) if options.json else info.show(report)
         return 0
-    try:
-        return _run(options)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(options))
 
 
 if __name__ == "__main__":

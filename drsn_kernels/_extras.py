@@ -1,6 +1,8 @@
-"""Optional dependencies: imported where they are used, and named clearly when they are missing."""
+"""What the commands share: optional dependencies, named clearly when they are missing; errors as one sentence."""
 
 import importlib
+import sys
+from collections.abc import Callable
 from types import ModuleType
 
 
@@ -12,3 +14,15 @@ def require(module: str, extra: str) -> ModuleType:
         raise ImportError(
             f'{module} is needed here and could not be imported ({error}): pip install "drsn_kernels[{extra}]"'
         ) from error
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What run() returns; where it raises what a user can mend, the error is a sentence on stderr."""
+    try:
+        return run()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

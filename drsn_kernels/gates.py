@@ -53,6 +53,7 @@ _GLOBAL_HOOKS = [  # private, dictionaries that torch fills in place
 ]
 _PLAIN = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
 _NORMED = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Sigmoid)
+STRUCTURES = (_PLAIN, _NORMED)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -67,7 +68,7 @@ def looks_standard(gate) -> bool:
     if not isinstance(gate, nn.Sequential):
         return False
     children = tuple(gate._modules.values())
-    return any(len(children) == len(types) and all(map(isinstance, children, types)) for types in (_PLAIN, _NORMED))
+    return any(len(children) == len(types) and all(map(isinstance, children, types)) for types in STRUCTURES)
 
 
 def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:

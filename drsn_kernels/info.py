@@ -4,7 +4,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import sys
 
 OPTIONAL = {"numpy": "demo", "scipy": "demo", "matplotlib": "demo", "tqdm": "demo", "triton": "triton"}
 OPTIONAL |= {"scikit-learn": "train", "onnx": "export", "onnxruntime": "export", "onnxscript": "export", "timm": "timm"}
@@ -58,15 +57,14 @@ def _gpu(torch) -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-def show(report: dict, file=None) -> None:
-    file = file or sys.stdout
+def show(report: dict) -> None:
     for key in ("drsn_kernels", "torch", "python", "system", "cpu", "gpu"):
         if key in report:
-            print(f"{key:14s}{report[key]}", file=file)
+            print(f"{key:14s}{report[key]}")
     if "backends" in report:
-        print(f"backends      chosen by device, dtype and layout; {report['choice']}", file=file)
+        print(f"backends      chosen by device, dtype and layout; {report['choice']}")
         for name, text in report["backends"].items():
-            print(f"  {name:12s}{text}", file=file)
-    print("optional packages", file=file)
+            print(f"  {name:12s}{text}")
+    print("optional packages")
     for name, version in report["optional"].items():
-        print(f"  {name:12s}{version or f'missing, in the extra [{OPTIONAL[name]}]'}", file=file)
+        print(f"  {name:12s}{version or f'missing, in the extra [{OPTIONAL[name]}]'}")

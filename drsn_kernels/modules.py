@@ -67,8 +67,7 @@ class Shrinkage(nn.Module):
         super().__init__()
         hidden = _hidden(channels, reduction, rd_ratio, rd_channels, rd_divisor)
         _check_gap_size(gap_size)
-        if average not in ("channel", "sample", None):
-            raise ValueError(f"average must be 'channel', 'sample' or None, got {average!r}")
+        checks.average(average)
         self.channels = channels
         self.average = average
         checks.rule(threshold, slope)
@@ -178,11 +177,7 @@ def _hidden(
     given = {"channels": channels, "reduction": reduction, "rd_divisor": rd_divisor}
     if rd_channels is not None:
         given["rd_channels"] = rd_channels
-    for name, value in given.items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a positive integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value}")
+    checks.positive(**given)
     if rd_ratio is None and rd_channels is None:
         return max(channels // reduction, 1)
     if reduction != default:

@@ -8,6 +8,8 @@ import numbers
 
 import torch
 
+from .ops import checks
+
 
 def _gaussian(shape: torch.Size, like: dict, generator: torch.Generator | None) -> torch.Tensor:
     return torch.empty(shape, **like).normal_(generator=generator)
@@ -56,10 +58,7 @@ def _decibels(snr_db: float | torch.Tensor, samples: int, like: dict) -> torch.T
 
 
 def _check(x: torch.Tensor, kind: str, generator: torch.Generator | None) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a floating-point tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    checks.floating(x)
     if x.dim() < 2 or (x.shape[0] and not x[0].numel()):
         raise ValueError(
             f"x must be (N, *shape) with at least two dimensions and non-empty samples, got shape {tuple(x.shape)}"

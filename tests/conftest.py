@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import gc
+import importlib.util
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Instrumented kernels in the place of the installed ones (test_sanitize.py).
+if instrumented := os.environ.get("DRSN_TEST_EXTENSION"):
+    spec = importlib.util.spec_from_file_location("drsn_kernels._cpu", instrumented)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
 import other_device
+from ranks import Ranks
 
 import drsn_kernels as dk
 from drsn_kernels.backends import cpu, gpu
@@ -169,6 +178,25 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Variant]:
     yield from _variant(request)
 
 
+@pytest.fixture(params=["cpu", "torch"])
+def fusing(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The cpu backend fuses the gate, the torch backend calls it: nobody may see which."""
+    if request.param == "cpu" and cpu._cpu is None:
+        pytest.skip(f"no compiled CPU kernels: {cpu.MISSING}")
+    with dk.use_backend(request.param, strict=True):
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes of one gloo group: ranks.run(job, *arguments)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    group = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
 # ---- poisoned memory -------------------------------------------------------------------------------------------------
 
 _clean_empty = torch.empty
@@ -214,6 +242,12 @@ def isolated() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(isolated: None) -> None:
+    """Tensors of a few KiB gain nothing from more threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)
 
 
 # ---- markers ---------------------------------------------------------------------------------------------------------

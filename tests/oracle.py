@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 AVERAGES = ["channel", "sample", None]
@@ -29,21 +30,31 @@ def aligned(tau: torch.Tensor, rank: int) -> torch.Tensor:
     return tau[(...,) + (None,) * (rank - 2)] if tau.dim() == 2 and rank > 2 else tau
 
 
-def soft_threshold(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    return x.sign() * torch.relu(x.abs() - aligned(tau, x.dim()))
+def soft_threshold(x: torch.Tensor, tau: torch.Tensor, threshold: str = "soft", slope: float = 0.0) -> torch.Tensor:
+    """Others than the soft one: slope * x within tau; outside x, moved if "soft" so that the two meet at tau."""
+    tau = aligned(tau, x.dim())
+    if threshold == "soft" and not slope:
+        return x.sign() * torch.relu(x.abs() - tau)
+    outside = x if threshold == "hard" else x.sign() * (x.abs() - (1 - slope) * tau)
+    return torch.where(x.abs() <= tau, slope * x, outside) + 0 * tau  # a tau without influence has a gradient of 0
 
 
 def abs_mean(x: torch.Tensor) -> torch.Tensor:
     return x.abs().flatten(2).mean(2)
 
 
-def shrink(x, gate: Callable, average: str | None, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, tau), every step in x's dtype."""
+def shrink(x, gate: Callable, average: str | None, residual=None, **rule) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, tau), every step in x's dtype. rule: threshold and slope of soft_threshold."""
     pooled = abs_mean(x)
     scale = {"channel": lambda: pooled, "sample": lambda: pooled.mean(1, keepdim=True), None: lambda: 1.0}[average]()
     tau = gate(pooled) * scale
-    y = soft_threshold(x, tau)
+    y = soft_threshold(x, tau, **rule)
     return (y if residual is None else y + residual), tau
+
+
+def squeeze_excite(x, gate: Callable, residual=None) -> torch.Tensor:
+    y = x * aligned(gate(x.flatten(2).mean(2)), x.dim())
+    return y if residual is None else y + residual
 
 
 class Evaluated:
@@ -71,10 +82,18 @@ def cast_gate(gate: Callable, dtype: torch.dtype) -> Callable:
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def smooth_gate(channels: int, out: int | None = None, norm: bool = False) -> nn.Sequential:
     """A gate without kinks, so that a rounding difference never flips one of its units."""
     layers = [nn.Linear(channels, 5), *([nn.BatchNorm1d(5)] if norm else []), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(5, out or channels), nn.Sigmoid())
+
+
+def smooth_gate_for(x: torch.Tensor, out: int | None = None) -> nn.Sequential:
+    return smooth_gate(x.shape[1], out).to(x.device, wide(x.dtype))
 
 
 def standard_gate(channels: int, hidden: int, outputs: int, kind: str) -> nn.Sequential:
@@ -141,6 +160,16 @@ def without_ties(g: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.T
     return torch.where(near, torch.zeros((), dtype=g.dtype), g)
 
 
+def far_from_kinks(shape: Sequence[int], gate: Callable, average: str | None) -> torch.Tensor:
+    """float64 x without zeros and without |x| near tau, where a finite difference would step across."""
+    for _ in range(100):
+        x = torch.randn(shape, dtype=torch.float64)
+        tau = aligned(shrink(x, gate, average)[1], x.dim())
+        if (x.abs() - tau).abs().min() > 2e-3 and x.abs().min() > 2e-3:
+            return x.requires_grad_()
+    raise AssertionError("no such x")
+
+
 # ---- tolerances ------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +233,37 @@ def check(fn: Callable, formula: Callable, inputs: dict[str, torch.Tensor | None
 
     for i, (label, actual, right, simple) in enumerate(zip(labels, *results, strict=True)):
         close(actual, right, simple, label, lambda i=i: before_cancellation(i))
+
+
+def check_gated(run: Callable, formula: Callable, x, gate: nn.Module, residual, gs: Sequence) -> None:
+    """check of run(x, residual) by formula(x, gate, residual), and of the gradients of every gate parameter."""
+    parameters = dict(gate.named_parameters())
+
+    def exact(dtype, x, residual, *values):
+        inner, given = cast_gate(gate, dtype), dict(zip(parameters, values, strict=True))
+        return formula(x, lambda pooled: functional_call(inner, given, pooled), residual)
+
+    check(lambda x, residual, *_: run(x, residual), exact, {"x": x, "residual": residual, **parameters}, gs)
+
+
+def check_shrink(
+    kernels, x, gate: nn.Module, average: str | None, residual=None, inplace=False, return_tau=True, **rule
+) -> None:
+    """y, tau and the gradients of x, residual and every gate parameter."""
+    outputs = slice(None) if return_tau else 0
+    with torch.no_grad():
+        tau = shrink(x.double(), cast_gate(gate, torch.float64), average)[1]
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        g = without_ties(torch.randn(x.shape, device=x.device), x, tau).to(dtype)
+
+    def ours(x, residual):
+        return kernels.shrink(
+            x * 1 if inplace else x, gate, average=average, residual=residual, inplace=inplace, return_tau=return_tau,
+            **rule,
+        )  # fmt: skip
+
+    gs = [g, torch.randn(tau.shape, dtype=wide(x.dtype), device=x.device)] if return_tau else [g]
+    check_gated(ours, lambda x, gate, r: shrink(x, gate, average, r, **rule)[outputs], x, gate, residual, gs)
 
 
 def _one_step(step, x, residual, gate, average, g, tau_g) -> dict[str, torch.Tensor]:

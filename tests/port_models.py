@@ -8,19 +8,17 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def fc(channels: int, out: int | None = None) -> nn.Sequential:
-    out = out or channels
-    return nn.Sequential(
-        nn.Linear(channels, channels), nn.BatchNorm1d(channels), nn.ReLU(inplace=True), nn.Linear(channels, out),
-        nn.Sigmoid(),
-    )  # fmt: skip
+def fc(channels: int, out: int | None = None, norm: bool = True) -> nn.Sequential:
+    norms = [nn.BatchNorm1d(channels)] if norm else []
+    last = nn.Linear(channels, out or channels)
+    return nn.Sequential(nn.Linear(channels, channels), *norms, nn.ReLU(inplace=True), last, nn.Sigmoid())
 
 
 class Popular1d(nn.Module):
-    def __init__(self, channel, gap_size=1):
+    def __init__(self, channel, gap_size=1, norm=True):
         super().__init__()
         self.gap = nn.AdaptiveAvgPool1d(gap_size)
-        self.fc = fc(channel)
+        self.fc = fc(channel, norm=norm)
 
     def forward(self, x):
         x_raw = x
@@ -44,7 +42,7 @@ class Popular2d(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d((1, 1))
-        self.net = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.Sigmoid())
+        self.net = fc(c, norm=False)
 
     def forward(self, x):
         magnitude = x.abs()

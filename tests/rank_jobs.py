@@ -156,8 +156,6 @@ def fully_sharded(rank: int, backend: str, wrapped: str) -> tuple[dict, list]:
         return trained(model, rank), calls(model)
 
 
-
-
 def distributed_tensors(rank: int, backend: str) -> tuple[list, str]:
     """The operators on a DTensor sharded over the batch; and why the gate of a sharded module is not fused when it is
     called past the module whose hooks gather its parameters."""

@@ -3,14 +3,13 @@
 import copy
 import gc
 import io
-import os
 import pickle
-import subprocess
-import sys
-import threading
+import random
 
 import pytest
 import torch
+from oracle import seeded
+from processes import in_threads, python
 
 import drsn_kernels as dk
 from drsn_kernels.backends import cpu, cpu_memory
@@ -115,26 +114,41 @@ for _ in range(3):
 assert here.poll(60) and here.recv() == total
 worker.join()
 """
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    run = python(code)
     assert run.returncode == 0, run.stderr
 
 
 def test_freed_from_many_threads(x):
-    failed = []
+    def run(seed):
+        mine = torch.randn(SHAPE, generator=seeded(seed))
+        expected = _expected(mine)
+        return all(torch.equal(dk.soft_threshold(mine, 0.5), expected) for _ in range(10))
+
+    assert all(in_threads(run))
+
+
+def test_blocks_of_several_threads_under_limits_that_change():
+    held = []
 
     def run(seed):
-        mine = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-        expected = _expected(mine)
-        for _ in range(10):
-            if not torch.equal(dk.soft_threshold(mine, 0.5), expected):
-                failed.append(seed)
+        order = random.Random(seed)
+        for _ in range(40):
+            shape = order.randint(1, 3), 1 << 19
+            held.append(torch.from_dlpack(cpu._cpu.empty(0, shape, (1 << 19, 1))).fill_(seed))
+            if len(held) > 6:
+                other = held.pop(0)
+                assert (other == other[0, 0]).all()
+            if order.random() < 0.2:
+                cpu._cpu.set_cache_limit(order.randint(0, 5) << 20)
+            cpu._cpu.empty(0, (1 << 19,), (1,))  # a capsule that nobody takes
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    try:
+        in_threads(run)
+        held.clear()
+        cpu._cpu.set_cache_limit(0)
+        assert cpu._cpu.cached_bytes() == 0
+    finally:
+        cpu._cpu.set_cache_limit(cpu_memory.CACHE_BYTES)
 
 
 def test_a_forked_child_computes():
@@ -150,7 +164,7 @@ if child == 0:
     os._exit(0 if torch.equal(z, x.sign() * (x.abs() - 0.5).relu()) else 1)
 sys.exit(os.waitpid(child, 0)[1] != 0)
 """
-    assert subprocess.run([sys.executable, "-P", "-c", code], timeout=120).returncode == 0
+    assert python(code).returncode == 0
 
 
 @pytest.mark.parametrize("mib, kept", [("0", 0), ("1", 0), ("64", 2 << 20)])
@@ -159,9 +173,7 @@ def test_the_limit_comes_from_the_environment(mib, kept):
         "import torch, drsn_kernels as dk; from drsn_kernels.backends import cpu;"
         "dk.soft_threshold(torch.randn(8, 64, 1024), 0.5); print(cpu._cpu.cached_bytes())"
     )
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ, "DRSN_CACHE_MIB": mib}
-    )
+    run = python(code, DRSN_CACHE_MIB=mib)
     assert int(run.stdout) == kept, run.stderr
 
 

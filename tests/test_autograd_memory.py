@@ -1,14 +1,13 @@
 """What a forward pass keeps (three bits an element), when it is freed, and backward passes of every sort."""
 
 import gc
-import os
-import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
 from oracle import AVERAGES, cast_gate, shrink, smooth_gate
+from processes import python
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -78,8 +77,7 @@ def test_saved_bytes_of_shrink(kernels, shape, average, channels_last, dtype):
     unit = 8 if dtype is torch.float64 else 4
     with Saved() as saved:
         y = kernels.shrink(x, nn.Sigmoid(), average=average, residual=torch.zeros_like(x))
-    budget = 3 * plane_bytes(n, c, length, channels_last) + 8 * n * c * unit
-    assert saved.bytes <= budget
+    assert saved.bytes <= 3 * plane_bytes(n, c, length, channels_last) + 8 * n * c * unit
     if length >= 999 and unit == 4 and not channels_last:
         assert saved.bytes < 0.42 * x.numel()
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
@@ -152,9 +150,7 @@ def test_resident_memory_of_kept_graphs(name):
     if name == "cpu" and dk.backends.cpu._cpu is None:
         pytest.skip("no compiled CPU kernels")
     # every large block mapped on its own: otherwise small blocks that live on keep the holes between them resident
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-P", "-c", RESIDENT, name]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    run = python(RESIDENT, name, MALLOC_MMAP_THRESHOLD_="65536")
     assert float(run.stdout) < 0.5  # bytes an element: 0.375 for the planes, and what the allocator rounds up
 
 

@@ -96,7 +96,7 @@ def test_peak_and_saved_bytes_are_whole(name):
     one = next(r for r in rows if r["provider"] == name)
     assert one["peak_bytes"] >= 2 * case.bytes and 0 < one["saved_bytes"] < one["peak_bytes"]  # y and dx at least
     if name != "port":
-        assert one["budget_saved_bytes"] == pytest.approx(one["saved_bytes"], rel=0.01)
+        assert one["cost_saved_bytes"] == pytest.approx(one["saved_bytes"], rel=0.01)
 
 
 def test_the_compiled_form_is_checked_like_the_others():

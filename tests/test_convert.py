@@ -14,6 +14,7 @@ from torch import nn
 import drsn_kernels as dk
 from drsn_kernels import recording
 from drsn_kernels.convert.plans import Converted
+from drsn_kernels.demo.timing import Call, saved_bytes
 
 SHAPES = {3: (4, 8, 30), 4: (4, 8, 6, 5), 5: (3, 8, 3, 4, 2)}
 FOUND = {  # the class, x's rank, and what it becomes
@@ -288,18 +289,7 @@ def test_what_is_kept_for_backward_falls_to_the_planes(case):
     x = torch.randn(4, 8, 4096, requires_grad=True)
 
     def kept(module: nn.Module) -> float:
-        sizes: dict[int, int] = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in (x.untyped_storage().data_ptr(),):
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = module(x)
-        del y
-        return sum(sizes.values()) / x.numel()
+        return saved_bytes(Call(partial(module, x), parameters=(x,))) / x.numel()
 
     module = make(8)
     before = kept(module)

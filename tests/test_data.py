@@ -5,21 +5,14 @@ import sys
 
 import pytest
 import torch
+from oracle import seeded
 
 from drsn_kernels.data import load_cwru, simulate_bearing, standardise
 from drsn_kernels.data.bearing import CLASSES, SAMPLING_RATE, Fault, Geometry, _Draw, _strikes, simulate_recordings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES = 24_000  # two seconds: a resolution of 0.5 Hz
 RESOLUTION = SAMPLING_RATE / SAMPLES
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
 
 
 def envelope_spectrum(x):

@@ -2,46 +2,22 @@
 
 import gzip
 import math
-import struct
 import sys
 import wave
 
 import pytest
 import torch
+from data_files import RATE, idx, sound, write_wav
+from oracle import seeded
 
 from drsn_kernels.data import LogMel, load_digits, load_idx, load_speech
 from drsn_kernels.data.speech import mel_filters
 from drsn_kernels.noise import add_noise
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- speech ----------------------------------------------------------------------------------------------------------
-
-RATE = 8000
-
-
-def write_wav(path, signal, rate=RATE, width=2, channels=1):
-    """signal: whole numbers in the range of the width."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = {1: "B", 2: "h", 4: "i"}[width]
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes(struct.pack(f"<{len(signal)}{kind}", *signal))
-    return path
-
-
-def sound(hertz, samples=400):
-    return (20_000 * torch.sin(2 * math.pi * hertz / RATE * torch.arange(samples))).round().int().tolist()
 
 
 @pytest.fixture
@@ -196,10 +172,6 @@ def test_speech_folder_and_argument_errors(tmp_path):
 # ---- idx -------------------------------------------------------------------------------------------------------------
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def idx(tensor):
-    return bytes((0, 0, 8, tensor.dim())) + struct.pack(f">{tensor.dim()}I", *tensor.shape) + bytes(tensor.flatten())
 
 
 @pytest.fixture

@@ -33,8 +33,9 @@ BAD_FEATURES = [
 def test_features(kernels, make, error, message):
     with pytest.raises(error, match=message):
         kernels.abs_mean(make())
-    with pytest.raises(error, match=message):
-        kernels.shrink(make(), torch.sigmoid)
+    for op in (kernels.shrink, kernels.squeeze_excite):
+        with pytest.raises(error, match=message):
+            op(make(), pytest.fail)  # the gate does not run
 
 
 @pytest.mark.parametrize("make, error, message", BAD_FEATURES[3:], ids=[message for _, _, message in BAD_FEATURES[3:]])
@@ -115,14 +116,18 @@ def test_arguments_are_checked_before_anything_runs(kernels, case, inplace):
     before = x.clone()
     with pytest.raises(error, match=message.format(device=x.device)):
         kernels.shrink(x, gate, **{"inplace": inplace, **arguments})
+    if arguments.keys() == {"residual"}:
+        with pytest.raises(error, match=message.format(device=x.device)):
+            kernels.squeeze_excite(x, gate, **arguments)
     assert torch.equal(x, before)
     assert all(torch.equal(v, state[k]) for k, v in gate.state_dict().items()), "the gate has run"
 
 
 def test_a_gate_that_cannot_be_called(kernels):
     for gate in (None, 0.5, "sigmoid", torch.ones(2, 3), nn.Linear(3, 3).weight):
-        with pytest.raises(TypeError, match=f"gate must be a callable .*got {type(gate).__name__}"):
-            kernels.shrink(features(SHAPE), gate)
+        for op in (kernels.shrink, kernels.squeeze_excite):
+            with pytest.raises(TypeError, match=f"gate must be a callable .*got {type(gate).__name__}"):
+                op(features(SHAPE), gate)
 
 
 BAD_GATES = {
@@ -146,14 +151,14 @@ BAD_GATES = {
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("inplace", [False, True, None], ids=["new", "inplace", "squeeze_excite"])
 @pytest.mark.parametrize("case", BAD_GATES)
 def test_gate_output(kernels, case, inplace, requires_grad):
     gate, error, message = BAD_GATES[case]
     leaf = features(SHAPE).requires_grad_(requires_grad)
     x = leaf * 1
     with pytest.raises(error, match=message.format(device=x.device)):
-        kernels.shrink(x, gate, inplace=inplace)
+        kernels.squeeze_excite(x, gate) if inplace is None else kernels.shrink(x, gate, inplace=inplace)
     assert torch.equal(x, leaf)
 
 
@@ -228,7 +233,7 @@ def test_memory_of_another_device_is_refused_by_the_backend_itself():
 
 @pytest.mark.parametrize("name", ["cudnn", "gpu", "", None])
 def test_use_backend_takes_known_names(name):
-    with pytest.raises(ValueError, match="use_backend"), dk.use_backend(name):
+    with pytest.raises(ValueError, match=f"use_backend must be one of auto, .*, got {name!r}"), dk.use_backend(name):
         pass
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # behind the installed package
@@ -19,16 +20,8 @@ from experiments import noises, report, results, run, tasks, timing  # noqa: E40
 from experiments.results import Result, Run  # noqa: E402
 from experiments.tasks import TASKS, Condition  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RATE = 8000.0
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)
 
 
 # ---- noises ----------------------------------------------------------------------------------------------------------

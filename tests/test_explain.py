@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_child import child
 
 import drsn_kernels as dk
-from drsn_kernels import backends, recording
+from drsn_kernels import recording
 from drsn_kernels.backends import cpu, gpu
 from drsn_kernels.ops import dispatch
 from drsn_kernels.untouched import untouched
@@ -98,15 +98,11 @@ def test_layouts():
         assert dk.explain(dk.abs_mean, t)[0].layout == layout
 
 
-@pytest.mark.parametrize("name", ["cpu", "torch"])
-def test_a_backend_that_was_asked_for(name):
-    if name == "cpu" and cpu._cpu is None:
-        pytest.skip("no compiled CPU kernels")
-    with dk.use_backend(name):
-        (call,) = dk.explain(dk.Shrinkage(6), torch.randn(3, 6, 40))
-    assert (call.backend, call.why) == (name, "use_backend or DRSN_BACKEND asks for it")
-    assert call.fused == (name == "cpu") and not call.fallback
-    assert call.forward.launches == (1 if name == "cpu" else len(call.forward.kernels))
+def test_a_backend_that_was_asked_for(fusing):
+    (call,) = dk.explain(dk.Shrinkage(6), torch.randn(3, 6, 40))
+    assert (call.backend, call.why) == (fusing, "use_backend or DRSN_BACKEND asks for it")
+    assert call.fused == (fusing == "cpu") and not call.fallback
+    assert call.forward.launches == (1 if fusing == "cpu" else len(call.forward.kernels))
 
 
 # ---- the plan is the launch's ----------------------------------------------------------------------------------------
@@ -324,43 +320,39 @@ def same(before: list, after: list) -> bool:
     return all(all(map(equal, a, b)) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("name", ["cpu", "torch"])
 @pytest.mark.parametrize("how", ["module", "function", "partial", "method", "argument"])
-def test_nothing_changes(name, how):
-    if name == "cpu" and cpu._cpu is None:
-        pytest.skip("no compiled CPU kernels")
+def test_nothing_changes(fusing, how):
     module, x = nn.Sequential(dk.Shrinkage(6), nn.Dropout(), nn.BatchNorm1d(6)), torch.randn(5, 6, 40)
     module[0].eval()
     x.requires_grad_()
-    with dk.use_backend(name):
-        y = module(x * 1)  # a graph that is still to go backward
-        y.sum().backward(retain_graph=True)
-        grads = [(p.grad, p.grad.clone()) for p in (x, *module.parameters())]
-        before, generator, content = state(module), torch.get_rng_state(), x.detach().clone()
+    y = module(x * 1)  # a graph that is still to go backward
+    y.sum().backward(retain_graph=True)
+    grads = [(p.grad, p.grad.clone()) for p in (x, *module.parameters())]
+    before, generator, content = state(module), torch.get_rng_state(), x.detach().clone()
 
-        def run(t, model=module):
-            model.train()
-            out = model(t)
-            out.square().sum().backward()
-            with torch.no_grad():
-                t.zero_()
-                model[0].fc[1].running_mean = torch.ones(6)
-            return torch.rand(3)
+    def run(t, model=module):
+        model.train()
+        out = model(t)
+        out.square().sum().backward()
+        with torch.no_grad():
+            t.zero_()
+            model[0].fc[1].running_mean = torch.ones(6)
+        return torch.rand(3)
 
-        call = {
-            "module": module,
-            "function": lambda t: run(t),
-            "partial": functools.partial(run, model=module),
-            "method": module.forward,
-            "argument": lambda t, model: run(t, model),
-        }[how]
-        found = dk.explain(call, x, *([module] if how == "argument" else []))
-        assert len(found) == 1
-        assert same(before, state(module)) and torch.equal(torch.get_rng_state(), generator)
-        assert torch.equal(x, content)
-        for (grad, kept), p in zip(grads, (x, *module.parameters()), strict=True):
-            assert p.grad is grad and torch.equal(grad, kept)
-        y.sum().backward()
+    call = {
+        "module": module,
+        "function": lambda t: run(t),
+        "partial": functools.partial(run, model=module),
+        "method": module.forward,
+        "argument": lambda t, model: run(t, model),
+    }[how]
+    found = dk.explain(call, x, *([module] if how == "argument" else []))
+    assert len(found) == 1
+    assert same(before, state(module)) and torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(x, content)
+    for (grad, kept), p in zip(grads, (x, *module.parameters()), strict=True):
+        assert p.grad is grad and torch.equal(grad, kept)
+    y.sum().backward()
 
 
 def test_inputs_in_containers_are_restored():
@@ -416,11 +408,3 @@ def test_untouched_keeps_a_tensor_and_its_gradient():
         (x * 2).sum().backward()
         x.detach().zero_()
     assert x.grad is grad and torch.equal(grad, torch.ones(3)) and torch.equal(x, content)
-
-
-def test_a_fallback_is_logged_once(caplog):
-    backends._said.clear()
-    for _ in range(2):
-        with dk.use_backend("cpu"):
-            dk.explain(dk.abs_mean, torch.randn(2, 3, *[1] * 7))
-    assert len([record for record in caplog.records if record.name == "drsn_kernels"]) == 1

@@ -75,15 +75,6 @@ def test_the_standard_gate_is_recognised():
 # ---- what a user could see of the fused gate ----
 
 
-@pytest.fixture(params=["cpu", "torch"])
-def fusing(request):
-    """The cpu backend fuses the gate, the torch backend calls it: nobody may see which."""
-    if request.param == "cpu" and cpu._cpu is None:
-        pytest.skip(f"no compiled CPU kernels: {cpu.MISSING}")
-    with dk.use_backend(request.param, strict=True):
-        yield request.param
-
-
 @pytest.mark.parametrize("eps", [0.0, -1e-5])
 def test_an_eps_that_torch_refuses_raises_torchs_error(fusing, eps):
     module = dk.Shrinkage(4)

@@ -83,29 +83,6 @@ def test_gradients_of_every_order(device, shape, kind, average):
     assert gradgradcheck(step, inputs, fast_mode=True)
 
 
-PIECES = {
-    "abs_mean": lambda x, tau: dk.abs_mean(x) * tau,
-    "a threshold for each channel": dk.soft_threshold,
-    "a threshold for each sample": lambda x, tau: dk.soft_threshold(x, tau[:, :1]),
-    "one threshold": lambda x, tau: dk.soft_threshold(x, tau.mean()),
-    "residual": lambda x, tau: dk.shrink(x, lambda pooled: tau, average=None, residual=x.sin()),
-    "in place": lambda x, tau: dk.shrink(x * 1, lambda pooled: pooled * tau, average=None, inplace=True),
-}
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("piece", PIECES)
-@pytest.mark.parametrize("device", [pytest.param(p.values[0], id=p.values[0], marks=p.marks) for p in _where()[:2]])
-def test_gradients_of_the_pieces(device, piece, channels_last):
-    """In float64, away from the kinks at |x| = tau and x = 0, against finite differences."""
-    x = torch.randn(2, 3, 5, dtype=torch.float64).sign() * (0.6 + torch.rand(2, 3, 5, dtype=torch.float64))
-    if channels_last:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    tau = 0.1 + 0.3 * torch.rand(2, 3, dtype=torch.float64)
-    inputs = [t.to(device).requires_grad_() for t in (x, tau)]
-    assert gradcheck(PIECES[piece], inputs, fast_mode=True) and gradgradcheck(PIECES[piece], inputs, fast_mode=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["any gate", "norm", "batch norm"])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 40, 33), (2, 3, 5, 5)], ids=str)

@@ -6,20 +6,14 @@ import sys
 
 import pytest
 import torch
+from oracle import seeded
 
 from drsn_kernels.data import simulate_bearing
 from drsn_kernels.demo import learning
 from drsn_kernels.models import paper_network, resnet
 from drsn_kernels.train import accuracy
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_spearman():

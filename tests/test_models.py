@@ -11,12 +11,8 @@ from torch import nn
 from drsn_kernels.models import DRSN, ResidualShrinkageUnit, convnet, paper_network, parameter_groups, resnet
 from drsn_kernels.modules import Shrinkage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"stages": ((4, 1, 1), (6, 2, 2)), "stem": (3, 2)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
 
 
 @pytest.mark.parametrize(

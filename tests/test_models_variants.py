@@ -25,10 +25,7 @@ from drsn_kernels.models import (
 )
 from drsn_kernels.modules import Shrinkage, SqueezeExcite
 
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settle(model: nn.Module) -> nn.Module:

@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
+from oracle import seeded
 
 from drsn_kernels.noise import KINDS, add_noise
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def snr_of(x, noise):

@@ -1,7 +1,8 @@
-"""abs_mean, soft_threshold and shrink: values, gradients and higher derivatives against the float64 oracle."""
+"""abs_mean, soft_threshold and shrink against the float64 oracle; higher derivatives, of squeeze_excite too."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -9,18 +10,17 @@ from oracle import (
     AVERAGES,
     DTYPES,
     abs_mean,
-    aligned,
-    cast_gate,
     check,
+    check_shrink,
+    far_from_kinks,
     features,
     shrink,
     smooth_gate,
+    smooth_gate_for,
     soft_threshold,
+    squeeze_excite,
     wide,
-    without_ties,
 )
-from torch import nn
-from torch.func import functional_call
 
 import drsn_kernels as dk
 
@@ -133,34 +133,6 @@ def test_tau_of_another_dtype_is_rounded_to_that_of_the_sums(kernels, dtype):
 # ---- shrink ----------------------------------------------------------------------------------------------------------
 
 
-def check_shrink(kernels, x, gate: nn.Module, average, residual=None, inplace=False, return_tau=True) -> None:
-    """y, tau and the gradients of x, residual and every gate parameter."""
-    parameters = dict(gate.named_parameters())
-    with torch.no_grad():
-        tau = shrink(x.double(), cast_gate(gate, torch.float64), average)[1]
-        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        g = without_ties(torch.randn(x.shape, device=x.device), x, tau).to(dtype)
-
-    def ours(x, residual, *_):
-        return kernels.shrink(
-            x * 1 if inplace else x, gate, average=average, residual=residual, inplace=inplace, return_tau=return_tau
-        )
-
-    def formula(d, x, residual, *values):
-        inner = cast_gate(gate, d)
-        given = dict(zip(parameters, values, strict=True))
-        y, tau = shrink(x, lambda a: functional_call(inner, given, a), average, residual)
-        return (y, tau) if return_tau else y
-
-    gs = [g, torch.randn(tau.shape, dtype=wide(x.dtype), device=x.device)] if return_tau else [g]
-    check(ours, formula, {"x": x, "residual": residual, **parameters}, gs)
-
-
-def gate_for(x: torch.Tensor, out: int | None = None) -> nn.Module:
-    gate = smooth_gate(x.shape[1], out)
-    return gate.to(x.device, wide(x.dtype))
-
-
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("one", [False, True], ids=["per-channel", "per-sample"])
 @pytest.mark.parametrize("residual", [None, torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str)
@@ -173,7 +145,7 @@ def test_shrink_arguments(kernels, average, one, residual, inplace, return_tau):
     if residual is not None:
         residual = (3 * torch.randn_like(x)).detach().to(residual)
         residual.requires_grad_(residual.is_floating_point())
-    check_shrink(kernels, x, gate_for(x, 1 if one else None), average, residual, inplace, return_tau)
+    check_shrink(kernels, x, smooth_gate_for(x, 1 if one else None), average, residual, inplace, return_tau)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,7 +153,7 @@ def test_shrink_arguments(kernels, average, one, residual, inplace, return_tau):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shrink_shapes(kernels, dtype, average, shape):
     x = features(shape, dtype, kernels.device).requires_grad_()
-    check_shrink(kernels, x, gate_for(x, 1 if average == "sample" else None), average)
+    check_shrink(kernels, x, smooth_gate_for(x, 1 if average == "sample" else None), average)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,7 +162,7 @@ def test_shrink_shapes(kernels, dtype, average, shape):
 def test_shrink_lengths_with_residual(kernels, dtype, channels_last, length):
     x = walked((2, 3, length), channels_last, dtype, kernels.device)
     x, residual = (x * 0.7).requires_grad_(), x.clone().requires_grad_()
-    check_shrink(kernels, x, gate_for(x), "channel", residual, return_tau=False)
+    check_shrink(kernels, x, smooth_gate_for(x), "channel", residual, return_tau=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -228,21 +200,27 @@ def test_inplace_returns_x(kernels, view, training):
 
 # ---- derivatives, numerically ----------------------------------------------------------------------------------------
 
+each_step = pytest.mark.parametrize("step", [*AVERAGES, "squeeze_excite"])
 
-def far_from_kinks(shape: Sequence[int], gate: nn.Module, average: str | None) -> torch.Tensor:
-    """float64 x without zeros and without |x| near tau, where a finite difference would step across."""
-    for _ in range(100):
-        x = torch.randn(shape, dtype=torch.float64)
-        tau = aligned(shrink(x, gate, average)[1], x.dim())
-        if (x.abs() - tau).abs().min() > 2e-3 and x.abs().min() > 2e-3:
-            return x.requires_grad_()
-    raise AssertionError("no such x")
+
+def step_of(kernels, step: str | None) -> Callable:
+    """squeeze_excite, or shrink by this average, of (x, gate)."""
+    if step == "squeeze_excite":
+        return kernels.squeeze_excite
+    return lambda x, gate: kernels.shrink(x, gate, average=step)
+
+
+def formula_of(step: str | None) -> Callable:
+    return squeeze_excite if step == "squeeze_excite" else lambda x, gate: shrink(x, gate, step)[0]
+
+
+OTHER_RULES = {"hard": {"threshold": "hard"}, "leaky": {"slope": 0.3}}
 
 
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("out", [1, 3])
-@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
-def test_shrink_numerical_derivatives_with_batch_norm_in_training(kernels, average, out, inplace):
+@pytest.mark.parametrize("way", ["new", "inplace", *OTHER_RULES])
+def test_shrink_numerical_derivatives_with_batch_norm_in_training(kernels, average, out, way):
     if kernels.interpreted and average is None:
         pytest.skip("seconds in the interpreter, and no other kernel")
     gate = smooth_gate(3, out, norm=True).double()
@@ -250,44 +228,55 @@ def test_shrink_numerical_derivatives_with_batch_norm_in_training(kernels, avera
     residual = torch.randn_like(x, requires_grad=True)
 
     def run(x, residual, *_):
-        x = x * 1 if inplace else x
-        return kernels.shrink(x, gate, average=average, residual=residual, inplace=inplace, return_tau=True)
+        options = {"inplace": way == "inplace", **OTHER_RULES.get(way, {})}
+        return kernels.shrink(x * 1, gate, average=average, residual=residual, return_tau=True, **options)
 
     inputs = (x, residual, *gate.parameters())
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_shrink_full_jacobians(kernels, average):
-    if kernels.interpreted and average != "sample":
+@each_step
+def test_full_jacobians(kernels, step):
+    if kernels.interpreted and step != "sample":
         pytest.skip("seconds in the interpreter, and no other kernel")
-    gate = smooth_gate(2, None, norm=True).double()
-    x = far_from_kinks((3, 2, 4), gate, average)
-    for check_derivative in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check_derivative(lambda x: kernels.shrink(x, gate, average=average), (x,))
+    gate, run = smooth_gate(2, None, norm=True).double(), step_of(kernels, step)
+    x = far_from_kinks((3, 2, 4), gate, step if step in AVERAGES else "channel")
+    assert torch.autograd.gradcheck(lambda x: run(x, gate), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: run(x, gate), (x,))
 
 
-def test_third_derivative(kernels):
+@each_step
+def test_third_derivative(kernels, step):
+    if kernels.interpreted and step != "channel":
+        pytest.skip("seconds in the interpreter, and no other kernel")
     gate = smooth_gate(2).double()  # without batch norm, whose own third derivative is wrong in PyTorch
-    x = far_from_kinks((3, 2, 4), gate, "channel")
+    x, run = far_from_kinks((3, 2, 4), gate, step if step in AVERAGES else "channel"), step_of(kernels, step)
 
     def gradient(x):
-        return torch.autograd.grad(kernels.shrink(x, gate).square().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(run(x, gate).square().sum(), x, create_graph=True)[0]
 
     assert torch.autograd.gradgradcheck(gradient, (x,), fast_mode=True)
 
 
+def lying(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() if channels_last else x
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("rule", ["soft", *OTHER_RULES])
 @pytest.mark.parametrize("shape", [(3, 2), (3, 1), (1, 2, 1), ()], ids=str)
-def test_soft_threshold_numerical_derivatives(kernels, shape):
+def test_soft_threshold_numerical_derivatives(kernels, shape, rule, channels_last):
     x = far_from_kinks((3, 2, 4), lambda a: torch.full((3, 2), 0.4, dtype=torch.float64), None)
-    tau = torch.full(shape, 0.4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(kernels.soft_threshold, (x, tau))
-    assert torch.autograd.gradgradcheck(kernels.soft_threshold, (x, tau))
+    inputs = lying(x, channels_last), torch.full(shape, 0.4, dtype=torch.float64, requires_grad=True)
+    run = functools.partial(kernels.soft_threshold, **OTHER_RULES.get(rule, {}))
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
 
 
-def test_abs_mean_numerical_derivatives(kernels):
-    x = far_from_kinks((3, 2, 4), torch.zeros_like, None)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+def test_abs_mean_numerical_derivatives(kernels, channels_last):
+    x = lying(far_from_kinks((3, 2, 4), torch.zeros_like, None), channels_last)
     assert torch.autograd.gradcheck(kernels.abs_mean, (x,))
     assert torch.autograd.gradgradcheck(kernels.abs_mean, (x,))
 
@@ -295,28 +284,20 @@ def test_abs_mean_numerical_derivatives(kernels):
 # ---- backward passes of every sort -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_create_graph_gives_the_same_first_gradient(kernels, average):
+@each_step
+def test_create_graph_gives_the_same_first_gradient_and_a_penalty_reaches_the_gate(kernels, step):
     x, gate = features((3, 6, 70), torch.float64, kernels.device).requires_grad_(), smooth_gate(6).double()
-    wanted, g = [x, *gate.parameters()], torch.randn(3, 6, 70, dtype=torch.float64)
-    plain = torch.autograd.grad(kernels.shrink(x, gate, average=average), wanted, g)
-    graph = torch.autograd.grad(kernels.shrink(x, gate, average=average), wanted, g, create_graph=True)
-    for a, b in zip(plain, graph, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
-
-
-def test_gradient_penalty_reaches_the_gate(kernels):
-    x, gate = far_from_kinks((4, 3, 9), smooth_gate(3).double(), "channel"), smooth_gate(3).double()
-    g = torch.randn_like(x)
-
-    def penalty(run, gate):
-        (dx,) = torch.autograd.grad(run(x, gate), x, g, create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), list(gate.parameters()))
-
-    exact = penalty(lambda x, gate: shrink(x, gate, "channel")[0], gate)
-    for actual, expected in zip(penalty(kernels.shrink, gate), exact, strict=True):
-        assert expected.abs().max() > 0
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
+    wanted, g, run = [x, *gate.parameters()], torch.randn(3, 6, 70, dtype=torch.float64), step_of(kernels, step)
+    plain = torch.autograd.grad(run(x, gate), wanted, g)
+    graph = torch.autograd.grad(run(x, gate), wanted, g, create_graph=True)
+    exact = torch.autograd.grad(formula_of(step)(x, gate), wanted, g, create_graph=True)
+    for a, b, c in zip(plain, graph, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
+    penalties, right = (torch.autograd.grad(first[0].square().sum(), wanted) for first in (graph, exact))
+    for a, b in zip(penalties, right, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_sum_of_a_long_row_is_accurate(kernels):

@@ -13,15 +13,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the insta
 
 from experiments import drawings, pictures  # noqa: E402
 
-pytestmark = pytest.mark.slow  # a training run of 15 seconds
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # a training run of 15 seconds
 
 FILES = {"thresholds.png", "signal.png", "zeroed.png", "derivative.png", "gradients.png", "numbers.json"}
 UNITS = [f"stages.{stage}.{unit}.shrinkage" for stage in range(3) for unit in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -159,8 +159,9 @@ def test_the_gate_receives_its_own_dtype(kernels, dtype, gate_dtype):
             return self.inner(a).sigmoid() if gate_dtype is not None else a.sigmoid()
 
     x = features((2, 4, 33), dtype, kernels.device).requires_grad_()
+    assert kernels.squeeze_excite(x, Gate()).dtype is dtype
     y, tau = kernels.shrink(x, Gate(), return_tau=True)
-    assert seen == [gate_dtype or wide(dtype)]
+    assert seen == [gate_dtype or wide(dtype)] * 2
     assert y.dtype is dtype and tau.dtype is wide(dtype)
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
     assert dx.dtype is dtype
@@ -170,8 +171,9 @@ def test_a_plain_function_receives_the_dtype_of_the_sums(backend):
     for dtype in (torch.bfloat16, torch.float64):
         x = features((2, 4, 33), dtype, backend.device)
         sums = wide(dtype)
-        y = backend.shrink(x, lambda a, sums=sums: a.sigmoid() if a.dtype is sums else None)
-        assert y.dtype is dtype and backend.abs_mean(x).dtype is wide(dtype)
+        for op in (backend.shrink, backend.squeeze_excite):
+            assert op(x, lambda a, sums=sums: a.sigmoid() if a.dtype is sums else None).dtype is dtype
+        assert backend.abs_mean(x).dtype is wide(dtype)
 
 
 def test_a_low_precision_gate_takes_part_in_float32(backend):
@@ -262,15 +264,18 @@ def test_empty_tensors(backend, shape):
     assert torch.autograd.grad(pooled, x, torch.ones_like(pooled))[0].shape == shape
     gate = nn.Linear(shape[1], shape[1]).to(backend.device)
     y, tau = backend.shrink(x, gate, residual=torch.randn(shape, device=x.device), return_tau=True)
-    assert y.shape == shape and tau.shape == shape[:2]
-    assert torch.autograd.grad(y, x, torch.ones_like(y))[0].shape == shape
+    assert tau.shape == shape[:2]
+    z = backend.squeeze_excite(x, gate, residual=torch.randn(shape, device=x.device))
+    for out in (y, z):
+        assert torch.autograd.grad(out, x, torch.ones_like(out))[0].shape == out.shape == shape
     assert backend.soft_threshold(x, 0.5).shape == shape
 
 
 def test_no_spatial_elements(backend):
     """The mean over nothing is NaN, as in torch; y has nothing in it."""
     x = torch.randn(2, 4, 0, device=backend.device)
-    assert backend.abs_mean(x).isnan().all() and backend.shrink(x, torch.sigmoid).shape == (2, 4, 0)
+    assert backend.abs_mean(x).isnan().all()
+    assert backend.shrink(x, torch.sigmoid).shape == backend.squeeze_excite(x, torch.sigmoid).shape == (2, 4, 0)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 1), (1, 4, 1), (1, 1, 1), (3, 4, 1, 1), (1, 4, 1, 7), (2, 1, 37)], ids=str)
@@ -284,6 +289,7 @@ def test_lengths_of_one(backend, shape):
 def test_batch_norm_of_one_sample_raises_as_in_torch(kernels):
     gate = smooth_gate(4, norm=True).to(kernels.device)
     x = torch.randn(1, 4, 16, device=kernels.device)
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        kernels.shrink(x, gate)
-    assert kernels.shrink(x, gate.eval()).shape == x.shape
+    for op in (kernels.shrink, kernels.squeeze_excite):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            op(x, gate.train())
+        assert op(x, gate.eval()).shape == x.shape

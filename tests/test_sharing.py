@@ -1,21 +1,18 @@
 """Where memory, nodes or settings are shared: in-place x used elsewhere, several backward passes, default device."""
 
-import threading
 import warnings
 
 import pytest
 import torch
-from oracle import smooth_gate
+from oracle import shrink, smooth_gate
+from processes import in_threads
 from torch import nn
 
 import drsn_kernels as dk
 
 
 def plain(x, gate, residual=None):
-    pooled = x.abs().flatten(2).mean(2)
-    tau = (gate(pooled) * pooled).reshape(*pooled.shape, *[1] * (x.dim() - 2))
-    y = torch.sign(x) * torch.relu(x.abs() - tau)
-    return y if residual is None else y + residual
+    return shrink(x, gate, "channel", residual)[0]
 
 
 def leaf():
@@ -106,20 +103,12 @@ def test_concurrent_backward_passes_over_one_graph(kernels):
     y = dk.shrink(x, gate)
     gs = [torch.randn(4, 8, 70, dtype=torch.float64) for _ in range(4)]
     exact = [torch.autograd.grad(plain(x, gate), x, g)[0] for g in gs]
-    wrong = []
 
-    def run(g, want):
-        for _ in range(25):
-            (dx,) = torch.autograd.grad(y, x, g, retain_graph=True)
-            if not torch.allclose(dx, want):
-                wrong.append(dx)
+    def run(i):
+        found = [torch.autograd.grad(y, x, gs[i], retain_graph=True)[0] for _ in range(25)]
+        return all(torch.allclose(dx, exact[i]) for dx in found)
 
-    threads = [threading.Thread(target=run, args=pair) for pair in zip(gs, exact, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert all(in_threads(run))
 
 
 def test_gradients_of_the_gate_alone_leave_nothing_behind(kernels):

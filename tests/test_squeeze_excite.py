@@ -1,16 +1,12 @@
-"""squeeze_excite: values, derivatives, layouts, what is kept, and every way a call can go."""
+"""squeeze_excite: values, derivatives, layouts, what is kept, and what test_transforms.py does not have."""
 
 import copy
-import itertools
 
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, aligned, cast_gate, check, features, smooth_gate, wide
+from oracle import DTYPES, LAYOUTS, check_gated, features, smooth_gate, smooth_gate_for, squeeze_excite, wide
 from test_autograd_memory import Saved
-from test_layouts import traffic
-from test_transforms import aten_only
 from torch import nn
-from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import drsn_kernels as dk
 from drsn_kernels.backends import cpu, gpu
@@ -20,34 +16,14 @@ from drsn_kernels.layout import layout_of
 LENGTHS = [1, 17, 65, 129, 1027, 32771]  # around the widths of the kernels: test_ops.py
 SHAPES = [(2, 8, 1024), (8, 4, 512), (1, 3, 9600), (2, 4, 56, 56), (2, 64, 7, 7), (4, 4, 256, 1), (2, 3, 2, 3, 5)]
 SHAPES += [(1, 1, 1), (3, 5, 1), (1, 7, 12), (2, 300, 3)]
-PAIRS = list(itertools.product(["contiguous", "channels_last", "sliced"], repeat=2))
 native = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
-
-
-def formula(x, gate, residual=None):
-    y = x * aligned(gate(x.flatten(2).mean(2)), x.dim())
-    return y if residual is None else y + residual
-
-
-def gate_for(x: torch.Tensor, out: int | None = None) -> nn.Module:
-    return smooth_gate(x.shape[1], out).to(x.device, wide(x.dtype))
 
 
 def check_all(backend, x, gate: nn.Module, residual=None, g: torch.Tensor | None = None) -> None:
     """y and the gradients of x, residual and every gate parameter."""
-    parameters = dict(gate.named_parameters())
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-
-    def exact(d, x, residual, *values):
-        given, inner = dict(zip(parameters, values, strict=True)), cast_gate(gate, d)
-        return formula(x, lambda a: functional_call(inner, given, a), residual)
-
-    check(
-        lambda x, residual, *_: backend.squeeze_excite(x, gate, residual=residual),
-        exact,
-        {"x": x, "residual": residual, **parameters},
-        [torch.randn(x.shape, device=x.device).to(dtype) if g is None else g],
-    )
+    g = torch.randn(x.shape, device=x.device).to(dtype) if g is None else g
+    check_gated(lambda x, r: backend.squeeze_excite(x, gate, residual=r), squeeze_excite, x, gate, residual, [g])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -56,7 +32,7 @@ def check_all(backend, x, gate: nn.Module, residual=None, g: torch.Tensor | None
 def test_lengths(kernels, dtype, channels_last, length):
     x = features((2, 3, length), dtype, kernels.device)
     x = (x.transpose(1, 2) if channels_last else x).requires_grad_()
-    check_all(kernels, x, gate_for(x), torch.randn_like(x).detach().requires_grad_())
+    check_all(kernels, x, smooth_gate_for(x), torch.randn_like(x).detach().requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -64,12 +40,12 @@ def test_lengths(kernels, dtype, channels_last, length):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(kernels, dtype, one, shape):
     x = features(shape, dtype, kernels.device).requires_grad_()
-    check_all(kernels, x, gate_for(x, 1 if one else None))
+    check_all(kernels, x, smooth_gate_for(x, 1 if one else None))
 
 
 def test_compiled(compiled):
     x = features((3, 6, 70)).requires_grad_()
-    check_all(compiled, x, gate_for(x), torch.randn_like(x).detach().requires_grad_())
+    check_all(compiled, x, smooth_gate_for(x), torch.randn_like(x).detach().requires_grad_())
 
 
 @pytest.mark.parametrize("residual", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str)
@@ -78,12 +54,12 @@ def test_residual_of_any_dtype(kernels, dtype, residual):
     x = features((3, 6, 70), dtype, kernels.device).requires_grad_()
     added = (3 * torch.randn(x.shape, device=x.device)).to(residual)
     added.requires_grad_(added.is_floating_point())
-    y = kernels.squeeze_excite(x, gate_for(x), residual=added)
+    y = kernels.squeeze_excite(x, smooth_gate_for(x), residual=added)
     assert y.dtype is torch.promote_types(dtype, residual)
     if dtype is torch.float32:
-        check_all(kernels, x, gate_for(x), added)
+        check_all(kernels, x, smooth_gate_for(x), added)
     else:  # of another dtype, it is added to the rounded product
-        gate = gate_for(x)
+        gate = smooth_gate_for(x)
         added = added.to(torch.float32) if residual is dtype else added
         assert torch.equal(kernels.squeeze_excite(x, gate, residual=added), kernels.squeeze_excite(x, gate) + added)
 
@@ -111,42 +87,11 @@ def test_layouts(kernels, x_layout, g_layout):
     """x in one layout, residual and g in the other."""
     x, residual, g = (LAYOUTS[layout](3, 5, 6, 7) for layout in (x_layout, g_layout, g_layout))
     x.requires_grad_(), residual.requires_grad_()
-    gate = gate_for(x)
+    gate = smooth_gate_for(x)
     y = kernels.squeeze_excite(x, gate, residual=residual)
     (dx,) = torch.autograd.grad(y, x, g)
     assert y.stride() == dx.stride() == torch.empty_like(x.detach()).stride()
     check_all(kernels, x, gate, residual, g)
-
-
-@native
-@pytest.mark.unpoisoned
-@pytest.mark.parametrize("x_layout, g_layout", PAIRS)
-def test_one_allocation_each_way_and_no_copy(x_layout, g_layout):
-    """Forward writes y, backward writes dx, and nothing else of that size is allocated, copied or added."""
-    shape = (3, 16, 30, 34)
-    leaf, residual = LAYOUTS[x_layout](*shape).requires_grad_(), LAYOUTS[g_layout](*shape).requires_grad_()
-    gate, g, size = smooth_gate(16), LAYOUTS[g_layout](*shape), torch.Size(shape).numel() * 4
-    x, results = leaf.view_as(leaf), []
-    with dk.use_backend("cpu", strict=True):
-        copies, allocations = traffic(lambda: results.append(dk.squeeze_excite(x, gate, residual=residual)))
-        assert copies == [] and [a for a in allocations if a > size // 8] == [size]
-        wanted = [leaf, residual, *gate.parameters()]
-        copies, allocations = traffic(lambda: results.append(torch.autograd.grad(results[0], wanted, g)))
-        assert copies == [] and [a for a in allocations if a > size // 8] == [size]
-
-
-@native
-@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
-def test_the_same_bits_for_any_number_of_threads(channels_last):
-    x, gate = torch.randn(3, 24, 40_000), smooth_gate(24)
-    x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x).requires_grad_()
-    g, found = torch.randn_like(x), []
-    with dk.use_backend("cpu", strict=True):
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            y = dk.squeeze_excite(x, gate)
-            found.append((y, *torch.autograd.grad(y, [x, *gate.parameters()], g)))
-    assert all(map(torch.equal, *found))
 
 
 # ---- special values and sizes ----------------------------------------------------------------------------------------
@@ -156,47 +101,8 @@ def test_nan_and_inf_as_in_pytorch(kernels):
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([[[1.0, nan]], [[inf, 1.0]], [[-inf, inf]], [[0.0, -0.0]]], device=kernels.device)
     for gate in (torch.sigmoid, lambda a: torch.zeros_like(a), lambda a: torch.full_like(a, inf)):
-        y, expected = kernels.squeeze_excite(x, gate), formula(x, gate)
+        y, expected = kernels.squeeze_excite(x, gate), squeeze_excite(x, gate)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
-def test_empty(kernels, shape):
-    x, gate = torch.randn(shape, device=kernels.device, requires_grad=True), lambda a: a.sigmoid()
-    y = kernels.squeeze_excite(x, gate, residual=torch.randn(shape, device=kernels.device))
-    assert y.shape == shape
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert dx.shape == shape
-
-
-def test_batch_statistics_of_one_sample_are_batchnorms_own_error(kernels):
-    module = dk.SqueezeExcite(6, norm=True, reduction=2)
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        kernels.squeeze_excite(torch.randn(1, 6, 5), module.fc)
-    assert module.eval()(torch.randn(1, 6, 5)).shape == (1, 6, 5)
-
-
-@pytest.mark.parametrize(
-    "x, error, message",
-    [
-        (torch.randn(4, 5), ValueError, r"x must have shape \(N, C, \*spatial\).*got \(4, 5\)"),
-        (torch.ones(2, 3, 4, dtype=torch.int64), TypeError, "x must be a floating-point tensor, got torch.int64"),
-        (None, TypeError, "x must be a floating-point tensor, got NoneType"),
-    ],
-)
-def test_features_that_are_refused(kernels, x, error, message):
-    with pytest.raises(error, match=message):
-        kernels.squeeze_excite(x, torch.sigmoid)
-
-
-def test_arguments_that_are_refused(kernels):
-    x = torch.randn(2, 3, 16)
-    with pytest.raises(TypeError, match=r"gate must be a callable \(N, C\) .*got Tensor"):
-        kernels.squeeze_excite(x, torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"gate must return .*\(2, 3\) or \(2, 1\), got \(2, 2\)"):
-        kernels.squeeze_excite(x, lambda a: a[:, :2])
-    with pytest.raises(ValueError, match=r"residual must have x's shape \(2, 3, 16\), got \(2, 3, 1\)"):
-        kernels.squeeze_excite(x, pytest.fail, residual=x[..., :1])  # the gate does not run
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -215,32 +121,6 @@ def test_numerical_derivatives_with_batch_norm_in_training(kernels, out):
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-def test_full_jacobians_and_the_third_derivative(kernels):
-    if kernels.interpreted:
-        pytest.skip("seconds in the interpreter; its first and second derivatives are checked above")
-    gate, x = smooth_gate(2).double(), torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: kernels.squeeze_excite(x, gate), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: kernels.squeeze_excite(x, gate), (x,))
-
-    def gradient(x):
-        return torch.autograd.grad(kernels.squeeze_excite(x, gate).square().sum(), x, create_graph=True)[0]
-
-    assert torch.autograd.gradgradcheck(gradient, (x,), fast_mode=True)
-
-
-def test_create_graph_gives_the_same_first_gradient_and_a_penalty_reaches_the_gate(kernels):
-    x, gate = features((3, 6, 70), torch.float64, kernels.device).requires_grad_(), smooth_gate(6).double()
-    wanted, g = [x, *gate.parameters()], torch.randn(3, 6, 70, dtype=torch.float64)
-    plain = torch.autograd.grad(kernels.squeeze_excite(x, gate), wanted, g)
-    graph = torch.autograd.grad(kernels.squeeze_excite(x, gate), wanted, g, create_graph=True)
-    penalties = torch.autograd.grad(graph[0].square().sum(), wanted)
-    exact = torch.autograd.grad(formula(x, gate), wanted, g, create_graph=True)
-    exact_penalties = torch.autograd.grad(exact[0].square().sum(), wanted)
-    for a, b, c in zip((*plain, *penalties), (*graph, *penalties), (*exact, *exact_penalties), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("wanted", ["x", "gate", "residual", "x and gate"])
 def test_some_of_the_gradients(kernels, wanted):
     leaf, residual = torch.randn(3, 6, 20, requires_grad=True), torch.randn(3, 6, 20, requires_grad=True)
@@ -249,12 +129,12 @@ def test_some_of_the_gradients(kernels, wanted):
     leaves = [t for name in wanted.split(" and ") for t in choice[name]]
     g = torch.randn_like(leaf)
     ours = torch.autograd.grad(kernels.squeeze_excite(leaf, gate, residual=residual), leaves, g)
-    for a, b in zip(ours, torch.autograd.grad(formula(leaf, gate, residual), leaves, g), strict=True):
+    for a, b in zip(ours, torch.autograd.grad(squeeze_excite(leaf, gate, residual), leaves, g), strict=True):
         torch.testing.assert_close(a, b)
     frozen = copy.deepcopy(gate).requires_grad_(False)
     if wanted == "gate":
         ours = torch.autograd.grad(kernels.squeeze_excite(leaf.detach(), gate), leaves, g)
-        for a, b in zip(ours, torch.autograd.grad(formula(leaf.detach(), gate), leaves, g), strict=True):
+        for a, b in zip(ours, torch.autograd.grad(squeeze_excite(leaf.detach(), gate), leaves, g), strict=True):
             torch.testing.assert_close(a, b)
     if wanted == "x":
         constant = frozen(leaf.detach().mean(2))  # no factor wants a gradient
@@ -283,7 +163,7 @@ def test_a_gate_that_looks_at_x_or_whose_output_is_used_elsewhere(kernels):
 def test_backward_twice_and_a_backward_within_a_hook(kernels):
     x, gate = torch.randn(3, 6, 20, requires_grad=True), smooth_gate(6)
     y, g = kernels.squeeze_excite(x, gate), torch.randn_like(x)
-    exact = torch.autograd.grad(formula(x, gate), x, g)[0]
+    exact = torch.autograd.grad(squeeze_excite(x, gate), x, g)[0]
     inner = []
     gate[0].weight.register_hook(
         lambda _: inner.append(torch.autograd.grad(y, x, 2 * g, retain_graph=True)[0]) if not inner else None
@@ -323,54 +203,6 @@ def test_saved_bytes(kernels, wants, one):
 
 # ---- every other way -------------------------------------------------------------------------------------------------
 
-GATE = smooth_gate(3).double()
-TRANSFORMS = {
-    "grad": lambda f: grad(lambda x: f(x).square().sum()),
-    "jvp": lambda f: lambda x: jvp(f, (x,), (x.cos(),)),
-    "hessian": lambda f: hessian(lambda x: f(x).square().sum()),
-    "vmap": lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x])),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms(transform):
-    x = torch.randn(2, 3, 5, dtype=torch.float64)
-    ours, exact = (
-        TRANSFORMS[transform](f)(x) for f in (lambda x: dk.squeeze_excite(x, GATE), lambda x: formula(x, GATE))
-    )
-    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
-
-
-def test_compiled_without_a_break_and_exported_as_aten():
-    module, x = dk.SqueezeExcite(6, reduction=2), torch.randn(4, 6, 40, requires_grad=True)
-    found = torch._dynamo.explain(module)(x)
-    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
-    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
-    assert aten_only(exported.graph_module.graph)
-    other = torch.randn(5, 6, 40)
-    torch.testing.assert_close(exported.module()(other), module(other))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_gate_sees_its_own_dtype_and_float32_under_autocast(kernels, dtype):
-    seen = []
-
-    class Gate(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(6, 6)
-
-        def forward(self, a):
-            seen.append(a.dtype)
-            return self.linear(a).sigmoid()
-
-    x, gate = torch.randn(3, 6, 40).to(kernels.device, dtype), Gate().to(kernels.device, dtype)
-    assert kernels.squeeze_excite(x, gate).dtype is dtype
-    with torch.autocast(kernels.device, dtype=torch.bfloat16):
-        assert kernels.squeeze_excite(x, gate).dtype is dtype
-    kernels.squeeze_excite(x, lambda a: seen.append(a.dtype) or a)
-    assert seen == [dtype, torch.float32, torch.float32]
-
 
 @native
 def test_explain():
@@ -391,7 +223,7 @@ def test_explain():
     assert (compiled.backend, compiled.plan.name) == ("compiler", "decomposed")
 
 
-def test_explain_of_triton_plans_the_launches_that_are_budgeted():
+def test_explain_of_triton_plans_the_launches_that_are_counted():
     if gpu.missing() is not None or not gpu.interpreting():
         pytest.skip("needs Triton, interpreted")
     x = torch.randn(3, 6, 40, requires_grad=True)

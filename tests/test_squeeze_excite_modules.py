@@ -5,8 +5,7 @@ import itertools
 
 import pytest
 import torch
-from oracle import close
-from test_squeeze_excite import formula
+from oracle import close, squeeze_excite
 from torch import nn
 
 import drsn_kernels as dk
@@ -53,9 +52,9 @@ def test_the_modules_arguments():
     assert repr(normed).startswith("SqueezeExcite(\n  32\n")
     x, g = torch.randn(4, 32, 9, dtype=torch.float64, requires_grad=True), torch.randn(4, 32, 9, dtype=torch.float64)
     again = copy.deepcopy(normed)
-    close(normed(x), formula(x, again.fc), formula(x, again.fc))
+    close(normed(x), squeeze_excite(x, again.fc), squeeze_excite(x, again.fc))
     (dx,) = torch.autograd.grad(normed(x), x, g)
-    torch.testing.assert_close(dx, torch.autograd.grad(formula(x, again.fc), x, g)[0])
+    torch.testing.assert_close(dx, torch.autograd.grad(squeeze_excite(x, again.fc), x, g)[0])
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ import json
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
-import wave
 
 import pytest
 import torch
+from data_files import sound, write_wav
 from train_jobs import new_run
 
 from drsn_kernels.__main__ import main
@@ -20,10 +19,7 @@ from drsn_kernels.train.arguments import decibels
 from drsn_kernels.train.progress import Progress
 from drsn_kernels.train.run import Stopped
 
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)  # the same bits on every machine, and no loss on a busy one
+pytestmark = pytest.mark.usefixtures("one_thread")  # and the same bits everywhere
 
 
 # ---- a run, stopped and continued ------------------------------------------------------------------------------------
@@ -205,13 +201,9 @@ def speech(tmp_path):
     """Two words, four takes for training and two for testing."""
     pytest.importorskip("matplotlib", reason="the command draws its results")
     folder = tmp_path / "speech"
-    folder.mkdir()
     for hertz, word in ((500, "low"), (1500, "high")):
         for take in range(12):
-            t = torch.arange(2000) / 8000
-            with wave.open(str(folder / f"{word}_ann_{take}.wav"), "wb") as file:
-                file.setparams((1, 2, 8000, 0, "NONE", ""))
-                file.writeframes(struct.pack("<2000h", *(9000 * torch.sin(6.28 * hertz * t + take)).int().tolist()))
+            write_wav(folder / f"{word}_ann_{take}.wav", sound(hertz + take, 2000))
     return folder
 
 
@@ -299,8 +291,10 @@ def test_command_stopped_by_ctrl_c_says_how_to_go_on(tmp_path, speech, monkeypat
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f"to continue exactly from here: python -m drsn_kernels train --resume --out '{out}'")
     assert train("--resume", "--out", out) == 0
+    capsys.readouterr()
     assert train("--resume", "--out", out) == 0  # finished: the results again
-    assert "after 1 epochs" in capsys.readouterr().out.splitlines()[-1]
+    shown = capsys.readouterr().out
+    assert "after 1 epochs" in shown.splitlines()[-1] and "continuing" not in shown
 
 
 def test_command_refuses_to_resume_something_else(tmp_path, speech, capsys):

@@ -7,23 +7,12 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import Ranks
 from torch import nn
 from train_jobs import begun_together, new_run, trained_together
 
 from drsn_kernels.train.ranks import SharedBatchNorm, share_statistics
 
 pytestmark = pytest.mark.unpoisoned
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    group = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
 
 
 def alone(out):
@@ -40,12 +29,12 @@ def assert_close_runs(network, history, whole):
             assert ours[name] == pytest.approx(wanted[name], rel=1e-9)
 
 
-def test_two_processes_train_as_one(pair, tmp_path):
+def test_two_processes_train_as_one(ranks, tmp_path):
     """In float64, with batches that do not divide by two: weights, running statistics, losses and accuracies."""
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
     whole = alone(tmp_path / "one")
-    for network, history, ended in pair.run(trained_together, tmp_path / "two"):
+    for network, history, ended in ranks.run(trained_together, tmp_path / "two"):
         assert ended == ""
         assert_close_runs(network, history, whole)
     saved = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
@@ -53,10 +42,10 @@ def test_two_processes_train_as_one(pair, tmp_path):
     assert type(whole.network.get_submodule("0.norm")) is nn.BatchNorm1d  # and so the checkpoint fits both
 
 
-def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_process_may_go_on(pair, tmp_path):
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_process_may_go_on(ranks, tmp_path):
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    for _, history, ended in pair.run(trained_together, tmp_path / "two", 9):  # epochs of six steps: in the second
+    for _, history, ended in ranks.run(trained_together, tmp_path / "two", 9):  # epochs of six steps: in the second
         assert ended == "SIGTERM" and len(history) == 1
     state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 4)
@@ -64,11 +53,11 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_process_may_go
     assert_close_runs(continued.network.state_dict(), continued.history, alone(tmp_path / "one"))
 
 
-def test_a_folder_that_cannot_be_made_ends_both(pair, tmp_path):
+def test_a_folder_that_cannot_be_made_ends_both(ranks, tmp_path):
     (tmp_path / "file").write_text("")
-    first, second = pair.run(begun_together, tmp_path / "file" / "run")
+    first, second = ranks.run(begun_together, tmp_path / "file" / "run")
     assert "Not a directory" in first and "cannot be written by the first process" in second
-    assert pair.run(begun_together, tmp_path / "run") == ["", ""] and (tmp_path / "run" / "config.json").exists()
+    assert ranks.run(begun_together, tmp_path / "run") == ["", ""] and (tmp_path / "run" / "config.json").exists()
 
 
 def test_shared_statistics_are_batch_norm_in_eval_and_keep_parameters():

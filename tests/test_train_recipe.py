@@ -4,19 +4,13 @@ import math
 
 import pytest
 import torch
+from oracle import seeded
 from torch import nn
 
 from drsn_kernels.models import parameter_groups, resnet
 from drsn_kernels.train import RandomNoise, Recipe, accuracy, epoch_batches, predict, train_epoch, train_epochs
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_recipe_is_the_papers():

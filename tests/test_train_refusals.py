@@ -1,11 +1,12 @@
 """What `python -m drsn_kernels train` refuses: folders, files and options, in one sentence, before any training."""
 
 import json
-import struct
 from dataclasses import replace
 
 import pytest
 import torch
+from data_files import idx
+from oracle import seeded
 from torch import nn
 from train_jobs import tones
 
@@ -15,14 +16,8 @@ from drsn_kernels.train.arguments import DEFAULTS
 
 
 @pytest.fixture(autouse=True)
-def one_thread(isolated):
-    torch.set_num_threads(1)
+def drawing(one_thread):
     pytest.importorskip("matplotlib", reason="the command draws its results")
-
-
-def write_idx(path, tensor):
-    shape = struct.pack(f">{tensor.dim()}I", *tensor.shape)
-    path.write_bytes(bytes((0, 0, 8, tensor.dim())) + shape + bytes(tensor.flatten().tolist()))
 
 
 @pytest.fixture
@@ -31,9 +26,9 @@ def images(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for part, count in (("train", 7), ("t10k", 3)):
-        pixels = torch.randint(1, 256, (count, 8, 8), generator=torch.Generator().manual_seed(count))
-        write_idx(folder / f"{part}-images-idx3-ubyte", pixels)
-        write_idx(folder / f"{part}-labels-idx1-ubyte", torch.arange(count) % 2)
+        pixels = torch.randint(1, 256, (count, 8, 8), generator=seeded(count))
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(pixels))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(torch.arange(count) % 2))
     return folder
 
 
@@ -96,12 +91,6 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path, images, train):
     ):
         torch.save(damaged, path)
         assert f"{path} does not fit this run: " in train("--resume", refused=True)
-
-
-def test_a_finished_run_is_not_continued_but_shown(images, train):
-    train(*small(images))
-    printed = train("--resume")
-    assert "continuing" not in printed and "after 1 epochs" in printed
 
 
 def test_data_that_need_no_folder_are_compared_too(tmp_path, train, monkeypatch):

@@ -75,9 +75,8 @@ def test_inductor_with_dynamic_shapes(backend):
 
 
 def test_no_graph_break():
-    module = dk.Shrinkage(6)
     x = torch.randn(4, 6, 40, requires_grad=True)
-    for run in (module, lambda x: dk.soft_threshold(dk.abs_mean(x)[..., None] + x, 0.1)):
+    for run in (dk.Shrinkage(6), dk.SqueezeExcite(6), lambda x: dk.soft_threshold(dk.abs_mean(x)[..., None] + x, 0.1)):
         found = torch._dynamo.explain(run)(x)
         assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
@@ -118,10 +117,11 @@ def test_compiled_around_inplace_and_mutation():
 # ---- torch.export ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [dk.Shrinkage, dk.SqueezeExcite])
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_export_holds_aten_ops_only(backend, strict):
-    module = dk.Shrinkage(6).eval()
+def test_export_holds_aten_ops_only(backend, strict, make):
+    module = make(6).eval()
     x = torch.randn(3, 6, 40)
     batch = torch.export.Dim("batch", min=2, max=64)
     with dk.use_backend(backend):
@@ -134,7 +134,9 @@ def test_export_holds_aten_ops_only(backend, strict):
 
 # ---- torch.func ------------------------------------------------------------------------------------------------------
 
-FUNCTIONS = ("abs_mean", "soft_threshold", *(f"shrink {average}" for average in AVERAGES))
+SHRINKS = {f"shrink {average}": {"average": average} for average in AVERAGES}
+SHRINKS |= {"hard": {"average": "channel", "threshold": "hard"}, "leaky": {"average": "channel", "slope": 0.3}}
+FUNCTIONS = ("abs_mean", "soft_threshold", "squeeze_excite", *SHRINKS)
 
 
 def pair_of(function: str) -> tuple:
@@ -144,8 +146,10 @@ def pair_of(function: str) -> tuple:
     if function == "soft_threshold":
         tau = torch.full((2, 3), 0.4, dtype=torch.float64)
         return lambda x: dk.soft_threshold(x, tau), lambda x: soft_threshold(x, tau)
-    gate, average = smooth_gate(3).double(), AVERAGES[FUNCTIONS.index(function) - 2]
-    return lambda x: dk.shrink(x, gate, average=average), lambda x: shrink(x, gate, average)[0]
+    gate = smooth_gate(3).double()
+    if function == "squeeze_excite":
+        return lambda x: dk.squeeze_excite(x, gate), lambda x: x * gate(x.mean(2))[..., None]
+    return lambda x: dk.shrink(x, gate, **SHRINKS[function]), lambda x: shrink(x, gate, **SHRINKS[function])[0]
 
 
 TRANSFORMS = {
@@ -242,7 +246,8 @@ def test_autocast(kernels):
             x = features((3, 6, 40), dtype).requires_grad_()
             with torch.autocast(x.device.type, dtype=torch.bfloat16):
                 y, tau = dk.shrink(x, g, return_tau=True)
-            assert seen == [torch.float32, torch.bfloat16] and (y.dtype, tau.dtype) == (dtype, torch.float32)
+                assert dk.squeeze_excite(x, g).dtype is dtype
+            assert seen == [torch.float32, torch.bfloat16] * 2 and (y.dtype, tau.dtype) == (dtype, torch.float32)
             y.sum().backward()
             assert x.grad.dtype is dtype and linear.weight.grad.any()
         linear.float()

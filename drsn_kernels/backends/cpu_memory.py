@@ -34,9 +34,7 @@ if _cpu is not None:
     _cpu.set_cache_limit(CACHE_BYTES)
 
 
-def _empty(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     kept_from = _INNER_BYTES if len(shape) <= 2 else _OUTPUT_BYTES
     if kept_from <= math.prod(shape) * dtype.itemsize <= CACHE_BYTES:
         return torch.from_dlpack(_cpu.empty(DTYPES[dtype], shape, strides))

@@ -7,13 +7,14 @@ Squeeze-and-excitation is found in the same way: y / u is the factor.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from ..gates import STRUCTURES
 from .plans import GatePlan, Plan, Ref, Step, ThresholdPlan
 from .tracing import Differs, Trace, Unexplained
 
@@ -143,13 +144,14 @@ def _as_rows(t: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor | N
     return t.reshape(t.shape[:2]).expand_as(rows) if ok else None
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    found, todo = set(), [node]
+def _behind(*nodes: fx.Node, given: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """These nodes and all that they are computed from; what `given` ones are computed from left out."""
+    found, todo = set(), [*nodes]
     while todo:
         n = todo.pop()
         if n not in found:
             found.add(n)
-            todo.extend(n.all_input_nodes)
+            todo.extend(n.all_input_nodes if n not in given else ())
     return found
 
 
@@ -206,13 +208,7 @@ def _is_average(node: fx.Node, pooled: torch.Tensor) -> bool:
 
 def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict[fx.Node, int]) -> Plan | None:
     """The steps from x (a tensor that is its own average) and `averages` to the threshold."""
-    needed, todo = set(), [match.t, *(node for _, node in trace.effects)]
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            if node is not match.u and node not in averages:
-                todo.extend(node.all_input_nodes)
+    needed = _behind(match.t, *(node for _, node in trace.effects), given={match.u, *averages})
     given = [n for n in trace.nodes if n in needed and (n is match.u or n in averages)]
     if pool is None and given:
         raise Unexplained(f"it keeps {trace.effects[0][0]}, which the fused operator does not compute")
@@ -256,7 +252,6 @@ _ACTIVATIONS: dict[object, Callable[[], nn.Module]] = {
     **dict.fromkeys((torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"), nn.ReLU),
     **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), nn.Sigmoid),
 }
-_STANDARD = ((nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid), (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Sigmoid))
 
 
 def _gate_plan(trace, match, t, pooled, averages) -> GatePlan | None:
@@ -290,7 +285,7 @@ def gate_of(node: fx.Node, averages: dict[fx.Node, int]) -> str | tuple | None:
         else:
             return None
         node = _only_input(node)
-    standard = node is not None and averages[node] == 2 and tuple(types[::-1]) in _STANDARD
+    standard = node is not None and averages[node] == 2 and tuple(types[::-1]) in STRUCTURES
     return tuple(chain[::-1]) if standard else None
 
 

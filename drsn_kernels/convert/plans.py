@@ -10,7 +10,7 @@ instance by SyncBatchNorm.convert_sync_batchnorm, is the one that is called.
 import copyreg
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,13 +36,7 @@ class Step(NamedTuple):
 
     def run(self, module: nn.Module, values: list) -> Any:
         args = [_fill(a, values) for a in self.args]
-        kwargs = {k: _fill(a, values) for k, a in self.kwargs.items()}
-        if self.kind == "call_function":
-            return self.target(*args, **kwargs)
-        if self.kind == "call_method":
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
-        found = at(module, self.target)
-        return found(*args, **kwargs) if self.kind == "call_module" else found
+        return call(self.kind, self.target, args, {k: _fill(a, values) for k, a in self.kwargs.items()}, module)
 
 
 def _fill(arg: Any, values: list) -> Any:
@@ -55,6 +49,15 @@ def _fill(arg: Any, values: list) -> Any:
     if type(arg) is slice:
         return slice(_fill(arg.start, values), _fill(arg.stop, values), _fill(arg.step, values))
     return arg
+
+
+def call(kind: str, target: Any, args: Sequence, kwargs: dict[str, Any], module: nn.Module) -> Any:
+    if kind == "call_function":
+        return target(*args, **kwargs)
+    if kind == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    found = at(module, target)
+    return found(*args, **kwargs) if kind == "call_module" else found
 
 
 def at(module: nn.Module, path: str) -> Any:

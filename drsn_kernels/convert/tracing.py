@@ -17,6 +17,8 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from .plans import call
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -155,14 +157,7 @@ class _Tracer(fx.Tracer):
             return self.x
         if kind == "output":
             return args[0]
-        if kind == "call_function":
-            return target(*args, **kwargs)
-        if kind == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        found = self.root
-        for name in target.split("."):
-            found = getattr(found, name)
-        return found(*args, **kwargs) if kind == "call_module" else found
+        return call(kind, target, args, kwargs, self.root)
 
 
 def _users_frame() -> FrameType | None:

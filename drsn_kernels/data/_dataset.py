@@ -50,7 +50,7 @@ def standardise(x: torch.Tensor) -> torch.Tensor:
 def check_counts(low: int, **counts: int) -> None:
     """ValueError naming the first that is not a whole number of at least `low`."""
     for name, value in counts.items():
-        if not isinstance(value, numbers.Integral) or value < low:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
             raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
 

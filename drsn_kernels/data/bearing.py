@@ -28,6 +28,7 @@ from ._dataset import Dataset, check_counts, standardise
 SAMPLING_RATE = 12_000.0
 MODES_HZ = (2_150.0, 3_300.0)
 DAMPING = 0.05
+BACKGROUND = 0.05  # RMS of the white sensor noise; a fault of 0.5 mm at full load strikes with amplitude 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Geometry:
 
     def order(self, element: str) -> float:
         """The fault order of "outer", "inner" or "ball"."""
-        return {"outer": self.outer, "inner": self.inner, "ball": self.ball}[element]
+        return getattr(self, element)
 
     def exit_angle(self, width: float) -> float:
         """Shaft angle in radians between entry into a spall of this width in mm and the exit event.
@@ -159,8 +160,6 @@ def simulate_recordings(
     recordings: int,
     samples: int,
     generator: torch.Generator | None = None,
-    geometry: Geometry = Geometry(),
-    background: float = 0.05,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Vibration recordings of one state of health, each with its own speed, phases, load and background.
 
@@ -169,13 +168,11 @@ def simulate_recordings(
         recordings: N.
         samples: length of each recording, at 12 kHz.
         generator: CPU torch.Generator; the default generator if None.
-        geometry: of the bearing.
-        background: RMS of the white sensor noise; a fault of 0.5 mm at full load strikes with amplitude 1.
 
     Returns:
         The acceleration in arbitrary units, float32 (N, samples), and the mean shaft speed in Hz, float32 (N,).
     """
-    draw = _Draw(recordings, generator)
+    geometry, draw = Geometry(), _Draw(recordings, generator)
     speed = draw.uniform(28.0, 30.5)
     wander, wander_hz, phase = 0.01, draw.uniform(0.5, 2.0), draw.uniform(0, 2 * math.pi)
 
@@ -186,7 +183,7 @@ def simulate_recordings(
 
     seconds = torch.arange(samples) / SAMPLING_RATE
     shaft = 2 * math.pi * speed * (seconds + drift(seconds))
-    x = background * draw.uniform(0.7, 1.4) * draw.normal(samples)
+    x = BACKGROUND * draw.uniform(0.7, 1.4) * draw.normal(samples)
     for harmonic, level in ((1, 0.20), (2, 0.12), (3, 0.06)):
         x += level * draw.uniform(0.5, 1.5) * torch.sin(harmonic * shaft + draw.uniform(0, 2 * math.pi))
 

@@ -5,6 +5,7 @@ The networks (Table II) and the recipe (train/recipe.py) are the paper's: Zhao e
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,9 +45,8 @@ def ranks(values: torch.Tensor) -> torch.Tensor:
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
     """Spearman's rank correlation of two vectors; None where one is constant, because it is undefined there."""
-    a, b = (r - r.mean() for r in (ranks(a), ranks(b)))
-    scale = (a.square().sum() * b.square().sum()).sqrt()
-    return float((a * b).sum() / scale) if scale > 0 else None
+    rho = float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+    return None if math.isnan(rho) else rho
 
 
 def _progress(epochs: int, label: str) -> Iterable[int]:
@@ -164,7 +164,6 @@ def run(
     quick: bool,
     seed: int,
     epochs: int | None = None,
-    device: str | torch.device | None = None,
 ) -> dict:
     """Train both networks, print their accuracy and the thresholds, write two plots and learning.json to `out`.
 
@@ -174,7 +173,6 @@ def run(
         quick: a few epochs on a part of the windows, to see that everything works; its accuracies mean little.
         seed: of the initial weights, the order of the windows and all noise; both networks see the same noise.
         epochs: instead of the default 40 (10 if quick).
-        device: of the networks; the default is a GPU if there is one.
 
     Returns:
         The results as a dict that JSON can hold: accuracy of each model at each SNR, seconds, rank correlations.
@@ -188,7 +186,7 @@ def run(
     require("matplotlib", "demo")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     train_x, train_y, test_x, test_y = dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y
     if quick:
         train_x, train_y = _spread(train_x, train_y, QUICK_TRAIN)
@@ -239,7 +237,7 @@ def run(
         "epochs": epochs,
         "seed": seed,
         "quick": quick,
-        "device": str(device),
+        "device": device,
         "snr_db": list(SNR_DB),
         "models": results,
         "thresholds": tau,

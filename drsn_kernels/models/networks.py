@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .unit import BATCH_NORM, CONV, ResidualShrinkageUnit, check_choice, check_count, check_input, check_options
+from ..ops.checks import positive
+from .unit import BATCH_NORM, CONV, ResidualShrinkageUnit, check_choice, check_input, check_options
 
 Stages = Sequence[tuple[int, int, int]]
 
@@ -54,7 +55,7 @@ class DRSN(nn.Module):
         slope: float = 0.0,
     ) -> None:
         super().__init__()
-        check_count(in_channels=in_channels, classes=classes)
+        positive(in_channels=in_channels, classes=classes)
         check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope)
         if not isinstance(stem, Sequence) or len(stem) != 2:
             raise ValueError(f"stem must be (channels, stride), got {stem!r}")
@@ -63,7 +64,7 @@ class DRSN(nn.Module):
         ):
             raise ValueError(f"stages must be a sequence of (channels, units, stride), got {stages!r}")
         channels, stride = stem
-        check_count(stem_channels=channels, stem_stride=stride)
+        positive(stem_channels=channels, stem_stride=stride)
         self.in_channels, self.classes, self.dims = in_channels, classes, dims
         self.attention, self.order, self.shortcut = attention, order, shortcut
         conv = CONV[dims](
@@ -74,7 +75,7 @@ class DRSN(nn.Module):
         options |= {"shortcut": shortcut, "reduction": reduction, "norm": norm, "threshold": threshold, "slope": slope}
         layers = []
         for stage_channels, units, stage_stride in stages:
-            check_count(units=units)
+            positive(units=units)
             layer = []
             for index in range(units):
                 unit_stride = stage_stride if index == 0 else 1

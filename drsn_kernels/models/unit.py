@@ -27,14 +27,6 @@ ORDERS = ("pre", "post")
 SHORTCUTS = ("pad", "projection")
 
 
-def check_count(**counts: int) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a positive integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value}")
-
-
 def check_choice(name: str, value: object, choices: tuple[str, ...], none: bool = False) -> None:
     if not (value in choices if isinstance(value, str) else none and value is None):
         accepted = ", ".join(map(repr, choices)) + (" or None" if none else "")
@@ -53,7 +45,7 @@ def check_options(
 ) -> None:
     if not isinstance(dims, int) or isinstance(dims, bool) or dims not in CONV:
         raise ValueError(f"dims must be 1 or 2, got {dims!r}")
-    check_count(kernel_size=kernel_size, reduction=reduction)
+    checks.positive(kernel_size=kernel_size, reduction=reduction)
     if kernel_size % 2 == 0:  # only odd kernels keep the lengths of both branches equal
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
     check_choice("attention", attention, tuple(ATTENTION), none=True)
@@ -149,7 +141,7 @@ class ResidualShrinkageUnit(nn.Module):
         slope: float = 0.0,
     ) -> None:
         super().__init__()
-        check_count(in_channels=in_channels, out_channels=out_channels, stride=stride)
+        checks.positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
         check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope)
         self.in_channels, self.out_channels, self.stride, self.dims = in_channels, out_channels, stride, dims
         self.attention, self.order = attention, order

@@ -54,8 +54,7 @@ def abs_mean(x: torch.Tensor) -> torch.Tensor:
     checks.features(x, rank=3)
     why = not_eager(x)
     if why is not None or not x.numel():
-        if recording.active is not None:
-            recording.elsewhere("abs_mean", x, why)
+        recording.elsewhere("abs_mean", x, why)
         return traced_abs_mean(x)
     backend, layout = backends.select(x), layout_of(x)
     keep = x.requires_grad and torch.is_grad_enabled()

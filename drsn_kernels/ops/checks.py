@@ -1,23 +1,48 @@
 """Arguments checked before anything runs: one sentence with what was given and what is accepted."""
 
 import numbers
+from collections.abc import Callable
 
 import torch
 
 from ..reference import SOFT, Rule
 
+AVERAGES = ("channel", "sample", None)
 
-def features(x: torch.Tensor, rank: int) -> None:
-    """x is a floating-point tensor (N, C, *spatial) of at least `rank` dimensions."""
+
+def positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a positive integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value}")
+
+
+def floating(x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a floating-point tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+
+
+def features(x: torch.Tensor, rank: int) -> None:
+    """x is a floating-point tensor (N, C, *spatial) of at least `rank` dimensions."""
+    floating(x)
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"x must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
     if x.dim() < rank:
         shape = "(N, C, *spatial) with at least one spatial dimension" if rank == 3 else "(N, C, *spatial)"
         raise ValueError(f"x must have shape {shape}, got {tuple(x.shape)}")
+
+
+def average(value: str | None) -> None:
+    if value not in AVERAGES:
+        raise ValueError(f"average must be 'channel', 'sample' or None, got {value!r}")
+
+
+def gate(g: Callable) -> None:
+    if not callable(g):
+        raise TypeError(f"gate must be a callable (N, C) -> (N, C) or (N, 1), got {type(g).__name__}")
 
 
 def residual(r: torch.Tensor, x: torch.Tensor) -> None:

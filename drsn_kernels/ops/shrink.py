@@ -43,8 +43,6 @@ from .gated_shrink import apply_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 
-AVERAGES = ("channel", "sample", None)
-
 
 class Handed(NamedTuple):
     """From Apply.backward to Pool.backward, in place of a gradient of the alias."""
@@ -219,11 +217,9 @@ def shrink(
         y = x.sign() * (x.abs() - tau.view(*tau.shape, 1, ...)).relu() + residual
     """
     checks.features(x, rank=3)
-    if average not in AVERAGES:
-        raise ValueError(f"average must be 'channel', 'sample' or None, got {average!r}")
+    checks.average(average)
     rule = checks.rule(threshold, slope)
-    if not callable(gate):
-        raise TypeError(f"gate must be a callable (N, C) -> (N, C) or (N, 1), got {type(gate).__name__}")
+    checks.gate(gate)
     if residual is not None:
         checks.residual(residual, x)
     if inplace:
@@ -233,8 +229,7 @@ def shrink(
 
     why = not_eager(x, residual)
     if why is not None or not x.numel():
-        if recording.active is not None:
-            recording.elsewhere("shrink", x, why, gate=gate)
+        recording.elsewhere("shrink", x, why, gate=gate)
         pooled = traced_abs_mean(x)
         return _compose(x, pooled, call_gate(gate, pooled, x), average, residual, inplace, return_tau, rule)
 
@@ -266,8 +261,7 @@ def shrink(
     alpha = call_gate(gate, pooled, x)
     why = not_eager(alpha)
     if why is not None:  # a gate of tensor subclasses
-        if recording.active is not None:
-            recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
+        recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
         if pool is not None:  # there will be no Apply, and in place x is overwritten
             pool.planes, pool.source = backend.reduce(x, layout, keep=True)[1], None
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau, rule)

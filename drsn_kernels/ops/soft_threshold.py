@@ -41,9 +41,7 @@ class SoftThreshold(torch.autograd.Function):
         planes = thresholded(ctx.saved_tensors[0], nonzero=False)
         backend = ctx.backend if is_eager_grad(g) else eager
         want_dx, want_dtau = ctx.needs_input_grad[:2]
-        dx, dtau = backend.grad(
-            ctx.layout, ctx.dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule
-        )
+        dx, dtau = backend.grad(ctx.layout, ctx.dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule)
         return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None, None
 
 
@@ -110,8 +108,7 @@ def soft_threshold(
                 want=want,
             ), x, backend)  # fmt: skip
         return _apply(x, rows, layout, backend, rule) if keep else backend.map(x, layout, rows, rule=rule)[0]
-    if recording.active is not None:
-        recording.elsewhere("soft_threshold", x, why)
+    recording.elsewhere("soft_threshold", x, why)
     return traced_soft_threshold(x, tau, rule)
 
 

@@ -114,14 +114,12 @@ def squeeze_excite(
         y = x * s.view(*s.shape, 1, ...) + residual
     """
     checks.features(x, rank=3)
-    if not callable(gate):
-        raise TypeError(f"gate must be a callable (N, C) -> (N, C) or (N, 1), got {type(gate).__name__}")
+    checks.gate(gate)
     if residual is not None:
         checks.residual(residual, x)
     why = not_eager(x, residual)
     if why is not None or not x.numel():
-        if recording.active is not None:
-            recording.elsewhere("squeeze_excite", x, why, gate=gate)
+        recording.elsewhere("squeeze_excite", x, why, gate=gate)
         return _compose(x, call_gate(gate, reference.mean(x), x), residual)
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
@@ -137,8 +135,7 @@ def squeeze_excite(
     s = call_gate(gate, pooled, x)
     why = not_eager(s)
     if why is not None:  # a gate of tensor subclasses
-        if recording.active is not None:
-            recording.elsewhere("squeeze_excite", x, f"of what the gate returned, {why}", gate=gate)
+        recording.elsewhere("squeeze_excite", x, f"of what the gate returned, {why}", gate=gate)
         return _compose(handle, s, residual)
     if recording.active is not None:
         recording.active(Step(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data._dataset import check_counts
 from ..models import parameter_groups
 from ..noise import KINDS, add_noise
 
@@ -42,10 +43,8 @@ class Recipe:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch", 2)):  # batch statistics need two samples
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        check_counts(1, epochs=self.epochs)
+        check_counts(2, batch=self.batch)  # batch statistics need two samples
         for name in ("lr", "momentum", "weight_decay"):
             value = getattr(self, name)
             if not (isinstance(value, numbers.Real) and 0 <= value < math.inf):
