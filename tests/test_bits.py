@@ -108,6 +108,7 @@ def laid(x: torch.Tensor, where: str) -> torch.Tensor:
     return x
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("where", ["rows", "channels_last", "sliced", "shifted"])
 @each_dtype
 def test_rows_of_every_length(dtype, where):
@@ -146,6 +147,7 @@ def check_grad(layout, planes, g, rule=SOFT):
             torch.testing.assert_close(dtau, wanted)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "rule", [Rule(0.25, 0.75), Rule(0.1, 0.0), Rule(0.0, 0.0)], ids=["leaky", "hard, leaky", "hard"]
 )
