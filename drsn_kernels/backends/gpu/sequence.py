@@ -22,7 +22,7 @@ from ...gates import StandardGate
 from ...reference import SOFT
 from .. import cost
 from ..step import Backend, Cost, Kept, Plan, Step
-from . import gate, one_pass, one_pass_cu, plans, stream
+from . import gate, gate_grad, one_pass, one_pass_cu, plans, stream
 from .gate import Sizes
 from .launch import Prepared, bytes_of, multiprocessors, tile_values
 from .plans import GatePlan, OnePassPlan
@@ -72,7 +72,8 @@ def _of_gate(fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, 
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
     }  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.MOST_REGISTERS
+        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.MOST_REGISTERS,
+        stages=plan.stages,
     )  # fmt: skip
 
 
@@ -294,8 +295,8 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     total, hidden, merge = Cost(workspace=s.alpha + s.hidden), None, None  # dz, dv
     if parts is not None:
         hidden = _of_gate(
-            gate.hidden_grad_kernel, step, plan, plan.tiles * -(-h // plan.units),
-            gate.hidden_grad_cost(step, parts, plan.tiles, direct), parts=parts,
+            gate_grad.hidden_grad_kernel, step, plan, plan.tiles * -(-h // plan.units),
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), parts=parts,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         total += hidden.cost + Cost(workspace=direct * s.pooled + plan.tiles * s.statistics)
@@ -304,8 +305,8 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     second = first + plan.shares * -(-h // plan.units) * -(-o // plan.channels)
     programs = second + dA * plan.tiles * -(-c // plan.channels)
     linear = _of_gate(
-        gate.linear_grad_kernel, step, plan, programs,
-        gate.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), first=first, second=second,
+        gate_grad.linear_grad_kernel, step, plan, programs,
+        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), first=first, second=second,
         share=plan.share, total=sum(sizes), WALK=plans.GATE_STEP,
     )  # fmt: skip
     total += linear.cost + cost.added_up(row, plan.shares) + Cost(workspace=dA * s.pooled)
