@@ -12,7 +12,7 @@ A compiled shrink is these calls, each one pass over x or g, with the gate left 
 abs_mean is given A's gradient last, so its derivative writes all of dx: soft_threshold, which takes A for this reason
 only, leaves it the planes in the forward pass and g in the backward pass, and returns no gradient of x. That happens in
 Python while a compiler traces the derivatives; in the graph it is data flow, planes are kept, and x is not. Where the
-two are not in one graph (a gate that breaks it), each writes its own part of dx, and abs_mean keeps x.
+two are not in one graph (a gate that breaks it), each writes its own part of dx, from planes of its own.
 
 Opaque rather than triton_op: a plan needs sizes that are numbers, so a kernel that the compiler sees into would be
 compiled anew for every batch size, and `wrap_triton` takes no tuples, which is how kernels take strides. A CUDA graph
