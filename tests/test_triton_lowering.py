@@ -136,8 +136,8 @@ INSTRUCTIONS = {
     "shrink 8x16x1024 float32": (7.5, 23, 15, 19.5),
     "shrink 4x64x28x28 bfloat16 channels_last": (None, 19, None, 17),
     "shrink 4x64x28x28 float32 channels_last": (None, 33, None, 29),
-    "shrink 8x64x49 bfloat16": (32, 68, 54, 70),
-    "shrink 8x64x49 float32": (32, 68, 54, 70),
+    "shrink 8x64x49 bfloat16": (31, 66, 53, 60),
+    "shrink 8x64x49 float32": (31, 66, 53, 60),
 }
 
 

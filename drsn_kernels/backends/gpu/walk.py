@@ -70,17 +70,22 @@ def walk(layout: Layout, *strides: Strides, apart: bool = False, force_wide: boo
     inner, columns = (permutation[1:-1], (1,)) if layout.channels_last else ((1,), permutation[2:])
     p_sizes, p_strides = _merge(inner, shape, strides)
     q_sizes, q_strides = _merge(columns, shape, strides)
-    n_strides = [s[0] for s in strides]
+    n_strides = [s[0] if layout.n > 1 else 0 for s in strides]
     units = [s == [1] for s in q_strides]
     p, q = math.prod(p_sizes), math.prod(q_sizes)
-    # Equidistant rows need no division. Not by N == 1: another batch size would compile other code.
+    # Equidistant rows need no division. One sample's are: its stride of N says nothing, and dense batches of any size take
+    # the same code.
     if p == 1:
         row_sizes, row_strides = [layout.n], [[s] for s in n_strides]
-    elif not apart and len(p_sizes) == 1 and all(n == p * s for n, (s,) in zip(n_strides, p_strides, strict=True)):
+    elif (
+        not apart
+        and len(p_sizes) == 1
+        and (layout.n == 1 or all(n == p * s for n, (s,) in zip(n_strides, p_strides, strict=True)))
+    ):
         row_sizes, row_strides = [layout.n * p], p_strides
     else:
         row_sizes = [layout.n, *p_sizes]
-        row_strides = [[n if layout.n > 1 else 0, *s] for n, s in zip(n_strides, p_strides, strict=True)]
+        row_strides = [[n, *s] for n, s in zip(n_strides, p_strides, strict=True)]
     align = math.gcd(16, q)
     for s, unit in zip(row_strides, units, strict=True):
         if unit:
