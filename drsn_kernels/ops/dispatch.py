@@ -4,7 +4,7 @@
   watches or transforms the call. This is the fast path: no dispatcher round trip (benchmarks/overhead.py).
 * The reference: ordinary aten operations, for everything else. It is right under torch.func, forward-mode AD, export,
   tensor subclasses (FakeTensor, DTensor) and dispatch modes, none of which can see into a raw pointer; under
-  torch.compile it fuses with what surrounds it (not timed against the registered ops yet).
+  torch.compile it fuses with what surrounds it.
 * The registered ops (`library.py`): under torch.compile where a backend is forced or IN_GRAPHS says so; opaque to the
   compiler, but they save bit planes instead of x.
 """
@@ -89,16 +89,17 @@ def hooks_on_saved_tensors() -> bool:
 # ---- inside torch.compile --------------------------------------------------------------------------------------------
 
 DECOMPOSED, OPAQUE = "decomposed", "opaque ops"
-_NOT_TIMED = "not timed"
+_NOT_TIMED = "opaque was not timed"
+_ON_CUDA = f"{_NOT_TIMED}; compiled, a unit took 0.64 and 0.75 of our eager one's time on an H200"
 
 # What a compiled call becomes, by device, dtype (None: any other) and mode, and the row that says so (docs/plans.md).
-# The compiler's own code stays until a stored row shows that the ops are faster; a row is switched by its first word.
+# The compiler's own code stays until a stored row shows that the ops are faster; a line is switched by its first word.
 IN_GRAPHS: dict[tuple[str, torch.dtype | None, str], tuple[str, str]] = {
-    ("cpu", torch.float32, "training"): (DECOMPOSED, "TODO"),
-    ("cpu", torch.float32, "inference"): (DECOMPOSED, "TODO"),
+    ("cpu", torch.float32, "training"): (DECOMPOSED, "opaque took 1.6 of its CPU time on 1 MiB, 0.8 to 1.1 from 8 on"),
+    ("cpu", torch.float32, "inference"): (DECOMPOSED, "opaque took 1.5 of its CPU time on 1 MiB, 0.9 to 1.3 from 8 on"),
     ("cpu", None, "training"): (DECOMPOSED, _NOT_TIMED),
     ("cpu", None, "inference"): (DECOMPOSED, _NOT_TIMED),
-    ("cuda", None, "training"): (DECOMPOSED, _NOT_TIMED),
+    ("cuda", None, "training"): (DECOMPOSED, _ON_CUDA),
     ("cuda", None, "inference"): (DECOMPOSED, _NOT_TIMED),
 }
 
