@@ -6,9 +6,13 @@ compiled already (tests/test_triton_lowering.py counts). Which plan it is may de
 launches. Grids and splits are run-time values.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from ..step import Cost
 from .walk import Walk
 
 # Elements of a tile, at 4 warps 16 a thread: four 16-byte loads of float32 in flight, two of bfloat16, in 40 registers,
@@ -35,6 +39,8 @@ class Planned(NamedTuple):
     programs: int
     warps: int
     plan: Any  # one of the classes below
+    cost: Cost
+    code: tuple = ()  # integers, constexprs and compiler options: launches that agree in them are the same launch
 
     def __str__(self) -> str:
         values = {f.name: getattr(self.plan, f.name) for f in fields(self.plan)}
@@ -219,3 +225,43 @@ def gate(walk: Walk, hidden: int, batch_stats: bool, itemsize: int, sms: int) ->
         samples=samples, units=units, channels=wide, blocks=blocks, shares=_cdiv(walk.n, share), share=share,
         vector=64, dot=16,
     )  # fmt: skip
+
+
+# ---- other constants, for a while ------------------------------------------------------------------------------------
+
+_caches: list[Any] = []
+
+
+def cached(prepare: Callable) -> Callable:
+    """functools.lru_cache for what is planned by the constants above: using() empties it."""
+    found = functools.lru_cache(maxsize=4096)(prepare)
+    _caches.append(found)
+    return found
+
+
+@contextlib.contextmanager
+def using(**constants: Any) -> Iterator[None]:
+    """Inside the block, constants of this module have these values, such as using(TILE=1024, WARPS=8).
+
+    For comparing plans: the block is the whole process's, and all prepared launches are forgotten at both of its ends.
+    A forward pass and the backward pass of what it kept belong in the same block.
+
+    Raises:
+        ValueError: a name that is no constant of this module.
+    """
+    known = {name for name in globals() if name.isupper() and not name.startswith("_")}
+    if unknown := sorted(constants.keys() - known):
+        raise ValueError(f"plans has no constant {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    before = {name: globals()[name] for name in constants}
+    globals().update(constants)
+    _forget()
+    try:
+        yield
+    finally:
+        globals().update(before)
+        _forget()
+
+
+def _forget() -> None:
+    for found in _caches:
+        found.cache_clear()

@@ -10,7 +10,6 @@ large batch is shared out in hidden_grad, whose partial sums torch then adds: de
 Between launches nothing comes back to the host.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -102,7 +101,7 @@ class Forward(NamedTuple):
         return (self.reduce, *self.gate, self.map) if self.one is None else (self.one,)
 
 
-@functools.lru_cache(maxsize=4096)
+@plans.cached
 def prepare_forward(step: Step, y: Strides) -> Forward:
     """y: strides of it."""
     layout, s = step.layout, Sizes.of(step)
@@ -209,7 +208,7 @@ class Backward(NamedTuple):
         return tuple(launch for launch in every if launch is not None)
 
 
-@functools.lru_cache(maxsize=4096)
+@plans.cached
 def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
     """g: strides of it."""
     layout, s = step.layout, Sizes.of(step)

@@ -9,8 +9,6 @@ through the tensor: after reduce, which reads x forwards, the part of x read las
 dtau, after the pass that summed dtau.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,7 @@ from ...reference import SOFT, Rule
 from .. import cost
 from ..step import Step
 from .launch import Prepared, kernel, multiprocessors, tile_values, units_of
-from .plans import TilePlan, tiles
+from .plans import TilePlan, cached, tiles
 from .tiles import (
     by_channel,
     length_of_rows,
@@ -97,7 +95,7 @@ def reduce_kernel(
     tl.store(out + at, sums, live)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def prepare_reduce(
     layout: Layout, x: Strides, times: Strides | None, dtype: torch.dtype, device: torch.device, kind: str, keep: bool
 ) -> Prepared:
@@ -167,7 +165,7 @@ def map_kernel(
     tl.store(y + rows[:, None] + columns[None, :], result.to(y.dtype.element_ty), live)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def prepare_map(
     layout: Layout, x: Strides, y: Strides, residual: Strides | None, t: tuple[int, int], dtype: torch.dtype,
     device: torch.device, kind: str, rule: Rule, shift: bool, keep: int,
@@ -278,7 +276,7 @@ def grad_kernel(
         tl.store(dtau + at, sums, sums_live)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def prepare_grad(
     layout: Layout, g: Strides | None, dtype: torch.dtype, device: torch.device,
     planes: tuple[int | None, int, int | None], dA: bool, dx: bool, dtau: bool, rule: Rule,

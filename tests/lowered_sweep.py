@@ -1,0 +1,67 @@
+"""What the sweep's alternatives become on compute capability 9.0, compiled without a GPU: run by test_sweep.py.
+
+    python tests/lowered_sweep.py --json FILE [--part I --parts N] [--sample]
+
+Triton must compile, not interpret, so this is a process of its own, without TRITON_INTERPRET=1. Each alternative's call is
+made on CPU tensors; FILE gets {case: {alternative: [[kernel, registers, bytes spilled a thread], ...]}}.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import ptx
+import repository  # noqa: F401 - benchmarks/
+import torch
+
+import drsn_kernels as dk
+from benchmarks import sweep
+from benchmarks.cases import Case
+from benchmarks.sweep_calls import STEPS, STREAMS, subject
+from drsn_kernels.backends.gpu.lowering import lowering
+
+# Both layouts, aligned and ragged rows, a gate that is fused and a sample of one pass.
+SAMPLE = [
+    *(Case(op, "C", (64, 32, 128), "forward", "bf16") for op in STREAMS),
+    *(Case(op, "E", (64, 512, 7, 7), "forward", "fp32") for op in ("map", "grad_dtau")),
+    *(Case(op, "E", (128, 128, 16, 16), "forward", "bf16", True) for op in ("map", "grad_dx")),
+    Case("shrink_train", "C", (128, 16, 128), "both", "fp32"),
+    Case("shrink_eval", "G", (512, 64, 256), "forward", "fp32"),
+]
+assert {case.op for case in SAMPLE} == {*STREAMS, *STEPS}
+
+
+def lower(cases: list[Case]) -> dict[str, dict[str, list]]:
+    found: dict[str, dict[str, list]] = {}
+    known: dict[int, list] = {}  # Triton keeps what it has compiled
+    with lowering("cuda:90") as launches, dk.use_backend("triton", strict=True):
+        for case in cases:
+            on, found[case.id] = subject(case, "cpu"), {}
+            for name, _, call, twin in sweep.distinct(on, case):
+                if twin:
+                    continue
+                launches.clear()
+                call.once()
+                found[case.id][name] = [known.setdefault(id(one.compiled), _resources(one)) for one in launches]
+    return found
+
+
+def _resources(launch) -> list:
+    measured = ptx.Measured(launch)
+    return [launch.kernel, measured.registers, measured.stack]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--sample", action="store_true", help="only SAMPLE, not every case of the sweep")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    cases = SAMPLE if options.sample else list(dict.fromkeys(unit.case for unit in sweep.units()))
+    options.json.write_text(json.dumps(lower(cases[options.part :: options.parts])), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
