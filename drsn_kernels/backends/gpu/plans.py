@@ -126,6 +126,13 @@ ON_CHIP = 16384
 WALKED = 8192
 # It is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
 L2_BYTES = 36 << 20
+# Where there are more samples than multiprocessors and nothing is kept, a sample of more bytes than this is walked even
+# if it fits: whole ones leave an SM to one program of 16 warps, which loads, waits for its gate and stores. Tiles of
+# CROWDED_TILE elements at 8 warps fit CROWDED_REGISTERS, so that four samples share an SM, and the L2 holds them all.
+# With planes, forward or backward, 8 to 56 bytes a thread spill there.
+CROWDED_BYTES = 16 << 10
+CROWDED_REGISTERS = 64
+CROWDED_TILE = 4096
 # Channels of a fused gate, and samples of one with batch statistics. Its kernels multiply and add on the CUDA cores,
 # and batch statistics leave all samples to H / 4 programs; beyond these sizes torch's matrix products are faster. By
 # GPU time on an H200 (docs/benchmarks/nvidia-h200), the fused gate is below the best compiled form up to
@@ -174,8 +181,8 @@ class GatePlan:
     dot: int  # hidden units at a time in the dot product of each
 
 
-def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> OnePassPlan | str:
-    """The plan of the one-launch step, or why the multi-launch plan is better."""
+def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, keep: bool) -> OnePassPlan | str:
+    """The plan of the one-launch step, or why the multi-launch plan is better. keep: planes are written, or read."""
     channels, length = (walk.q, walk.p) if walk.channels_last else (walk.p, walk.q)
     sample_bytes = channels * length * itemsize
     rows = _power_of_two(walk.p)
@@ -184,16 +191,19 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
     if wide > MOST_CHANNELS:
         return f"{channels} channels do not fit the tile of one program (at most {MOST_CHANNELS})"
     ragged = _ragged(walk, itemsize)
-    samples, loop = 1, rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
+    lean = not keep and ragged == 1 and itemsize <= 4 and not walk.wide  # others take more registers
+    crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
+    samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
         if not walk.channels_last and rows > 256:
             return f"a tile of {rows} channels is too narrow to walk a sample with"
         if 2 * sms * sample_bytes > L2_BYTES:
             return f"a sample of {sample_bytes} bytes is too large to keep in registers or, one for each program, in L2"
+        tile = CROWDED_TILE if crowded else WALKED // ragged
         if walk.channels_last:
-            rows = max(WALKED // ragged // columns, 8)
+            rows = max(tile // columns, 8)
         else:
-            columns = max(WALKED // ragged // rows, 32)
+            columns = max(tile // rows, 32)
         warps = 8
     else:
         samples = max(2048 // (rows * columns), 1)
@@ -205,7 +215,8 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
         return f"{_cdiv(walk.n, samples)} programs of whole samples leave most of {sms} multiprocessors idle"
     units = min(max(32 * warps * PRODUCTS // (samples * wide), 1), 32, _power_of_two(hidden))
     # Alone, ptxas stops at 64 or 128 here and spills for it; told of these limits on the other plans, it spills there.
-    registers = min(65536 // (32 * warps), 255) if warps >= 8 and (loop or ragged > 1) else None
+    most = CROWDED_REGISTERS if crowded else min(65536 // (32 * warps), 255)
+    registers = most if warps >= 8 and (loop or ragged > 1) else None
     return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
 

@@ -34,7 +34,7 @@ def plan_of(step: Step, strides: tuple[Strides, ...]) -> tuple[Walk, OnePassPlan
     if step.gate.batch_stats:
         return "BatchNorm in training couples the batch: its statistics are known only when all of x has been read"
     on, (hidden, outputs, *_) = walk(step.layout, *strides), step.gate
-    plan = plans.one_pass(on, hidden, outputs, step.dtype.itemsize, multiprocessors(step.device))
+    plan = plans.one_pass(on, hidden, outputs, step.dtype.itemsize, multiprocessors(step.device), step.keep)
     return plan if isinstance(plan, str) else (on, plan)
 
 
