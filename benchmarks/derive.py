@@ -24,7 +24,8 @@ class Derived:
     dropped: tuple[tuple, ...]  # values without a row in some case, where they were wrong or could not be timed
 
     def __str__(self) -> str:
-        return "\n".join(f"{name} = {value!r}  # {self._why}" for name, value in zip(self.names, self.best, strict=True))
+        pairs = zip(self.names, self.best, strict=True)
+        return "\n".join(f"{name} = {value!r}  # {self._why}" for name, value in pairs)
 
     @property
     def _why(self) -> str:

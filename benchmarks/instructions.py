@@ -249,7 +249,9 @@ def work(launch: Any) -> Work:
         _known[compiled.hash] = sass(cubin), fit
     found, fit = _known[compiled.hash]
     followed = follow(compiled.asm["ptx"], run_time_values(launch))
-    return Work(launch.programs, launch.num_warps, fit, found.total(), clocks(found), followed.instructions, followed.loops)
+    return Work(
+        launch.programs, launch.num_warps, fit, found.total(), clocks(found), followed.instructions, followed.loops
+    )  # fmt: skip
 
 
 _known: dict[str, tuple[Counter, int]] = {}

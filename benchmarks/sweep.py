@@ -3,10 +3,10 @@
     python -m benchmarks.sweep [--minutes M] [--out FOLDER]     time; FOLDER/rows.json, refused.json and table.md
     python -m benchmarks.sweep --derive FOLDER/rows.json        the lines to paste into plans.py, each with its reason
 
-CHOICES is the table of alternatives: other values of constants in plans.py, for the launches that they govern. A unit is
-one launch, or one step of Shrinkage, on one input: all alternatives whose launches differ are checked against float64
-and timed in turn, as CUDA graphs, beside a copy. Units come in the order of what they tell, so that a run which ends
-early has the shapes of gpu_bench's headlines; what is timed under torch.compile comes after those.
+CHOICES is the table of alternatives: other values of constants in plans.py, for the launches that they govern. A unit
+is one launch, or one step of Shrinkage, on one input: all alternatives whose launches differ are checked against
+float64 and timed in turn, as CUDA graphs, beside a copy. Units come in the order of what they tell, so that a run
+which ends early has the shapes of gpu_bench's headlines; torch.compile comes after those.
 
 Kernels are compiled first, by as many processes as there are cores, for at most COMPILING of the time. Rows are
 written after each unit, and a later run with the same FOLDER, GPU and kernels goes on where the one before ended.
@@ -104,7 +104,7 @@ def of(case: Case) -> list[Choice]:
 
 
 def alternatives(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the tree has, then all that differs from it in one choice: the name that its rows have, and the constants."""
+    """What the tree has, then all that differs from it in one choice: the name of its rows, and the constants."""
     now = present(case)
     yield PLANNED, {}
     for choice in of(case):
@@ -142,7 +142,7 @@ def _cases(group: str, shape: tuple[int, ...], channels_last: bool) -> list[Case
 
 
 def units() -> list[Unit]:
-    """Headlines, steps under torch.compile on them, all other shapes, channels_last, and streams under torch.compile."""
+    """Headlines, steps under torch.compile on them, other shapes, channels_last, and streams under torch.compile."""
     first = [case for group, shapes, _, last in HEADLINES for shape in shapes for case in _cases(group, shape, last)]
     rest = [case for group in "GACEDB" for shape in SHAPES[group] for case in _cases(group, shape, False)]
     rest += [case for shape in SHAPES["E"] for case in _cases("E", shape, True)]

@@ -2,8 +2,8 @@
 
     python tests/lowered_sweep.py --json FILE [--part I --parts N] [--sample]
 
-Triton must compile, not interpret, so this is a process of its own, without TRITON_INTERPRET=1. Each alternative's call is
-made on CPU tensors; FILE gets {case: {alternative: [[kernel, registers, bytes spilled a thread], ...]}}.
+Triton must compile, not interpret, so this is a process of its own, without TRITON_INTERPRET=1. Each alternative's call
+is made on CPU tensors; FILE gets {case: {alternative: [[kernel, registers, bytes spilled a thread], ...]}}.
 """
 
 import argparse
