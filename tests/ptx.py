@@ -144,6 +144,40 @@ def cubin_resources(cubin: bytes) -> Resources:
     return Resources(int(match[1]), int(match[2]) + int(match[3]))
 
 
+def cubin_instructions(cubin: bytes) -> int | None:
+    """Machine instructions of a cubin that holds one kernel; None where a loop runs some of them more than once.
+
+    By the nvdisasm in Triton's wheel.
+    """
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sass_instructions(text)
+
+
+def sass_instructions(text: str) -> int | None:
+    """The same from nvdisasm's text. Padding behind the end, a branch to itself and NOPs, does not count."""
+    found, labels = 0, set()
+    for line in text.splitlines():
+        if label := _SASS_LABEL.match(line):
+            labels.add(label[1])
+        elif instruction := _SASS.match(line):
+            _, name, operands = instruction.groups()
+            if name == "NOP":
+                continue
+            target = _SASS_TARGET.search(operands) if name.startswith("BRA") else None
+            if target and target[1] in labels:
+                if line_before_is(target[1]):
+                    continue
+                return None
+            found += 1
+    return found
+
+
 def widths(accesses: list[Access]) -> dict[str, dict[int, int]]:
     """{"ld": {16: 4, 4: 1}}: bytes a thread for each instruction, and the number of such instructions."""
     counts = Counter((access.kind, access.width) for access in accesses)

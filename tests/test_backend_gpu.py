@@ -48,7 +48,7 @@ def fresh_plans():
 def sizes(request, monkeypatch):
     """Tiles so small that rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "split":
-        monkeypatch.setattr(plans, "TILE", 256)
+        monkeypatch.setattr(plans, "TILE", 64)
         monkeypatch.setattr(plans, "PIECE", 64)
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):

@@ -38,7 +38,7 @@ def forget_plans():
 
 @pytest.fixture(autouse=True)
 def strictly_triton(monkeypatch):
-    monkeypatch.setattr(plans, "TILE", 2048)
+    monkeypatch.setattr(plans, "TILE", 512)
     monkeypatch.setattr(plans, "CHANNELS", 256)
     forget_plans()
     with dk.use_backend("triton", strict=True):
@@ -50,7 +50,7 @@ def strictly_triton(monkeypatch):
 def sizes(request, monkeypatch):
     """Tiles as planned; so small that short rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "small tiles":
-        monkeypatch.setattr(plans, "TILE", 256)
+        monkeypatch.setattr(plans, "TILE", 64)
         monkeypatch.setattr(plans, "PIECE", 64)
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):

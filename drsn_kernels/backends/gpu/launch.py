@@ -8,6 +8,7 @@ follow from them), and within it a compiled kernel for each set of pointers give
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...layout import Layout
 from ..step import Cost
 from . import interpreting
-from .plans import OnePassPlan, Planned, TilePlan
+from .plans import OnePassPlan, Planned, TilePlan, group
 from .walk import Walk
 
 # A sum across lanes must leave the same bits in each of them, for all of them store it (docs/triton.md, "racecheck").
@@ -33,7 +33,8 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
     """triton.jit for a kernel that takes `pointers` pointers, then integers, then constexprs.
 
     It is specialised on which pointers are None and on which of `aligned` are multiples of 16 bytes, and on no integer:
-    Triton would compile anew for 1 and for multiples of 16.
+    Triton would compile anew for 1 and for multiples of 16. Two of its constexprs are known at a launch only: PTX, and
+    GROUP, which is 1 where one of `aligned` is not.
     """
 
     def decorate(fn):
@@ -52,6 +53,11 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
     return decorate
 
 
+def takes_ptx() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU."""
+    return not interpreting() and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
 class Prepared:
     """A launch but for its pointers. Calling it with them, by name, launches; one that is left out is None."""
 
@@ -64,8 +70,7 @@ class Prepared:
         self.device_index = device.index if device.type == "cuda" else None
         self.values = {name: values[name] for name in fn.values}
         self.options = {"num_warps": warps, "maxnreg": registers, **_NO_CONTRACTION}
-        self.tail = tuple(self.values.values())
-        self.compiled: dict[int, Callable] = {}
+        self.compiled: dict[int, tuple[Callable, tuple]] = {}
 
     def __call__(self, **pointers: torch.Tensor | None) -> None:
         # Triton takes the current device's stream; the context costs 3 us, so only where it is another device
@@ -82,21 +87,26 @@ class Prepared:
         for i in self.fn.aligned:
             p = pointers[i]
             key += key + (p is not None and p.data_ptr() % 16 == 0)
-        run = self.compiled.get(key)
-        if run is None:
+        found = self.compiled.get(key)
+        if found is None:
             self._first(key, named, pointers)
         else:
-            run(*pointers, *self.tail)
+            run, tail = found
+            run(*pointers, *tail)
 
     def _first(self, key: int, named: dict[str, torch.Tensor | None], pointers: tuple) -> None:
         if unknown := named.keys() - set(self.fn.pointers):
             raise TypeError(f"{self.fn.__name__} takes {', '.join(self.fn.pointers)}, not {', '.join(unknown)}")
         options = {name: value for name, value in self.options.items() if value is not None}
-        if not interpreting() and triton.runtime.driver.active.get_current_target().backend != "cuda":
+        known_now = {"PTX": takes_ptx()}
+        if not known_now["PTX"]:
             options.pop("maxnreg", None)
-        compiled = self.fn[self.grid](*pointers, *self.tail, **options)
+        if any(pointers[i] is not None and pointers[i].data_ptr() % 16 for i in self.fn.aligned):
+            known_now["GROUP"] = 1  # a word of two elements would straddle two
+        tail = tuple(known_now.get(name, value) for name, value in self.values.items())
+        compiled = self.fn[self.grid](*pointers, *tail, **options)
         if compiled is not None:  # None: interpreted
-            self.compiled[key] = compiled[self.grid]
+            self.compiled[key] = compiled[self.grid], tail
 
     def describe(self) -> Planned:
         warps, code = self.options["num_warps"], (*self.values.items(), *self.options.items())
@@ -113,18 +123,16 @@ def multiprocessors(device: torch.device) -> int:
 def tile_values(on: Walk, plan: TilePlan | OnePassPlan, dtype: torch.dtype, operands: str) -> dict[str, Any]:
     """What every kernel takes that walks a tensor. `operands`: a letter for each of the walk's, as in xs and X_UNIT."""
     values = {
-        "plane_units": on.plane_units, "L": on.length, "N": on.n, "P": on.p, "QA": on.q // on.align,
-        "UNITS": on.units, "p_sizes": on.p_sizes, "q_sizes": on.q_sizes, "B": plan.columns, "LOOP": plan.loop,
-        "UNIT_BITS": on.unit_bits, "ALIGN": on.align, "CHANNELS_LAST": on.channels_last, "WIDE": on.wide,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "plane_bytes": on.plane_bytes, "L": on.length, "scale": 1 / on.length if on.length else math.inf, "N": on.n, "P": on.p, "QA": on.q // on.align,
+        "row_bytes": on.row_bytes, "row_sizes": on.row_sizes, "q_sizes": on.q_sizes, "B": plan.columns, "LOOP": plan.loop,
+        "ALIGN": on.align, "CHANNELS_LAST": on.channels_last, "WIDE": on.wide,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32, "GROUP": group(on, dtype.itemsize), "PTX": None,
     }  # fmt: skip
     for letter, operand in zip(operands, on.operands, strict=True):
         values |= {f"{letter}s": operand.strides, f"{letter.upper()}_UNIT": operand.unit}
     return values
 
 
-def units_of(planes: torch.Tensor | None, layout: Layout) -> torch.Tensor | None:
-    """Bit planes seen as their units: 32-bit words, or bytes and half words for rows of at most 8 and 16 elements."""
-    if planes is None or layout.row_bits >= 32:
-        return planes
-    return planes.view(torch.int8 if layout.row_bits == 8 else torch.int16)
+def bytes_of(planes: torch.Tensor | None) -> torch.Tensor | None:
+    """Bit planes as kernels take them."""
+    return None if planes is None else planes.view(torch.int8)

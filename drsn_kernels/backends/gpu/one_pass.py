@@ -15,28 +15,26 @@ import triton.language as tl
 
 from .. import cost
 from ..step import Cost, Step
+from .bits import elements, exceeds, limits, mask, negative, nonzero, signs, soft, soft_elements, words
 from .gate import Sizes, alphas_of, logit_grads, normalise, relu
 from .launch import kernel
-from .tiles import length_of_rows, offsets, pack, plane, sign_bit, soft_threshold, units, unpack
+from .tiles import length_of_rows, load, load_plane, store, store_planes
 
 
 @triton.jit
-def _place(
-    t, N, P, Q, S: tl.constexpr, PB: tl.constexpr, B: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr
-):
-    """n, p (S * PB,), q (B,), the first q and the masks, of step t along the spatial dimensions."""
+def _place(t, N, P, S: tl.constexpr, PB: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):
+    """Rows (S * PB,), the tile's number along q and the mask of rows, of tile t along the spatial dimensions."""
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
-    row = tl.arange(0, S * PB)
-    first = t + pid * 0  # as wide as pid
-    n = pid * S + row // PB
-    p = row % PB + pid * 0
+    own = tl.arange(0, S * PB)
+    column = t + pid * 0  # as wide as pid
+    n = pid * S + own // PB
+    p = own % PB + pid * 0
     if CHANNELS_LAST:
-        p += t
-        first = pid * 0
-    q = first + tl.arange(0, B)
-    return n, p, q, first, (n < N) & (p < P), q < Q
+        p += column * PB
+        column = pid * 0
+    return n * P + p, column, (n < N) & (p < P)
 
 
 @triton.jit
@@ -58,54 +56,52 @@ def _to_tile(values, S: tl.constexpr, PB: tl.constexpr, B: tl.constexpr, CHANNEL
 
 
 @triton.jit
-def _load(x, n, p, q, rows_live, columns_live, p_sizes, q_sizes, xs, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    rows, columns = offsets(n, p, q, p_sizes, q_sizes, xs, UNIT, ALIGN)
-    return tl.load(x + rows[:, None] + columns[None, :], rows_live[:, None] & columns_live[None, :], 0.0)
-
-
-@triton.jit
 def _finish(
-    value, tau, n, p, q, first, rows_live, columns_live, y, residual, planes, plane_units, P, UNITS,
-    p_sizes, q_sizes, ys, rs, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, B: tl.constexpr,
-    UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
+    w, tau, row, column, rows_live, y, residual, planes, plane_bytes, QA, row_bytes, row_sizes, q_sizes, ys, rs,
+    Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """y and the planes kept, sign, nonzero of a tile whose threshold is known."""
+    DTYPE: tl.constexpr = y.dtype.element_ty
+    limit, finite = limits(tau, DTYPE, GROUP)
     if planes is not None:
-        at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
-        kept = (value != 0) & ((tl.abs(value) <= tau) == 0)
-        tl.store(planes + at, pack(kept.to(tl.int32), UNIT_BITS), units_live)
-        tl.store(plane(planes, plane_units, 1) + at, pack(sign_bit(value), UNIT_BITS), units_live)
-        tl.store(plane(planes, plane_units, 2) + at, pack((value != 0).to(tl.int32), UNIT_BITS), units_live)
-    result = soft_threshold(value, tau)
-    if residual is not None:
-        result += _load(residual, n, p, q, rows_live, columns_live, p_sizes, q_sizes, rs, R_UNIT, ALIGN).to(value.dtype)
-    rows, columns = offsets(n, p, q, p_sizes, q_sizes, ys, Y_UNIT, ALIGN)
-    live = rows_live[:, None] & columns_live[None, :]
-    tl.store(y + rows[:, None] + columns[None, :], result.to(y.dtype.element_ty), live)
+        store_planes(
+            planes, plane_bytes, exceeds(w, limit, GROUP), negative(w), nonzero(w, GROUP), row, column, row_bytes,
+            rows_live, B, GROUP, PTX,
+        )  # fmt: skip
+    if residual is None:
+        out = soft(w, tau, finite, DTYPE, GROUP, PTX)
+    else:
+        added = load(residual, row, column, rows_live, QA, row_sizes, q_sizes, rs, R_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+        result = soft_elements(w, tau, finite, DTYPE, GROUP, PTX) + elements(added, DTYPE, GROUP)
+        out = words(result, DTYPE, GROUP, PTX)
+    store(y, out, row, column, rows_live, QA, row_sizes, q_sizes, ys, Y_UNIT, B, ALIGN, WIDE, GROUP)
 
 
 @kernel(pointers=15, aligned=("x", "y", "residual"))
 def forward_kernel(
     x, y, residual, planes, pooled, state, tau, w1, b1, mean, var, gamma, beta, w2, b2,
-    plane_units, L, H, N, P, QA, UNITS, p_sizes, q_sizes, xs, ys, rs,
+    plane_bytes, L, H, N, P, QA, row_bytes, row_sizes, q_sizes, xs, ys, rs,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    R_UNIT: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr,
+    R_UNIT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     CB: tl.constexpr = B if CHANNELS_LAST else PB
     OB: tl.constexpr = 1 if ONE else CB
     STEP: tl.constexpr = PB if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
     C = Q if CHANNELS_LAST else P
-    extent = P if CHANNELS_LAST else Q
-    n, p, q, first, rows_live, columns_live = _place(0, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)
-    tile = _load(x, n, p, q, rows_live, columns_live, p_sizes, q_sizes, xs, X_UNIT, ALIGN)
-    total = tl.abs(tile.to(ACC))
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    tiles = tl.cdiv(P if CHANNELS_LAST else Q, STEP)
+    row, column, rows_live = _place(0, N, P, S, PB, CHANNELS_LAST, WIDE)
+    tile = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+    total = tl.abs(elements(tile, DTYPE, GROUP))
     if LOOP:
-        for t in range(STEP, extent, STEP):
-            n, p, q, first, rows_live, columns_live = _place(t, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)
-            total += tl.abs(_load(x, n, p, q, rows_live, columns_live, p_sizes, q_sizes, xs, X_UNIT, ALIGN).to(ACC))
+        for t in range(1, tiles):
+            row, column, rows_live = _place(t, N, P, S, PB, CHANNELS_LAST, WIDE)
+            more = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+            total += tl.abs(elements(more, DTYPE, GROUP))
     a = _by_channel(total, S, PB, B, CHANNELS_LAST) / L.to(ACC)
 
     # the gate, BH hidden units at a time
@@ -149,52 +145,55 @@ def forward_kernel(
 
     if not LOOP:
         _finish(
-            tile.to(ACC), threshold, n, p, q, first, rows_live, columns_live, y, residual, planes, plane_units,
-            P, UNITS, p_sizes, q_sizes, ys, rs, Y_UNIT, R_UNIT, B, UNIT_BITS, ALIGN,
+            tile, threshold, row, column, rows_live, y, residual, planes, plane_bytes, QA, row_bytes,
+            row_sizes, q_sizes, ys, rs, Y_UNIT, R_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
         )  # fmt: skip
     else:
-        last = (tl.cdiv(extent, STEP) - 1) * STEP
-        for back in range(0, extent, STEP):
-            n, p, q, first, rows_live, columns_live = _place(last - back, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)
-            again = _load(x, n, p, q, rows_live, columns_live, p_sizes, q_sizes, xs, X_UNIT, ALIGN)
+        for back in range(0, tiles):
+            row, column, rows_live = _place(tiles - 1 - back, N, P, S, PB, CHANNELS_LAST, WIDE)
+            again = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
             _finish(
-                again.to(ACC), threshold, n, p, q, first, rows_live, columns_live, y, residual, planes, plane_units,
-                P, UNITS, p_sizes, q_sizes, ys, rs, Y_UNIT, R_UNIT, B, UNIT_BITS, ALIGN,
+                again, threshold, row, column, rows_live, y, residual, planes, plane_bytes, QA, row_bytes,
+                row_sizes, q_sizes, ys, rs, Y_UNIT, R_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
             )  # fmt: skip
 
 
 @triton.jit
 def _masked(
-    g, planes, plane_units, n, p, q, first, rows_live, columns_live, P, UNITS, p_sizes, q_sizes, gs,
-    G_UNIT: tl.constexpr, B: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    g, planes, plane_bytes, row, column, rows_live, QA, row_bytes, row_sizes, q_sizes, gs, G_UNIT: tl.constexpr,
+    B: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """kept * g of a tile, and its sign plane as bools."""
-    at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
-    value = _load(g, n, p, q, rows_live, columns_live, p_sizes, q_sizes, gs, G_UNIT, ALIGN).to(ACC)
-    masked = tl.where(unpack(tl.load(planes + at, units_live, 0), UNIT_BITS), value, 0.0)
-    return masked, unpack(tl.load(plane(planes, plane_units, 1) + at, units_live, 0), UNIT_BITS)
+    """s * kept * g of a tile, and the sign bits, in words."""
+    w = load(g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+    kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, 0, B, GROUP, PTX)
+    sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, 1, B, GROUP, PTX)
+    negated = signs(sign, ACC, GROUP)
+    return (w & mask(kept, ACC, GROUP, PTX)) ^ negated, negated
 
 
 @triton.jit
 def _store_dx(
-    masked, negative, share, n, p, q, first, rows_live, columns_live, dx, planes, plane_units, P, UNITS,
-    p_sizes, q_sizes, ds, D_UNIT: tl.constexpr, B: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
+    signed, negated, share, row, column, rows_live, dx, planes, plane_bytes, QA, row_bytes, row_sizes, q_sizes, ds,
+    D_UNIT: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
-    nonzero = unpack(tl.load(plane(planes, plane_units, 2) + at, units_live, 0), UNIT_BITS)
-    result = masked + tl.where(nonzero, tl.where(negative, -share, share), 0.0)
-    rows, columns = offsets(n, p, q, p_sizes, q_sizes, ds, D_UNIT, ALIGN)
-    live = rows_live[:, None] & columns_live[None, :]
-    tl.store(dx + rows[:, None] + columns[None, :], result.to(dx.dtype.element_ty), live)
+    """As in stream._grad_tile."""
+    DTYPE: tl.constexpr = dx.dtype.element_ty
+    other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, 2, B, GROUP, PTX)
+    moved = words(elements(signed, DTYPE, GROUP) + share, DTYPE, GROUP, PTX)
+    out = (moved & mask(other, ACC, GROUP, PTX)) ^ negated
+    store(dx, out, row, column, rows_live, QA, row_sizes, q_sizes, ds, D_UNIT, B, ALIGN, WIDE, GROUP)
 
 
 @kernel(pointers=13, aligned=("g", "dx"))
 def backward_kernel(
     g, dx, planes, dtau, tau_grad, pooled, state, w1, mean, var, gamma, beta, w2,
-    plane_units, L, H, N, P, QA, UNITS, p_sizes, q_sizes, gs, ds,
+    plane_bytes, L, H, N, P, QA, row_bytes, row_sizes, q_sizes, gs, ds,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
-    UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """dx, and dtau (N, C) of the kernel alone (without tau_grad) for the second launch."""
     CB: tl.constexpr = B if CHANNELS_LAST else PB
@@ -202,21 +201,22 @@ def backward_kernel(
     STEP: tl.constexpr = PB if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
     C = Q if CHANNELS_LAST else P
-    extent = P if CHANNELS_LAST else Q
-    n, p, q, first, rows_live, columns_live = _place(0, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)
-    masked, negative = _masked(
-        g, planes, plane_units, n, p, q, first, rows_live, columns_live, P, UNITS, p_sizes, q_sizes, gs,
-        G_UNIT, B, UNIT_BITS, ALIGN, ACC,
+    DTYPE: tl.constexpr = g.dtype.element_ty
+    tiles = tl.cdiv(P if CHANNELS_LAST else Q, STEP)
+    row, column, rows_live = _place(0, N, P, S, PB, CHANNELS_LAST, WIDE)
+    signed, negated = _masked(
+        g, planes, plane_bytes, row, column, rows_live, QA, row_bytes, row_sizes, q_sizes, gs,
+        G_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
     )  # fmt: skip
-    total = tl.where(negative, -masked, masked)
+    total = elements(signed, DTYPE, GROUP)
     if LOOP:
-        for t in range(STEP, extent, STEP):
-            n, p, q, first, rows_live, columns_live = _place(t, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)
-            masked, negative = _masked(
-                g, planes, plane_units, n, p, q, first, rows_live, columns_live, P, UNITS, p_sizes, q_sizes, gs,
-                G_UNIT, B, UNIT_BITS, ALIGN, ACC,
+        for t in range(1, tiles):
+            row, column, rows_live = _place(t, N, P, S, PB, CHANNELS_LAST, WIDE)
+            signed, negated = _masked(
+                g, planes, plane_bytes, row, column, rows_live, QA, row_bytes, row_sizes, q_sizes, gs,
+                G_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
             )  # fmt: skip
-            total += tl.where(negative, -masked, masked)
+            total += elements(signed, DTYPE, GROUP)
     d = -_by_channel(total, S, PB, B, CHANNELS_LAST)
 
     # back through the gate, BH hidden units at a time
@@ -254,20 +254,19 @@ def backward_kernel(
 
     if not LOOP:
         _store_dx(
-            masked, negative, share, n, p, q, first, rows_live, columns_live, dx, planes, plane_units, P, UNITS,
-            p_sizes, q_sizes, ds, D_UNIT, B, UNIT_BITS, ALIGN,
+            signed, negated, share, row, column, rows_live, dx, planes, plane_bytes, QA, row_bytes,
+            row_sizes, q_sizes, ds, D_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
         )  # fmt: skip
     else:
-        last = (tl.cdiv(extent, STEP) - 1) * STEP
-        for back in range(0, extent, STEP):
-            n, p, q, first, rows_live, columns_live = _place(last - back, N, P, Q, S, PB, B, CHANNELS_LAST, WIDE)
-            masked, negative = _masked(
-                g, planes, plane_units, n, p, q, first, rows_live, columns_live, P, UNITS, p_sizes, q_sizes, gs,
-                G_UNIT, B, UNIT_BITS, ALIGN, ACC,
+        for back in range(0, tiles):
+            row, column, rows_live = _place(tiles - 1 - back, N, P, S, PB, CHANNELS_LAST, WIDE)
+            signed, negated = _masked(
+                g, planes, plane_bytes, row, column, rows_live, QA, row_bytes, row_sizes, q_sizes, gs,
+                G_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
             )  # fmt: skip
             _store_dx(
-                masked, negative, share, n, p, q, first, rows_live, columns_live, dx, planes, plane_units, P, UNITS,
-                p_sizes, q_sizes, ds, D_UNIT, B, UNIT_BITS, ALIGN,
+                signed, negated, share, row, column, rows_live, dx, planes, plane_bytes, QA, row_bytes,
+                row_sizes, q_sizes, ds, D_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
             )  # fmt: skip
 
 

@@ -15,15 +15,23 @@ from typing import Any, NamedTuple
 from ..step import Cost
 from .walk import Walk
 
-# Elements of a tile, at 4 warps 16 a thread: four 16-byte loads of float32 in flight, two of bfloat16, in 40 registers,
-# so that 12 programs fit an SM. 48 to 96 KiB are on their way then, where 3 TB/s at 600 ns want 14 KiB an SM. With 32
-# elements of bfloat16 a thread, channels_last spilled on 8.0. A row up to twice that is one tile, straight-line code;
-# longer ones are walked by columns in a loop.
-TILE = 2048
-WARPS = 4
-# Where rows are not aligned, or elements not adjacent, every element has an address of its own: half a tile, because
-# with 16 elements a thread rows of 49 took 96 to 153 registers.
-RAGGED = 2
+# Bytes of x that a thread holds: four 16-byte loads in flight. With two, half as many elements share what a row takes (its
+# address, its threshold, its sum). 32 programs of a warp fit an SM, with 64 KiB on their way, where 3 TB/s at 600 ns want
+# 14 KiB.
+THREAD = 64
+# Elements of a tile at least, so many of float32 and twice as many of 16 bits: a warp's. A warp with a row of its own adds
+# it up without shared memory.
+TILE = 512
+# In tiles: the longest row that is one, straight-line code; the longest part of a longer row, which is walked in a loop.
+WHOLE, PART = 8, 4
+# In tiles: what channels_last takes, so that a thread has several rows for what its columns need.
+SHARED = 4
+# Where rows are not aligned, or elements not adjacent, every element has an address of its own: so many elements a thread,
+# because with 16 rows of 49 took 96 to 153 registers, and so many tiles.
+RAGGED_THREAD, RAGGED = 8, 2
+MOST_WARPS = 8
+# The shortest row of a tile: a byte of a bit plane.
+OCTET = 8
 # Of channels_last, so many channels: 1 KiB of neighbouring float32, and 8 rows to sum over before threads meet.
 CHANNELS = 256
 # Rows are split among programs where there are fewer programs than this for each SM; a piece is at least PIECE elements
@@ -66,8 +74,13 @@ class TilePlan:
     why: str = field(default="", compare=False)
 
 
-def _ragged(walk: Walk, itemsize: int) -> int:
-    return 1 if walk.align * itemsize >= 16 and all(unit for _, unit in walk.operands) else RAGGED
+def _ragged(walk: Walk, itemsize: int) -> bool:
+    return walk.align * itemsize < 16 or not all(unit for _, unit in walk.operands)
+
+
+def group(walk: Walk, itemsize: int) -> int:
+    """Elements of a row that a thread holds side by side, 16 bytes of them, as bits.py takes them; or 1."""
+    return 1 if itemsize == 8 or _ragged(walk, itemsize) else 16 // itemsize
 
 
 def _power_of_two(n: int) -> int:
@@ -76,21 +89,19 @@ def _power_of_two(n: int) -> int:
 
 def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     """The plan of reduce, map and grad. `split`: rows may be cut, because sums over them may be partial."""
-    elements = TILE // _ragged(walk, itemsize)
-    unit = walk.unit_bits
+    ragged = _ragged(walk, itemsize)
     if walk.channels_last:
         # vectors along C; a tile stays in one sample, whose channels have their own sums and thresholds
-        columns = min(max(_power_of_two(walk.q), unit), CHANNELS)
-        rows = min(max(elements // columns, 1), _power_of_two(walk.p))
+        columns = min(max(_power_of_two(walk.q), OCTET), CHANNELS)
+        rows = min(max((RAGGED if ragged else SHARED) * TILE // columns, 1), _power_of_two(walk.p))
         blocks = walk.n * _cdiv(walk.q, columns)
         extent, step = walk.p, rows
     else:
-        whole = max(_power_of_two(walk.q), unit)
-        if whole <= 2 * TILE:
-            columns = whole
-        else:  # of the lengths that fill the warps with 16-byte loads, the one with the least idle lanes
-            columns = min((elements, elements // 2, elements // 4), key=lambda b: _cdiv(walk.q, b) * b)
-        rows = max(elements // columns, 1)
+        columns = max(_power_of_two(walk.q), OCTET)
+        if columns > WHOLE * TILE:  # of two lengths the one with fewer idle lanes
+            longest = (RAGGED if ragged else PART) * TILE
+            columns = min((longest, longest // 2), key=lambda b: _cdiv(walk.q, b) * b)
+        rows = max((RAGGED if ragged else 4 // min(itemsize, 4)) * TILE // columns, 1)
         blocks = _cdiv(walk.rows, rows)
         extent, step = walk.q, columns
     steps = _cdiv(extent, step)
@@ -103,8 +114,11 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     per_piece = _cdiv(steps, splits)
     splits = _cdiv(steps, per_piece)
     tile = rows * columns
-    warps = 2 * WARPS if tile > TILE else WARPS if tile > TILE // 4 else 1
-    why = "full tiles" if elements == TILE else "half tiles: rows not aligned to 16 bytes, or elements not adjacent"
+    held = RAGGED_THREAD if ragged else THREAD // itemsize
+    warps = min(max(tile // (32 * held), 1), MOST_WARPS)
+    why = "four 16-byte accesses a thread"
+    if ragged:
+        why = "an access for each element: rows not aligned to 16 bytes, or elements not adjacent"
     if splits > 1:
         cut = "samples" if walk.channels_last else "rows"
         why += f"; {cut} in {splits} pieces, " + (
@@ -186,11 +200,11 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     channels, length = (walk.q, walk.p) if walk.channels_last else (walk.p, walk.q)
     sample_bytes = channels * length * itemsize
     rows = _power_of_two(walk.p)
-    columns = max(_power_of_two(walk.q), walk.unit_bits)
+    columns = max(_power_of_two(walk.q), OCTET)
     wide = columns if walk.channels_last else rows
     if wide > MOST_CHANNELS:
         return f"{channels} channels do not fit the tile of one program (at most {MOST_CHANNELS})"
-    ragged = _ragged(walk, itemsize)
+    ragged = 2 if _ragged(walk, itemsize) else 1  # half a tile: every element has an address of its own
     lean = not keep and ragged == 1 and itemsize <= 4 and not walk.wide  # others take more registers
     crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
     samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP

@@ -22,7 +22,7 @@ from .. import cost
 from ..step import Backend, Cost, Kept, Plan, Step
 from . import gate, one_pass, plans, stream
 from .gate import Sizes
-from .launch import Prepared, multiprocessors, tile_values, units_of
+from .launch import Prepared, bytes_of, multiprocessors, tile_values
 from .plans import GatePlan, OnePassPlan
 from .walk import Strides, Walk, walk
 
@@ -142,7 +142,7 @@ def forward(
 ) -> None:  # fmt: skip
     """Fills y, tau and kept, as far as they are given."""
     launches, layout = prepare_forward(step, y.stride()), step.layout
-    planes = units_of(kept.bits, layout)
+    planes = bytes_of(kept.bits)
     if launches.one is not None:
         launches.one(
             x=x, y=y, residual=residual, planes=planes, pooled=kept.pooled, state=kept.state, tau=tau, w1=parts.w1,
@@ -255,7 +255,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """Fills dx, if given; the gradients of w1, b1, gamma, beta, w2, b2."""
     launches, layout = prepare_backward(step, g.stride(), dx is not None), step.layout
-    planes, new = units_of(kept.bits, layout), parts.w1.new_empty
+    planes, new = bytes_of(kept.bits), parts.w1.new_empty
     if launches.one is not None:
         dtau = new((1, layout.n, layout.c))
         launches.one(

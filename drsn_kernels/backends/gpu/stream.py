@@ -17,22 +17,27 @@ from ...layout import Layout, Planes
 from ...reference import SOFT, Rule
 from .. import cost
 from ..step import Step
-from .launch import Prepared, kernel, multiprocessors, tile_values, units_of
-from .plans import TilePlan, cached, tiles
-from .tiles import (
-    by_channel,
-    length_of_rows,
-    offsets,
-    pack,
-    piece,
+from .bits import (
+    choose,
+    elements,
+    exceeds,
+    limits,
+    mask,
+    masks,
+    negative,
+    nonzero,
+    of_bits,
     piecewise,
-    plane,
-    sign_bit,
-    soft_threshold,
-    tile,
-    units,
-    unpack,
+    signs,
+    soft,
+    soft_elements,
+    to_bits,
+    with_sign,
+    words,
 )
+from .launch import Prepared, bytes_of, kernel, multiprocessors, tile_values
+from .plans import TilePlan, cached, tiles
+from .tiles import by_channel, length_of_rows, load, load_plane, over_length, piece, store, store_planes, tile
 from .walk import Strides, walk
 
 # ---- reduce ----------------------------------------------------------------------------------------------------------
@@ -40,22 +45,24 @@ from .walk import Strides, walk
 
 @triton.jit
 def _reduce_tile(
-    x, times, planes, plane_units, t, N, P, Q, splits, UNITS, p_sizes, q_sizes, xs, ts,
+    x, times, planes, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, xs, ts,
     KIND: tl.constexpr, X_UNIT: tl.constexpr, T_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """What is summed of one tile: |x|, x or x * times; its planes stored."""
-    n, p, q, first, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, False)
-    rows, columns = offsets(n, p, q, p_sizes, q_sizes, xs, X_UNIT, ALIGN)
-    live = rows_live[:, None] & columns_live[None, :]
-    value = tl.load(x + rows[:, None] + columns[None, :], live, 0.0).to(ACC)
+    Q = length_of_rows(QA, ALIGN, WIDE)
+    n, row, column, q, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, False)
+    w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
     if planes is not None:
-        at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
-        tl.store(planes + at, pack(sign_bit(value), UNIT_BITS), units_live)
-        tl.store(plane(planes, plane_units, 1) + at, pack((value != 0).to(tl.int32), UNIT_BITS), units_live)
+        store_planes(
+            planes, plane_bytes, negative(w), nonzero(w, GROUP), None, row, column, row_bytes, rows_live,
+            B, GROUP, PTX,
+        )  # fmt: skip
+    value = elements(w, x.dtype.element_ty, GROUP)
     if times is not None:
-        rows, columns = offsets(n, p, q, p_sizes, q_sizes, ts, T_UNIT, ALIGN)
-        value *= tl.load(times + rows[:, None] + columns[None, :], live, 0.0).to(ACC)
+        w = load(times, row, column, rows_live, QA, row_sizes, q_sizes, ts, T_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+        value *= elements(w, times.dtype.element_ty, GROUP)
     if KIND == "magnitude":
         return tl.abs(value)
     else:
@@ -64,34 +71,35 @@ def _reduce_tile(
 
 @kernel(pointers=4, aligned=("x", "times"))
 def reduce_kernel(
-    x, times, out, planes, plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, xs, ts,
+    x, times, out, planes, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, xs, ts,
     KIND: tl.constexpr, X_UNIT: tl.constexpr, T_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    LOOP: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr,
+    LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out (splits, N, C): this piece's part of the mean, or of the sum of products. planes: sign, nonzero."""
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
-    start, stop = piece(P if CHANNELS_LAST else Q, splits, length, STEP, False, WIDE)
+    start, stop = piece(P if CHANNELS_LAST else Q, splits, length, STEP, SPLIT, False, WIDE)
     if LOOP:
         total = tl.zeros((R, B), ACC)
-        for t in range(start, stop, STEP):
+        for t in range(start, stop):
             total += _reduce_tile(
-                x, times, planes, plane_units, t, N, P, Q, splits, UNITS, p_sizes, q_sizes, xs, ts,
-                KIND, X_UNIT, T_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, ACC,
+                x, times, planes, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, xs, ts,
+                KIND, X_UNIT, T_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, ACC, GROUP, PTX,
             )  # fmt: skip
     else:
         total = _reduce_tile(
-            x, times, planes, plane_units, start, N, P, Q, splits, UNITS, p_sizes, q_sizes, xs, ts,
-            KIND, X_UNIT, T_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, ACC,
+            x, times, planes, plane_bytes, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, xs, ts,
+            KIND, X_UNIT, T_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, ACC, GROUP, PTX,
         )  # fmt: skip
     sums = tl.sum(total, AXIS)
     if KIND != "product":
-        sums /= L.to(ACC)
-    n, p, q, first, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, False)
-    at, live = by_channel(n, p, q, P, Q, rows_live, columns_live, CHANNELS_LAST)
-    out += (tl.program_id(0) % splits).to(tl.int64) * N * (Q if CHANNELS_LAST else P)
+        sums = over_length(sums, L, scale, ACC)
+    n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, False)
+    at, live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
+    if SPLIT:
+        out += (tl.program_id(0) % splits).to(tl.int64) * N * (Q if CHANNELS_LAST else P)
     tl.store(out + at, sums, live)
 
 
@@ -114,7 +122,7 @@ def reduce_into(
         layout, x.stride(), None if times is None else times.stride(), x.dtype, x.device, kind, keep
     )  # fmt: skip
     sums = partial_sums(out, launch)
-    launch(x=x, times=times, out=sums, planes=units_of(planes.bits, layout) if keep else None)
+    launch(x=x, times=times, out=sums, planes=bytes_of(planes.bits) if keep else None)
     if sums is not out:
         torch.sum(sums, 0, out=out)
 
@@ -122,47 +130,61 @@ def reduce_into(
 # ---- map -------------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _of_row(row, P, t_n, t_c, row_sizes):
+    """Where a row's threshold is. Rows that are not told apart by sample have theirs t_c apart."""
+    if len(row_sizes) == 0:
+        return row * t_c
+    else:
+        return (row // P) * t_n + (row % P) * t_c
+
+
 @kernel(pointers=6, aligned=("x", "y", "residual"))
 def map_kernel(
-    x, y, residual, t, shift, planes, plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, xs, ys, rs,
-    t_n, t_c, KIND: tl.constexpr, INSIDE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr,
+    x, y, residual, t, shift, planes, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, xs, ys,
+    rs, t_n, t_c, KIND: tl.constexpr, INSIDE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """KIND: "soft", "piecewise" (another rule, INSIDE and OFFSET) or "scale". planes: kept, sign[, nonzero]."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
-    start, _ = piece(P if CHANNELS_LAST else Q, splits, length, STEP, True, WIDE)
-    n, p, q, first, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, True)
-    live = rows_live[:, None] & columns_live[None, :]
-    rows, columns = offsets(n, p, q, p_sizes, q_sizes, xs, X_UNIT, ALIGN)
-    value = tl.load(x + rows[:, None] + columns[None, :], live, 0.0, eviction_policy="evict_first").to(ACC)
+    start, _ = piece(P if CHANNELS_LAST else Q, splits, length, STEP, SPLIT, True, WIDE)
+    n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, True)
+    w = load(
+        x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, "evict_first"
+    )  # fmt: skip
     if CHANNELS_LAST:
         threshold = tl.load(t + n * t_n + q * t_c, columns_live, 0.0)[None, :]
     else:
-        threshold = tl.load(t + n * t_n + p * t_c, rows_live, 0.0)[:, None]
+        threshold = tl.load(t + _of_row(row, P, t_n, t_c, row_sizes), rows_live, 0.0)[:, None]
+    limit, finite = limits(threshold, DTYPE, GROUP)
+    kept = exceeds(w, limit, GROUP)
     if PLANES != 0:
-        at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
-        kept = (value != 0) & ((tl.abs(value) <= threshold) == 0)
-        tl.store(planes + at, pack(kept.to(tl.int32), UNIT_BITS), units_live)
-        tl.store(plane(planes, plane_units, 1) + at, pack(sign_bit(value), UNIT_BITS), units_live)
-        if PLANES == 3:
-            tl.store(plane(planes, plane_units, 2) + at, pack((value != 0).to(tl.int32), UNIT_BITS), units_live)
-    if KIND == "scale":
-        result = value * threshold
-    elif KIND == "soft":
-        result = soft_threshold(value, threshold)
+        other = nonzero(w, GROUP) if PLANES == 3 else None
+        store_planes(
+            planes, plane_bytes, kept, negative(w), other, row, column, row_bytes, rows_live, B, GROUP, PTX
+        )  # fmt: skip
+    if KIND == "soft" and shift is None and residual is None:
+        out = soft(w, threshold, finite, DTYPE, GROUP, PTX)
     else:
-        result = piecewise(value, threshold, INSIDE, OFFSET)
-    if shift is not None:
-        at, sums_live = by_channel(n, p, q, P, Q, rows_live, columns_live, CHANNELS_LAST)
-        share = tl.load(shift + at, sums_live, 0.0) / L.to(ACC)
-        result += share[None, :] if CHANNELS_LAST else share[:, None]
-    if residual is not None:
-        rows, columns = offsets(n, p, q, p_sizes, q_sizes, rs, R_UNIT, ALIGN)
-        result += tl.load(residual + rows[:, None] + columns[None, :], live, 0.0).to(ACC)
-    rows, columns = offsets(n, p, q, p_sizes, q_sizes, ys, Y_UNIT, ALIGN)
-    tl.store(y + rows[:, None] + columns[None, :], result.to(y.dtype.element_ty), live)
+        if KIND == "scale":
+            result = elements(w, DTYPE, GROUP) * threshold
+        elif KIND == "soft":
+            result = soft_elements(w, threshold, finite, DTYPE, GROUP, PTX)
+        else:
+            result = piecewise(w, threshold, kept, INSIDE, OFFSET, DTYPE, GROUP, PTX)
+        if shift is not None:
+            at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
+            share = over_length(tl.load(shift + at, sums_live, 0.0), L, scale, ACC)
+            result += share[None, :] if CHANNELS_LAST else share[:, None]
+        if residual is not None:
+            w = load(residual, row, column, rows_live, QA, row_sizes, q_sizes, rs, R_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+            result += elements(w, residual.dtype.element_ty, GROUP)
+        out = words(result, DTYPE, GROUP, PTX)
+    store(y, out, row, column, rows_live, QA, row_sizes, q_sizes, ys, Y_UNIT, B, ALIGN, WIDE, GROUP)
 
 
 @cached
@@ -171,10 +193,14 @@ def prepare_map(
     device: torch.device, kind: str, rule: Rule, shift: bool, keep: int,
 ) -> Prepared:  # fmt: skip
     """The launch for tensors of these strides; t's are 0 where it is broadcast. keep: planes."""
-    plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False)
+    t_n, t_c = t
+    if layout.c == 1:
+        t_c = t_n
+    apart = not layout.channels_last and layout.n > 1 and t_n != layout.c * t_c
+    plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False, apart=apart)
     values |= {
         "KIND": kind if kind == "scale" else "soft" if rule == SOFT else "piecewise", "INSIDE": rule.inside,
-        "OFFSET": rule.offset, "PLANES": keep, "t_n": t[0], "t_c": t[1],
+        "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c,
     }  # fmt: skip
     step = Step("soft_threshold", layout, x, dtype, device)
     columns = layout.c if t[1] else 1
@@ -194,7 +220,7 @@ def map_into(
         0 if bits is None else len(bits),
     )  # fmt: skip
     shift = None if shift is None else shift.contiguous()  # (N, C)
-    launch(x=x, y=y, residual=residual, t=t, shift=shift, planes=units_of(bits, layout))
+    launch(x=x, y=y, residual=residual, t=t, shift=shift, planes=bytes_of(bits))
 
 
 # ---- grad ------------------------------------------------------------------------------------------------------------
@@ -202,44 +228,56 @@ def map_into(
 
 @triton.jit
 def _grad_tile(
-    g, planes, share, dx, plane_units, t, N, P, Q, splits, UNITS, p_sizes, q_sizes, gs, ds,
+    g, planes, share, dx, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
     INSIDE: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr, G_UNIT: tl.constexpr,
-    D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+    D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """s * kept * g of one tile (0 without a sign plane), its dx stored. share is dA / L of its rows or columns."""
-    n, p, q, first, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, REVERSE)
-    live = rows_live[:, None] & columns_live[None, :]
-    at, units_live = units(n, p, first, P, UNITS, rows_live, B, UNIT_BITS)
-    masked = tl.zeros((R, B), ACC)
+    """s * kept * g of one tile (kept * g without a sign plane), its dx stored. share is dA / L of rows or columns.
+
+    dx = s * (s * kept * g + dA / L): rounding is symmetric, so the sign can be put back after it.
+    """
+    DTYPE: tl.constexpr = dx.dtype.element_ty if g is None else g.dtype.element_ty
+    W: tl.constexpr = B // 2 if GROUP == 8 else B
+    Q = length_of_rows(QA, ALIGN, WIDE)
+    n, row, column, q, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, REVERSE)
+    signed = tl.zeros((R, W), tl.int64 if ACC == tl.float64 else tl.int32)
     if g is not None:
-        rows, columns = offsets(n, p, q, p_sizes, q_sizes, gs, G_UNIT, ALIGN)
-        value = tl.load(g + rows[:, None] + columns[None, :], live, 0.0).to(ACC)
-        outside = unpack(tl.load(plane(planes, plane_units, KEPT) + at, units_live, 0), UNIT_BITS)
-        masked = tl.where(outside, value, 0.0)
-    signed = tl.zeros((R, B), ACC)
+        w = load(g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+        kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, KEPT, B, GROUP, PTX)
+        signed = w & mask(kept, ACC, GROUP, PTX)
     if SIGN is not None:
-        negative = unpack(tl.load(plane(planes, plane_units, SIGN) + at, units_live, 0), UNIT_BITS)
-        signed = tl.where(negative, -masked, masked)
+        sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, SIGN, B, GROUP, PTX)
+        negated = signs(sign, ACC, GROUP)
+        signed ^= negated
+    value = elements(signed, DTYPE, GROUP)
     if dx is not None:
-        result = masked
-        if INSIDE != 0.0:
-            if g is not None:
-                result = tl.where(outside, value, INSIDE * value)
         if share is not None:
-            nonzero = unpack(tl.load(plane(planes, plane_units, NONZERO) + at, units_live, 0), UNIT_BITS)
-            result += tl.where(nonzero, tl.where(negative, -share, share), 0.0)
-        rows, columns = offsets(n, p, q, p_sizes, q_sizes, ds, D_UNIT, ALIGN)
-        tl.store(dx + rows[:, None] + columns[None, :], result.to(dx.dtype.element_ty), live)
-    return signed
+            other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX)
+        if INSIDE != 0.0 and g is not None:
+            result = elements(w, DTYPE, GROUP)
+            result = of_bits(choose(masks(kept, ACC, GROUP, PTX), to_bits(result), to_bits(INSIDE * result)))
+            if share is not None:
+                own = with_sign(share, of_bits(masks(sign, ACC, GROUP, PTX)))
+                result += of_bits(to_bits(own) & masks(other, ACC, GROUP, PTX))
+            out = words(result, DTYPE, GROUP, PTX)
+        elif share is not None:
+            out = (words(value + share, DTYPE, GROUP, PTX) & mask(other, ACC, GROUP, PTX)) ^ negated
+        elif SIGN is not None:
+            out = signed ^ negated
+        else:
+            out = signed
+        store(dx, out, row, column, rows_live, QA, row_sizes, q_sizes, ds, D_UNIT, B, ALIGN, WIDE, GROUP)
+    return value
 
 
 @kernel(pointers=5, aligned=("g", "dx"))
 def grad_kernel(
-    g, planes, dA, dx, dtau, plane_units, L, N, P, QA, splits, length, UNITS, p_sizes, q_sizes, gs, ds,
+    g, planes, dA, dx, dtau, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, gs, ds,
     INSIDE: tl.constexpr, OFFSET: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr,
     G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr,
-    UNIT_BITS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """dtau (splits, N, C): this piece's part of it. KEPT, SIGN, NONZERO: which plane; None where it is not read.
 
@@ -249,30 +287,31 @@ def grad_kernel(
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     REVERSE: tl.constexpr = dtau is None
     Q = length_of_rows(QA, ALIGN, WIDE)
-    start, stop = piece(P if CHANNELS_LAST else Q, splits, length, STEP, REVERSE, WIDE)
-    n, p, q, first, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, WIDE, REVERSE)
-    at, sums_live = by_channel(n, p, q, P, Q, rows_live, columns_live, CHANNELS_LAST)
+    start, stop = piece(P if CHANNELS_LAST else Q, splits, length, STEP, SPLIT, REVERSE, WIDE)
+    n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, REVERSE)
+    at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
     share = None
     if dA is not None:
-        share = tl.load(dA + at, sums_live, 0.0) / L.to(ACC)
+        share = over_length(tl.load(dA + at, sums_live, 0.0), L, scale, ACC)
         share = share[None, :] if CHANNELS_LAST else share[:, None]
     if LOOP:
         total = tl.zeros((R, B), ACC)
-        for t in range(start, stop, STEP):
+        for t in range(start, stop):
             total += _grad_tile(
-                g, planes, share, dx, plane_units, t, N, P, Q, splits, UNITS, p_sizes, q_sizes, gs, ds, INSIDE, KEPT,
-                SIGN, NONZERO, G_UNIT, D_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, REVERSE, ACC,
+                g, planes, share, dx, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE, KEPT,
+                SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
             )  # fmt: skip
     else:
         total = _grad_tile(
-            g, planes, share, dx, plane_units, start, N, P, Q, splits, UNITS, p_sizes, q_sizes, gs, ds, INSIDE, KEPT,
-            SIGN, NONZERO, G_UNIT, D_UNIT, R, B, UNIT_BITS, ALIGN, CHANNELS_LAST, WIDE, REVERSE, ACC,
+            g, planes, share, dx, plane_bytes, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE, KEPT,
+            SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
         )  # fmt: skip
     if dtau is not None:
         sums = -tl.sum(total, AXIS)
         if OFFSET != 1.0:
             sums *= OFFSET
-        dtau += (tl.program_id(0) % splits).to(tl.int64) * N * (Q if CHANNELS_LAST else P)
+        if SPLIT:
+            dtau += (tl.program_id(0) % splits).to(tl.int64) * N * (Q if CHANNELS_LAST else P)
         tl.store(dtau + at, sums, sums_live)
 
 
@@ -302,7 +341,7 @@ def grad_into(
         dA is not None and dx is not None, dx is not None, dtau is not None, rule,
     )  # fmt: skip
     sums = None if dtau is None else partial_sums(dtau, launch)
-    launch(g=g, planes=units_of(planes.bits, layout), dA=None if dx is None else dA, dx=dx, dtau=sums)
+    launch(g=g, planes=bytes_of(planes.bits), dA=None if dx is None else dA, dx=dx, dtau=sums)
     if sums is not dtau:
         torch.sum(sums, 0, out=dtau)
 
@@ -311,13 +350,15 @@ def grad_into(
 
 
 def _tiled(
-    layout: Layout, strides: tuple[Strides, ...], dtype: torch.dtype, device: torch.device, operands: str, split: bool
-) -> tuple[TilePlan, dict]:
+    layout: Layout, strides: tuple[Strides, ...], dtype: torch.dtype, device: torch.device, operands: str, split: bool,
+    apart: bool = False,
+) -> tuple[TilePlan, dict]:  # fmt: skip
     """Plan and values of a launch over tiles. split: rows may be cut, because sums over them may be partial."""
-    on = walk(layout, *strides)
+    on = walk(layout, *strides, apart=apart)
     plan = tiles(on, dtype.itemsize, multiprocessors(device), split)
     values = tile_values(on, plan, dtype, operands)
-    return plan, values | {"R": plan.rows, "splits": plan.splits, "length": plan.piece}
+    several = plan.loop or plan.splits > 1
+    return plan, values | {"R": plan.rows, "splits": plan.splits, "length": plan.piece, "SPLIT": several}
 
 
 def _over_tiles(fn, device: torch.device, values: dict, plan: TilePlan, cost_of: cost.Cost) -> Prepared:

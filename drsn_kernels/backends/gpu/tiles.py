@@ -1,13 +1,15 @@
 """What every Triton kernel here is made of: tiles of rows by columns, their addresses in any layout, bit planes.
 
 x is seen as N samples of P rows of Q elements (walk.py): P = C, Q = L, or P = L, Q = C in channels_last order. A tile
-is (R, B): R rows, as numbers in n * P + p, by B columns. Sizes and strides are run-time integers that Triton does not
+is (R, B): R rows, as numbers n * P + p, by B columns, and in memory R rows of W words (bits.py). Sizes and strides are run-time integers that Triton does not
 specialise on; what makes an access 16 bytes wide is told by ALIGN, which divides Q and the row strides: every kernel is
 given Q / ALIGN and multiplies (see `offsets`).
 """
 
 import triton
 import triton.language as tl
+
+from .bits import nibble, octet, octets_of, of_bits, spread, to_bits
 
 
 @triton.jit
@@ -29,100 +31,58 @@ def _decode(index, sizes, strides):
 
 
 @triton.jit
-def offsets(n, p, q, p_sizes, q_sizes, strides, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    """Element offsets of an operand: of rows (n, p), shape (R,), and of columns q, shape (B,).
+def offsets(row, q, row_sizes, q_sizes, strides, UNIT: tl.constexpr, ALIGN: tl.constexpr):
+    """Offsets of an operand: of rows, shape (R,), and of columns q, shape (B,).
 
-    strides is (n, *p dimensions, *q dimensions). Where columns are adjacent (UNIT) the strides of n and p come divided
-    by ALIGN: the product below is how the compiler learns that a row starts at a multiple of ALIGN, without a
-    specialisation for the value. Rows of 1000 or 196 elements get 16-byte accesses that way, where Triton's own
-    specialisation (divisible by 16 or nothing) gives 4 or 2 bytes.
+    strides is (*row dimensions, *q dimensions). Where columns are adjacent (UNIT) those of rows come divided by ALIGN:
+    the product below is how the compiler learns that a row starts at a multiple of ALIGN, without a specialisation for
+    the value. Rows of 1000 or 196 elements get 16-byte accesses that way, where Triton's own specialisation (divisible
+    by 16 or nothing) gives 4 or 2 bytes.
     """
-    P_DIMS: tl.constexpr = len(p_sizes) + 1
-    rows = n * plain(strides[0]) + _decode(p, p_sizes, strides[1 : 1 + P_DIMS])
+    ROW_DIMS: tl.constexpr = len(row_sizes) + 1
+    rows = _decode(row, row_sizes, strides[:ROW_DIMS])
     if UNIT:
         rows = rows * ALIGN
         columns = q
     else:
-        columns = _decode(q, q_sizes, strides[1 + P_DIMS :])
+        columns = _decode(q, q_sizes, strides[ROW_DIMS:])
     return rows, columns
-
-
-@triton.jit
-def pack(mask, UNIT_BITS: tl.constexpr):
-    """(R, B) of 0 and 1, int32 -> (R, B / UNIT_BITS): units of a bit plane, little-endian, in int32."""
-    R: tl.constexpr = mask.shape[0]
-    B: tl.constexpr = mask.shape[1]
-    bits = mask.reshape(R, B // UNIT_BITS, UNIT_BITS) << tl.arange(0, UNIT_BITS)[None, None, :]
-    return tl.sum(bits, 2)
-
-
-@triton.jit
-def unpack(units, UNIT_BITS: tl.constexpr):
-    """(R, K) units of a bit plane -> (R, K * UNIT_BITS) of bool."""
-    R: tl.constexpr = units.shape[0]
-    K: tl.constexpr = units.shape[1]
-    bits = (units[:, :, None].to(tl.int32) >> tl.arange(0, UNIT_BITS)[None, None, :]) & 1
-    return bits.reshape(R, K * UNIT_BITS) != 0
-
-
-@triton.jit
-def sign_bit(x):
-    """1 where the sign bit is set (-0.0 and NaN included), in int32. x is float32 or float64."""
-    if x.dtype == tl.float64:
-        return (x.to(tl.int64, bitcast=True) < 0).to(tl.int32)
-    else:
-        return (x.to(tl.int32, bitcast=True) < 0).to(tl.int32)
-
-
-@triton.jit
-def soft_threshold(x, tau):
-    """sign(x) * relu(|x| - tau), NaN kept; negative tau expands."""
-    left = tl.abs(x) - tau
-    left = tl.where(left <= 0, 0.0, left)  # NaN stays: it fails the comparison
-    sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)  # not copysign: 0 * left is 0 at x == 0
-    return sign * left
-
-
-@triton.jit
-def piecewise(x, tau, INSIDE: tl.constexpr, OFFSET: tl.constexpr):
-    """x - sign(x) * OFFSET * tau outside of |x| <= tau, NaN included; INSIDE * x elsewhere, and where x is 0."""
-    shift = OFFSET * tau
-    outside = (x != 0) & ((tl.abs(x) <= tau) == 0)
-    return tl.where(outside, tl.where(x < 0, x + shift, x - shift), INSIDE * x)
 
 
 @triton.jit
 def tile(
     t, N, P, Q, splits, R: tl.constexpr, B: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile at step t: n, p (R,), q (B,), the first q, and the masks of rows and columns.
+    """Tile t of this program: its sample, rows (R,), its number along q, q (B,), and the masks of rows and columns.
 
-    rows walk: t is a column, a program's rows are R of the N * P. channels_last: t is a row of sample n (a scalar), and
-    its columns are B channels. REVERSE runs through the tensor backwards: what was touched last is still in L2.
+    rows walk: t counts along q, a program's rows are R of the N * P, of any sample. channels_last: t counts rows of
+    one sample, R at a time, and its columns are B channels. SPLIT: there is more than one t. REVERSE runs through the
+    tensor backwards: what was touched last is still in L2.
     """
-    pid = tl.program_id(0)
+    block = tl.program_id(0)
     if REVERSE:
-        pid = tl.num_programs(0) - 1 - pid
+        block = tl.num_programs(0) - 1 - block
     total = N * P
     if WIDE:
-        pid = pid.to(tl.int64)
+        block = block.to(tl.int64)
         total = N.to(tl.int64) * P
-    block = pid // splits
+    if SPLIT:
+        block = block // splits
     if CHANNELS_LAST:
         blocks = tl.cdiv(Q, B)
         n = block // blocks
-        first = (block % blocks) * B
-        p = t + tl.arange(0, R)
+        column = block % blocks
+        p = t * R + tl.arange(0, R)
+        row = n * P + p
         rows_live = p < P
     else:
+        n = 0
+        column = t
         row = block * R + tl.arange(0, R)
-        n = row // P
-        p = row % P
-        first = t
         rows_live = row < total
-    q = first + tl.arange(0, B)
-    return n, p, q, first, rows_live, q < Q
+    q = column * B + tl.arange(0, B)
+    return n, row, column, q, rows_live, q < Q
 
 
 @triton.jit
@@ -135,42 +95,149 @@ def length_of_rows(QA, ALIGN: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def piece(extent, splits, length, STEP: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr):
-    """Where this program's piece of its rows (channels_last: of its sample) starts and stops.
+def piece(
+    extent, splits, length, STEP: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Numbers of the first tile of this program's piece, `length` tiles, and of the one behind its last.
 
-    It is `length` tiles long: by the product with STEP the compiler knows where a tile starts, and the accesses are 16
-    bytes wide; with a length in elements they were 4.
+    Numbers of tiles, because by their product with STEP the compiler knows where a tile starts, and the accesses are 16
+    bytes wide; with elements they were 4.
     """
-    pid = tl.program_id(0)
-    if REVERSE:
-        pid = tl.num_programs(0) - 1 - pid
-    first = (pid % splits) * length
-    if WIDE:
-        first = first.to(tl.int64)
-    first = first * STEP
-    return first, tl.minimum(first + length * STEP, extent)
+    if SPLIT:
+        pid = tl.program_id(0)
+        if REVERSE:
+            pid = tl.num_programs(0) - 1 - pid
+        first = (pid % splits) * length
+        if WIDE:
+            first = first.to(tl.int64)
+        return first, tl.minimum(first + length, tl.cdiv(extent, STEP))
+    else:
+        return 0, 1
 
 
 @triton.jit
-def by_channel(n, p, q, P, Q, rows_live, columns_live, CHANNELS_LAST: tl.constexpr):
+def over_length(v, L, scale, ACC: tl.constexpr):
+    """v / L. In float32 by a product with 1 / L, half an ulp more: the division looks out for numbers that L is not."""
+    if ACC == tl.float64:
+        return v / L.to(ACC)
+    else:
+        return v * scale
+
+
+@triton.jit
+def by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST: tl.constexpr):
     """Offsets into a contiguous (N, C) of a tile's rows (channels_last: of its columns), and their mask."""
     if CHANNELS_LAST:
         return n * Q + q, columns_live
     else:
-        return n * P + p, rows_live
+        return row, rows_live
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def plane(planes, plane_units, row: tl.constexpr):
+def _addresses(
+    x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the words of a tile, (R, W), and their mask."""
+    EACH: tl.constexpr = 2 if GROUP == 8 else 1  # elements in a word
+    word = column * (B // EACH) + tl.arange(0, B // EACH)
+    rows, columns = offsets(row, word, row_sizes, q_sizes, strides, UNIT, ALIGN // EACH)
+    if EACH == 2:
+        x = x.to(tl.pointer_type(tl.int32), bitcast=True)
+    live = rows_live[:, None] & (word < length_of_rows(QA, ALIGN // EACH, WIDE))[None, :]
+    return x + rows[:, None] + columns[None, :], live
+
+
+@triton.jit
+def load(
+    x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, EVICTION: tl.constexpr = "",
+):  # fmt: skip
+    """A tile of an operand, in words."""
+    at, live = _addresses(
+        x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT, B, ALIGN, WIDE, GROUP
+    )  # fmt: skip
+    if GROUP == 8:
+        return tl.load(at, live, 0, eviction_policy=EVICTION)
+    else:
+        return to_bits(tl.load(at, live, 0.0, eviction_policy=EVICTION).to(ACC))
+
+
+@triton.jit
+def store(
+    y, w, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    at, live = _addresses(
+        y, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT, B, ALIGN, WIDE, GROUP
+    )  # fmt: skip
+    if GROUP == 8:
+        tl.store(at, w, live)
+    else:
+        tl.store(at, of_bits(w).to(y.dtype.element_ty), live)
+
+
+@triton.jit
+def plane(planes, plane_bytes, row: tl.constexpr):
     """Where this plane starts."""
     if row == 0:
         return planes
     else:
-        return planes + plane_units.to(tl.int64) * row
+        return planes + plane_bytes.to(tl.int64) * row
 
 
 @triton.jit
-def units(n, p, first, P, UNITS, rows_live, B: tl.constexpr, UNIT_BITS: tl.constexpr):
-    """Offsets into a bit plane of a tile's units, and their mask, (R, B / UNIT_BITS)."""
-    column = first // UNIT_BITS + tl.arange(0, B // UNIT_BITS)
-    return ((n * P + p) * UNITS)[:, None] + column[None, :], rows_live[:, None] & (column < UNITS)[None, :]
+def _in_plane(row, column, row_bytes, rows_live, B: tl.constexpr, EACH: tl.constexpr):
+    """For every EACH elements of a tile, (R, B / EACH): the byte of a plane that they are in, the mask, the shift."""
+    unit = column * (B // EACH) + tl.arange(0, B // EACH)
+    byte = unit // (8 // EACH)
+    at = (row * row_bytes)[:, None] + byte[None, :]
+    shift = (tl.arange(0, B // EACH) % (8 // EACH)) * EACH
+    return at, rows_live[:, None] & (byte < row_bytes)[None, :], shift[None, :]
+
+
+@triton.jit
+def store_planes(
+    planes, plane_bytes, a, b, c, row, column, row_bytes, rows_live,
+    B: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Planes 0, 1 and, if there is a c, 2 of a tile: from the top bits of its words."""
+    if GROUP == 1:
+        code = octets_of(a, b, c)
+        at, live, _ = _in_plane(row, column, row_bytes, rows_live, B, 8)
+        tl.store(planes + at, code.to(tl.int8), live)
+        tl.store(plane(planes, plane_bytes, 1) + at, (code >> 8).to(tl.int8), live)
+        if c is not None:
+            tl.store(plane(planes, plane_bytes, 2) + at, (code >> 16).to(tl.int8), live)
+    else:
+        at, live, shift = _in_plane(row, column, row_bytes, rows_live, B, GROUP)
+        _store_plane(planes + at, a, live, shift, GROUP, PTX)
+        _store_plane(plane(planes, plane_bytes, 1) + at, b, live, shift, GROUP, PTX)
+        if c is not None:
+            _store_plane(plane(planes, plane_bytes, 2) + at, c, live, shift, GROUP, PTX)
+
+
+@triton.jit
+def _store_plane(at, t, live, shift, GROUP: tl.constexpr, PTX: tl.constexpr):
+    if GROUP == 8:
+        tl.store(at, octet(t, PTX).to(tl.int8), live)
+    else:  # two neighbours make a byte, both have it then, and the even one stores it
+        R: tl.constexpr = at.shape[0]
+        K: tl.constexpr = at.shape[1]
+        byte = tl.sum((nibble(t, PTX) << shift).reshape(R, K // 2, 2), 2)
+        both = tl.broadcast_to(byte[:, :, None], (R, K // 2, 2)).reshape(R, K)
+        tl.store(at, both.to(tl.int8), live & (shift == 0))
+
+
+@triton.jit
+def load_plane(
+    planes, plane_bytes, row, column, row_bytes, rows_live,
+    ROW: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """A tile of a plane, as top bits of words; of elements that are not there anything."""
+    at, live, shift = _in_plane(row, column, row_bytes, rows_live, B, GROUP)
+    byte = tl.load(plane(planes, plane_bytes, ROW) + at, live).to(tl.int32) & 0xFF
+    return spread(byte >> shift, GROUP, PTX)

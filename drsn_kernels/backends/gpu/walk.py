@@ -1,8 +1,8 @@
 """How a call's operands lie in memory, in the one form all kernels take: N samples of P rows of Q elements.
 
 P and Q follow the rows of the bit planes (layout.py): P = C and Q = L, or, in channels_last order, P = L and Q = C.
-Neighbouring dimensions that every operand holds back to back are merged, so dense tensors have one P and one Q
-dimension however many spatial ones they have, and a sliced or transposed image keeps two or three.
+Neighbouring dimensions that every operand holds back to back are merged, so dense tensors have one dimension of rows,
+N and P together, and one of columns however many spatial ones they have; a sliced or transposed image keeps more.
 """
 
 import math
@@ -15,7 +15,7 @@ Strides = tuple[int, ...]
 
 
 class Operand(NamedTuple):
-    """Strides of n, of the P and of the Q dimensions; `unit`: one Q dimension of stride 1, the others over ALIGN."""
+    """Strides of the row and of the Q dimensions; `unit`: one Q dimension of stride 1, the others over ALIGN."""
 
     strides: Strides
     unit: bool
@@ -26,14 +26,13 @@ class Walk(NamedTuple):
     n: int
     p: int
     q: int
-    p_sizes: tuple[int, ...]  # of the merged dimensions, the outermost left out
-    q_sizes: tuple[int, ...]
+    row_sizes: tuple[int, ...]  # of what N and P merge into, the outermost left out: () where rows are equidistant
+    q_sizes: tuple[int, ...]  # the same of Q
     align: int  # elements, a power of two up to 16, that every row start of the unit operands is a multiple of
     operands: tuple[Operand, ...]
-    unit_bits: int  # of a plane's unit: rows own whole units, 32-bit words but for rows of at most 16 elements
-    units: int  # in a row
-    plane_units: int  # in a plane: how far one plane is from the next
-    wide: bool  # an offset, of an element or of a bit, does not fit 31 bits
+    row_bytes: int  # of a bit plane
+    plane_bytes: int  # how far one plane is from the next
+    wide: bool  # an offset, of an element or into a plane, does not fit 31 bits
 
     @property
     def rows(self) -> int:
@@ -65,32 +64,38 @@ def _merge(dims: tuple[int, ...], sizes: Strides, strides: tuple[Strides, ...]) 
     return kept, by_operand
 
 
-def walk(layout: Layout, *strides: Strides, force_wide: bool = False) -> Walk:
-    """The walk over tensors of the layout's shape with these strides."""
+def walk(layout: Layout, *strides: Strides, apart: bool = False, force_wide: bool = False) -> Walk:
+    """The walk over tensors of the layout's shape with these strides. apart: rows are told apart by sample."""
     shape, permutation = layout.shape, layout.permutation
     inner, columns = (permutation[1:-1], (1,)) if layout.channels_last else ((1,), permutation[2:])
     p_sizes, p_strides = _merge(inner, shape, strides)
     q_sizes, q_strides = _merge(columns, shape, strides)
-    n_strides = [s[0] if shape[0] > 1 else 0 for s in strides]
-    p_strides = [s if p_sizes != [1] else [0] for s in p_strides]
+    n_strides = [s[0] for s in strides]
     units = [s == [1] for s in q_strides]
     p, q = math.prod(p_sizes), math.prod(q_sizes)
+    # Equidistant rows need no division. Not by N == 1: another batch size would compile other code.
+    if p == 1:
+        row_sizes, row_strides = [layout.n], [[s] for s in n_strides]
+    elif not apart and len(p_sizes) == 1 and all(n == p * s for n, (s,) in zip(n_strides, p_strides, strict=True)):
+        row_sizes, row_strides = [layout.n * p], p_strides
+    else:
+        row_sizes = [layout.n, *p_sizes]
+        row_strides = [[n if layout.n > 1 else 0, *s] for n, s in zip(n_strides, p_strides, strict=True)]
     align = math.gcd(16, q)
-    for n_stride, s, unit in zip(n_strides, p_strides, units, strict=True):
+    for s, unit in zip(row_strides, units, strict=True):
         if unit:
-            align = math.gcd(align, n_stride, *s)
+            align = math.gcd(align, *s)
     operands = tuple(
-        Operand(opaque((*(v // (align if unit else 1) for v in (n_stride, *ps)), *qs)), unit)
-        for n_stride, ps, qs, unit in zip(n_strides, p_strides, q_strides, units, strict=True)
+        Operand(opaque((*(v // (align if unit else 1) for v in rows), *qs)), unit)
+        for rows, qs, unit in zip(row_strides, q_strides, units, strict=True)
     )
-    # largest offset of an element, and of a bit of a plane
+    # largest offset of an element, and into a plane
     reach = max((sum((size - 1) * s for size, s in zip(shape, own, strict=True)) for own in strides), default=0)
     # room for a tile's masked columns
-    wide = force_wide or max(reach, layout.rows * layout.row_bits) >= 2**31 - 2**16
-    unit_bits = min(layout.row_bits, 32)
+    wide = force_wide or max(reach, layout.rows * layout.row_bits // 8) >= 2**31 - 2**16
     return Walk(
-        layout.channels_last, layout.n, p, q, opaque(p_sizes[1:]), opaque(q_sizes[1:]), align, operands,
-        unit_bits, layout.row_bits // unit_bits, layout.words * 32 // unit_bits, wide,
+        layout.channels_last, layout.n, p, q, opaque(row_sizes[1:]), opaque(q_sizes[1:]), align, operands,
+        layout.row_bits // 8, layout.words * 4, wide,
     )  # fmt: skip
 
 
