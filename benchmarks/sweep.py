@@ -67,27 +67,39 @@ CHOICES: tuple[Choice, ...] = (
     # streams
     Choice(
         STREAMS,
-        (
-            {"TILE": 1024, "WARPS": 4}, {"TILE": 2048, "WARPS": 4}, {"TILE": 2048, "WARPS": 8},
-            {"TILE": 4096, "WARPS": 4}, {"TILE": 4096, "WARPS": 8},
-        ),
+        tuple({"THREAD": thread, "TILE": tile} for thread, tile in
+              ((32, 512), (64, 256), (64, 512), (64, 1024), (64, 2048), (128, 1024))),
     ),
-    Choice(STREAMS, ({"RAGGED": 1}, {"RAGGED": 2}, {"RAGGED": 4}), _ragged),
-    Choice(STREAMS, ({"CHANNELS": 64}, {"CHANNELS": 128}, {"CHANNELS": 256}), lambda case: case.channels_last),
+    Choice(STREAMS, tuple({"WHOLE": whole, "PART": part} for whole, part in ((4, 4), (8, 2), (8, 4), (8, 8), (16, 8)))),
+    Choice(STREAMS, ({"MOST_WARPS": 4}, {"MOST_WARPS": 8})),
+    Choice(
+        STREAMS,
+        tuple({"SHARED": tiles, "CHANNELS": channels} for tiles in (2, 4, 8) for channels in (64, 128, 256)),
+        lambda case: case.channels_last,
+    ),
+    Choice(
+        STREAMS,
+        tuple({"RAGGED_THREAD": thread, "RAGGED": tiles} for thread, tiles in ((4, 1), (8, 1), (8, 2), (8, 4))),
+        _ragged,
+    ),
     Choice(
         ("reduce", "grad_dtau"),
         tuple({"PROGRAMS_PER_SM": n, "PIECE": piece} for n in (2, 4, 8) for piece in (2048, 4096, 8192)),
     ),
     # the gate: fused up to so many channels and samples, and its tiles
-    Choice(("shrink_train", "shrink_eval"), tuple({"MOST_CHANNELS": c} for c in (0, 32, 64, 128, 512))),
+    Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 32, 64, 128, 512))),
     Choice(("shrink_train",), tuple({"MOST_SAMPLES": n} for n in (0, 64, 128, 256, 1024, 4096))),
     Choice(("shrink_train",), ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
-    # one pass: whole samples in registers, walked, or several launches
+    # one pass: whole samples in registers, walked from L2 too, or neither, which leaves several launches
     Choice(
         ("shrink_eval",),
-        ({"ON_CHIP": 0, "L2_BYTES": 0}, {"ON_CHIP": 8192, "L2_BYTES": 0}, {"ON_CHIP": 16384, "L2_BYTES": 0},
-         {"ON_CHIP": 0, "L2_BYTES": 36 << 20}, {"ON_CHIP": 8192, "L2_BYTES": 36 << 20},
-         {"ON_CHIP": 16384, "L2_BYTES": 36 << 20}),
+        tuple({"ON_CHIP": held, "L2_BYTES": walked} for held in (0, 8192, 16384) for walked in (0, 36 << 20)),
+    ),
+    Choice(("shrink_eval",), tuple({"CROWDED_BYTES": kib << 10} for kib in (8, 16, 32, 1 << 20))),  # the last: never
+    Choice(
+        ("shrink_eval",),
+        tuple({"CROWDED_TILE": tile, "CROWDED_REGISTERS": registers} for tile, registers in
+              ((2048, 64), (4096, 64), (4096, 80), (8192, 128))),
     ),
     Choice(("shrink_eval",), ({"WALKED": 4096}, {"WALKED": 8192})),
     Choice(("shrink_eval",), ({"PRODUCTS": 8}, {"PRODUCTS": 16}, {"PRODUCTS": 32})),

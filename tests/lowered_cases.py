@@ -282,6 +282,8 @@ TWICE_BACK = (Expected("backward_kernel", {"g": 1}, {}, {"g": 2}, {"dx": 1}), ex
 CASES += [
     gate_case((128, 64, 512), dtype, "no BatchNorm, twice", (TWICE,), TWICE_BACK, norm=False) for dtype in (F32, BF16)
 ]
+# More samples than multiprocessors, and nothing kept: walked in small tiles even though they would fit.
+CASES += [gate_case((512, 64, 256), dtype, "eval, many samples", (TWICE,)) for dtype in (F32, BF16)]
 CASES += [
     gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32), norm=False),
     gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16)),

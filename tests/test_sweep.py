@@ -33,8 +33,8 @@ def test_using_sets_constants_and_forgets_what_was_planned_by_others(monkeypatch
     seen = plans.cached(lambda: plans.TILE)
     before = plans.TILE
     assert seen() == before
-    with plans.using(TILE=before // 2, WARPS=2):
-        assert (seen(), plans.WARPS) == (before // 2, 2)
+    with plans.using(TILE=before // 2, THREAD=16):
+        assert (seen(), plans.THREAD) == (before // 2, 16)
         with plans.using(TILE=64):
             assert seen() == 64
         assert seen() == before // 2
@@ -133,7 +133,7 @@ class Clock:
             return {"gpu": call.run()}
 
 
-def made_up(seconds, wrong=lambda: False, launches=lambda: (plans.TILE, plans.WARPS)):
+def made_up(seconds, wrong=lambda: False, launches=lambda: (plans.THREAD, plans.TILE)):
     """A subject whose launches are told apart by `launches`."""
 
     def make(case, device, compiled=False):
@@ -156,42 +156,42 @@ CASES = [Case("map", "C", (64, 32, 16 << n), "forward", dtype) for n in range(3)
 
 
 def planted(case):
-    """Fastest at 1,024 elements and 4 warps by the geometric mean, though not for the longest rows."""
-    favoured = (4096, 8) if case.shape[2] == 64 else (1024, 4)
-    return 1e-5 * (0.8 if (plans.TILE, plans.WARPS) == favoured else 1.0)
+    """Fastest at 64 bytes and 1,024 elements by the geometric mean, though not for the longest rows."""
+    favoured = (128, 1024) if case.shape[2] == 64 else (64, 1024)
+    return 1e-5 * (0.8 if (plans.THREAD, plans.TILE) == favoured else 1.0)
 
 
 def test_the_planted_best_is_derived_with_its_reason():
-    with plans.using(TILE=2048, WARPS=4):
+    with plans.using(THREAD=64, TILE=512):
         rows = rows_of(CASES, made_up(planted))
-    found = derive.derived(rows, ("TILE", "WARPS"))
-    assert (found.present, found.best) == ((2048, 4), (1024, 4)) and len(found.ratios) == len(CASES)
-    assert found.slower[found.best] == pytest.approx(0.8 ** (2 / 3)) and found.slower[(2048, 4)] == 1
-    tile, warps = str(found).splitlines()
-    assert tile.startswith("TILE = 1024  # was (2048, 4): 1.160 times as fast, geometric mean of 6 rows; most 1.25 at ")
-    assert warps.startswith("WARPS = 4  # was")
+    found = derive.derived(rows, ("THREAD", "TILE"))
+    assert (found.present, found.best) == ((64, 512), (64, 1024)) and len(found.ratios) == len(CASES)
+    assert found.slower[found.best] == pytest.approx(0.8 ** (2 / 3)) and found.slower[(64, 512)] == 1
+    thread, tile = str(found).splitlines()
+    assert thread.startswith("THREAD = 64  # was (64, 512): 1.160 times as fast, geometric mean of 6 rows; most 1.25 ")
+    assert tile.startswith("TILE = 1024  # was")
     assert derive.derived(rows, ("RAGGED",)) is None
 
 
 def test_a_gain_of_less_than_two_runs_differ_by_changes_nothing():
-    with plans.using(TILE=2048, WARPS=4):
-        rows = rows_of(CASES, made_up(lambda case: 1e-5 * (0.995 if plans.TILE == 1024 else 1.0)))
-    found = derive.derived(rows, ("TILE", "WARPS"))
-    assert found.best == found.present == (2048, 4) and "stays: (1024, 4) takes 0.995" in str(found)
+    with plans.using(THREAD=64, TILE=512):
+        rows = rows_of(CASES, made_up(lambda case: 1e-5 * (0.995 if (plans.THREAD, plans.TILE) == (64, 1024) else 1.0)))
+    found = derive.derived(rows, ("THREAD", "TILE"))
+    assert found.best == found.present == (64, 512) and "(64, 1024) takes 0.995" in str(found)
 
 
 def test_a_value_that_was_wrong_somewhere_is_left_out_and_said():
-    wrong = lambda: (plans.TILE, plans.WARPS) == (1024, 4)  # noqa: E731
-    with plans.using(TILE=2048, WARPS=4):
+    wrong = lambda: (plans.THREAD, plans.TILE) == (64, 1024)  # noqa: E731
+    with plans.using(THREAD=64, TILE=512):
         rows, refused = sweep.measure(sweep.Unit(CASES[0]), ABOUT, made_up(planted, wrong), lambda _: Clock())
         rows += rows_of(CASES[1:], made_up(planted))
-    assert refused == {"TILE=1024 WARPS=4": "y differs"}
-    found = derive.derived(rows, ("TILE", "WARPS"))
-    assert (1024, 4) not in found.slower and "left out, not timed everywhere: (1024, 4)" in str(found)
+    assert refused == {"THREAD=64 TILE=1024": "y differs"}
+    found = derive.derived(rows, ("THREAD", "TILE"))
+    assert (64, 1024) not in found.slower and "left out, not timed everywhere: (64, 1024)" in str(found)
 
 
 def test_launches_that_are_the_same_are_timed_once():
-    with plans.using(TILE=2048, WARPS=4):
+    with plans.using(THREAD=64, TILE=512):
         Clock.timed = 0
         rows = rows_of([MAP], made_up(planted, launches=lambda: ("one",)))
         assert Clock.timed == 2 * (sweep.ROUNDS + 1)  # a copy, and what all alternatives are
@@ -238,10 +238,10 @@ def test_a_run_ends_in_time_and_the_next_one_goes_on(tmp_path):
     assert second([*UNITS, sweep.Unit(CASES[0], True)]) == 0
     assert second.measured == [*UNITS[3:], sweep.Unit(CASES[0], True)]
     rows = read_json(tmp_path / "rows.json")
-    assert rows[: len(kept)] == kept and len(derive.derived(rows, ("TILE", "WARPS")).ratios) == len(CASES)
+    assert rows[: len(kept)] == kept and len(derive.derived(rows, ("THREAD", "TILE")).ratios) == len(CASES)
     assert sum(one["provider"] == "best-compiled" for one in rows) == 1
     text = sweep.summary(rows)
-    assert "| case | floor | as planned | TILE=" in text and "TILE = " in text and CASES[0].id in text
+    assert "| case | floor | as planned | THREAD=" in text and "TILE = " in text and CASES[0].id in text
 
 
 def test_rows_of_other_kernels_are_not_kept(tmp_path, capsys):
@@ -261,14 +261,14 @@ def test_what_is_wrong_or_raises_is_said_and_the_run_goes_on(tmp_path):
     assert Run(tmp_path, make=make)(UNITS[:2]) == 1
     refused = json.loads((tmp_path / "refused.json").read_text())
     assert refused[UNITS[0].id] == {"all": "raised RuntimeError: no memory"}
-    assert refused[UNITS[1].id]["TILE=1024 WARPS=4"] == "y differs"
+    assert refused[UNITS[1].id]["THREAD=64 TILE=1024"] == "y differs"
 
 
 def test_the_command(tmp_path, capsys):
     Run(tmp_path)(UNITS)
     capsys.readouterr()
     assert sweep.main(["--derive", str(tmp_path / "rows.json")]) == 0
-    assert capsys.readouterr().out.startswith("TILE = ")
+    assert capsys.readouterr().out.startswith("THREAD = ")
     assert sweep.main(["--derive", str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit):
@@ -292,7 +292,7 @@ def spilled(tmp_path, *arguments: str) -> tuple[int, list[str]]:
     assert done.returncode == 0, done.stderr[-8000:]
     found = json.loads((tmp_path / "found.json").read_text())
     every = [(case, name, *one) for case, names in found.items() for name, made in names.items() for one in made]
-    assert len(every) > len(found)
+    assert len(every) >= len(found) > 3
     return len(every), [f"{case} {name}: {kernel}, {stack} bytes" for case, name, kernel, _, stack in every if stack]
 
 
@@ -306,3 +306,10 @@ def test_a_sample_of_the_alternatives_compiles_and_does_not_spill(tmp_path):
 @pytest.mark.parametrize("part", range(8))
 def test_all_alternatives_compile_and_do_not_spill(tmp_path, part):
     assert spilled(tmp_path, "--part", str(part), "--parts", "8")[1] == []
+
+
+@needs_triton
+@pytest.mark.parametrize("sample", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_one_pass_does_not_spill(tmp_path, sample):
+    """Registers that a plan asks for are enough, on every shape of the benchmarks in every dtype."""
+    assert spilled(tmp_path, "--one-pass", *(["--sample"] if sample else []))[1] == []
