@@ -86,10 +86,18 @@ CHOICES: tuple[Choice, ...] = (
         ("reduce", "grad_dtau"),
         tuple({"PROGRAMS_PER_SM": n, "PIECE": piece} for n in (2, 4, 8) for piece in (2048, 4096, 8192)),
     ),
-    # the gate: fused up to so many channels and samples, and its tiles
-    Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 32, 64, 128, 512))),
-    Choice(("shrink_train",), tuple({"MOST_SAMPLES": n} for n in (0, 64, 128, 256, 1024, 4096))),
-    Choice(("shrink_train",), ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
+    # the gate: fused up to so many channels and products, beyond them called (cuBLAS); then its tiles
+    Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512))),
+    Choice(STEPS, tuple({"MOST_PRODUCTS": 1 << power} for power in (22, 24, 26, 28))),
+    Choice(
+        STEPS,
+        tuple({"GATE_SAMPLES": n, "GATE_TILE": tile} for n, tile in ((16, 16), (32, 16), (32, 32), (64, 16))),
+    ),
+    Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": tile} for wide, tile in ((32, 32), (64, 32), (256, 32), (512, 16)))),
+    Choice(STEPS, ({"GATE_DEPTH": 16}, {"GATE_DEPTH": 32}, {"GATE_DEPTH": 64})),
+    Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
+    Choice(("shrink_train",), tuple({"GATE_STEP": step, "GATE_WALK": n} for step in (16, 32) for n in (256, 512, 1024))),
+    Choice(("shrink_train",), tuple({"GATE_MERGES": n, "MOST_GROUPS": m} for n in (0, 1, 2, 4) for m in (32, 128))),
     # one pass: whole samples in registers, walked from L2 too, or neither, which leaves several launches
     Choice(
         ("shrink_eval",),

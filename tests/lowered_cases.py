@@ -200,7 +200,7 @@ def _any_gate(channels: int) -> torch.nn.Module:
 
 
 ONE_PASS = expected("forward_kernel", {"x": 1}, {"y": 1})
-ONE_PASS_BACK = (expected("backward_kernel", {"g": 1}, {"dx": 1}), expected("hidden_grad_kernel"))
+ONE_PASS_BACK = (expected("backward_kernel", {"g": 1}, {"dx": 1}), expected("linear_grad_kernel"))
 
 
 def gate_case(
@@ -231,17 +231,17 @@ def gate_case(
     )  # fmt: skip
 
 
-def several(shape: tuple[int, ...], dtype: torch.dtype):
-    """reduce, the gate, map; and grad, the gate, grad."""
-    long = _long(shape, dtype)
+def several(shape: tuple[int, ...], dtype: torch.dtype, merge: bool = False):
+    """reduce, the gate, map; and grad, the gate, grad. merge: a launch merges the batch's statistics."""
+    long, merged = _long(shape, dtype), ("merge_kernel",) if merge else ()
     forward = (
         expected("reduce_kernel", {"x": 1}, loop=long),
-        *map(expected, ("hidden_kernel", "alpha_kernel")),
+        *map(expected, ("hidden_kernel", *merged, "alpha_kernel")),
         expected("map_kernel", {"x": 1}, {"y": 1}),
     )
     backward = (
         expected("grad_kernel", {"g": 1}, loop=long),
-        *map(expected, ("hidden_grad_kernel", "pooled_grad_kernel")),
+        *map(expected, ("hidden_grad_kernel", *merged, "linear_grad_kernel")),
         expected("grad_kernel", {"g": 1}, {"dx": 1}),
     )
     return forward, backward
@@ -278,7 +278,7 @@ CASES += [
     )
 ]  # fmt: skip
 TWICE = Expected("forward_kernel", {"x": 1}, {}, {"x": 2}, {"y": 1})
-TWICE_BACK = (Expected("backward_kernel", {"g": 1}, {}, {"g": 2}, {"dx": 1}), expected("hidden_grad_kernel"))
+TWICE_BACK = (Expected("backward_kernel", {"g": 1}, {}, {"g": 2}, {"dx": 1}), expected("linear_grad_kernel"))
 CASES += [
     gate_case((128, 64, 512), dtype, "no BatchNorm, twice", (TWICE,), TWICE_BACK, norm=False) for dtype in (F32, BF16)
 ]
@@ -287,7 +287,7 @@ CASES += [gate_case((512, 64, 256), dtype, "eval, many samples", (TWICE,)) for d
 CASES += [
     gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32), norm=False),
     gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16)),
-    gate_case((4, 512, 7, 7), F32, "BatchNorm", *several((4, 512, 7, 7), F32)),
+    gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32, merge=True)),
 ]
 
 # Sizes that one compilation is for: a training step on the first of them compiles, on the others nothing does.

@@ -141,11 +141,9 @@ def compilations(target: str) -> dict[str, list[int]]:
 
 def lower(target: str, part: int = 0, parts: int = 1) -> dict:
     """Every case for one GPU, by name; or every `parts`th of them."""
-    from drsn_kernels.backends.gpu import plans
     from drsn_kernels.backends.gpu.lowering import lowering
 
     torch.manual_seed(0)
-    plans.MOST_CHANNELS = 512  # what the gate's kernels take; called from 128 on, where torch is faster
     # nothing is asserted for AMD, so some of the cases will do
     cases = [case for case in CASES if target in CUDA or (case.dtype == F32 and case.shape in AMD_SHAPES)]
     cases = cases[part::parts]

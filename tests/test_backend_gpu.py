@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from oracle import AVERAGES, LAYOUTS, features, gate_of, varied, wide
+from oracle import standard_gate as wide_gate
 
 from drsn_kernels import layout as layouts
 from drsn_kernels.backends import gpu
@@ -282,7 +283,7 @@ def test_the_cost_of_a_gated_step_is_the_sum_of_its_launches():
     plan = ours.plan(step)
     assert plan.name == "several launches" and plan.not_taken[0][0] == "one pass"
     assert plan.forward.kernels == ("reduce_kernel", "hidden_kernel", "alpha_kernel", "map_kernel")
-    assert plan.backward.kernels == ("grad_kernel", "hidden_grad_kernel", "pooled_grad_kernel", "grad_kernel")
+    assert plan.backward.kernels == ("grad_kernel", "hidden_grad_kernel", "linear_grad_kernel", "grad_kernel")
     assert tuple(launch.kernel for launch in plan.launches) == plan.forward.kernels + plan.backward.kernels
     full, sums, plane = 4 * 8 * 16 * 1024, 4 * 8 * 16, 4 * step.layout.words
     assert plan.forward.saved == 3 * plane + 3 * sums + 4 * 2 * 16
@@ -324,13 +325,18 @@ def test_a_called_gate_is_planned_by_its_streams():
 
 
 def test_gates_that_torch_computes_faster_are_called(monkeypatch):
-    parts = standard_gate(gate_of(200, "norm", "channel"), torch.empty(4, 200, 9))
-    assert ours.gate_unsupported(torch.empty(4, 200, 9), parts) == "200 channels, the fused gate takes at most 128"
-    monkeypatch.setattr(plans, "MOST_CHANNELS", 512)
-    assert ours.gate_unsupported(torch.empty(4, 200, 9), parts) is None
-    coupled = standard_gate(gate_of(4, "batch norm", "channel"), torch.empty(300, 4, 9))
-    assert "batch statistics of 300 samples" in ours.gate_unsupported(torch.empty(300, 4, 9), coupled)
-    assert ours.gate_unsupported(torch.empty(256, 4, 9), coupled) is None
+    def reason(n: int, c: int, hidden: int) -> str | None:
+        x, gate = torch.empty(n, c, 1, device="meta"), wide_gate(c, hidden, c, "batch norm").to("meta")
+        return ours.gate_unsupported(x, standard_gate(gate, x))
+
+    for c, hidden in ((513, 4), (4, 513)):
+        assert reason(4, c, hidden) == (
+            f"{c} channels and {hidden} hidden units, the fused gate takes at most 512 of each"
+        )
+    assert reason(1024, 512, 512) is None and reason(65536, 64, 64) is None
+    assert reason(1025, 512, 512) == "1025 samples x 512 channels x 512 hidden units are more than 268435456 products"
+    monkeypatch.setattr(plans, "MOST_CHANNELS", 513)
+    assert reason(4, 513, 4) is None
 
 
 def test_a_pointer_of_another_name_is_refused():

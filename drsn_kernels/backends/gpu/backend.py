@@ -46,13 +46,13 @@ class Gpu(Backend):
     # ---- the standard gate, computed together with the step
 
     def gate_unsupported(self, x: torch.Tensor, parts: StandardGate) -> str | None:
-        n, c = x.shape[:2]
-        if c > plans.MOST_CHANNELS:
-            return f"{c} channels, the fused gate takes at most {plans.MOST_CHANNELS}"
-        if parts.batch_stats and n > plans.MOST_SAMPLES:
-            return f"batch statistics of {n} samples, the fused gate takes at most {plans.MOST_SAMPLES}"
-        if n * max(parts.w1.shape) >= 2**31:
-            return "samples x channels, or x hidden units, do not fit the fused gate's 32-bit offsets"
+        n, (hidden, c) = x.shape[0], parts.w1.shape
+        if max(c, hidden) > plans.MOST_CHANNELS:
+            return f"{c} channels and {hidden} hidden units, the fused gate takes at most {plans.MOST_CHANNELS} of each"
+        if n * c * hidden > plans.MOST_PRODUCTS:
+            return (
+                f"{n} samples x {c} channels x {hidden} hidden units are more than {plans.MOST_PRODUCTS} products"
+            )
         return None
 
     def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:

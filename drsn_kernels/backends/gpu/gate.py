@@ -1,20 +1,24 @@
-"""The standard gate, Linear - [BatchNorm1d] - ReLU - Linear - Sigmoid, on the pooled |x|, forward and backward.
+"""The standard gate, Linear - [BatchNorm1d] - ReLU - Linear - Sigmoid, on the pooled |x|, as matrix products.
 
     u = A w1' + b1              (N, H)         v = gamma * (u - mean) / sqrt(var + eps) + beta      (no norm: v = u)
     z = relu(v) w2' + b2        (N, O)         alpha = sigmoid(z), O = C or 1
     tau = alpha * M             M = A ("channel"), mean_c A ("sample"), 1 (None)
 
-Forward these are two launches: `hidden_kernel` for the first layer, `alpha_kernel` for the second and tau. With batch
-statistics a program of the first takes a few hidden units and the whole batch, so every weight is read by one program
-only and the statistics need no launch of their own. The backward pass mirrors it: `hidden_grad_kernel` for the
-gradients of the parameters and of u, `pooled_grad_kernel` for dA.
+    hidden_kernel        u = A w1' + b1, and of each tile of samples the mean and the squared deviations of its units
+    alpha_kernel         these merged, v, z = relu(v) w2' + b2, alpha, tau; the running statistics
+    hidden_grad_kernel   dz; dv = (dz w2) [v > 0], and of each tile of samples the sums that BatchNorm's backward needs
+    linear_grad_kernel   these merged, du; dA = du w1, dw1 = du' A, dw2 = dz' relu(v), and the biases', gamma and beta's
+
+A launch ends only where the whole batch must be known, or where a product needs all units of a sample. Every launch
+shares the batch among all programs: a program makes one tile of one product. What tiles contribute to statistics and
+sums is merged by whoever reads it; where that is much, for many units or tiles, by a launch of its own (merge_kernel).
+No atomics: the same bits from run to run.
 
 `state` is Backend.gate_state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
-Other statistics come as `mean` and `var`; without a norm these are None.
-
-A tile holds all channels of a few samples (CB, the next power of two of C, is a constexpr; N, C, H are not), so sums
-over channels stay inside it. Products are multiply-and-add over broadcast tiles: exact float32, as torch's own Linear
-without TF32, for any N and H. Rows that were split come as partial sums (parts, N, C), added where they are read.
+Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from C, H and O (next
+powers of two), never from N. C and H come divided by ALIGN, as strides do in tiles.py: 16-byte accesses where rows are
+multiples of 16 bytes, without a specialisation for the size. Rows of x that were split come as partial sums (parts, N,
+C): the products take them one after the other, as more steps of one loop.
 """
 
 from typing import NamedTuple
@@ -28,20 +32,32 @@ from .launch import kernel
 
 
 @triton.jit
-def relu(v):
-    return tl.where(v <= 0, 0.0, v)  # NaN stays
+def product(a, b, total):
+    """total + a b, every product and sum rounded once to their dtype, as torch's Linear does it without TF32."""
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @triton.jit
-def normalise(u, h, live, mean, var, gamma, beta, EPS: tl.constexpr):
-    """v, (u - mean) / std, and dv / du for u (X, H block) and its units h. Without a norm v = u."""
-    if mean is None:
-        return u, u, tl.full(h.shape, 1.0, u.dtype)
-    else:
-        std = tl.sqrt(tl.load(var + h, live, 1.0) + EPS)
-        weight = tl.load(gamma + h, live, 0.0)
-        plain = (u - tl.load(mean + h, live, 0.0)[None, :]) / std[None, :]
-        return plain * weight[None, :] + tl.load(beta + h, live, 0.0)[None, :], plain, weight / std
+def rows(matrix, row, end, column, columns):
+    """matrix[row, column] (rows, columns) of what lies before row `end`, else 0."""
+    return tl.load(
+        matrix + (row * columns)[:, None] + column[None, :], (row < end)[:, None] & (column < columns)[None, :], 0.0
+    )
+
+
+@triton.jit
+def transposed(matrix, row, end, column, columns):
+    """The same, (columns, rows)."""
+    return tl.load(
+        matrix + (row * columns)[None, :] + column[:, None], (row < end)[None, :] & (column < columns)[:, None], 0.0
+    )
+
+
+@triton.jit
+def store_rows(matrix, value, row, end, column, columns):
+    tl.store(
+        matrix + (row * columns)[:, None] + column[None, :], value, (row < end)[:, None] & (column < columns)[None, :]
+    )
 
 
 @triton.jit
@@ -57,189 +73,470 @@ def statistics_of(state, N, H, outputs):
     return mean, mean + H
 
 
+# ---- the norm --------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def sum_parts(partial, at, live, parts, stride):
-    total = tl.load(partial + at, live, 0.0)
+def relu(v):
+    return tl.where(v <= 0, 0.0, v)  # NaN stays
+
+
+@triton.jit
+def standardised(u, center, scale):
+    return (u - center[None, :]) * scale[None, :]
+
+
+@triton.jit
+def scaled(xhat, h, live, scale, gamma, beta):
+    """v of (u - mean) / std, and dv / du."""
+    weight = tl.load(gamma + h, live, 0.0)
+    return xhat * weight[None, :] + tl.load(beta + h, live, 0.0)[None, :], weight * scale
+
+
+@triton.jit
+def center_and_scale(mean, var, h, live, EPS: tl.constexpr):
+    """mean and 1 / std of units h, for u (X, units)."""
+    return tl.load(mean + h, live, 0.0), 1 / tl.sqrt(tl.load(var + h, live, 1.0) + EPS)
+
+
+@triton.jit
+def normalise(u, h, live, mean, var, gamma, beta, EPS: tl.constexpr):
+    """v, (u - mean) / std, and dv / du for u (X, H block) and its units h. Without a norm v = u."""
+    if mean is None:
+        return u, u, tl.full(h.shape, 1.0, u.dtype)
+    else:
+        center, scale = center_and_scale(mean, var, h, live, EPS)
+        xhat = standardised(u, center, scale)
+        v, slope = scaled(xhat, h, live, scale, gamma, beta)
+        return v, xhat, slope
+
+
+@triton.jit
+def merged_statistics(statistics, h, live, N, H, groups, group, GROUPS: tl.constexpr):
+    """Mean of units h, and sum of squared deviations from it, of the whole batch, (units,) each.
+
+    statistics (groups, 2, H) holds both for every `group` samples. GROUPS of them at a time are merged as single
+    numbers would be, and blocks of these by Chan's rule, so nothing is lost to cancellation.
+    """
+    ACC: tl.constexpr = statistics.dtype.element_ty
+    count = tl.zeros((1,), ACC)
+    mean = tl.zeros(h.shape, ACC)
+    spread = tl.zeros(h.shape, ACC)
+    for p0 in range(0, groups, GROUPS):
+        p = p0 + tl.arange(0, GROUPS)
+        size = tl.where(p < groups, tl.minimum(N - p * group, group), 0).to(ACC)
+        at = (p * 2 * H)[:, None] + h[None, :]
+        alive = (p < groups)[:, None] & live[None, :]
+        means = tl.load(statistics + at, alive, 0.0)
+        here = tl.sum(size[:, None], 0)
+        average = tl.sum(means * size[:, None], 0) / here
+        off = tl.where(alive, means - average[None, :], 0.0)
+        within = tl.sum(tl.load(statistics + H + at, alive, 0.0) + off * off * size[:, None], 0)
+        apart = average - mean
+        mean += apart * (here / (count + here))
+        spread += within + apart * apart * (count * here / (count + here))
+        count += here
+    return mean, spread
+
+
+@triton.jit
+def merged_sums(sums, h, live, H, groups, GROUPS: tl.constexpr):
+    """Two sums of units h over the batch, (units,) each, of those of its groups, (groups, 2, H)."""
+    first = tl.zeros((GROUPS, h.shape[0]), sums.dtype.element_ty)
+    second = tl.zeros((GROUPS, h.shape[0]), sums.dtype.element_ty)
+    for p0 in range(0, groups, GROUPS):
+        p = p0 + tl.arange(0, GROUPS)
+        at = (p * 2 * H)[:, None] + h[None, :]
+        alive = (p < groups)[:, None] & live[None, :]
+        first += tl.load(sums + at, alive, 0.0)
+        second += tl.load(sums + H + at, alive, 0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@kernel(pointers=2)
+def merge_kernel(
+    groups_of, merged, N, H, groups, group, STATISTICS: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr
+):
+    """(groups, 2, H) -> (1, 2, H): statistics of the batch, or sums over it, where each program would merge too many."""
+    h = tl.program_id(0) * BH + tl.arange(0, BH)
+    if STATISTICS:
+        first, second = merged_statistics(groups_of, h, h < H, N, H, groups, group, GROUPS)
+    else:
+        first, second = merged_sums(groups_of, h, h < H, H, groups, GROUPS)
+    tl.store(merged + h, first, h < H)
+    tl.store(merged + H + h, second, h < H)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sum_parts(partial, row, end, column, columns, parts, stride):
+    total = rows(partial, row, end, column, columns)
     for part in range(1, parts):
-        total += tl.load(partial + part * stride + at, live, 0.0)
+        total += rows(partial + part * stride, row, end, column, columns)
     return total
 
 
-@triton.jit
-def alpha_of(n, o, live, hidden, mean, var, gamma, beta, w2, b2, H, EPS: tl.constexpr, BH: tl.constexpr):
-    """alpha[n, o] for vectors of samples and outputs: one dot product of length H each."""
-    total = tl.zeros((o.shape[0], BH), hidden.dtype.element_ty)
-    for h0 in range(0, H, BH):
-        h = h0 + tl.arange(0, BH)
-        both = live[:, None] & (h < H)[None, :]
-        u = tl.load(hidden + (n * H)[:, None] + h[None, :], both, 0.0)
-        v, _, _ = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
-        total += relu(v) * tl.load(w2 + (o * H)[:, None] + h[None, :], both, 0.0)
-    return tl.sigmoid(tl.sum(total, 1) + tl.load(b2 + o, live, 0.0))
-
-
-@triton.jit
-def mean_of(pooled, n, live, C, BC: tl.constexpr):
-    """mean_c A[n, c] for a vector of samples."""
-    total = tl.zeros((n.shape[0], BC), pooled.dtype.element_ty)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        total += tl.load(pooled + (n * C)[:, None] + c[None, :], live[:, None] & (c < C)[None, :], 0.0)
-    return tl.sum(total, 1) / C.to(total.dtype)
-
-
-@kernel(pointers=8)
+@kernel(pointers=6, aligned=("partial", "w1", "state"))
 def hidden_kernel(
-    partial, pooled, state, w1, b1, running_mean, running_var, batches, N, C, H, outputs, parts, share, blocks,
-    BATCH_STATS: tl.constexpr, MOMENTUM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, CB: tl.constexpr,
+    partial, pooled, w1, b1, state, statistics, N, CA, HA, parts, tiles,
+    BATCH_STATS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A (N, C) and u; with BATCH_STATS the batch's mean and biased variance, and the running ones updated.
+    """u; A (N, C), where it comes in parts; with BATCH_STATS the statistics (tiles, 2, H) of each tile of samples.
 
-    A program takes BH units of `share` samples; with BATCH_STATS that is all of them. Statistics are merged over tiles
-    of samples by Chan's rule, which loses nothing to cancellation.
+    A program makes BN samples of BH units.
     """
-    ACC: tl.constexpr = w1.dtype.element_ty
-    block = tl.program_id(0) % blocks
+    C = CA * ALIGN
+    H = HA * ALIGN
+    tile = tl.program_id(0) % tiles
+    block = tl.program_id(0) // tiles
+    n = tile * BN + tl.arange(0, BN)
     h = block * BH + tl.arange(0, BH)
-    c = tl.arange(0, CB)
-    h_live = h < H
-    start = tl.program_id(0) // blocks * share
-    stop = tl.minimum(start + share, N)
-    w = tl.load(w1 + (h * C)[:, None] + c[None, :], h_live[:, None] & (c < C)[None, :], 0.0)
-    bias = tl.load(b1 + h, h_live, 0.0)
-    count = tl.zeros((1,), ACC)
-    center = tl.zeros((BH,), ACC)
-    spread = tl.zeros((BH,), ACC)
-    for n0 in range(start, stop, BN):
-        n = n0 + tl.arange(0, BN)
-        n_live = n < stop
-        at = (n * C)[:, None] + c[None, :]
-        a_live = n_live[:, None] & (c < C)[None, :]
-        a = sum_parts(partial, at, a_live, parts, N * C)
-        tl.store(pooled + at, a, a_live & (block == 0))
-        u = tl.sum(a[:, None, :] * w[None, :, :], 2) + bias[None, :]
-        tl.store(state + (n * H)[:, None] + h[None, :], u, n_live[:, None] & h_live[None, :])
-        if BATCH_STATS:
-            here = tl.sum(n_live.to(ACC)[:, None], 0)
-            average = tl.sum(tl.where(n_live[:, None], u, 0.0), 0) / here
-            off = tl.where(n_live[:, None], u - average[None, :], 0.0)
-            apart = average - center
-            center += apart * (here / (count + here))
-            spread += tl.sum(off * off, 0) + apart * apart * (count * here / (count + here))
-            count += here
+    steps = tl.cdiv(C, BK)
+    u = tl.zeros((BN, BH), w1.dtype.element_ty)
+    for step in range(0, parts * steps):
+        c = step % steps * BK + tl.arange(0, BK)
+        u = product(rows(partial + step // steps * (N * C), n, N, c, C), transposed(w1, h, H, c, C), u)
+    u += tl.load(b1 + h, h < H, 0.0)[None, :]
+    store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
-        mean, var = statistics_of(state, N, H, outputs)
-        tl.store(mean + h, center, h_live)
-        tl.store(var + h, spread / count, h_live)
-        before = tl.load(running_mean + h, h_live, 0.0)
-        tl.store(running_mean + h, before * (1 - MOMENTUM) + center * MOMENTUM, h_live)
-        before = tl.load(running_var + h, h_live, 0.0)
-        tl.store(running_var + h, before * (1 - MOMENTUM) + spread / (count - 1) * MOMENTUM, h_live)
+        count = tl.minimum(N - tile * BN, BN).to(u.dtype)
+        mean = tl.sum(tl.where((n < N)[:, None], u, 0.0), 0) / count
+        off = tl.where((n < N)[:, None], u - mean[None, :], 0.0)
+        tl.store(statistics + tile * 2 * H + h, mean, h < H)
+        tl.store(statistics + (tile * 2 + 1) * H + h, tl.sum(off * off, 0), h < H)
+    if parts > 1:  # the programs of a tile share its channels
+        for c0 in range(block * BK, C, tl.cdiv(H, BH) * BK):
+            c = c0 + tl.arange(0, BK)
+            store_rows(pooled, sum_parts(partial, n, N, c, C, parts, N * C), n, N, c, C)
+
+
+@triton.jit
+def settle(
+    mean, spread, h, live, batch_mean, batch_var, running_mean, running_var, N, MOMENTUM: tl.constexpr
+):  # fmt: skip
+    """The batch's statistics (variance: biased) to the state, and the running ones (variance: unbiased) updated."""
+    count = N.to(mean.dtype)
+    tl.store(batch_mean + h, mean, live)
+    tl.store(batch_var + h, spread / count, live)
+    before = tl.load(running_mean + h, live, 0.0)
+    tl.store(running_mean + h, before * (1 - MOMENTUM) + mean * MOMENTUM, live)
+    before = tl.load(running_var + h, live, 0.0)
+    tl.store(running_var + h, before * (1 - MOMENTUM) + spread / (count - 1) * MOMENTUM, live)
+
+
+@kernel(pointers=11, aligned=("pooled", "state", "w2", "tau"))
+def alpha_kernel(
+    pooled, state, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
+    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
+    MERGE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none).
+
+    mean and var are the running statistics: used, or with BATCH_STATS updated, by the first program. The batch's come
+    as (groups, 2, H), or merged (1, 2, H) without MERGE. A program makes BN samples of BC outputs.
+    """
+    C = CA * ALIGN
+    H = HA * ALIGN
+    outputs = 1 if ONE else C
+    tile = tl.program_id(0) % tiles
+    n = tile * BN + tl.arange(0, BN)
+    o = tl.program_id(0) // tiles * BC + tl.arange(0, BC)
+    z = tl.zeros((BN, BK if ONE else BC), w2.dtype.element_ty)
+    for h0 in range(0, H, BK):
+        h = h0 + tl.arange(0, BK)
+        live = h < H
+        v = rows(state, n, N, h, H)
+        if BATCH_STATS:
+            if MERGE:
+                center, spread = merged_statistics(statistics, h, live, N, H, groups, group, GROUPS)
+            else:
+                center = tl.load(statistics + h, live, 0.0)
+                spread = tl.load(statistics + H + h, live, 0.0)
+            if tl.program_id(0) == 0:
+                batch_mean, batch_var = statistics_of(state, N, H, outputs)
+                settle(center, spread, h, live, batch_mean, batch_var, mean, var, N, MOMENTUM)
+            scale = 1 / tl.sqrt(spread / N.to(spread.dtype) + EPS)
+            v, _ = scaled(standardised(v, center, scale), h, live, scale, gamma, beta)
+        else:
+            v, _, _ = normalise(v, h, live, mean, var, gamma, beta, EPS)
+        if ONE:
+            z += relu(v) * tl.load(w2 + h, live, 0.0)[None, :]
+        else:
+            z = product(relu(v), transposed(w2, o, outputs, h, H), z)
+    if BATCH_STATS:
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)
-
-
-@kernel(pointers=9)
-def alpha_kernel(
-    pooled, state, tau, mean, var, gamma, beta, w2, b2, N, C, H,
-    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr,
-    BH: tl.constexpr,
-):  # fmt: skip
-    """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none)."""
-    ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
-    outputs = 1 if ONE else C
-    if BATCH_STATS:
-        mean, var = statistics_of(state, N, H, outputs)
-    i = tl.program_id(0) * V + tl.arange(0, V)
-    columns = 1 if ONE_TAU else C
-    n = i // columns
-    c = i % columns
-    live = n < N
-    alpha = alpha_of(n, c * 0 if ONE else c, live, state, mean, var, gamma, beta, w2, b2, H, EPS, BH)
-    if AVERAGE == "channel":
-        threshold = alpha * tl.load(pooled + n * C + c, live, 0.0)
-    elif AVERAGE == "sample":
-        threshold = alpha * mean_of(pooled, n, live, C, BH)
-    else:
-        threshold = alpha
-    tl.store(tau + i, threshold, live)
     alphas = alphas_of(state, N, H)
+    if AVERAGE == "sample":
+        average = channel_sums(pooled, n, N, C, BC) / C.to(z.dtype)
     if ONE:
-        tl.store(alphas + n, alpha, live & (c == 0))
+        alpha = tl.sigmoid(tl.sum(z, 1) + tl.load(b2))
+        tl.store(alphas + n, alpha, n < N)
+        if AVERAGE == "channel":
+            for c0 in range(0, C, BC):
+                c = c0 + tl.arange(0, BC)
+                store_rows(tau, alpha[:, None] * rows(pooled, n, N, c, C), n, N, c, C)
+        elif AVERAGE == "sample":
+            tl.store(tau + n, alpha * average, n < N)
+        else:
+            tl.store(tau + n, alpha, n < N)
     else:
-        tl.store(alphas + i, alpha, live)
+        alpha = tl.sigmoid(z + tl.load(b2 + o, o < C, 0.0)[None, :])
+        store_rows(alphas, alpha, n, N, o, C)
+        if AVERAGE == "channel":
+            alpha *= rows(pooled, n, N, o, C)
+        elif AVERAGE == "sample":
+            alpha *= average[:, None]
+        store_rows(tau, alpha, n, N, o, C)
+
+
+@triton.jit
+def channel_sums(matrix, n, N, C, BC: tl.constexpr):
+    """Sums over the rows n."""
+    total = tl.zeros((n.shape[0], BC), matrix.dtype.element_ty)
+    for c0 in range(0, C, BC):
+        total += rows(matrix, n, N, c0 + tl.arange(0, BC), C)
+    return tl.sum(total, 1)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def logit_grads(
-    d, a, value, own, c_live, C, AVERAGE: tl.constexpr, ONE: tl.constexpr,
-):  # fmt: skip
-    """dz (X, C | 1), and A's direct gradient (X, C), by tau = alpha * M, from dtau d and A a, both (X, C).
-
-    value is alpha (X, C | 1), own the user's gradient of tau where tau is (X, 1), or None. dalpha = M * dtau, summed
-    over channels where one alpha serves all; dM = alpha * dtau, summed where the average is shared.
-    """
-    channels = C.to(a.dtype)
+def summand(d, a, value, AVERAGE: tl.constexpr, ONE: tl.constexpr):
+    """What logit_grads wants summed over the channels of a sample, where alpha or the average is shared by them."""
     if AVERAGE == "channel":
-        direct = d * value
-        dalpha = d * a
-        if ONE:
-            dalpha = tl.sum(dalpha, 1)[:, None]
+        return d * a
     elif ONE:
-        total = tl.sum(d, 1)[:, None]
-        if own is not None:
-            total += own
-        if AVERAGE == "sample":
-            dalpha = total * (tl.sum(a, 1)[:, None] / channels)
-            direct = tl.where(c_live[None, :], total * value / channels, 0.0)
-        else:
-            dalpha = total
-            direct = tl.zeros(d.shape, d.dtype)
+        return d
     else:
-        if AVERAGE == "sample":
-            dalpha = d * (tl.sum(a, 1)[:, None] / channels)
-            direct = tl.where(c_live[None, :], tl.sum(d * value, 1)[:, None] / channels, 0.0)
-        else:
-            dalpha = d
-            direct = tl.zeros(d.shape, d.dtype)
+        return d * value
+
+
+@triton.jit
+def logit_grads(d, a, value, total, average, channels, AVERAGE: tl.constexpr, ONE: tl.constexpr):
+    """dz (X, C | 1), and A's direct gradient (X, C | 1), by tau = alpha * M, from dtau d and A a, both (X, C).
+
+    value is alpha (X, C | 1), total the sum of summand (X, 1), average mean_c A (X, 1). dalpha = M * dtau, summed over
+    channels where one alpha serves all; dM = alpha * dtau, summed where the average is shared.
+    """
+    if AVERAGE == "channel":
+        dalpha = total if ONE else d * a
+        direct = d * value
+    elif AVERAGE == "sample":
+        dalpha = (total if ONE else d) * average
+        direct = (total * value if ONE else total) / channels
+    else:
+        dalpha = total if ONE else d
+        direct = tl.zeros((1, 1), d.dtype)
     return dalpha * (value * (1 - value)), direct
 
 
 @triton.jit
-def load_logit_grads(
-    dtau, tau_grad, pooled, alphas, n, c, N, stop, C, parts, AVERAGE: tl.constexpr, ONE: tl.constexpr,
-):  # fmt: skip
-    """logit_grads of samples n (up to stop) and all channels c, and A, from memory."""
-    ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
-    live = (n < stop)[:, None] & (c < C)[None, :]
-    at = (n * C)[:, None] + c[None, :]
-    d = sum_parts(dtau, at, live, parts, N * C)
-    own = None
-    if tau_grad is not None:
-        if ONE_TAU:
-            own = tl.load(tau_grad + n, n < stop, 0.0)[:, None]
-        else:
-            d += tl.load(tau_grad + at, live, 0.0)
-    a = tl.load(pooled + at, live, 0.0)
-    if ONE:
-        value = tl.load(alphas + n, n < stop, 0.0)[:, None]
-    else:
-        value = tl.load(alphas + at, live, 0.0)
-    dz, direct = logit_grads(d, a, value, own, c < C, C, AVERAGE, ONE)
-    return dz, direct, a
+def logit_grads_of_samples(d, a, value, own, C, AVERAGE: tl.constexpr, ONE: tl.constexpr):
+    """logit_grads where a tile has all channels. own: the user's gradient of tau where tau is (X, 1), or None."""
+    total = tl.sum(summand(d, a, value, AVERAGE, ONE), 1)[:, None]
+    if own is not None:
+        total += own
+    channels = C.to(d.dtype)
+    dz, direct = logit_grads(d, a, value, total, tl.sum(a, 1)[:, None] / channels, channels, AVERAGE, ONE)
+    return dz, tl.broadcast_to(direct, d.shape)
 
 
 @triton.jit
-def hidden_delta(dz, w, state, n, h, N, H, mean, var, gamma, beta, EPS: tl.constexpr):
-    """dL/dv, relu(v), (u - mean) / std and dv / du for samples n and units h. w is w2 (O, units)."""
-    live = (n < N)[:, None] & (h < H)[None, :]
-    u = tl.load(state + (n * H)[:, None] + h[None, :], live, 0.0)
-    v, plain, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
-    dv = tl.where(v > 0, tl.sum(dz[:, :, None] * w[None, :, :], 1), 0.0)
-    return dv, tl.where(live, relu(v), 0.0), plain, slope
+def tau_grads(dtau, tau_grad, n, c, N, C, part, ONE_TAU: tl.constexpr):
+    """A part of dtau[n, c]. The user's gradient of tau comes with the first."""
+    d = rows(dtau + part * (N * C), n, N, c, C)
+    if tau_grad is not None and not ONE_TAU:
+        d += rows(tau_grad, n, tl.where(part == 0, N, 0), c, C)
+    return d
+
+
+@triton.jit
+def alphas_at(alphas, n, o, N, C, ONE: tl.constexpr):
+    """alpha of samples n, (X, outputs o) or (X, 1)."""
+    if ONE:
+        return tl.load(alphas + n, n < N, 0.0)[:, None]
+    else:
+        return rows(alphas, n, N, o, C)
+
+
+@kernel(pointers=13, aligned=("dtau", "pooled", "state", "w2", "dz", "dv", "direct"))
+def hidden_grad_kernel(
+    dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, dz, dv, sums, direct, N, CA, HA, parts, tiles,
+    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dz (N, C | 1), dv (N, H) and, with BATCH_STATS, sum dv and sum dv * (u - mean) / std of each tile (tiles, 2, H).
+
+    direct (N, C) is A's direct gradient, where it is wanted and there is one. A program makes BN samples of BH units.
+    """
+    ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
+    C = CA * ALIGN
+    H = HA * ALIGN
+    outputs = 1 if ONE else C
+    tile = tl.program_id(0) % tiles
+    block = tl.program_id(0) // tiles
+    blocks = tl.cdiv(H, BH)
+    n = tile * BN + tl.arange(0, BN)
+    h = block * BH + tl.arange(0, BH)
+    live = h < H
+    steps = tl.cdiv(C, BK)
+    channels = C.to(w2.dtype.element_ty)
+    alphas = alphas_of(state, N, H)
+    if BATCH_STATS:
+        mean, var = statistics_of(state, N, H, outputs)
+
+    total = tl.zeros((BN, 1), w2.dtype.element_ty)
+    average = total
+    if AVERAGE == "sample":
+        average = channel_sums(pooled, n, N, C, BK)[:, None] / channels
+    if ONE or AVERAGE == "sample":
+        terms = tl.zeros((BN, BK), w2.dtype.element_ty)
+        for step in range(0, parts * steps):
+            c = step % steps * BK + tl.arange(0, BK)
+            d = tau_grads(dtau, tau_grad, n, c, N, C, step // steps, ONE_TAU)
+            terms += summand(d, rows(pooled, n, N, c, C), alphas_at(alphas, n, c, N, C, ONE), AVERAGE, ONE)
+        total = tl.sum(terms, 1)[:, None]
+        if tau_grad is not None and ONE_TAU:
+            total += tl.load(tau_grad + n, n < N, 0.0)[:, None]
+
+    delta = tl.zeros((BN, BH), w2.dtype.element_ty)
+    if ONE:
+        value = alphas_at(alphas, n, n, N, C, ONE)
+        one, _ = logit_grads(total, total, value, total, average, channels, AVERAGE, ONE)
+        delta += one * tl.load(w2 + h, live, 0.0)[None, :]
+        tl.store(dz + n[:, None], one, (n < N)[:, None] & (block == 0))
+    else:  # dz is linear in dtau: parts are steps as well
+        for step in range(0, parts * steps):
+            c = step % steps * BK + tl.arange(0, BK)
+            d = tau_grads(dtau, tau_grad, n, c, N, C, step // steps, ONE_TAU)
+            a = rows(pooled, n, N, c, C)
+            part, _ = logit_grads(d, a, rows(alphas, n, N, c, C), total, average, channels, AVERAGE, ONE)
+            delta = product(part, rows(w2, c, C, h, H), delta)
+    v, xhat, _ = normalise(rows(state, n, N, h, H), h, live, mean, var, gamma, beta, EPS)
+    delta = tl.where(v > 0, delta, 0.0)
+    store_rows(dv, delta, n, N, h, H)
+    if BATCH_STATS:
+        tl.store(sums + tile * 2 * H + h, tl.sum(delta, 0), live)
+        tl.store(sums + (tile * 2 + 1) * H + h, tl.sum(delta * xhat, 0), live)
+
+    if not ONE or direct is not None:
+        for c0 in range(block * BK, C, blocks * BK):  # the programs of a tile share its channels
+            c = c0 + tl.arange(0, BK)
+            d = tau_grads(dtau, tau_grad, n, c, N, C, 0, ONE_TAU)
+            for part in range(1, parts):
+                d += tau_grads(dtau, tau_grad, n, c, N, C, part, ONE_TAU)
+            a = rows(pooled, n, N, c, C)
+            value = alphas_at(alphas, n, c, N, C, ONE)
+            logits, past = logit_grads(d, a, value, total, average, channels, AVERAGE, ONE)
+            if not ONE:
+                store_rows(dz, logits, n, N, c, C)
+            if direct is not None:
+                store_rows(direct, tl.broadcast_to(past, (BN, BK)), n, N, c, C)
+
+
+@triton.jit
+def norm_grads(change, xhat, average, average_xhat, slope, BATCH_STATS: tl.constexpr):
+    """du of dv (X, units), where there is a norm; with BATCH_STATS by the averages of dv and dv * xhat over the batch."""
+    if BATCH_STATS:
+        change -= average[None, :] + xhat * average_xhat[None, :]
+    return change * slope[None, :]
+
+
+@triton.jit
+def batch_averages(sums, h, live, N, H, groups, MERGE: tl.constexpr, GROUPS: tl.constexpr):
+    """Averages over the batch of dv and dv * xhat, from their sums (groups, 2, H), or (1, 2, H) without MERGE."""
+    if MERGE:
+        first, second = merged_sums(sums, h, live, H, groups, GROUPS)
+    else:
+        first = tl.load(sums + h, live, 0.0)
+        second = tl.load(sums + H + h, live, 0.0)
+    count = N.to(first.dtype)
+    return first / count, second / count
+
+
+@triton.jit
+def pooled_grad_tile(
+    pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+    BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dA = du w1 + the direct gradient, BN samples of BC channels."""
+    n = pid % tiles * BN + tl.arange(0, BN)
+    c = pid // tiles * BC + tl.arange(0, BC)
+    total = tl.zeros((BN, BC), w1.dtype.element_ty)
+    for h0 in range(0, H, BK):
+        h = h0 + tl.arange(0, BK)
+        du = rows(dv, n, N, h, H)
+        if mean is not None:
+            xhat, average, average_xhat = du, du, du
+            center, scale = center_and_scale(mean, var, h, h < H, EPS)
+            if BATCH_STATS:
+                xhat = standardised(rows(state, n, N, h, H), center, scale)
+                average, average_xhat = batch_averages(sums, h, h < H, N, H, groups, MERGE, GROUPS)
+            slope = tl.load(gamma + h, h < H, 0.0) * scale
+            du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
+        total = product(du, rows(w1, h, H, c, C), total)
+    if direct is not None:
+        total += rows(direct, n, N, c, C)
+    store_rows(dA, total, n, N, c, C)
+
+
+@triton.jit
+def weight_grad_tile(
+    of_second, block, blocks, factor, columns, state, mean, var, gamma, beta, dv, sums, dw, along_h, along_c,
+    db1, db2, dgamma, dbeta, N, H, groups, start, stop,
+    BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr,
+    BC: tl.constexpr, BH: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    """BH units of BC columns of dw1 = du' A or, of_second, of dw2' = relu(v)' dz, from samples start to stop.
+
+    factor is A or dz, (N, columns); element (h, c) of the gradient lies at dw + h * along_h + c * along_c. The first of a
+    row of tiles also makes the vectors. Their sums over samples are taken at the end: in the loop they are one addition
+    an element.
+    """
+    ACC: tl.constexpr = dv.dtype.element_ty
+    h = block // blocks * BH + tl.arange(0, BH)
+    c = block % blocks * BC + tl.arange(0, BC)
+    live = h < H
+    vectors = live & (block % blocks == 0)
+    if mean is not None:
+        center, scale = center_and_scale(mean, var, h, live, EPS)
+        average, average_xhat = scale, scale
+        if BATCH_STATS:
+            average, average_xhat = batch_averages(sums, h, live, N, H, groups, MERGE, GROUPS)
+    total = tl.zeros((BH, BC), ACC)
+    sum_left = tl.zeros((WALK, BH), ACC)
+    sum_dv = tl.zeros((WALK, BH), ACC)
+    sum_dv_xhat = tl.zeros((WALK, BH), ACC)
+    sum_right = tl.zeros((WALK, BC), ACC)
+    for n0 in range(start, stop, WALK):
+        n = n0 + tl.arange(0, WALK)
+        du = rows(dv, n, tl.where(of_second, 0, stop), h, H)
+        xhat = rows(state, n, stop, h, H)
+        v = xhat
+        if mean is not None:
+            xhat = standardised(xhat, center, scale)
+            v, slope = scaled(xhat, h, live, scale, gamma, beta)
+            sum_dv += du
+            sum_dv_xhat += du * xhat
+            du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
+        left = tl.where((n < stop)[:, None], tl.where(of_second, relu(v), du), 0.0)
+        right = rows(factor, n, stop, c, columns)
+        sum_left += left
+        sum_right += right
+        total = product(tl.trans(left), right, total)
+    at = (h * along_h)[:, None] + (c * along_c)[None, :]
+    tl.store(dw + at, total, live[:, None] & (c < columns)[None, :])
+    tl.store(db1 + h, tl.sum(sum_left, 0), vectors & (of_second == 0))
+    tl.store(db2 + c, tl.sum(sum_right, 0), (c < columns) & (block // blocks == 0) & of_second)
+    if mean is not None:
+        tl.store(dgamma + h, tl.sum(sum_dv_xhat, 0), vectors & (of_second == 0))
+        tl.store(dbeta + h, tl.sum(sum_dv, 0), vectors & (of_second == 0))
 
 
 @triton.jit
@@ -247,98 +544,49 @@ def _up_to_4(n):
     return (n + 3) // 4 * 4
 
 
-@kernel(pointers=12)
-def hidden_grad_kernel(
-    dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, du, direct, grads, N, C, H, parts, share, blocks, total,
-    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr,
-    BN: tl.constexpr, BH: tl.constexpr, CB: tl.constexpr,
+@kernel(pointers=13, aligned=("pooled", "state", "w1", "dz", "dv", "direct", "dA", "grads"))
+def linear_grad_kernel(
+    pooled, state, mean, var, gamma, beta, w1, dz, dv, sums, direct, dA, grads,
+    N, CA, HA, tiles, groups, first, second, share, total,
+    ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, ALIGN: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, WALK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gate's parameters, du (N, H) and A's direct gradient (N, C).
+    """Gradients of the parameters and, where wanted, dA (N, C).
 
-    A program takes BH units of `share` samples (all, with BATCH_STATS) and writes its row of grads (shares, total):
-    w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm, gamma (H,) and beta (H,), each at a multiple of 4 elements.
-    du and direct are for dA (pooled_grad_kernel); None where one_pass.py has dA already. With BATCH_STATS the second
-    loop recomputes dz rather than keep it: three loads against a store and a load of each.
+    Programs from 0 on make tiles of dw1, from `first` on of dw2 (the same code: both are units' columns over the batch),
+    of `share` samples each, and from `second` on of dA. A share's gradients are its row of grads (shares, total): w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with
+    a norm, gamma (H,) and beta (H,), each at a multiple of 4 elements.
     """
-    ACC: tl.constexpr = w2.dtype.element_ty
-    OB: tl.constexpr = 1 if ONE else CB
-    block = tl.program_id(0) % blocks
-    part = tl.program_id(0) // blocks
-    start = part * share
-    stop = tl.minimum(start + share, N)
-    h = block * BH + tl.arange(0, BH)
-    c = tl.arange(0, CB)
-    o = tl.arange(0, OB)
-    h_live = h < H
+    C = CA * ALIGN
+    H = HA * ALIGN
     outputs = 1 if ONE else C
-    o_live = o < outputs
-    alphas = alphas_of(state, N, H)
     if BATCH_STATS:
         mean, var = statistics_of(state, N, H, outputs)
-    w2_at = (o * H)[:, None] + h[None, :]
-    w2_live = o_live[:, None] & h_live[None, :]
-    w = tl.load(w2 + w2_at, w2_live, 0.0)
-    sum_dv = tl.zeros((BH,), ACC)
-    sum_dv_plain = tl.zeros((BH,), ACC)
-    grad_w2 = tl.zeros((OB, BH), ACC)
-    grad_b2 = tl.zeros((OB,), ACC)
-    grad_w1 = tl.zeros((BH, CB), ACC)
-    grad_b1 = tl.zeros((BH,), ACC)
-    for n0 in range(start, stop, BN):
-        n = n0 + tl.arange(0, BN)
-        dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alphas, n, c, N, stop, C, parts, AVERAGE, ONE)
-        dv, r, plain, slope = hidden_delta(dz, w, state, n, h, stop, H, mean, var, gamma, beta, EPS)
-        sum_dv += tl.sum(dv, 0)
-        sum_dv_plain += tl.sum(dv * plain, 0)
-        grad_w2 += tl.sum(dz[:, :, None] * r[:, None, :], 0)
-        grad_b2 += tl.sum(dz, 0)
-        if not BATCH_STATS:
-            change = dv * slope[None, :]
-            grad_b1 += tl.sum(change, 0)
-            grad_w1 += tl.sum(change[:, :, None] * a[:, None, :], 0)
-            if du is not None:
-                tl.store(du + (n * H)[:, None] + h[None, :], change, (n < stop)[:, None] & h_live[None, :])
-        if direct is not None:
-            first = (n < stop)[:, None] & (c < C)[None, :] & (block == 0)
-            tl.store(direct + (n * C)[:, None] + c[None, :], past, first)
-    if BATCH_STATS:  # BatchNorm's own backward needs both sums before any du
-        for n0 in range(0, N, BN):
-            n = n0 + tl.arange(0, BN)
-            dz, past, a = load_logit_grads(dtau, tau_grad, pooled, alphas, n, c, N, N, C, parts, AVERAGE, ONE)
-            dv, r, plain, slope = hidden_delta(dz, w, state, n, h, N, H, mean, var, gamma, beta, EPS)
-            change = slope[None, :] * (dv - (sum_dv[None, :] + plain * sum_dv_plain[None, :]) / N.to(ACC))
-            change = tl.where((n < N)[:, None], change, 0.0)
-            grad_b1 += tl.sum(change, 0)
-            grad_w1 += tl.sum(change[:, :, None] * a[:, None, :], 0)
-            tl.store(du + (n * H)[:, None] + h[None, :], change, (n < N)[:, None] & h_live[None, :])
-    grads += part.to(tl.int64) * total
-    tl.store(grads + (h * C)[:, None] + c[None, :], grad_w1, h_live[:, None] & (c < C)[None, :])
-    grads += _up_to_4(H * C)
-    tl.store(grads + h, grad_b1, h_live)
-    grads += _up_to_4(H)
-    tl.store(grads + w2_at, grad_w2, w2_live)
-    grads += _up_to_4(outputs * H)
-    tl.store(grads + o, grad_b2, o_live & (block == 0))
-    if mean is not None:
-        grads += _up_to_4(outputs)
-        tl.store(grads + h, sum_dv_plain, h_live)
-        tl.store(grads + _up_to_4(H) + h, sum_dv, h_live)
-
-
-@kernel(pointers=4)
-def pooled_grad_kernel(du, w1, direct, dA, N, C, H, V: tl.constexpr, BH: tl.constexpr):
-    """dA (N, C) = du w1 + the direct gradient."""
-    i = tl.program_id(0) * V + tl.arange(0, V)
-    live = i < N * C
-    n = i // C
-    c = i % C
-    total = tl.zeros((BH, V), w1.dtype.element_ty)
-    for h0 in range(0, H, BH):
-        h = h0 + tl.arange(0, BH)
-        both = (h < H)[:, None] & live[None, :]
-        w = tl.load(w1 + (h * C)[:, None] + c[None, :], both, 0.0)
-        total += tl.load(du + (n * H)[None, :] + h[:, None], both, 0.0) * w
-    tl.store(dA + i, tl.sum(total, 0) + tl.load(direct + i, live, 0.0), live)
+    pid = tl.program_id(0)
+    if pid < second:
+        of_second = pid >= first
+        columns = tl.where(of_second, outputs, C)
+        blocks = tl.cdiv(columns, BC)
+        block = pid - tl.where(of_second, first, 0)
+        kind = tl.cdiv(H, BH) * blocks
+        part = block // kind
+        start = part * share
+        dw1 = grads + part.to(tl.int64) * total
+        db1 = dw1 + _up_to_4(H * C)
+        dw2 = db1 + _up_to_4(H)
+        db2 = dw2 + _up_to_4(outputs * H)
+        dgamma = db2 + _up_to_4(outputs)
+        weight_grad_tile(
+            of_second, block % kind, blocks, tl.where(of_second, dz, pooled), columns, state, mean, var, gamma, beta,
+            dv, sums, tl.where(of_second, dw2, dw1), tl.where(of_second, 1, C), tl.where(of_second, H, 1),
+            db1, db2, dgamma, dgamma + _up_to_4(H), N, H, groups, start, tl.minimum(start + share, N),
+            BATCH_STATS, EPS, MERGE, GROUPS, BC, BH, WALK,
+        )  # fmt: skip
+    elif dA is not None:
+        pooled_grad_tile(
+            pid - second, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+            BATCH_STATS, EPS, MERGE, GROUPS, BN, BC, BK,
+        )  # fmt: skip
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
@@ -348,15 +596,15 @@ class Sizes(NamedTuple):
     """Bytes of a gate's tensors."""
 
     pooled: int  # A, dtau, dA, and A's direct gradient
-    hidden: int  # u, du
-    alpha: int
+    hidden: int  # u, dv
+    alpha: int  # alpha, dz
     tau: int
     w1: int
     b1: int
     w2: int
     b2: int
     norm: int  # gamma, beta, mean and variance; 0 without a norm
-    statistics: int  # mean and variance of the batch; 0 where they are not of the batch
+    statistics: int  # mean and variance of the batch, or two sums over it; 0 where they are not of the batch
 
     @classmethod
     def of(cls, step: Step) -> "Sizes":
@@ -375,26 +623,34 @@ class Sizes(NamedTuple):
 _BATCHES = 8  # bytes of the number of batches
 
 
-def hidden_cost(step: Step, parts: int) -> Cost:
+def hidden_cost(step: Step, parts: int, tiles: int) -> Cost:
     s = Sizes.of(step)
-    running = s.statistics + _BATCHES if s.statistics else 0
-    read = parts * s.pooled + s.w1 + s.b1 + running
-    return Cost(read, s.pooled + s.hidden + s.statistics + running, ("hidden_kernel",))
+    added = s.pooled if parts > 1 else 0
+    return Cost(parts * s.pooled + s.w1 + s.b1, added + s.hidden + tiles * s.statistics, ("hidden_kernel",))
 
 
-def alpha_cost(step: Step) -> Cost:
+def merge_cost(step: Step, tiles: int) -> Cost:
+    s = Sizes.of(step)
+    return Cost(tiles * s.statistics, s.statistics, ("merge_kernel",), workspace=s.statistics)
+
+
+def alpha_cost(step: Step, groups: int) -> Cost:
     s = Sizes.of(step)
     average = 0 if step.average is None else s.pooled
-    return Cost(average + s.hidden + s.norm + s.w2 + s.b2, s.alpha + s.tau, ("alpha_kernel",))
+    updated = s.statistics + _BATCHES if s.statistics else 0  # the running ones; read as the norm's
+    read = average + s.hidden + groups * s.statistics + s.norm + s.w2 + s.b2 + (_BATCHES if updated else 0)
+    return Cost(read, s.alpha + s.tau + s.statistics + updated, ("alpha_kernel",))
 
 
-def hidden_grad_cost(step: Step, parts: int, grads: int, du: bool, direct: bool) -> Cost:
-    """grads: bytes of the parameters' gradients, of all shares."""
+def hidden_grad_cost(step: Step, parts: int, tiles: int, direct: bool) -> Cost:
     s = Sizes.of(step)
     read = parts * s.pooled + s.pooled + s.hidden + s.alpha + s.norm + s.w2
-    return Cost(read, grads + du * s.hidden + direct * s.pooled, ("hidden_grad_kernel",))
+    written = s.alpha + s.hidden + tiles * s.statistics + direct * s.pooled
+    return Cost(read, written, ("hidden_grad_kernel",))
 
 
-def pooled_grad_cost(step: Step) -> Cost:
+def linear_grad_cost(step: Step, groups: int, grads: int, dA: bool, direct: bool) -> Cost:
+    """grads: bytes of the parameters' gradients, of all shares."""
     s = Sizes.of(step)
-    return Cost(s.hidden + s.w1 + s.pooled, s.pooled, ("pooled_grad_kernel",))
+    read = s.pooled + s.hidden + s.norm + s.alpha + s.hidden + groups * s.statistics + dA * s.w1 + direct * s.pooled
+    return Cost(read, grads + dA * s.pooled, ("linear_grad_kernel",))

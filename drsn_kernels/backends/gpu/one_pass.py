@@ -3,7 +3,7 @@
 Forward: x is read once and stays on chip (registers) while its mean |x| goes through the gate; y and, for a gradient,
 the three bit planes are written from there. Where a sample is too large for that (LOOP), the program walks it
 twice, the second time backwards, and finds it in L2. Backward: g and the planes are read once, dtau is summed, taken
-back through the gate, and dx written; what is left is the gate's parameters (gate.hidden_grad_kernel, second launch).
+back through the gate, and dx written; what is left is the gate's parameters (gate.linear_grad_kernel, second launch).
 
 A program takes S whole samples. Its tile has S * PB rows of B columns; all channels are in it: PB covers C, or B does
 in channels_last order. The gate's weights are read from L2 once a program, BH hidden units at a time, and the hidden
@@ -16,7 +16,7 @@ import triton.language as tl
 from .. import cost
 from ..step import Cost, Step
 from .bits import elements, exceeds, limits, mask, negative, nonzero, signs, soft, soft_elements, words
-from .gate import Sizes, alphas_of, logit_grads, normalise, relu
+from .gate import Sizes, alphas_of, logit_grads_of_samples, normalise, relu
 from .launch import kernel
 from .tiles import length_of_rows, load, load_plane, store, store_planes
 
@@ -186,16 +186,16 @@ def _store_dx(
     store(dx, out, row, column, rows_live, QA, row_sizes, q_sizes, ds, D_UNIT, B, ALIGN, WIDE, GROUP)
 
 
-@kernel(pointers=13, aligned=("g", "dx"))
+@kernel(pointers=14, aligned=("g", "dx"))
 def backward_kernel(
-    g, dx, planes, dtau, tau_grad, pooled, state, w1, mean, var, gamma, beta, w2,
+    g, dx, planes, dz, dv, tau_grad, pooled, state, w1, mean, var, gamma, beta, w2,
     plane_bytes, L, H, N, P, QA, row_bytes, row_sizes, q_sizes, gs, ds,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """dx, and dtau (N, C) of the kernel alone (without tau_grad) for the second launch."""
+    """dx, and for the second launch dz (N, C | 1) and dv (N, H)."""
     CB: tl.constexpr = B if CHANNELS_LAST else PB
     OB: tl.constexpr = 1 if ONE else CB
     STEP: tl.constexpr = PB if CHANNELS_LAST else B
@@ -230,26 +230,29 @@ def backward_kernel(
     live = (sample < N)[:, None] & (c < C)[None, :]
     at = (sample * C)[:, None] + c[None, :]
     columns = 1 if ONE else C
-    tl.store(dtau + at, d, live)
     a = tl.load(pooled + at, live, 0.0)
-    value = tl.load(
-        alphas_of(state, N, H) + (sample * columns)[:, None] + o[None, :], (sample < N)[:, None] & o_live[None, :], 0.0
-    )
+    out_at = (sample * columns)[:, None] + o[None, :]
+    out_live = (sample < N)[:, None] & o_live[None, :]
+    value = tl.load(alphas_of(state, N, H) + out_at, out_live, 0.0)
     own = None
     if tau_grad is not None:
         if ONE and AVERAGE != "channel":
             own = tl.load(tau_grad + sample, sample < N, 0.0)[:, None]
         else:
             d += tl.load(tau_grad + at, live, 0.0)
-    dz, da = logit_grads(d, a, value, own, c < C, C, AVERAGE, ONE)
+    logits, da = logit_grads_of_samples(d, a, value, own, C, AVERAGE, ONE)
+    tl.store(dz + out_at, logits, out_live)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
-        u = tl.load(state + (sample * H)[:, None] + h[None, :], (sample < N)[:, None] & (h < H)[None, :], 0.0)
+        hidden_at = (sample * H)[:, None] + h[None, :]
+        hidden_live = (sample < N)[:, None] & (h < H)[None, :]
+        u = tl.load(state + hidden_at, hidden_live, 0.0)
         v, _, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
         w = tl.load(w2 + (o * H)[:, None] + h[None, :], o_live[:, None] & (h < H)[None, :], 0.0)
-        dv = tl.where(v > 0, tl.sum(dz[:, :, None] * w[None, :, :], 1), 0.0) * slope[None, :]
+        delta = tl.where(v > 0, tl.sum(logits[:, :, None] * w[None, :, :], 1), 0.0)
+        tl.store(dv + hidden_at, delta, hidden_live)
         w = tl.load(w1 + (h * C)[:, None] + c[None, :], (h < H)[:, None] & (c < C)[None, :], 0.0)
-        da += tl.sum(dv[:, :, None] * w[None, :, :], 1)
+        da += tl.sum((delta * slope[None, :])[:, :, None] * w[None, :, :], 1)
     share = _to_tile(da / L.to(ACC), S, PB, B, CHANNELS_LAST)
 
     if not LOOP:
@@ -281,4 +284,4 @@ def forward_cost(step: Step) -> Cost:
 def backward_cost(step: Step) -> Cost:
     full, s = cost.map_bytes(step), Sizes.of(step)
     kept = 3 * cost.plane_bytes(step.layout) + s.pooled + s.state
-    return Cost(full + kept + s.w1 + s.norm + s.w2, full + s.pooled, ("backward_kernel",))
+    return Cost(full + kept + s.w1 + s.norm + s.w2, full + s.alpha + s.hidden, ("backward_kernel",))

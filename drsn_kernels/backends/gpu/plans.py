@@ -147,25 +147,38 @@ L2_BYTES = 36 << 20
 CROWDED_BYTES = 16 << 10
 CROWDED_REGISTERS = 64
 CROWDED_TILE = 4096
-# Channels of a fused gate, and samples of one with batch statistics. Its kernels multiply and add on the CUDA cores,
-# and batch statistics leave all samples to H / 4 programs; beyond these sizes torch's matrix products are faster. By
-# GPU time on an H200 (docs/benchmarks/nvidia-h200), the fused gate is below the best compiled form up to
-# shrink_train-E-64x128x28x28-fp32-both and above it from shrink_train-E-64x256x14x14-fp32-both, from
-# shrink_eval-E-64x256x14x14-fp32-forward and, of many samples, from shrink_train-G-512x64x256-fp32-both.
-MOST_CHANNELS = 128
-MOST_SAMPLES = 256
-# Elements of one product of the gate (samples x units x channels) that a thread holds, forward; half as many backward,
-# where two products are held at a time: 32 took 128 to 246 registers and spilled 48 bytes at 256 channels.
+# Channels of a sample that one program takes through the gate.
+ONE_PASS_CHANNELS = 128
+# Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
-# With these two, ptxas may use every register. Left to itself it stops at a round occupancy, which is of no use where
-# there are fewer programs than multiprocessors, and spills a few for it (8 to 32 bytes, at 40, 64 or 128 registers).
+# Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Its kernels multiply
+# and add on the CUDA cores in float32. Beyond these sizes cuBLAS's five products and four small launches are estimated to
+# be faster.
+MOST_CHANNELS = 512
+MOST_PRODUCTS = 1 << 28
+# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels (WIDE_TILE beyond
+# WIDE of them, where there are tiles enough), and of a weight's gradient the square of it, by products of GATE_DEPTH: at
+# least 16, which they need. Small tiles, because there are few: 64 for the first layer of (512, 64).
+GATE_SAMPLES = 32
+GATE_TILE = 16
+WIDE_TILE = 32
+WIDE = 64
+GATE_DEPTH = 32
+# 8 warps, because a program waits most of the time: half the registers a thread, twice the loads in flight.
 GATE_WARPS = 8
 MOST_REGISTERS = 255
-# The gate's launches are short chains of dependent loads, so their time is the samples a program walks one after the
-# other: at least this many tiles of samples each, then as many programs as the GPU runs at a time. Their sums over
-# samples are partial then, at most so many bytes of them.
-TILES_EACH = 2
-PARTIAL_BYTES = 8 << 20
+# The gradient of a weight is a sum over the batch: a program walks it by GATE_STEP samples; 64 spilled 16 bytes. Above GATE_WALK samples it is
+# shared out, while there are fewer programs than GATE_PROGRAMS for each multiprocessor; torch adds the shares.
+GATE_STEP = 32
+GATE_WALK = 512
+GATE_PROGRAMS = 2
+# Programs merge the statistics of the batch's tiles themselves, GATE_MERGED (tiles x units) at a time, where they do it
+# for at most GATE_MERGES steps of units and MOST_GROUPS tiles. Else one launch does, MERGED at a time of MERGED_UNITS units.
+GATE_MERGED = 1024
+GATE_MERGES = 2
+MOST_GROUPS = 128
+MERGED = 4096
+MERGED_UNITS = 8
 
 
 @dataclass(frozen=True)
@@ -183,16 +196,20 @@ class OnePassPlan:
 
 @dataclass(frozen=True)
 class GatePlan:
-    """The gate's own launches: tiles of samples (half as many backward) x units x channels."""
+    """The gate's own launches: tiles of samples, channels, units and outputs."""
 
-    samples: int
-    units: int
-    channels: int
-    blocks: int  # of units
-    shares: int  # of samples, one a program; 1 with batch statistics
+    samples: int  # BN
+    channels: int  # BC, outputs too
+    units: int  # BH
+    depth: int  # BK, of a product
+    align: int  # elements that divide C and H, as rows are aligned
+    tiles: int  # of samples
+    groups: int  # statistics that are merged inside the launches that need them; 1 where a launch has merged them before
+    group: int  # samples in each
+    merge: bool  # they are merged inside; whether or not, a launch may have done it before
+    at_a_time: int  # groups
+    shares: int  # of samples, one a program, in the gradients of the weights
     share: int  # samples in one
-    vector: int  # thresholds, or elements of dA, that a program of the second layer's launches computes
-    dot: int  # hidden units at a time in the dot product of each
 
 
 def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, keep: bool) -> OnePassPlan | str:
@@ -202,8 +219,8 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     rows = _power_of_two(walk.p)
     columns = max(_power_of_two(walk.q), OCTET)
     wide = columns if walk.channels_last else rows
-    if wide > MOST_CHANNELS:
-        return f"{channels} channels do not fit the tile of one program (at most {MOST_CHANNELS})"
+    if wide > ONE_PASS_CHANNELS:
+        return f"{channels} channels do not fit the tile of one program (at most {ONE_PASS_CHANNELS})"
     ragged = 2 if _ragged(walk, itemsize) else 1  # half a tile: every element has an address of its own
     lean = not keep and ragged == 1 and itemsize <= 4 and not walk.wide  # others take more registers
     crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
@@ -234,21 +251,23 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
 
-def gate(walk: Walk, hidden: int, batch_stats: bool, itemsize: int, sms: int) -> GatePlan:
-    """The plan of the gate's own launches. batch_stats: a program must see every sample."""
-    wide = _power_of_two(walk.q if walk.channels_last else walk.p)
-    units = min(4, _power_of_two(hidden))  # few, because the programs are few: H / 4
-    held = PRODUCTS if itemsize <= 4 else PRODUCTS // 4  # float64: two registers each, and a longer division
-    samples = min(max(32 * GATE_WARPS * held // (units * wide), 1), 64)
-    blocks = _cdiv(hidden, units)
-    shares = 1
-    if not batch_stats:
-        parameters = 4 * blocks * units * 2 * wide
-        shares = min(_cdiv(walk.n, samples * TILES_EACH), _cdiv(2 * sms, blocks), max(PARTIAL_BYTES // parameters, 1))
-    share = _cdiv(_cdiv(walk.n, shares), samples) * samples
+def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan:
+    """The plan of the gate's own launches. Only counts depend on n."""
+
+    widest = max(channels, hidden)
+    tile = GATE_TILE if widest <= WIDE else WIDE_TILE
+    depth = min(max(_power_of_two(widest), 16), GATE_DEPTH)
+    tiles = _cdiv(n, GATE_SAMPLES)
+    merge = hidden <= GATE_MERGES * depth
+    apart = not merge or tiles > MOST_GROUPS
+    weights = _cdiv(hidden, tile) * (_cdiv(channels, tile) + _cdiv(outputs, tile))
+    shares = max(min(_cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights), 1)
+    share = _cdiv(_cdiv(n, shares), GATE_STEP) * GATE_STEP
     return GatePlan(
-        samples=samples, units=units, channels=wide, blocks=blocks, shares=_cdiv(walk.n, share), share=share,
-        vector=64, dot=16,
+        samples=GATE_SAMPLES, channels=tile, units=tile, depth=depth,
+        align=4 if channels % 4 == hidden % 4 == 0 else 1, tiles=tiles, groups=1 if apart else tiles,
+        group=n if apart else GATE_SAMPLES, merge=merge, at_a_time=GATE_MERGED // depth,
+        shares=_cdiv(n, share), share=share,
     )  # fmt: skip
 
 

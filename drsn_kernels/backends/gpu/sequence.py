@@ -1,12 +1,13 @@
 """The shrinkage step with the standard gate: which launches it takes, in order, prepared once and run.
 
                        forward                       backward
-    one pass           forward_kernel                backward_kernel, hidden_grad
-    several launches   reduce, [hidden, alpha,] map  grad (dtau), [hidden_grad, pooled_grad,] grad (dx)
+    one pass           forward_kernel                backward_kernel, linear_grad
+    several launches   reduce, [hidden, alpha,] map  grad (dtau), [hidden_grad, linear_grad,] grad (dx)
 
 One pass is for gates without batch statistics. In brackets is the gate, which knows nothing of x: forward it takes A
-and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. Without batch statistics a
-large batch is shared out in hidden_grad, whose partial sums torch then adds: deterministic, one more short launch.
+and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. With batch statistics of
+many units or samples a launch that merges them, each way, stands between its two. A large batch is shared out in
+linear_grad, whose partial sums torch then adds: deterministic, one more short launch.
 Between launches nothing comes back to the host.
 """
 
@@ -54,16 +55,42 @@ def _gate_values(step: Step) -> dict[str, Any]:
 
 
 def _gate_plan(step: Step) -> GatePlan:
-    on = walk(step.layout, step.layout.strides)
-    hidden, _, _, batch_stats, *_ = step.gate
-    return plans.gate(on, hidden, batch_stats, step.dtype.itemsize, multiprocessors(step.device))
+    layout, (hidden, outputs, *_) = step.layout, step.gate
+    return plans.gate(layout.n, layout.c, hidden, outputs, multiprocessors(step.device))
 
 
 def _of_gate(fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, **values: int) -> Prepared:
-    values |= _gate_values(step) | {"N": step.layout.n}
+    values |= _gate_values(step) | {
+        "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
+        "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
+        "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
+    }  # fmt: skip
     return Prepared(
         fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.MOST_REGISTERS
     )  # fmt: skip
+
+
+def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
+    """The launch between the gate's two, where there is one."""
+    if not step.gate.batch_stats or plan.groups == plan.tiles:
+        return None
+    values = {
+        "N": step.layout.n, "H": step.gate.hidden, "groups": plan.tiles, "group": plan.samples,
+        "STATISTICS": statistics, "BH": plans.MERGED_UNITS, "GROUPS": plans.MERGED // plans.MERGED_UNITS,
+    }  # fmt: skip
+    programs = -(-step.gate.hidden // plans.MERGED_UNITS)
+    return Prepared(
+        gate.merge_kernel, step.device, programs, values, plan, gate.merge_cost(step, plan.tiles), warps=plans.GATE_WARPS
+    )  # fmt: skip
+
+
+def _merged(merge: Prepared | None, tiles: torch.Tensor | None) -> torch.Tensor | None:
+    """Statistics or sums of the tiles, (tiles, 2, H); merged, (1, 2, H), by the launch for it."""
+    if merge is None:
+        return tiles
+    merged = tiles.new_empty((1, *tiles.shape[1:]))
+    merge(groups_of=tiles, merged=merged)
+    return merged
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -73,17 +100,20 @@ class Gate(NamedTuple):
     """The gate's launches of a forward pass: A and the parameters to tau and the state."""
 
     hidden: Prepared
+    merge: Prepared | None
     alpha: Prepared
+    cost: Cost
 
-    def __call__(self, partial, pooled, state, tau, parts: StandardGate) -> None:
-        mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
-        self.hidden(
-            partial=partial, pooled=pooled, state=state, w1=parts.w1, b1=parts.b1,
-            running_mean=parts.mean, running_var=parts.var, batches=parts.batches,
-        )  # fmt: skip
+    @property
+    def launches(self) -> tuple[Prepared, ...]:
+        return tuple(launch for launch in (self.hidden, self.merge, self.alpha) if launch is not None)
+
+    def __call__(self, new: Callable, partial, pooled, state, tau, parts: StandardGate) -> None:
+        tiles = new((self.hidden.plan.tiles, 2, len(parts.w1))) if parts.batch_stats else None
+        self.hidden(partial=partial, pooled=pooled, w1=parts.w1, b1=parts.b1, state=state, statistics=tiles)
         self.alpha(
-            pooled=pooled, state=state, tau=tau, mean=mean, var=var, gamma=parts.gamma, beta=parts.beta,
-            w2=parts.w2, b2=parts.b2,
+            pooled=pooled, state=state, statistics=_merged(self.merge, tiles), tau=tau, mean=parts.mean, var=parts.var,
+            batches=parts.batches, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
         )  # fmt: skip
 
 
@@ -98,7 +128,7 @@ class Forward(NamedTuple):
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        return (self.reduce, *self.gate, self.map) if self.one is None else (self.one,)
+        return (self.reduce, *self.gate.launches, self.map) if self.one is None else (self.one,)
 
 
 @plans.cached
@@ -117,9 +147,10 @@ def prepare_forward(step: Step, y: Strides) -> Forward:
         layout, step.strides, y, step.residual, (1, 0) if step.one_tau else (layout.c, 1), step.dtype, step.device,
         "threshold", SOFT, False, 3 if step.keep else 0,
     )  # fmt: skip
-    ends = _prepare_gate(step, first.plan.splits)
-    used = first.plan.splits * s.pooled + (0 if step.want.tau else s.tau) + (0 if step.keep else s.pooled + s.state)
-    total = first.cost + ends.hidden.cost + ends.alpha.cost + last.cost + saved + Cost(workspace=used)
+    ends, splits = _prepare_gate(step, first.plan.splits), first.plan.splits
+    used = (0 if step.want.tau else s.tau) + (0 if step.keep else s.pooled + s.state)
+    used += splits * s.pooled if splits > 1 else 0
+    total = first.cost + ends.cost + last.cost + saved + Cost(workspace=used)
     return Forward(None, first, ends, last, total)
 
 
@@ -127,13 +158,16 @@ def _prepare_gate(step: Step, parts: int) -> Gate:
     """parts: partial sums that A comes in."""
     plan = _gate_plan(step)
     hidden = _of_gate(
-        gate.hidden_kernel, step, plan, plan.blocks * plan.shares, gate.hidden_cost(step, parts), parts=parts,
-        share=plan.share, blocks=plan.blocks, BN=plan.samples, BH=plan.units, CB=plan.channels,
+        gate.hidden_kernel, step, plan, plan.tiles * -(-step.gate.hidden // plan.units),
+        gate.hidden_cost(step, parts, plan.tiles), parts=parts,
     )  # fmt: skip
-    thresholds = step.layout.n * (1 if step.one_tau else step.layout.c)
-    programs = -(-thresholds // plan.vector)
-    alpha = _of_gate(gate.alpha_kernel, step, plan, programs, gate.alpha_cost(step), V=plan.vector, BH=plan.dot)
-    return Gate(hidden, alpha)
+    merge = _merge(step, plan, statistics=True)
+    alpha = _of_gate(
+        gate.alpha_kernel, step, plan, plan.tiles * -(-step.gate.outputs // plan.channels),
+        gate.alpha_cost(step, plan.groups),
+    )  # fmt: skip
+    total = hidden.cost + alpha.cost if merge is None else hidden.cost + merge.cost + alpha.cost
+    return Gate(hidden, merge, alpha, total + Cost(workspace=plan.tiles * Sizes.of(step).statistics))
 
 
 def forward(
@@ -150,11 +184,12 @@ def forward(
         )  # fmt: skip
         return
     new, n, c = parts.w1.new_empty, layout.n, layout.c  # w1 has the dtype of sums
-    partial = new((launches.reduce.plan.splits, n, c))
+    splits = launches.reduce.plan.splits
     tau = new((n, 1 if step.one_tau else c)) if tau is None else tau
     pooled, state = (kept.pooled, kept.state) if step.keep else (new((n, c)), backend.gate_state(step))
+    partial = pooled if splits == 1 else new((splits, n, c))
     launches.reduce(x=x, out=partial)
-    launches.gate(partial, pooled, state, tau, parts)
+    launches.gate(new, partial, pooled, state, tau, parts)
     launches.map(x=x, y=y, residual=residual, t=tau, planes=planes)
 
 
@@ -164,26 +199,36 @@ def forward(
 class GateGrad(NamedTuple):
     """The gate's launches of a backward pass: dtau to dA, if wanted, and the parameters' gradients."""
 
-    hidden: Prepared
-    pooled: Prepared | None  # where dA is wanted
+    hidden: Prepared | None  # None where one_pass.py has dz and dv already
+    merge: Prepared | None
+    linear: Prepared
+    dA: bool
     sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
+    cost: Cost
 
-    def __call__(self, new: Callable, step: Step, dtau, tau_grad, kept: Kept, parts: StandardGate):
-        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor."""
+    @property
+    def launches(self) -> tuple[Prepared, ...]:
+        return tuple(launch for launch in (self.hidden, self.merge, self.linear) if launch is not None)
+
+    def __call__(self, new: Callable, step: Step, dtau, tau_grad, dz, dv, kept: Kept, parts: StandardGate):
+        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor. dz (N, O) and dv (N, H) are
+        filled from dtau, or come filled."""
         n, c, (h, o, _, batch_stats, *_) = step.layout.n, step.layout.c, step.gate
-        du = new((n, h)) if self.pooled is not None or batch_stats else None
-        direct = None if self.pooled is None else new((n, c))
-        shares = self.hidden.plan.shares
-        grads = new((shares, sum(self.sizes)))
-        self.hidden(
-            dtau=dtau, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state, mean=kept.mean, var=kept.var,
-            gamma=parts.gamma, beta=parts.beta, w2=parts.w2, du=du, direct=direct, grads=grads,
+        plan, direct, sums = self.linear.plan, None, None
+        if self.hidden is not None:
+            direct = new((n, c)) if self.dA and step.average is not None else None
+            sums = new((plan.tiles, 2, h)) if batch_stats else None
+            self.hidden(
+                dtau=dtau, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state, mean=kept.mean, var=kept.var,
+                gamma=parts.gamma, beta=parts.beta, w2=parts.w2, dz=dz, dv=dv, sums=sums, direct=direct,
+            )  # fmt: skip
+        dA = new((n, c)) if self.dA else None
+        grads = new((plan.shares, sum(self.sizes)))
+        self.linear(
+            pooled=kept.pooled, state=kept.state, mean=kept.mean, var=kept.var, gamma=parts.gamma, beta=parts.beta,
+            w1=parts.w1, dz=dz, dv=dv, sums=_merged(self.merge, sums), direct=direct, dA=dA, grads=grads,
         )  # fmt: skip
-        dA = None
-        if self.pooled is not None:
-            dA = new((n, c))
-            self.pooled(du=du, w1=parts.w1, direct=direct, dA=dA)
-        grads = grads[0] if shares == 1 else grads.sum(0)
+        grads = grads[0] if plan.shares == 1 else grads.sum(0)
         # a section may be up to 3 elements longer than its parameter
         starts = (0, *itertools.accumulate(self.sizes[:-1]))
         shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
@@ -204,7 +249,7 @@ class Backward(NamedTuple):
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        every = (self.one, self.dtau, self.gate.hidden, self.gate.pooled, self.dx)
+        every = (self.one, self.dtau, *self.gate.launches, self.dx)
         return tuple(launch for launch in every if launch is not None)
 
 
@@ -215,38 +260,44 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
     one = plan_of(step, (g, layout.strides)) if want_dx else "without dx there is nothing to fuse"
     if not isinstance(one, str):
         launch = _one_pass(one_pass.backward_kernel, step, *one, "gd", one_pass.backward_cost(step))
-        ends, spent = _prepare_gate_grad(step, 1, False)
-        return Backward(launch, None, ends, None, launch.cost + spent + Cost(workspace=s.pooled))
+        ends = _prepare_gate_grad(step, None, False)
+        return Backward(launch, None, ends, None, launch.cost + ends.cost)
 
     def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
         return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT)
 
     first = grad(False, False, True)
-    ends, spent = _prepare_gate_grad(step, first.plan.splits, want_dx)
+    ends = _prepare_gate_grad(step, first.plan.splits, want_dx)
     last = grad(True, True, False) if want_dx else None
-    total = first.cost + spent + Cost(workspace=first.plan.splits * s.pooled)
+    total = first.cost + ends.cost + Cost(workspace=first.plan.splits * s.pooled)
     return Backward(None, first, ends, last, total if last is None else total + last.cost)
 
 
-def _prepare_gate_grad(step: Step, parts: int, want_dA: bool) -> tuple[GateGrad, Cost]:
-    """The launches, and what they cost together. parts: partial sums that dtau comes in."""
-    plan, s, (h, o, norm, batch_stats, *_) = _gate_plan(step), Sizes.of(step), step.gate
-    c, size = step.layout.c, step.sums.itemsize
+def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
+    """parts: partial sums that dtau comes in; None where dz and dv come instead."""
+    plan, s, (h, o, norm, batch_stats, *_), c = _gate_plan(step), Sizes.of(step), step.gate, step.layout.c
     sizes = tuple(-(-length // 4) * 4 for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
-    row, du = sum(sizes) * size, want_dA or batch_stats
-    hidden = _of_gate(
-        gate.hidden_grad_kernel, step, plan, plan.blocks * plan.shares,
-        gate.hidden_grad_cost(step, parts, plan.shares * row, du, want_dA), parts=parts, share=plan.share,
-        blocks=plan.blocks, total=sum(sizes), BN=max(plan.samples // 2, 1), BH=plan.units, CB=plan.channels,
+    row = sum(sizes) * step.sums.itemsize
+    direct = dA and step.average is not None
+    total, hidden, merge = Cost(workspace=s.alpha + s.hidden), None, None  # dz, dv
+    if parts is not None:
+        hidden = _of_gate(
+            gate.hidden_grad_kernel, step, plan, plan.tiles * -(-h // plan.units),
+            gate.hidden_grad_cost(step, parts, plan.tiles, direct), parts=parts,
+        )  # fmt: skip
+        merge = _merge(step, plan, statistics=False)
+        total += hidden.cost + Cost(workspace=direct * s.pooled + plan.tiles * s.statistics)
+        total += Cost() if merge is None else merge.cost
+    first = plan.shares * -(-h // plan.units) * -(-c // plan.channels)
+    second = first + plan.shares * -(-h // plan.units) * -(-o // plan.channels)
+    programs = second + dA * plan.tiles * -(-c // plan.channels)
+    linear = _of_gate(
+        gate.linear_grad_kernel, step, plan, programs,
+        gate.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), first=first, second=second,
+        share=plan.share, total=sum(sizes), WALK=plans.GATE_STEP,
     )  # fmt: skip
-    total = hidden.cost + cost.added_up(row, plan.shares) + Cost(workspace=du * s.hidden)
-    if not want_dA:
-        return GateGrad(hidden, None, sizes), total
-    programs = -(-step.layout.n * c // plan.vector)
-    pooled = _of_gate(
-        gate.pooled_grad_kernel, step, plan, programs, gate.pooled_grad_cost(step), V=plan.vector, BH=plan.dot
-    )  # fmt: skip
-    return GateGrad(hidden, pooled, sizes), total + pooled.cost + Cost(workspace=2 * s.pooled)  # direct, and dA
+    total += linear.cost + cost.added_up(row, plan.shares) + Cost(workspace=dA * s.pooled)
+    return GateGrad(hidden, merge, linear, dA, sizes, total)
 
 
 def backward(
@@ -256,16 +307,16 @@ def backward(
     """Fills dx, if given; the gradients of w1, b1, gamma, beta, w2, b2."""
     launches, layout = prepare_backward(step, g.stride(), dx is not None), step.layout
     planes, new = bytes_of(kept.bits), parts.w1.new_empty
+    dz, dv, dtau = new((layout.n, step.gate.outputs)), new((layout.n, step.gate.hidden)), None
     if launches.one is not None:
-        dtau = new((1, layout.n, layout.c))
         launches.one(
-            g=g, dx=dx, planes=planes, dtau=dtau, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state, w1=parts.w1,
-            mean=kept.mean, var=kept.var, gamma=parts.gamma, beta=parts.beta, w2=parts.w2,
+            g=g, dx=dx, planes=planes, dz=dz, dv=dv, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state,
+            w1=parts.w1, mean=kept.mean, var=kept.var, gamma=parts.gamma, beta=parts.beta, w2=parts.w2,
         )  # fmt: skip
     else:
         dtau = new((launches.dtau.plan.splits, layout.n, layout.c))
         launches.dtau(g=g, planes=planes, dtau=dtau)
-    dA, grads = launches.gate(new, step, dtau, tau_grad, kept, parts)
+    dA, grads = launches.gate(new, step, dtau, tau_grad, dz, dv, kept, parts)
     if launches.dx is not None:
         launches.dx(g=g, planes=planes, dA=dA, dx=dx)
     return grads
