@@ -93,11 +93,11 @@ CHOICES: tuple[Choice, ...] = (
         STEPS,
         tuple({"GATE_SAMPLES": n, "GATE_TILE": tile} for n, tile in ((16, 16), (32, 16), (32, 32), (64, 16))),
     ),
-    Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": tile} for wide, tile in ((32, 32), (64, 32), (256, 32), (512, 16)))),
+    Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": 32} for wide in (32, 64, 256, 512))),
     Choice(STEPS, ({"GATE_DEPTH": 16}, {"GATE_DEPTH": 32}, {"GATE_DEPTH": 64})),
     Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
-    Choice(("shrink_train",), tuple({"GATE_STEP": step, "GATE_WALK": n} for step in (16, 32) for n in (256, 512, 1024))),
-    Choice(("shrink_train",), tuple({"GATE_MERGES": n, "MOST_GROUPS": m} for n in (0, 1, 2, 4) for m in (32, 128))),
+    Choice(STEPS[:1], tuple({"GATE_STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (256, 512, 1024))),
+    Choice(STEPS[:1], tuple({"GATE_MERGES": n, "MOST_GROUPS": m} for n in (0, 1, 2, 4) for m in (32, 128))),
     # one pass: whole samples in registers, walked from L2 too, or neither, which leaves several launches
     Choice(
         ("shrink_eval",),

@@ -306,6 +306,6 @@ SIZES: dict[str, tuple[Callable[[int], torch.nn.Module], list[tuple[int, ...]]]]
 # is a third of a second of somebody's first step, so more of them must be wanted.
 FIRST_STEPS: dict[str, tuple[Callable[[int], torch.nn.Module], dict[tuple[int, ...], int]]] = {
     "any gate": (_any_gate, {(64, 16, 512): 4, (64, 32, 512): 0, (64, 32, 256): 4}),
-    "BatchNorm": (lambda c: dk.Shrinkage(c).fc, {(64, 16, 512): 8, (64, 32, 512): 2, (64, 32, 256): 4}),
+    "BatchNorm": (lambda c: dk.Shrinkage(c).fc, {(64, 16, 512): 8, (64, 32, 512): 4, (64, 32, 256): 4}),
     "no BatchNorm": (lambda c: dk.Shrinkage(c, norm=False).fc, {(16, 16, 512): 3, (16, 32, 512): 3, (16, 32, 256): 2}),
 }
