@@ -13,7 +13,7 @@ import torch
 import drsn_kernels as dk
 from drsn_kernels.backends.step import Cost
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,7 @@ def several(shape: tuple[int, ...], dtype: torch.dtype, merge: bool = False):
 
 CASES: list[Case] = [shrink_case(shape, F32) for shape in SHAPES]
 CASES += [shrink_case(shape, BF16) for shape in SHAPES if shape != (4, 4, 512)]
+CASES += [shrink_case((8, 16, 1024), F16)]
 CASES += [shrink_case((8, 16, 1024), dtype, residual=True) for dtype in (F32, BF16)]
 CASES += [shrink_case((4, 64, 28, 28), F32, residual=True), shrink_case((8, 16, 1000), F32, evaluate=True)]
 CASES += [op((8, 16, 1000), F32) for op in (abs_mean_case, soft_threshold_case)]

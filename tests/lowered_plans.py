@@ -102,6 +102,7 @@ def describe(recorded, case: Case) -> dict:
         "shared": launch.shared,
         "shared_limit": limits[launch.target].shared_program,
         "occupancy": launch.occupancy,
+        "instructions": _an_element(launch, tile_elements(recorded)) if launch.target == CUDA[1] else None,
         "widths": launch.widths,
         # straight-line code, and a turn of a loop
         "moved": {kind: [launch.moved(kind), launch.moved(kind, loop=True)] for kind in ("ld", "st")},
@@ -117,6 +118,12 @@ def describe(recorded, case: Case) -> dict:
         "tile_bytes": tile_elements(recorded) * case.dtype.itemsize,
         "steps": tile_steps(recorded),
     }
+
+
+def _an_element(launch: ptx.Measured, tile: int) -> float | None:
+    """Instructions for each element of a tile; None where a loop runs some of them again, or there is no tile."""
+    each = tile / (32 * launch.num_warps)
+    return launch.instructions / each if each and launch.instructions is not None else None
 
 
 def compilations(target: str) -> dict[str, list[int]]:

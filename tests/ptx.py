@@ -25,6 +25,10 @@ _LABEL = re.compile(r"^\s*(\$L\w+):", re.M)
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+)")
 _WIDE_REGISTER = re.compile(r"%rd\d+")
 
+_SASS = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z0-9]+)([^;]*);")
+_SASS_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_SASS_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+
 # amdgcn: global_load_dwordx4, buffer_store_short, global_load_ushort, ...
 _AMD_ACCESS = re.compile(r"^\s*(?:global|buffer)_(load|store|atomic)_(\w+)", re.M)
 _AMD_LABEL = re.compile(r"^(\.L\w+):", re.M)
@@ -145,7 +149,7 @@ def cubin_resources(cubin: bytes) -> Resources:
 
 
 def cubin_instructions(cubin: bytes) -> int | None:
-    """Machine instructions of a cubin that holds one kernel; None where a loop runs some of them more than once.
+    """Machine instructions of a cubin that holds one kernel; None where a loop runs some of them again.
 
     By the nvdisasm in Triton's wheel.
     """
@@ -155,26 +159,22 @@ def cubin_instructions(cubin: bytes) -> int | None:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sass_instructions(text)
+        return sass_instructions(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def sass_instructions(text: str) -> int | None:
-    """The same from nvdisasm's text. Padding behind the end, a branch to itself and NOPs, does not count."""
-    found, labels = 0, set()
+    """The same of nvdisasm's text. What fills up the end, a branch to itself and NOPs, does not count."""
+    found, labels = 0, {}
     for line in text.splitlines():
         if label := _SASS_LABEL.match(line):
-            labels.add(label[1])
-        elif instruction := _SASS.match(line):
-            _, name, operands = instruction.groups()
-            if name == "NOP":
-                continue
-            target = _SASS_TARGET.search(operands) if name.startswith("BRA") else None
-            if target and target[1] in labels:
-                if line_before_is(target[1]):
-                    continue
-                return None
-            found += 1
+            labels[label[1]] = found
+        elif (instruction := _SASS.match(line)) and instruction[1] != "NOP":
+            target = _SASS_TARGET.search(instruction[2])
+            if instruction[1] == "BRA" and target and target[1] in labels:
+                if labels[target[1]] < found:
+                    return None
+            else:
+                found += 1
     return found
 
 
@@ -235,6 +235,11 @@ class Measured:
     def stack(self) -> int:
         """Bytes of local memory a thread. These kernels have no arrays: anything above 0 is spilled registers."""
         return self._resources.stack
+
+    @functools.cached_property
+    def instructions(self) -> int | None:
+        """Machine instructions of a thread; None for hip, and where there is a loop."""
+        return cubin_instructions(self.compiled.asm["cubin"]) if self._cuda else None
 
     @property
     def shared(self) -> int:

@@ -128,6 +128,28 @@ def test_nothing_spills_and_a_program_fits(lowered, case, target):
         assert launch["occupancy"] >= 1, launch
 
 
+# Machine instructions an element on 9.0, at most: reduce, map with three planes, grad (dtau), grad (dx). A little above
+# what Triton 3.7.1 makes, and half or less of what comparisons, selects and sums over 32 lanes took.
+INSTRUCTIONS = {
+    "shrink 8x16x1024 bfloat16": (5, 12, 8, 11.5),
+    "shrink 8x16x1024 float16": (6, 12, 8, 11.5),
+    "shrink 8x16x1024 float32": (7.5, 23, 15, 19.5),
+    "shrink 4x64x28x28 bfloat16 channels_last": (None, 19, None, 17),
+    "shrink 4x64x28x28 float32 channels_last": (None, 33, None, 29),
+    "shrink 8x64x49 bfloat16": (31, 66, 53, 60),
+    "shrink 8x64x49 float32": (31, 66, 53, 60),
+}
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_few_instructions_an_element(on_hopper, name):
+    run = on_hopper["cases"]["cuda:90"][name]
+    found = [launch["instructions"] for launch in run["forward"] + run["backward"]]
+    loops = [most is None for most in INSTRUCTIONS[name]]
+    assert [one is None for one in found] == loops  # straight-line code, where a number is given
+    assert all(most is None or one <= most for one, most in zip(found, INSTRUCTIONS[name], strict=True)), found
+
+
 @pytest.mark.parametrize("what", list(lowered_cases.SIZES))
 def test_other_sizes_do_not_compile_again(lowered, what):
     first, *others = lowered["compilations"][what]
@@ -248,6 +270,26 @@ def test_ptx_is_read():
     assert ptx.widths(found) == {"atom": {4: 1}, "ld": {32: 1, 16: 2}, "st": {4: 1}}
     straight = ptx.ptx_accesses(PTX.replace("@%p2 bra", "//"), arguments)
     assert len(straight) == 5 and not any(access.loop for access in straight)
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                             /* 0x00000a00ff017b82 */
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;                   /* 0x0000000402048981 */
+        /*0020*/               @P1 EXIT ;                                             /* 0x000000000000194d */
+        /*0030*/              @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;                       /* 0x0000000104048890 */
+        /*0040*/                   EXIT ;                                             /* 0x000000000000794d */
+.L_x_0:
+        /*0050*/                   BRA `(.L_x_0);                                     /* 0xfffffffc00fc7947 */
+        /*0060*/                   NOP;                                               /* 0x0000000000007918 */
+.L_x_2:
+"""
+
+
+def test_sass_is_read():
+    assert ptx.sass_instructions(SASS) == 5
+    assert ptx.sass_instructions(SASS.replace("EXIT ;", "BRA `(.L_x_2) ;")) == 5  # ahead
+    assert ptx.sass_instructions(SASS.replace("@P1 EXIT", "@P1 BRA `(.L_x_1)")) is None
 
 
 AMD = """

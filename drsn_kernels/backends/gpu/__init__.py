@@ -6,7 +6,8 @@ gate.py      the standard gate's own kernels     one_pass.py   step and standard
 sequence.py  which launches a step with the standard gate takes, in order
 
 walk.py    how the operands of a call lie in memory     plans.py     tiles and programs, with reasons
-tiles.py   what the kernels share: addresses, planes    launch.py    arguments by name, compiled kernels
+tiles.py   what the kernels share: addresses, memory    launch.py    arguments by name, compiled kernels
+bits.py    thresholds and planes by arithmetic on bits
 lowering.py  compiling for a GPU that is not there
 """
 

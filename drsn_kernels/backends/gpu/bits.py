@@ -226,7 +226,7 @@ def choose(m, a, b):
     return (a & m) | (b & ~m)
 
 
-# ---- thresholds and gradients ------------------------------------------------------------------------------------------
+# ---- thresholds ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def soft(w, tau, finite, DTYPE: tl.constexpr, GROUP: tl.constexpr, PTX: tl.const
 
 @triton.jit
 def _within(tau):
-    """What y is where |x| <= tau: 0, or NaN for a tau of NaN or -inf. By arithmetic: LLVM makes a select of a select."""
+    """What y is where |x| <= tau: 0, or NaN for a tau of NaN or -inf. By arithmetic, for LLVM nests the selects."""
     below = tl.where(tau > 0, 0.0, tau)
     return below - below
 
@@ -336,7 +336,7 @@ def _bit(t, AT: tl.constexpr):
 
 @triton.jit
 def octets_of(a, b, c):
-    """Top bits of up to three conditions (c may be None), (R, B) -> bytes of their planes (R, B / 8), one above another.
+    """Top bits of two or three conditions, (R, B) -> bytes of their planes (R, B / 8), one above another in int32.
 
     All planes in one sum over 8 lanes: where neighbours are held by different threads, shuffles are what costs.
     """

@@ -123,8 +123,9 @@ def multiprocessors(device: torch.device) -> int:
 def tile_values(on: Walk, plan: TilePlan | OnePassPlan, dtype: torch.dtype, operands: str) -> dict[str, Any]:
     """What every kernel takes that walks a tensor. `operands`: a letter for each of the walk's, as in xs and X_UNIT."""
     values = {
-        "plane_bytes": on.plane_bytes, "L": on.length, "scale": 1 / on.length if on.length else math.inf, "N": on.n, "P": on.p, "QA": on.q // on.align,
-        "row_bytes": on.row_bytes, "row_sizes": on.row_sizes, "q_sizes": on.q_sizes, "B": plan.columns, "LOOP": plan.loop,
+        "plane_bytes": on.plane_bytes, "L": on.length, "scale": 1 / on.length if on.length else math.inf,
+        "N": on.n, "P": on.p, "QA": on.q // on.align, "row_bytes": on.row_bytes, "row_sizes": on.row_sizes,
+        "q_sizes": on.q_sizes, "B": plan.columns, "LOOP": plan.loop,
         "ALIGN": on.align, "CHANNELS_LAST": on.channels_last, "WIDE": on.wide,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32, "GROUP": group(on, dtype.itemsize), "PTX": None,
     }  # fmt: skip

@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 from ..step import Cost
 from .walk import Walk
 
-# Bytes of x that a thread holds: four 16-byte loads in flight. With two, half as many elements share what a row takes (its
-# address, its threshold, its sum). 32 programs of a warp fit an SM, with 64 KiB on their way, where 3 TB/s at 600 ns want
-# 14 KiB.
+# Bytes of x that a thread holds: four 16-byte loads in flight. With two, half as many elements share what a row takes:
+# its address, its threshold, its sum. 32 programs of a warp fit an SM, with 64 KiB on their way, where 3 TB/s at 600 ns
+# want 14 KiB.
 THREAD = 64
-# Elements of a tile at least, so many of float32 and twice as many of 16 bits: a warp's. A warp with a row of its own adds
-# it up without shared memory.
+# Elements of a tile at least, so many of float32 and twice as many of 16 bits: a warp's. A warp with a row of its own
+# adds it up without shared memory.
 TILE = 512
-# In tiles: the longest row that is one, straight-line code; the longest part of a longer row, which is walked in a loop.
+# In tiles: the longest row that is one, straight-line code; the longest part of a longer row, walked in a loop.
 WHOLE, PART = 8, 4
 # In tiles: what channels_last takes, so that a thread has several rows for what its columns need.
 SHARED = 4
-# Where rows are not aligned, or elements not adjacent, every element has an address of its own: so many elements a thread,
-# because with 16 rows of 49 took 96 to 153 registers, and so many tiles.
+# Where rows are not aligned, or elements not adjacent, every element has an address of its own: so many elements a
+# thread, because with 16 rows of 49 took 96 to 153 registers, and so many tiles.
 RAGGED_THREAD, RAGGED = 8, 2
 MOST_WARPS = 8
 # The shortest row of a tile: a byte of a bit plane.

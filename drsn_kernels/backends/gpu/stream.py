@@ -47,8 +47,8 @@ from .walk import Strides, walk
 def _reduce_tile(
     x, times, planes, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, xs, ts,
     KIND: tl.constexpr, X_UNIT: tl.constexpr, T_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """What is summed of one tile: |x|, x or x * times; its planes stored."""
     Q = length_of_rows(QA, ALIGN, WIDE)
@@ -73,8 +73,8 @@ def _reduce_tile(
 def reduce_kernel(
     x, times, out, planes, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, xs, ts,
     KIND: tl.constexpr, X_UNIT: tl.constexpr, T_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr,
+    LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out (splits, N, C): this piece's part of the mean, or of the sum of products. planes: sign, nonzero."""
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
@@ -141,11 +141,11 @@ def _of_row(row, P, t_n, t_c, row_sizes):
 
 @kernel(pointers=6, aligned=("x", "y", "residual"))
 def map_kernel(
-    x, y, residual, t, shift, planes, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, xs, ys,
-    rs, t_n, t_c, KIND: tl.constexpr, INSIDE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr,
+    x, y, residual, t, shift, planes, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes,
+    xs, ys, rs, t_n, t_c, KIND: tl.constexpr, INSIDE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """KIND: "soft", "piecewise" (another rule, INSIDE and OFFSET) or "scale". planes: kept, sign[, nonzero]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -231,7 +231,8 @@ def _grad_tile(
     g, planes, share, dx, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
     INSIDE: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr, G_UNIT: tl.constexpr,
     D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SPLIT: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """s * kept * g of one tile (kept * g without a sign plane), its dx stored. share is dA / L of rows or columns.
 
@@ -276,8 +277,8 @@ def grad_kernel(
     g, planes, dA, dx, dtau, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, gs, ds,
     INSIDE: tl.constexpr, OFFSET: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr,
     G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """dtau (splits, N, C): this piece's part of it. KEPT, SIGN, NONZERO: which plane; None where it is not read.
 
@@ -298,13 +299,13 @@ def grad_kernel(
         total = tl.zeros((R, B), ACC)
         for t in range(start, stop):
             total += _grad_tile(
-                g, planes, share, dx, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE, KEPT,
-                SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
+                g, planes, share, dx, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE,
+                KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
             )  # fmt: skip
     else:
         total = _grad_tile(
-            g, planes, share, dx, plane_bytes, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE, KEPT,
-            SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
+            g, planes, share, dx, plane_bytes, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE,
+            KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
         )  # fmt: skip
     if dtau is not None:
         sums = -tl.sum(total, AXIS)

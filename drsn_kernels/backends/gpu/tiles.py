@@ -1,9 +1,9 @@
 """What every Triton kernel here is made of: tiles of rows by columns, their addresses in any layout, bit planes.
 
 x is seen as N samples of P rows of Q elements (walk.py): P = C, Q = L, or P = L, Q = C in channels_last order. A tile
-is (R, B): R rows, as numbers n * P + p, by B columns, and in memory R rows of W words (bits.py). Sizes and strides are run-time integers that Triton does not
-specialise on; what makes an access 16 bytes wide is told by ALIGN, which divides Q and the row strides: every kernel is
-given Q / ALIGN and multiplies (see `offsets`).
+is (R, B): R rows, as numbers n * P + p, by B columns, and in memory R rows of W words (bits.py). Sizes and strides are
+run-time integers that Triton does not specialise on; what makes an access 16 bytes wide is told by ALIGN, which divides
+Q and the row strides: every kernel is given Q / ALIGN and multiplies (see `offsets`).
 """
 
 import triton
@@ -138,8 +138,8 @@ def by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST: tl.constexp
 
 @triton.jit
 def _addresses(
-    x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, GROUP: tl.constexpr,
+    x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the words of a tile, (R, W), and their mask."""
     EACH: tl.constexpr = 2 if GROUP == 8 else 1  # elements in a word
@@ -153,8 +153,8 @@ def _addresses(
 
 @triton.jit
 def load(
-    x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, EVICTION: tl.constexpr = "",
+    x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, EVICTION: tl.constexpr = "",
 ):  # fmt: skip
     """A tile of an operand, in words."""
     at, live = _addresses(
