@@ -94,6 +94,7 @@ CHOICES: tuple[Choice, ...] = (
         tuple({"GATE_SAMPLES": n, "GATE_TILE": tile} for n, tile in ((16, 16), (32, 16), (32, 32), (64, 16))),
     ),
     Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": 32} for wide in (32, 64, 256, 512))),
+    Choice(STEPS, tuple({"WIDE_STAGES": stages} for stages in (1, 2, 3))),
     Choice(STEPS, ({"GATE_DEPTH": 16}, {"GATE_DEPTH": 32}, {"GATE_DEPTH": 64})),
     Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
     Choice(STEPS[:1], tuple({"GATE_STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (256, 512, 1024))),

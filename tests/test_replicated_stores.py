@@ -32,6 +32,7 @@ def test_a_reduction_of_ten_lines_shows_the_race_and_its_mending(found):
 def test_no_kernel_contracts_across_lanes(found):
     launches = found["launches"]
     assert {launch["kernel"] for launch in launches if launch["shuffles"]} >= {
-        "reduce_kernel", "hidden_kernel", "hidden_grad_kernel", "linear_grad_kernel", "forward_kernel", "backward_kernel", "grad_kernel",
+        "reduce_kernel", "hidden_kernel", "hidden_grad_kernel", "linear_grad_kernel", "forward_kernel",
+        "backward_kernel", "grad_kernel",
     }  # fmt: skip
     assert [launch for launch in launches if launch["contracted"] or launch["fusion"]] == []

@@ -6,13 +6,16 @@ error of the same formula in torch's float32, and a few units of the last place.
 
 import copy
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import steps
 import torch
 from oracle import AVERAGES, close, standard_gate
 from torch import nn
+from triton_child import child
 
 from drsn_kernels import gates
 from drsn_kernels.backends import gpu
@@ -58,7 +61,8 @@ class Run:
 
         state, tau = Gpu().gate_state(step).fill_(float("nan")), new((n, 1 if step.one_tau else c))
         pooled = self.partial[0].clone() if self.parts == 1 else new((n, c))
-        forward, backward = sequence._prepare_gate(step, self.parts), sequence._prepare_gate_grad(step, self.parts, want_dA)
+        forward = sequence._prepare_gate(step, self.parts)
+        backward = sequence._prepare_gate_grad(step, self.parts, want_dA)
         with torch.no_grad():
             forward(new, pooled if self.parts == 1 else self.partial, pooled, state, tau, parts)
             mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
@@ -197,8 +201,8 @@ def test_the_papers_network_takes_two_launches_each_way():
 
 def test_tiles_follow_from_the_widths_alone():
     for c, h, o in ((1, 1, 1), (16, 16, 16), (64, 16, 64), (512, 512, 512), (512, 32, 1)):
-        tiles = {(p.samples, p.channels, p.units, p.depth, p.merge, p.align, p.at_a_time)
-                 for p in (plans.gate(n, c, h, o, sms) for n in (1, 2, 33, 4096, 65536) for sms in (1, 132))}  # fmt: skip
+        found = [plans.gate(n, c, h, o, sms) for n in (1, 2, 33, 4096, 65536) for sms in (1, 132)]
+        tiles = {(p.samples, p.channels, p.units, p.depth, p.stages, p.merge, p.align, p.at_a_time) for p in found}
         assert len(tiles) == 1
 
 
@@ -220,3 +224,30 @@ def test_gradients_agree_with_the_modules_own():
     (gate(pooled) * pooled).backward(run.dtau[0])
     torch.testing.assert_close(found["dA"], pooled.grad)
     torch.testing.assert_close(found["w1"], gate[0].weight.grad)
+
+
+# ---- as compiled -----------------------------------------------------------------------------------------------------
+
+LOWERED = Path(__file__).resolve().parent / "lowered_gate.py"
+TARGETS = ["cuda:90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("cuda:80", "cuda:100"))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_as_compiled(target, tmp_path):
+    """Nothing spills, programs fit, products are fma though nothing else is contracted, rows load 16 bytes wide."""
+    done = child(str(LOWERED), target, cache=tmp_path)
+    assert done.returncode == 0, done.stderr[-8000:]
+    found = json.loads(done.stdout)
+    for name, launches in found.items():
+        merged = ["merge_kernel"] if name == "wide" else []
+        assert [launch["kernel"] for launch in launches] == [
+            "hidden_kernel", *merged, "alpha_kernel", "hidden_grad_kernel", *merged, "linear_grad_kernel",
+        ], name  # fmt: skip
+        for launch in launches:
+            assert launch["stack"] == 0 and launch["occupancy"] >= 1, (name, launch)
+            assert launch["shared"] <= launch["limit"], (name, launch)
+        samples, units, depth = launches[0]["tile"]
+        products = 0 if name == "float64" else samples * units * depth // launches[0]["threads"]
+        assert launches[0]["fma"] == products, name
+    first, last = found["wide"][0], found["wide"][-1]
+    assert first["loads"]["partial"] == first["loads"]["w1"] == [16] and last["loads"]["dv"] == [16]

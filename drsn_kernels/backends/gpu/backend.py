@@ -50,9 +50,7 @@ class Gpu(Backend):
         if max(c, hidden) > plans.MOST_CHANNELS:
             return f"{c} channels and {hidden} hidden units, the fused gate takes at most {plans.MOST_CHANNELS} of each"
         if n * c * hidden > plans.MOST_PRODUCTS:
-            return (
-                f"{n} samples x {c} channels x {hidden} hidden units are more than {plans.MOST_PRODUCTS} products"
-            )
+            return f"{n} samples x {c} channels x {hidden} hidden units are more than {plans.MOST_PRODUCTS} products"
         return None
 
     def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:

@@ -63,13 +63,14 @@ class Prepared:
 
     def __init__(
         self, fn: Any, device: torch.device, programs: int, values: dict[str, Any], plan: Any, cost: Cost, *,
-        warps: int, registers: int | None = None,
+        warps: int, registers: int | None = None, stages: int | None = None,
     ):  # fmt: skip
-        """values: of all integers and constexprs that fn takes; plan: what they were worked out from (plans.py)."""
+        """values: of all integers and constexprs that fn takes; plan: what they were worked out from (plans.py);
+        stages: of a loop of products, the steps whose loads are under way together."""
         self.fn, self.grid, self.plan, self.cost = fn, (programs, 1, 1), plan, cost
         self.device_index = device.index if device.type == "cuda" else None
         self.values = {name: values[name] for name in fn.values}
-        self.options = {"num_warps": warps, "maxnreg": registers, **_NO_CONTRACTION}
+        self.options = {"num_warps": warps, "maxnreg": registers, "num_stages": stages, **_NO_CONTRACTION}
         self.compiled: dict[int, tuple[Callable, tuple]] = {}
 
     def __call__(self, **pointers: torch.Tensor | None) -> None:

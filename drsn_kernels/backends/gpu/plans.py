@@ -151,29 +151,35 @@ CROWDED_TILE = 4096
 ONE_PASS_CHANNELS = 128
 # Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
-# Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Its kernels multiply
-# and add on the CUDA cores in float32. Beyond these sizes cuBLAS's five products and four small launches are estimated to
-# be faster.
+# Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Its kernels
+# multiply and add float32 on the CUDA cores. Beyond these sizes cuBLAS's five products and four small launches are
+# estimated to be faster.
 MOST_CHANNELS = 512
 MOST_PRODUCTS = 1 << 28
 # A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels (WIDE_TILE beyond
-# WIDE of them, where there are tiles enough), and of a weight's gradient the square of it, by products of GATE_DEPTH: at
-# least 16, which they need. Small tiles, because there are few: 64 for the first layer of (512, 64).
+# WIDE of them, where there are tiles enough), and of a weight's gradient the square of it, by products of GATE_DEPTH; a
+# product takes at least 16. Small tiles, as there are few: 64 for the first layer of (512, 64).
 GATE_SAMPLES = 32
 GATE_TILE = 16
 WIDE_TILE = 32
 WIDE = 64
 GATE_DEPTH = 32
+# Steps of a product whose loads are under way together. A narrow gate has one or two; more stages are a third of its
+# kernels' time to compile.
+GATE_STAGES = 1
+WIDE_STAGES = 3
 # 8 warps, because a program waits most of the time: half the registers a thread, twice the loads in flight.
 GATE_WARPS = 8
 MOST_REGISTERS = 255
-# The gradient of a weight is a sum over the batch: a program walks it by GATE_STEP samples; 64 spilled 16 bytes. Above GATE_WALK samples it is
-# shared out, while there are fewer programs than GATE_PROGRAMS for each multiprocessor; torch adds the shares.
+# The gradient of a weight is a sum over the batch: a program walks it by GATE_STEP samples (64 spilled 16 bytes with
+# wide tiles). Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each
+# multiprocessor; torch adds the shares.
 GATE_STEP = 32
 GATE_WALK = 512
 GATE_PROGRAMS = 2
 # Programs merge the statistics of the batch's tiles themselves, GATE_MERGED (tiles x units) at a time, where they do it
-# for at most GATE_MERGES steps of units and MOST_GROUPS tiles. Else one launch does, MERGED at a time of MERGED_UNITS units.
+# for at most GATE_MERGES steps of units and MOST_GROUPS tiles. Else one launch does it, MERGED at a time, by programs
+# of MERGED_UNITS units.
 GATE_MERGED = 1024
 GATE_MERGES = 2
 MOST_GROUPS = 128
@@ -202,11 +208,12 @@ class GatePlan:
     channels: int  # BC, outputs too
     units: int  # BH
     depth: int  # BK, of a product
+    stages: int  # of a product's loop
     align: int  # elements that divide C and H, as rows are aligned
     tiles: int  # of samples
-    groups: int  # statistics that are merged inside the launches that need them; 1 where a launch has merged them before
+    groups: int  # statistics that come to the launches that need them; 1 where a launch has merged them before
     group: int  # samples in each
-    merge: bool  # they are merged inside; whether or not, a launch may have done it before
+    merge: bool  # these merge them; False: they take the first
     at_a_time: int  # groups
     shares: int  # of samples, one a program, in the gradients of the weights
     share: int  # samples in one
@@ -255,7 +262,7 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
     """The plan of the gate's own launches. Only counts depend on n."""
 
     widest = max(channels, hidden)
-    tile = GATE_TILE if widest <= WIDE else WIDE_TILE
+    tile, stages = (GATE_TILE, GATE_STAGES) if widest <= WIDE else (WIDE_TILE, WIDE_STAGES)
     depth = min(max(_power_of_two(widest), 16), GATE_DEPTH)
     tiles = _cdiv(n, GATE_SAMPLES)
     merge = hidden <= GATE_MERGES * depth
@@ -264,7 +271,7 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
     shares = max(min(_cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights), 1)
     share = _cdiv(_cdiv(n, shares), GATE_STEP) * GATE_STEP
     return GatePlan(
-        samples=GATE_SAMPLES, channels=tile, units=tile, depth=depth,
+        samples=GATE_SAMPLES, channels=tile, units=tile, depth=depth, stages=stages,
         align=4 if channels % 4 == hidden % 4 == 0 else 1, tiles=tiles, groups=1 if apart else tiles,
         group=n if apart else GATE_SAMPLES, merge=merge, at_a_time=GATE_MERGED // depth,
         shares=_cdiv(n, share), share=share,

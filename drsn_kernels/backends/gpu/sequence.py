@@ -21,7 +21,7 @@ from ...gates import StandardGate
 from ...reference import SOFT
 from .. import cost
 from ..step import Backend, Cost, Kept, Plan, Step
-from . import gate, one_pass, plans, stream
+from . import gate, gate_grad, one_pass, plans, stream
 from .gate import Sizes
 from .launch import Prepared, bytes_of, multiprocessors, tile_values
 from .plans import GatePlan, OnePassPlan
@@ -66,7 +66,8 @@ def _of_gate(fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, 
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
     }  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.MOST_REGISTERS
+        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.MOST_REGISTERS,
+        stages=plan.stages,
     )  # fmt: skip
 
 
@@ -79,9 +80,8 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
         "STATISTICS": statistics, "BH": plans.MERGED_UNITS, "GROUPS": plans.MERGED // plans.MERGED_UNITS,
     }  # fmt: skip
     programs = -(-step.gate.hidden // plans.MERGED_UNITS)
-    return Prepared(
-        gate.merge_kernel, step.device, programs, values, plan, gate.merge_cost(step, plan.tiles), warps=plans.GATE_WARPS
-    )  # fmt: skip
+    spent = gate.merge_cost(step, plan.tiles)
+    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS)
 
 
 def _merged(merge: Prepared | None, tiles: torch.Tensor | None) -> torch.Tensor | None:
@@ -211,8 +211,10 @@ class GateGrad(NamedTuple):
         return tuple(launch for launch in (self.hidden, self.merge, self.linear) if launch is not None)
 
     def __call__(self, new: Callable, step: Step, dtau, tau_grad, dz, dv, kept: Kept, parts: StandardGate):
-        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor. dz (N, O) and dv (N, H) are
-        filled from dtau, or come filled."""
+        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor.
+
+        dz (N, O) and dv (N, H) are filled from dtau, or come filled.
+        """
         n, c, (h, o, _, batch_stats, *_) = step.layout.n, step.layout.c, step.gate
         plan, direct, sums = self.linear.plan, None, None
         if self.hidden is not None:
@@ -275,15 +277,15 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
 
 def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     """parts: partial sums that dtau comes in; None where dz and dv come instead."""
-    plan, s, (h, o, norm, batch_stats, *_), c = _gate_plan(step), Sizes.of(step), step.gate, step.layout.c
+    plan, s, (h, o, norm, *_), c = _gate_plan(step), Sizes.of(step), step.gate, step.layout.c
     sizes = tuple(-(-length // 4) * 4 for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
     row = sum(sizes) * step.sums.itemsize
     direct = dA and step.average is not None
     total, hidden, merge = Cost(workspace=s.alpha + s.hidden), None, None  # dz, dv
     if parts is not None:
         hidden = _of_gate(
-            gate.hidden_grad_kernel, step, plan, plan.tiles * -(-h // plan.units),
-            gate.hidden_grad_cost(step, parts, plan.tiles, direct), parts=parts,
+            gate_grad.hidden_grad_kernel, step, plan, plan.tiles * -(-h // plan.units),
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), parts=parts,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         total += hidden.cost + Cost(workspace=direct * s.pooled + plan.tiles * s.statistics)
@@ -292,8 +294,8 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     second = first + plan.shares * -(-h // plan.units) * -(-o // plan.channels)
     programs = second + dA * plan.tiles * -(-c // plan.channels)
     linear = _of_gate(
-        gate.linear_grad_kernel, step, plan, programs,
-        gate.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), first=first, second=second,
+        gate_grad.linear_grad_kernel, step, plan, programs,
+        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), first=first, second=second,
         share=plan.share, total=sum(sizes), WALK=plans.GATE_STEP,
     )  # fmt: skip
     total += linear.cost + cost.added_up(row, plan.shares) + Cost(workspace=dA * s.pooled)
