@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from drsn_kernels import Shrinkage, abs_mean, backends, models, recording, soft_threshold
-from drsn_kernels.backends.step import Cost
+from drsn_kernels.backends.step import Cost, Plan
 from drsn_kernels.demo.port import PortShrinkage, standard_gate, swap
 from drsn_kernels.demo.timing import Call
 
@@ -209,15 +209,21 @@ def cost(case: Case, provider: Provider, call: Call) -> dict[str, int]:
     """
     if provider.form != "ours" or provider.compiled or own_floor(case):
         return {}
+    plans = plans_of(call)
+    forward, backward = (sum((getattr(plan, way) for plan in plans), Cost()) for way in ("forward", "backward"))
+    moved = {"forward": forward.bytes, "backward": backward.bytes, "both": forward.bytes + backward.bytes}
+    return {"bytes": moved[case.mode], "saved": forward.saved}
+
+
+def plans_of(call: Call) -> list[Plan]:
+    """Of the operators that the call makes, in order."""
     plans = []
     before, recording.active = recording.active, lambda step, x, backend, **_: plans.append(backend.plan(step))
     try:
         call.once()
     finally:
         recording.active = before
-    forward, backward = (sum((getattr(plan, way) for plan in plans), Cost()) for way in ("forward", "backward"))
-    moved = {"forward": forward.bytes, "backward": backward.bytes, "both": forward.bytes + backward.bytes}
-    return {"bytes": moved[case.mode], "saved": forward.saved}
+    return plans
 
 
 def _floor(case: Case, x: torch.Tensor, g: torch.Tensor) -> Callable[[], tuple]:

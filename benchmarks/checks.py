@@ -42,7 +42,7 @@ def parts(case: Case, outputs: tuple[torch.Tensor, ...]) -> dict[str, tuple[torc
     return found
 
 
-def _error(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> float:
+def norm_error(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> float:
     """The worst relative error by norm; NaN where there is one. What has no gradient is judged beside all others."""
     norms = torch.stack([t.norm() for t in want])
     whole = norms.norm().clamp_min(1e-30)
@@ -76,7 +76,7 @@ class Judge:
 
     def _errors(self, outputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
         got = parts(self.case, outputs)
-        return {name: _error(got[name], want) for name, want in self.want.items()}
+        return {name: norm_error(got[name], want) for name, want in self.want.items()}
 
     def objection(self, call: Call) -> str | None:
         """What is wrong with this very call's results, or None."""

@@ -78,6 +78,11 @@ class CudaClock:
         gpu = self._gpu(call, host) if replay is None else self._gpu(replay, self._host(replay))
         return {"gpu": gpu, "host": host}
 
+    def graph(self, call: Call) -> dict[str, float]:
+        """GPU time alone, of a call that there is a graph of."""
+        replay = self.replay(call)
+        return {"gpu": self._gpu(replay, self._host(replay))}
+
     def way(self, call: Call) -> str:
         """How GPU time is taken: "graph" or "events"."""
         return "events" if self.replay(call) is None else "graph"

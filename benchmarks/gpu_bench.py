@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -60,26 +61,31 @@ def wanted(case: Case, device: str, compiled: str = "best") -> list[Provider]:
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
-def _claimed(case: Case, claims: Path) -> bool:
-    """Whether this process is the first to ask for the case."""
+def claimed(name: str, claims: Path) -> bool:
+    """Whether this process is the first to ask for what is called so."""
     try:
-        (claims / case.id).touch(exist_ok=False)
+        (claims / name).touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
 
 
+def shared_out(module: str, arguments: Sequence[str], jobs: int, env: Mapping[str, str] | None = None) -> int:
+    """`python -m module arguments --claims FOLDER` in so many processes, which share the work out by claims there."""
+    with tempfile.TemporaryDirectory() as claims:
+        command = [sys.executable, "-m", module, *arguments, "--claims", claims]
+        children = [subprocess.Popen(command, env={**os.environ, **(env or {})}) for _ in range(jobs)]
+        return int(any([child.wait() for child in children]))
+
+
 def compile_cases(cases: list[Case], options: argparse.Namespace) -> int:
     """Each call of each case once, in as many processes as asked for; what fails shows again when it is timed."""
     if options.claims is None:
-        with tempfile.TemporaryDirectory() as claims:
-            command = [sys.executable, "-m", "benchmarks.gpu_bench", *sys.argv[1:], "--claims", claims]
-            children = [subprocess.Popen(command) for _ in range(options.jobs)]
-            return int(any([child.wait() for child in children]))
+        return shared_out("benchmarks.gpu_bench", sys.argv[1:], options.jobs)
     for case in cases:
         if time.time() > end():
             break
-        if not _claimed(case, options.claims):
+        if not claimed(case.id, options.claims):
             continue
         begin = time.time()
         torch._dynamo.reset()

@@ -131,6 +131,11 @@ def examined(result: Result, log: str, out: Path, baseline: Path | None) -> tupl
         causes += bench.causes
         done = f"{bench.cases} cases, {len(bench.regressions)} regressions"
         ran = bench.cases > 0
+    if result.name == "sweep":
+        done = f"{len(re.findall(r': [0-9]+ rows$', log, re.M))} units"
+        refused = out / "sweep" / "refused.json"
+        for unit, wrong in (json.loads(refused.read_text("utf-8")) if refused.is_file() else {}).items():
+            causes += [Cause(result.name, f"{name}: {why}", unit) for name, why in wrong.items()]
     if result.name == "compile":
         done = f"{len(re.findall(r' [0-9.]+ s$', log, re.M))} cases"
         if result.state == "timed out":  # in a long case; what it has compiled is in the caches

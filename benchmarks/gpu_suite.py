@@ -7,6 +7,7 @@ tests       `pytest -m "gpu and not slow"` under pytest-xdist, a random sample w
 memcheck    small steps under compute-sanitizer
 racecheck   the same; races that sanitizer.py knows are no findings
 bench       by priority (gpu_bench.py), compared with the stored run of this GPU
+sweep       plans against their alternatives (sweep.py), where there are at least SWEEP_MINUTES for all of it
 
 Each step has a share of the time that is left and ends with it; what it has done by then is in the report. FOLDER holds
 report.md (a page), report.json (all), tests.jsonl and the like (a line for each test), bench/results.json and whole
@@ -46,8 +47,8 @@ from .rows import environment as environment_of  # noqa: E402
 
 BENCHMARKS = ROOT / "benchmarks"
 SANITIZERS = ("memcheck", "racecheck")
-SHARES = {"compile": 12, "tests": 36, "memcheck": 12, "racecheck": 12, "bench": 28}  # of the time, in this order
-MINUTES, QUICK_MINUTES = 8.0, 3.0
+SHARES = {"compile": 12, "tests": 36, "memcheck": 12, "racecheck": 12, "bench": 28, "sweep": 30}  # of the time
+MINUTES, QUICK_MINUTES, SWEEP_MINUTES = 8.0, 3.0, 15.0
 TAIL = 40  # lines of a step's output in report.json
 EVERY_TEST = (str(ROOT / "tests"), "-m", "gpu and not slow", "--require-gpu")
 SMALL_STEPS = (str(ROOT / "tests" / "test_gpu.py"), "-m", "gpu", "-k", "small_step", "--require-gpu")
@@ -105,8 +106,8 @@ def pytest_step(
     return Step(name, command, SHARES[name], out, env)
 
 
-def steps(out: Path, quick: bool, seed: int) -> list[Step]:
-    """What is run, in this order."""
+def steps(out: Path, quick: bool, seed: int, minutes: float) -> list[Step]:
+    """What is run, in this order, in so many minutes."""
     bench = (sys.executable, "-m", "benchmarks.gpu_bench")
     sanitizer = _sanitizer()
     absent = "left out by --quick" if quick else "" if sanitizer else "compute-sanitizer is not present"
@@ -121,7 +122,9 @@ def steps(out: Path, quick: bool, seed: int) -> list[Step]:
         step = pytest_step(tool, out, seed, SMALL_STEPS, 1, under)
         found.append(Step(step.name, step.command, step.share, step.cwd, step.env, absent))
     found.append(Step("bench", (*bench, "time", "--out", str(out / "bench")), SHARES["bench"]))
-    return found
+    sweep = (sys.executable, "-m", "benchmarks.sweep", "--minutes", f"{minutes:g}", "--out", str(out / "sweep"))
+    short = "" if minutes >= SWEEP_MINUTES else f"left out below {SWEEP_MINUTES:g} minutes"
+    return [*found, Step("sweep", sweep, SHARES["sweep"], absent=short)]
 
 
 def run(step: Step, logs: Path, seconds: float) -> Result:
@@ -236,8 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
         notes.append("pytest-xdist is not installed: the tests run one after the other.")
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     out = options.out.resolve()
-    chosen = [step for step in steps(out, options.quick, seed) if not options.only or step.name in options.only]
-    time_left = 60 * (options.minutes or (QUICK_MINUTES if options.quick else MINUTES))
+    given = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
+    every, time_left = steps(out, options.quick, seed, given), 60 * given
+    chosen = [step for step in every if not options.only or step.name in options.only]
     environment = describe_machine() | {"seed": seed}
     print(f"seed {seed}, {time_left / 60:g} minutes, report: {out / 'report.md'}")
     found = baseline if baseline.is_file() else None

@@ -87,7 +87,7 @@ def row(
     """One row.
 
     clock: how `seconds` was taken: "graph" or "events" (GPU time) or "wall". seconds, host: of each round, the time
-    that is compared and the time until the call returned. floor: `seconds` of the floor.
+    that is compared and the time until the call returned, if it was taken. floor: `seconds` of the floor.
     """
     low, high = quartiles(seconds)
     over_floor = ratios(seconds, floor)
@@ -112,7 +112,7 @@ def row(
         # what the floor moves, over this provider's time: the same bytes for all of a case
         "gb_s": _rounded(floor_bytes / median / 1e9) if floor_bytes else "",
         "launches": counts.get("launches", ""),
-        "host_us": _rounded(statistics.median(host) * 1e6),
+        "host_us": _rounded(statistics.median(host) * 1e6) if host else "",
         "peak_bytes": counts.get("peak_bytes", ""),
         "saved_bytes": counts.get("saved_bytes", ""),
         "cost_bytes": "" if moved is None else moved,
@@ -168,15 +168,15 @@ def write_markdown(path: Path, rows: list[dict], figures: Iterable[object], comm
     about = [f"{name}: {rows[0][name]}" for name in ENVIRONMENT if rows[0][name] not in ("", "none")]
     lines = [f"`{command}`", "", *(f"- {part}" for part in about), "", "```", *map(str, figures), "```"]
     if all(one["clock"] == "wall" for one in rows):
-        lines += _table("Medians in milliseconds.", rows, "median_ms")
+        lines += table("Medians in milliseconds.", rows, "median_ms")
     else:
-        lines += _table("GPU time, medians in milliseconds.", rows, "median_ms")
-        lines += _table("Host time until the call returns, medians in microseconds.", rows, "host_us")
+        lines += table("GPU time, medians in milliseconds.", rows, "median_ms")
+        lines += table("Host time until the call returns, medians in microseconds.", rows, "host_us")
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
 
 
-def _table(title: str, rows: list[dict], column: str) -> list[str]:
+def table(title: str, rows: list[dict], column: str) -> list[str]:
     providers = list(dict.fromkeys(one["provider"] for one in rows))
     cases: dict[str, dict[str, dict]] = {}
     for one in rows:

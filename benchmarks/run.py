@@ -70,7 +70,7 @@ def measure(
     judge, refused = Judge(case, port, exact), {}
     clock = clock_for(settings.device)
     for name in list(calls):
-        if names[name].form != "floor" and (why := _objection(judge, calls[name], clock)) is not None:
+        if names[name].form != "floor" and (why := objection(judge, calls[name], clock)) is not None:
             refused[name] = why
             del calls[name]
     del judge, port, exact
@@ -92,7 +92,7 @@ def measure(
     return rows, refused
 
 
-def _objection(judge: Judge, call: Call, clock: WallClock | CudaClock) -> str | None:
+def objection(judge: Judge, call: Call, clock: WallClock | CudaClock) -> str | None:
     """Why a call gets no row: it raises, it or its graph is wrong, or it has no GPU time."""
     try:
         why = judge.objection(call)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from drsn_kernels.backends.gpu import one_pass_cu, plans
+from drsn_kernels.backends.gpu import one_pass_cu
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, EMULATION = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulation"
@@ -55,7 +55,7 @@ class Emulation:
         self._library.launch.restype = self._library.mutations.restype = ctypes.c_char_p
         self.schedule, self.mutation = 0, ""
 
-    def run(self, kernel: str, plan: plans.OnePassCuPlan, arguments: bytes) -> None:
+    def run(self, kernel: str, plan: one_pass_cu.OnePassCuPlan, arguments: bytes) -> None:
         """Raises Wrong where the emulation finds something wrong."""
         shape = map(ctypes.c_uint, (plan.programs, plan.threads, plan.cluster, plan.shared))
         error = self._library.launch(kernel.encode(), arguments, *shape, self.schedule, self.mutation.encode())

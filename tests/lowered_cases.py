@@ -283,6 +283,8 @@ TWICE_BACK = (Expected("backward_kernel", {"g": 1}, {}, {"g": 2}, {"dx": 1}), ex
 CASES += [
     gate_case((128, 64, 512), dtype, "no BatchNorm, twice", (TWICE,), TWICE_BACK, norm=False) for dtype in (F32, BF16)
 ]
+# More samples than multiprocessors, and nothing kept: walked in small tiles even though they would fit.
+CASES += [gate_case((512, 64, 256), dtype, "eval, many samples", (TWICE,)) for dtype in (F32, BF16)]
 CASES += [
     gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32), norm=False),
     gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16)),
@@ -299,4 +301,12 @@ SIZES: dict[str, tuple[Callable[[int], torch.nn.Module], list[tuple[int, ...]]]]
     "another batch size, channels_last": (_any_gate, [(n, 32, 14, 14) for n in BATCHES]),
     "another batch size, BatchNorm": (lambda c: dk.Shrinkage(c).fc, [(n, 16, 1024) for n in BATCHES[1:]]),
     "another batch size, one launch": (lambda c: dk.Shrinkage(c, norm=False).fc, [(n, 16, 1024) for n in BATCHES[:4]]),
+}
+
+# Kernels that a training step compiles, on one size after the other: a first step, another width, another length. Each
+# is a third of a second of somebody's first step, so more of them must be wanted.
+FIRST_STEPS: dict[str, tuple[Callable[[int], torch.nn.Module], dict[tuple[int, ...], int]]] = {
+    "any gate": (_any_gate, {(64, 16, 512): 4, (64, 32, 512): 0, (64, 32, 256): 4}),
+    "BatchNorm": (lambda c: dk.Shrinkage(c).fc, {(64, 16, 512): 8, (64, 32, 512): 4, (64, 32, 256): 4}),
+    "no BatchNorm": (lambda c: dk.Shrinkage(c, norm=False).fc, {(16, 16, 512): 3, (16, 32, 512): 3, (16, 32, 256): 2}),
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import ptx
 import torch
-from lowered_cases import CASES, F32, SIZES, Case, feature_map, tile_elements, tile_steps
+from lowered_cases import CASES, F32, FIRST_STEPS, SIZES, Case, feature_map, tile_elements, tile_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drsn_kernels as dk
@@ -127,12 +127,12 @@ def _an_element(launch: ptx.Measured, tile: int) -> float | None:
 
 
 def compilations(target: str) -> dict[str, list[int]]:
-    """Kernels compiled by a training step on one size after another; all but the first should be 0."""
+    """Kernels compiled by a training step on one size after another, of SIZES and of FIRST_STEPS."""
     from drsn_kernels.backends.gpu.lowering import lowering
 
     counts: dict[str, list[int]] = {}
     with lowering(target) as launches, dk.use_backend("triton", strict=True):
-        for what, (make_gate, shapes) in SIZES.items():
+        for what, (make_gate, shapes) in (SIZES | FIRST_STEPS).items():
             known: set[int] = set()
             counts[what] = []
             for shape in shapes:

@@ -9,7 +9,7 @@ import torch
 
 from drsn_kernels import layout as layouts
 from drsn_kernels.backends.eager import eager
-from drsn_kernels.backends.gpu import one_pass_cu, plans
+from drsn_kernels.backends.gpu import one_pass_cu
 from drsn_kernels.backends.step import GateShape, Step, Want
 from drsn_kernels.gates import standard_gate
 
@@ -69,14 +69,14 @@ class Problem:
         self.forward = {name: t.detach() for name, t in forward.items()}
         self.backward = {"dx": dx, "dz": dz, "dv": dv}
 
-    def planned(self, launch: one_pass_cu.Launch, **changed: int) -> plans.OnePassCuPlan:
+    def planned(self, launch: one_pass_cu.Launch, **changed: int) -> one_pass_cu.OnePassCuPlan:
         """The launch's plan, on a device that holds few blocks."""
         return dataclasses.replace(launch.plan, programs=self.case.cluster * self.case.clusters, **changed)
 
     def prepare(self, prepare, strides) -> one_pass_cu.Launch:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plans, "CU_CLUSTERS", (self.case.cluster,))
-            patch.setattr(plans, "CU_STAGES", self.case.stages)
+            patch.setattr(one_pass_cu, "CLUSTERS", (self.case.cluster,))
+            patch.setattr(one_pass_cu, "STAGES", self.case.stages)
             launch = prepare(self.step, strides)
         assert not isinstance(launch, str), launch
         assert launch.plan.stages == self.case.stages

@@ -175,7 +175,7 @@ def plan(request, monkeypatch):
         monkeypatch.setattr(plans, "L2_BYTES", 0)
     else:  # whatever the weights cost and however few programs there are
         one = plans.one_pass
-        monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms: one(on, 0, 0, size, 0) if sms else None)
+        monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms, keep: one(on, 0, 0, size, 0, keep))
     return request.param
 
 
@@ -298,6 +298,22 @@ def test_one_pass_costs_each_element_once():
     plan = ours.plan(step)
     assert plan.name == "one pass" and plan.forward.kernels == ("forward_kernel",) and plan.forward.saved == 0
     assert plan.forward.written == 4 * 8 * 16 * 1024 and plan.backward.launches == 0
+
+
+def test_one_pass_walks_large_samples_where_they_would_have_a_multiprocessor_each():
+    def taken(samples, length=256, keep=False):
+        step = shrink_step((samples, 64, length), GateShape(64, 64, True, False, 1e-5, 0.1), keep=keep)
+        one = sequence.prepare_forward(step, step.layout.strides).one
+        return one and (one.plan.loop, one.plan.rows * one.plan.columns, one.plan.warps, one.options["maxnreg"])
+
+    small_tiles, whole = (True, 4096, 8, 64), (False, 16384, 16, None)
+    assert taken(512) == taken(133) == small_tiles  # 132 multiprocessors are planned for here
+    assert taken(132) == taken(512, keep=True) == whole
+    assert taken(512, length=128) == small_tiles
+    assert taken(512, length=512) == (True, 8192, 8, 255)  # four for each multiprocessor do not fit the L2
+    with plans.using(CROWDED_BYTES=1 << 30):
+        assert taken(512) == whole
+    assert taken(512) == small_tiles
 
 
 def test_a_called_gate_is_planned_by_its_streams():

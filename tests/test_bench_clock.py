@@ -185,9 +185,9 @@ def test_without_gpu_time_or_with_a_wrong_graph_there_is_no_row(machine):
         return SimpleNamespace(objection=wrong, case=Case("shrink_train", "C", (4, 6, 40), mode))
 
     lenient = SimpleNamespace(objection=lambda call: None, case=None)
-    assert run._objection(lenient, waiting(machine), clock).startswith("raised RuntimeError: no GPU time")
-    assert run._objection(judge("both"), right, clock) == "y differs"
-    assert run._objection(judge("step"), right, clock) is None  # each step starts where the one before ended
+    assert run.objection(lenient, waiting(machine), clock).startswith("raised RuntimeError: no GPU time")
+    assert run.objection(judge("both"), right, clock) == "y differs"
+    assert run.objection(judge("step"), right, clock) is None  # each step starts where the one before ended
 
 
 def test_slowed_on_the_device(machine):

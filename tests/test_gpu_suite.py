@@ -152,8 +152,8 @@ def test_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(suite.shutil, "which", lambda name, path: f"/cuda/bin/{name}")
     monkeypatch.setattr(suite, "cores", lambda: 16)
     monkeypatch.setattr(suite, "has_xdist", lambda: True)
-    by_name = {step.name: step for step in suite.steps(tmp_path, False, 17)}
-    assert list(by_name) == list(suite.SHARES) == ["compile", "tests", "memcheck", "racecheck", "bench"]
+    by_name = {step.name: step for step in suite.steps(tmp_path, False, 17, 15)}
+    assert list(by_name) == list(suite.SHARES) == ["compile", "tests", "memcheck", "racecheck", "bench", "sweep"]
     for name in ("tests", *suite.SANITIZERS):
         command = by_name[name].command
         assert "--require-gpu" in command and by_name[name].cwd == tmp_path
@@ -161,13 +161,24 @@ def test_the_steps(tmp_path, monkeypatch):
         assert ("-n" in command) == (name == "tests")
     assert by_name["memcheck"].command[:3] == ("/cuda/bin/compute-sanitizer", "--tool", "memcheck")
     assert "--error-exitcode" not in by_name["racecheck"].command  # known races are no failure
-    quick = {step.name: step for step in suite.steps(tmp_path, True, 17)}
+    quick = {step.name: step for step in suite.steps(tmp_path, True, 17, 3)}
     assert all(quick[tool].absent == "left out by --quick" for tool in suite.SANITIZERS)
+    assert (by_name["sweep"].absent, quick["sweep"].absent) == ("", "left out below 15 minutes")
     monkeypatch.setattr(suite.shutil, "which", lambda name, path: None)
     monkeypatch.setattr(suite, "has_xdist", lambda: False)
-    bare = {step.name: step for step in suite.steps(tmp_path, False, 17)}
+    bare = {step.name: step for step in suite.steps(tmp_path, False, 17, 15)}
     assert all(bare[tool].absent == "compute-sanitizer is not present" for tool in suite.SANITIZERS)
     assert "-n" not in bare["tests"].command and "no:xdist" in bare["tests"].command
+
+
+def test_what_a_sweep_refused_is_in_the_report(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "refused.json").write_text(json.dumps({"map-A-4x4x4": {"TILE=64": "y differs"}}))
+    result = suite.Result("sweep", "", "failed", 1, 3.0, 5.0, tail="out of time")
+    log = "compiled in 3 s\nmap-A-4x4x4: 7 rows\n  TILE=64 WRONG: y differs\n"
+    found, _ = report.examined(result, log, tmp_path, None)
+    assert (found.state, found.done) == ("failed", "1 units")
+    assert [(cause.what, cause.where) for cause in found.causes] == [("TILE=64: y differs", "map-A-4x4x4")]
 
 
 def test_the_selections_of_the_steps_name_tests_that_exist():
@@ -214,7 +225,8 @@ def test_the_command_with_a_gpu(tmp_path, monkeypatch, capsys, options, ran):
     assert len(limits) == ran
     minutes = 60 * (3 if "--quick" in options else 8)
     first = next(iter(limits))
-    share = suite.SHARES[first] / (suite.SHARES[first] if options else sum(suite.SHARES.values()))
+    shares = sum(share for name, share in suite.SHARES.items() if name != "sweep")  # which takes more minutes
+    share = suite.SHARES[first] / (suite.SHARES[first] if options else shares)
     assert minutes * share - 30 < limits[first] <= minutes * share
     notice, said = capsys.readouterr().out.splitlines()[:2]
     assert notice.startswith("::notice::Nothing was compared") and "a-gpu-of-nobody-s/results.json" in notice

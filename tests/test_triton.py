@@ -110,7 +110,7 @@ def plan(request, monkeypatch):
         monkeypatch.setattr(plans, "L2_BYTES", 0)
     else:  # whatever the weights cost and however few programs there are
         one = plans.one_pass
-        monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms: one(on, 0, 0, size, 0) if sms else None)
+        monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms, keep: one(on, 0, 0, size, 0, keep))
     forget_plans()
     return request.param
 

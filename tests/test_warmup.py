@@ -128,6 +128,44 @@ def test_the_model_stays_as_it_was(folder):
     assert done.returncode == 0, done.stderr
 
 
+FIRST_STEP = """
+import torch, networks, drsn_kernels as dk
+from drsn_kernels import warmup
+from drsn_kernels.backends.gpu.lowering import lowering
+
+class Classifier(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(networks.Body(), torch.nn.Flatten(), torch.nn.LazyLinear(4))
+
+model = Classifier()
+x, target = torch.randn(6, 1, 512), torch.randint(4, (6,))
+model(x)
+compiled = warmup.warmup(model, (6, 1, 512), autocast={autocast}, dtype={dtype}, target="cuda:90")
+assert len(compiled) >= 8 and "reduce_kernel" in {one.name for one in compiled}
+optimizer, more = torch.optim.SGD(model.parameters(), lr=0.1), []
+with lowering("cuda:90") as launches, dk.use_backend("triton", strict=True), warmup._listening(more):
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", {dtype}, enabled={autocast}):
+            loss = torch.nn.functional.cross_entropy(model.train()(x), target)
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad(), torch.autocast("cpu", {dtype}, enabled={autocast}):
+        model.eval()(x)
+assert len(launches) > len(compiled) and more == [], more
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_after_a_warmup_a_first_step_compiles_nothing(folder, dtype):
+    body = "\nclass Body(Block):\n    def forward(self, x):\n        return super().forward(x)['y']\n"
+    (folder / "networks.py").write_text(NETWORKS + body)
+    code = FIRST_STEP.replace("{dtype}", f"torch.{dtype}").replace("{autocast}", str(dtype != "float32"))
+    done = child("-c", code, cache=folder)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("arguments", "message"),

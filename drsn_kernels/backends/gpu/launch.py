@@ -110,7 +110,8 @@ class Prepared:
             self.compiled[key] = compiled[self.grid], tail
 
     def describe(self) -> Planned:
-        return Planned(self.fn.__name__, self.grid[0], self.options["num_warps"], self.plan)
+        warps, code = self.options["num_warps"], (*self.values.items(), *self.options.items())
+        return Planned(self.fn.__name__, self.grid[0], warps, self.plan, self.cost, code)
 
 
 @functools.cache

@@ -6,18 +6,18 @@ once and returns what is called with its arguments each time. It makes the grid 
 device holds together (cuOccupancyMaxActiveClusters), for blocks are persistent and a second wave would start late.
 """
 
-import dataclasses
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ...layout import is_dense
+from ...layout import Layout, is_dense
 from ..step import Cost, Step, Strides
-from . import one_pass, plans
+from . import one_pass
 from .launch import multiprocessors
-from .plans import OnePassCuPlan, Planned
+from .plans import Planned, cdiv, power_of_two
 
 FATBIN = Path(__file__).resolve().parents[2] / "one_pass.fatbin"
 FORWARD = ("x", "y", "residual", "planes", "pooled", "state", "tau", "w1", "b1", "mean", "var", "gamma", "beta", "w2",
@@ -25,6 +25,97 @@ FORWARD = ("x", "y", "residual", "planes", "pooled", "state", "tau", "w1", "b1",
 BACKWARD = ("g", "dx", "planes", "dz", "dv", "tau_grad", "pooled", "state", "w1", "mean", "var", "gamma", "beta", "w2")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _AVERAGES = (None, "sample", "channel")  # enum Average
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+# Samples that a block has on chip: one that is worked on, one that its result leaves, one that is loaded. Fewer than
+# two is no pipeline.
+STAGES = 3
+# A word of 32 elements is a thread's at a time; 512 threads are 16,384 elements, 64 KiB of float32.
+THREADS = (64, 512)
+THREADS_PER_SM = 1024  # in the 64 registers that the kernels are compiled for
+CLUSTERS = (1, 2, 4, 8)
+# A sample that fits one block is shared by more where there are few, while each has so many elements at least.
+PART = 4096
+# Shared memory of compute capability 9.0 and 10.0, of a block and of a multiprocessor; each block takes 1 KiB more.
+BLOCK_BYTES = 227 << 10
+SM_BYTES = 228 << 10
+
+
+@dataclass(frozen=True)
+class OnePassCuPlan:
+    """One launch of persistent blocks, each with a cluster's share of one sample after another."""
+
+    cluster: int  # blocks that share a sample, each with as many of its channels
+    stages: int
+    shared: int  # bytes
+    threads: int
+    programs: int  # blocks
+
+
+def plan_of(
+    layout: Layout, hidden: int, outputs: int, itemsize: int, sms: int, *, backward: bool, extra: bool
+) -> OnePassCuPlan | str:
+    """The plan of csrc/cuda/one_pass.cu on dense tensors, or why it does not take them.
+
+    extra: a second operand comes with each sample: the residual, or (backward) a gradient of tau (N, C).
+    """
+    n, c, length = layout.n, layout.c, layout.l
+    words = cdiv(length, 32)
+    if layout.channels_last:
+        return "channels_last: one_pass.cu takes rows along L"
+    if length <= 16 or length * itemsize % 16:
+        return f"rows of {length} elements: one_pass.cu takes more than 16, in a multiple of 16 bytes"
+    if c % 4 or hidden % 4:
+        return f"{c} channels and {hidden} hidden units: one_pass.cu takes multiples of 4"
+    found = None
+    for cluster in CLUSTERS:
+        rows = c // cluster
+        if c % cluster or rows * words % 4:
+            continue
+        if backward:
+            stage, kept = _backward_bytes(rows, c, hidden, length, outputs, itemsize, extra)
+        else:
+            stage, kept = _forward_bytes(rows, c, hidden, length, outputs, itemsize, extra)
+        stage = _up_to(stage, 128)
+        stages = min((BLOCK_BYTES - kept) // stage, STAGES)
+        idle = found is not None and n * found[0] < sms and rows * length >= PART
+        if stages >= 2 and (found is None or found[1] < STAGES or idle):
+            found = cluster, stages, kept + stages * stage, rows * words
+    if found is None:
+        return f"two samples of {c * length * itemsize} bytes and the weights do not fit the shared memory of a cluster"
+    cluster, stages, shared, words = found
+    threads = min(max(power_of_two(words), THREADS[0]), THREADS[1])
+    together = sms * min(SM_BYTES // (shared + 1024), THREADS_PER_SM // threads)
+    programs = min(n, together // cluster) * cluster
+    return OnePassCuPlan(cluster, stages, shared, threads, programs)
+
+
+def _up_to(n: int, unit: int) -> int:
+    return cdiv(n, unit) * unit
+
+
+def _floats(*counts: int) -> int:
+    return sum(_up_to(4 * count, 16) for count in counts)
+
+
+# Bytes of a stage, and of what stays in shared memory, the barriers included; in the order of the kernels.
+
+
+def _forward_bytes(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, residual: bool):
+    own = 1 if outputs == 1 else rows
+    kept = _floats(h * c, own * h, h, own, h, h, h, h, h, 2 * c, own, 1)
+    return rows * length * itemsize * (1 + residual), 128 + kept
+
+
+def _backward_bytes(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, grad: bool):
+    vectors = h + c + (0 if outputs == 1 else c) + (c if grad else 0)
+    kept = _floats(h * outputs, rows * h, h, h, h, h, 2 * c, outputs, h, rows, 2)
+    return rows * (length * itemsize + 12 * cdiv(length, 32)) + 4 * vectors, 128 + kept
+
+
+# ---- launch ----------------------------------------------------------------------------------------------------------
 
 launcher: Callable[["Launch"], Callable[[bytes], None]] | None = None
 
@@ -36,7 +127,7 @@ class Launch:
         hidden, outputs, *_ = step.gate
         n, c, length = step.layout.n, step.layout.c, step.layout.l
         self.kernel, self.plan = f"{kernel}_{_DTYPES[step.dtype]}", plan
-        self.cost = dataclasses.replace(cost_of, kernels=(self.kernel,))
+        self.cost = replace(cost_of, kernels=(self.kernel,))
         self.values = {"WIDE": True}
         sizes = n, c, hidden, length, outputs, _AVERAGES.index(step.average), plan.stages
         self._names, self._sizes = pointers, struct.pack("<7if", *sizes, step.gate.eps)
@@ -89,6 +180,6 @@ def _plan(step: Step, strides: tuple[Strides, ...], *, backward: bool, extra: bo
     if step.device.type == "cuda" and torch.cuda.get_device_capability(step.device)[0] not in (9, 10):
         return "one_pass.cu is compiled for compute capability 9.0 and 10.0"
     hidden, outputs, *_ = step.gate
-    return plans.one_pass_cu(
+    return plan_of(
         step.layout, hidden, outputs, step.dtype.itemsize, multiprocessors(step.device), backward=backward, extra=extra
     )

@@ -6,10 +6,13 @@ compiled already (tests/test_triton_lowering.py counts). Which plan it is may de
 launches. Grids and splits are run-time values.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from ...layout import Layout
+from ..step import Cost
 from .walk import Walk
 
 # Bytes of x that a thread holds: four 16-byte loads in flight. With two, half as many elements share what a row takes:
@@ -44,6 +47,8 @@ class Planned(NamedTuple):
     programs: int
     warps: int
     plan: Any  # one of the classes below
+    cost: Cost
+    code: tuple = ()  # integers, constexprs and compiler options: launches that agree in them are the same launch
 
     def __str__(self) -> str:
         values = {f.name: getattr(self.plan, f.name) for f in fields(self.plan)}
@@ -78,7 +83,7 @@ def group(walk: Walk, itemsize: int) -> int:
     return 1 if itemsize == 8 or _ragged(walk, itemsize) else 16 // itemsize
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -87,27 +92,27 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     ragged = _ragged(walk, itemsize)
     if walk.channels_last:
         # vectors along C; a tile stays in one sample, whose channels have their own sums and thresholds
-        columns = min(max(_power_of_two(walk.q), OCTET), CHANNELS)
-        rows = min(max((RAGGED if ragged else SHARED) * TILE // columns, 1), _power_of_two(walk.p))
-        blocks = walk.n * _cdiv(walk.q, columns)
+        columns = min(max(power_of_two(walk.q), OCTET), CHANNELS)
+        rows = min(max((RAGGED if ragged else SHARED) * TILE // columns, 1), power_of_two(walk.p))
+        blocks = walk.n * cdiv(walk.q, columns)
         extent, step = walk.p, rows
     else:
-        columns = max(_power_of_two(walk.q), OCTET)
+        columns = max(power_of_two(walk.q), OCTET)
         if columns > WHOLE * TILE:  # of two lengths the one with fewer idle lanes
             longest = (RAGGED if ragged else PART) * TILE
-            columns = min((longest, longest // 2), key=lambda b: _cdiv(walk.q, b) * b)
+            columns = min((longest, longest // 2), key=lambda b: cdiv(walk.q, b) * b)
         rows = max((RAGGED if ragged else 4 // min(itemsize, 4)) * TILE // columns, 1)
-        blocks = _cdiv(walk.rows, rows)
+        blocks = cdiv(walk.rows, rows)
         extent, step = walk.q, columns
-    steps = _cdiv(extent, step)
+    steps = cdiv(extent, step)
     splits = 1
     if steps > 1:
-        wanted = _cdiv(PROGRAMS_PER_SM * sms, blocks)
-        pieces = _cdiv(extent * (columns if walk.channels_last else 1), PIECE)
+        wanted = cdiv(PROGRAMS_PER_SM * sms, blocks)
+        pieces = cdiv(extent * (columns if walk.channels_last else 1), PIECE)
         # where nothing is summed over the loop, every tile is a program of its own
         splits = min(wanted, pieces, steps) if split else steps
-    per_piece = _cdiv(steps, splits)
-    splits = _cdiv(steps, per_piece)
+    per_piece = cdiv(steps, splits)
+    splits = cdiv(steps, per_piece)
     tile = rows * columns
     held = RAGGED_THREAD if ragged else THREAD // itemsize
     warps = min(max(tile // (32 * held), 1), MOST_WARPS)
@@ -122,7 +127,7 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     return TilePlan(rows, columns, split and steps > 1, splits, per_piece, blocks * splits, warps, why)
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -135,6 +140,13 @@ ON_CHIP = 16384
 WALKED = 8192
 # It is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
 L2_BYTES = 36 << 20
+# Where there are more samples than multiprocessors and nothing is kept, a sample of more bytes than this is walked even
+# if it fits: whole ones leave an SM to one program of 16 warps, which loads, waits for its gate and stores. Tiles of
+# CROWDED_TILE elements at 8 warps fit CROWDED_REGISTERS, so that four samples share an SM, and the L2 holds them all.
+# With planes, forward or backward, 8 to 56 bytes a thread spill there.
+CROWDED_BYTES = 16 << 10
+CROWDED_REGISTERS = 64
+CROWDED_TILE = 4096
 # Channels of a sample that one program takes through the gate.
 ONE_PASS_CHANNELS = 128
 # Products of a sample, a unit and a channel that a thread of it holds.
@@ -175,6 +187,11 @@ MERGED = 4096
 MERGED_UNITS = 8
 
 
+# csrc/cuda/one_pass.cu in place of Triton's one pass, where it takes the shape. Off: no row has shown it faster, and no
+# launcher comes with the package.
+ONE_PASS_CU = False
+
+
 @dataclass(frozen=True)
 class OnePassPlan:
     """One launch: S samples a program, in tiles of S * rows by columns; all channels are in the tile."""
@@ -207,26 +224,29 @@ class GatePlan:
     share: int  # samples in one
 
 
-def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> OnePassPlan | str:
-    """The plan of the one-launch step, or why the multi-launch plan is better."""
+def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, keep: bool) -> OnePassPlan | str:
+    """The plan of the one-launch step, or why the multi-launch plan is better. keep: planes are written, or read."""
     channels, length = (walk.q, walk.p) if walk.channels_last else (walk.p, walk.q)
     sample_bytes = channels * length * itemsize
-    rows = _power_of_two(walk.p)
-    columns = max(_power_of_two(walk.q), OCTET)
+    rows = power_of_two(walk.p)
+    columns = max(power_of_two(walk.q), OCTET)
     wide = columns if walk.channels_last else rows
     if wide > ONE_PASS_CHANNELS:
         return f"{channels} channels do not fit the tile of one program (at most {ONE_PASS_CHANNELS})"
     ragged = 2 if _ragged(walk, itemsize) else 1  # half a tile: every element has an address of its own
-    samples, loop = 1, rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
+    lean = not keep and ragged == 1 and itemsize <= 4 and not walk.wide  # others take more registers
+    crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
+    samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
         if not walk.channels_last and rows > 256:
             return f"a tile of {rows} channels is too narrow to walk a sample with"
         if 2 * sms * sample_bytes > L2_BYTES:
             return f"a sample of {sample_bytes} bytes is too large to keep in registers or, one for each program, in L2"
+        tile = CROWDED_TILE if crowded else WALKED // ragged
         if walk.channels_last:
-            rows = max(WALKED // ragged // columns, 8)
+            rows = max(tile // columns, 8)
         else:
-            columns = max(WALKED // ragged // rows, 32)
+            columns = max(tile // rows, 32)
         warps = 8
     else:
         samples = max(2048 // (rows * columns), 1)
@@ -234,11 +254,12 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int) -> 
     weights = 4 * hidden * (channels + outputs)
     if weights > samples * sample_bytes:
         return f"each program would read {weights} bytes of weights for {samples * sample_bytes} bytes of x"
-    if _cdiv(walk.n, samples) * 4 < 3 * sms and walk.n * sample_bytes > 2 << 20:
-        return f"{_cdiv(walk.n, samples)} programs of whole samples leave most of {sms} multiprocessors idle"
-    units = min(max(32 * warps * PRODUCTS // (samples * wide), 1), 32, _power_of_two(hidden))
+    if cdiv(walk.n, samples) * 4 < 3 * sms and walk.n * sample_bytes > 2 << 20:
+        return f"{cdiv(walk.n, samples)} programs of whole samples leave most of {sms} multiprocessors idle"
+    units = min(max(32 * warps * PRODUCTS // (samples * wide), 1), 32, power_of_two(hidden))
     # Alone, ptxas stops at 64 or 128 here and spills for it; told of these limits on the other plans, it spills there.
-    registers = min(65536 // (32 * warps), 255) if warps >= 8 and (loop or ragged > 1) else None
+    most = CROWDED_REGISTERS if crowded else min(65536 // (32 * warps), 255)
+    registers = most if warps >= 8 and (loop or ragged > 1) else None
     return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
 
@@ -247,107 +268,56 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
 
     widest = max(channels, hidden)
     tile, stages = (GATE_TILE, GATE_STAGES) if widest <= WIDE else (WIDE_TILE, WIDE_STAGES)
-    depth = min(max(_power_of_two(widest), 16), GATE_DEPTH)
-    tiles = _cdiv(n, GATE_SAMPLES)
+    depth = min(max(power_of_two(widest), 16), GATE_DEPTH)
+    tiles = cdiv(n, GATE_SAMPLES)
     merge = hidden <= GATE_MERGES * depth
     apart = not merge or tiles > MOST_GROUPS
-    weights = _cdiv(hidden, tile) * (_cdiv(channels, tile) + _cdiv(outputs, tile))
-    shares = max(min(_cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights), 1)
-    share = _cdiv(_cdiv(n, shares), GATE_STEP) * GATE_STEP
+    weights = cdiv(hidden, tile) * (cdiv(channels, tile) + cdiv(outputs, tile))
+    shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights), 1)
+    share = cdiv(cdiv(n, shares), GATE_STEP) * GATE_STEP
     return GatePlan(
         samples=GATE_SAMPLES, channels=tile, units=tile, depth=depth, stages=stages,
         align=4 if channels % 4 == hidden % 4 == 0 else 1, tiles=tiles, groups=1 if apart else tiles,
         group=n if apart else GATE_SAMPLES, merge=merge, at_a_time=GATE_MERGED // depth,
-        shares=_cdiv(n, share), share=share,
+        shares=cdiv(n, share), share=share,
     )  # fmt: skip
 
 
-# ---- one pass in CUDA C++ --------------------------------------------------------------------------------------------
+# ---- other constants, for a while ------------------------------------------------------------------------------------
 
-# csrc/cuda/one_pass.cu in place of Triton's one pass, where it takes the shape. Off: no row has shown it faster, and no
-# launcher comes with the package.
-ONE_PASS_CU = False
-# Samples that a block has on chip: one that is worked on, one that its result leaves, one that is loaded. Fewer than
-# two is no pipeline.
-CU_STAGES = 3
-# A word of 32 elements is a thread's at a time; 512 threads are 16,384 elements, 64 KiB of float32.
-CU_THREADS = (64, 512)
-CU_THREADS_PER_SM = 1024  # in the 64 registers that the kernels are compiled for
-CU_CLUSTERS = (1, 2, 4, 8)
-# A sample that fits one block is shared by more where there are few, while each has so many elements at least.
-CU_PART = 4096
-# Shared memory of compute capability 9.0 and 10.0, of a block and of a multiprocessor; each block takes 1 KiB more.
-CU_BLOCK_BYTES = 227 << 10
-CU_SM_BYTES = 228 << 10
+_caches: list[Any] = []
 
 
-@dataclass(frozen=True)
-class OnePassCuPlan:
-    """One launch of persistent blocks, each with a cluster's share of one sample after another."""
-
-    cluster: int  # blocks that share a sample, each with as many of its channels
-    stages: int
-    shared: int  # bytes
-    threads: int
-    programs: int  # blocks
+def cached(prepare: Callable) -> Callable:
+    """functools.lru_cache for what is planned by the constants above: using() empties it."""
+    found = functools.lru_cache(maxsize=4096)(prepare)
+    _caches.append(found)
+    return found
 
 
-def one_pass_cu(
-    layout: Layout, hidden: int, outputs: int, itemsize: int, sms: int, *, backward: bool, extra: bool
-) -> OnePassCuPlan | str:
-    """The plan of csrc/cuda/one_pass.cu on dense tensors, or why it does not take them.
+@contextlib.contextmanager
+def using(**constants: Any) -> Iterator[None]:
+    """Inside the block, constants of this module have these values, such as using(TILE=1024, WARPS=8).
 
-    extra: a second operand comes with each sample: the residual, or (backward) a gradient of tau (N, C).
+    For comparing plans: the block is the whole process's, and all prepared launches are forgotten at both of its ends.
+    A forward pass and the backward pass of what it kept belong in the same block.
+
+    Raises:
+        ValueError: a name that is no constant of this module.
     """
-    n, c, length = layout.n, layout.c, layout.l
-    words = _cdiv(length, 32)
-    if layout.channels_last:
-        return "channels_last: one_pass.cu takes rows along L"
-    if length <= 16 or length * itemsize % 16:
-        return f"rows of {length} elements: one_pass.cu takes more than 16, in a multiple of 16 bytes"
-    if c % 4 or hidden % 4:
-        return f"{c} channels and {hidden} hidden units: one_pass.cu takes multiples of 4"
-    found = None
-    for cluster in CU_CLUSTERS:
-        rows = c // cluster
-        if c % cluster or rows * words % 4:
-            continue
-        if backward:
-            stage, kept = _cu_backward(rows, c, hidden, length, outputs, itemsize, extra)
-        else:
-            stage, kept = _cu_forward(rows, c, hidden, length, outputs, itemsize, extra)
-        stage = _up_to(stage, 128)
-        stages = min((CU_BLOCK_BYTES - kept) // stage, CU_STAGES)
-        idle = found is not None and n * found[0] < sms and rows * length >= CU_PART
-        if stages >= 2 and (found is None or found[1] < CU_STAGES or idle):
-            found = cluster, stages, kept + stages * stage, rows * words
-    if found is None:
-        return f"two samples of {c * length * itemsize} bytes and the weights do not fit the shared memory of a cluster"
-    cluster, stages, shared, words = found
-    threads = min(max(_power_of_two(words), CU_THREADS[0]), CU_THREADS[1])
-    together = sms * min(CU_SM_BYTES // (shared + 1024), CU_THREADS_PER_SM // threads)
-    programs = min(n, together // cluster) * cluster
-    return OnePassCuPlan(cluster, stages, shared, threads, programs)
+    known = {name for name in globals() if name.isupper() and not name.startswith("_")}
+    if unknown := sorted(constants.keys() - known):
+        raise ValueError(f"plans has no constant {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    before = {name: globals()[name] for name in constants}
+    globals().update(constants)
+    _forget()
+    try:
+        yield
+    finally:
+        globals().update(before)
+        _forget()
 
 
-def _up_to(n: int, unit: int) -> int:
-    return _cdiv(n, unit) * unit
-
-
-def _floats(*counts: int) -> int:
-    return sum(_up_to(4 * count, 16) for count in counts)
-
-
-# Bytes of a stage, and of what stays in shared memory, the barriers included; in the order of the kernels.
-
-
-def _cu_forward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, residual: bool):
-    own = 1 if outputs == 1 else rows
-    kept = _floats(h * c, own * h, h, own, h, h, h, h, h, 2 * c, own, 1)
-    return rows * length * itemsize * (1 + residual), 128 + kept
-
-
-def _cu_backward(rows: int, c: int, h: int, length: int, outputs: int, itemsize: int, grad: bool):
-    vectors = h + c + (0 if outputs == 1 else c) + (c if grad else 0)
-    kept = _floats(h * outputs, rows * h, h, h, h, h, 2 * c, outputs, h, rows, 2)
-    return rows * (length * itemsize + 12 * _cdiv(length, 32)) + 4 * vectors, 128 + kept
+def _forget() -> None:
+    for found in _caches:
+        found.cache_clear()

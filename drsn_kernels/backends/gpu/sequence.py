@@ -11,7 +11,6 @@ linear_grad, whose partial sums torch then adds: deterministic, one more short l
 Between launches nothing comes back to the host.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ def plan_of(step: Step, strides: tuple[Strides, ...]) -> tuple[Walk, OnePassPlan
     if step.gate.batch_stats:
         return "BatchNorm in training couples the batch: its statistics are known only when all of x has been read"
     on, (hidden, outputs, *_) = walk(step.layout, *strides), step.gate
-    plan = plans.one_pass(on, hidden, outputs, step.dtype.itemsize, multiprocessors(step.device))
+    plan = plans.one_pass(on, hidden, outputs, step.dtype.itemsize, multiprocessors(step.device), step.keep)
     return plan if isinstance(plan, str) else (on, plan)
 
 
@@ -137,7 +136,7 @@ class Forward(NamedTuple):
         return (self.reduce, *self.gate.launches, self.map) if self.one is None else (self.one,)
 
 
-@functools.lru_cache(maxsize=4096)
+@plans.cached
 def prepare_forward(step: Step, y: Strides, cu: bool = False) -> Forward:
     """y: strides of it. cu: by one_pass_cu, if it takes the step."""
     layout, s = step.layout, Sizes.of(step)
@@ -263,7 +262,7 @@ class Backward(NamedTuple):
         return tuple(launch for launch in every if launch is not None)
 
 
-@functools.lru_cache(maxsize=4096)
+@plans.cached
 def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) -> Backward:
     """g: strides of it. cu: by one_pass_cu, if it takes the step."""
     layout, s = step.layout, Sizes.of(step)

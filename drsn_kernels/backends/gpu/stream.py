@@ -9,8 +9,6 @@ through the tensor: after reduce, which reads x forwards, the part of x read las
 dtau, after the pass that summed dtau.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +36,7 @@ from .bits import (
     words,
 )
 from .launch import Prepared, bytes_of, kernel, multiprocessors, tile_values
-from .plans import TilePlan, tiles
+from .plans import TilePlan, cached, tiles
 from .tiles import by_channel, length_of_rows, load, load_plane, over_length, piece, store, store_planes, tile
 from .walk import Strides, walk
 
@@ -105,7 +103,7 @@ def reduce_kernel(
     tl.store(out + at, sums, live)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def prepare_reduce(
     layout: Layout, x: Strides, times: Strides | None, dtype: torch.dtype, device: torch.device, kind: str, keep: bool
 ) -> Prepared:
@@ -189,7 +187,7 @@ def map_kernel(
     store(y, out, row, column, rows_live, QA, row_sizes, q_sizes, ys, Y_UNIT, B, ALIGN, WIDE, GROUP)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def prepare_map(
     layout: Layout, x: Strides, y: Strides, residual: Strides | None, t: tuple[int, int], dtype: torch.dtype,
     device: torch.device, kind: str, rule: Rule, shift: bool, keep: int,
@@ -318,7 +316,7 @@ def grad_kernel(
         tl.store(dtau + at, sums, sums_live)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def prepare_grad(
     layout: Layout, g: Strides | None, dtype: torch.dtype, device: torch.device,
     planes: tuple[int | None, int, int | None], dA: bool, dx: bool, dtau: bool, rule: Rule,

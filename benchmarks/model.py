@@ -1,0 +1,296 @@
+"""What launches of the Triton backend should take on an H200, predicted without one.
+
+    python -m benchmarks.model [--cases ID ...]   the tables of docs/inside/gpu.md, written there between their markers
+    python -m benchmarks.model --check            predicted against measured, of kernels that were timed
+
+    time = START + max(bytes / BANDWIDTH, what all warps issue, how long one program's chain is x how often it follows)
+
+Bytes are the plan's (backends/cost.py), instructions the compiled kernel's (instructions.py). The constants were fitted
+to one run of an earlier tree (docs/benchmarks/nvidia-h200/kernels.json), whose kernels `--check` predicts; everything
+else that this prints is a prediction, and no measurement.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .installed import ROOT, ensure_installed
+
+ensure_installed()
+
+from drsn_kernels.backends import cost, use_backend  # noqa: E402
+from drsn_kernels.backends.gpu.lowering import lowering  # noqa: E402
+from drsn_kernels.demo.timing import Call  # noqa: E402
+
+from .calls import module, plans_of  # noqa: E402
+from .cases import Case  # noqa: E402
+from .gpu_bench import HEADLINES  # noqa: E402
+from .instructions import Work, work  # noqa: E402
+from .rows import read_json  # noqa: E402
+
+SHOWN = ((128, 64, 1024), (512, 64, 256), (128, 16, 128))  # of the page, launch by launch
+RECORDS = ROOT / "docs" / "benchmarks" / "nvidia-h200"
+PAGE = ROOT / "docs" / "inside" / "gpu.md"
+
+# ---- one launch ------------------------------------------------------------------------------------------------------
+
+# An H200: 132 multiprocessors of four quarters, each of which issues one warp instruction a clock.
+SMS, QUARTERS = 132, 4
+# Fitted to the timed kernels, in microseconds; `--check` prints what is left.
+START = 1.0  # of any kernel, from its first instruction to its last
+BANDWIDTH = 3.9e6  # bytes, read and written together
+ISSUE = 1400.0  # clocks of a quarter that issue, of the 1,755 there are
+CHAIN = 1 / 455  # an instruction of one warp that has few beside it: 3.9 clocks
+UNROLLED = 1.7  # SASS instructions for one of PTX in a kernel with loops
+# Between the parts of a CUDA graph, to the kernels' own times: fitted to the same run's replays.
+GRAPH, GAP = 3.5, 0.6
+# What torch launches around ours, in the same run: matrix products of a gate took 2.1 to 8.4, all else 0.9 to 2.6.
+PRODUCT, SMALL = 4.5, 1.5
+
+
+@dataclass(frozen=True)
+class Predicted:
+    kernel: str
+    bytes: int
+    instructions: float  # of all threads
+    memory: float
+    issue: float
+    chain: float
+
+    @property
+    def us(self) -> float:
+        return START + max(self.memory, self.issue, self.chain)
+
+    @property
+    def bound(self) -> str:
+        return max(("memory", self.memory), ("issue", self.issue), ("latency", self.chain), key=lambda one: one[1])[0]
+
+
+def predict(kernel: str, moved: int, of: Work) -> Predicted:
+    """A launch that moves so many bytes."""
+    instructions = UNROLLED * of.followed if of.loops else of.sass
+    issued = of.programs * of.warps * instructions * of.clocks / of.sass
+    waves = math.ceil(of.programs / (SMS * of.fit))
+    return Predicted(
+        kernel, moved, 32 * of.programs * of.warps * instructions, moved / BANDWIDTH,
+        issued / (SMS * QUARTERS * ISSUE), waves * instructions * CHAIN,
+    )  # fmt: skip
+
+
+# ---- a case ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """Predicted launches of ours, and the operations that torch launches between them."""
+
+    case: Case
+    launches: tuple[Predicted, ...]
+    products: int
+    others: int
+
+    @property
+    def us(self) -> float:
+        """As the replay of a CUDA graph."""
+        count = len(self.launches) + self.products + self.others
+        torchs = PRODUCT * self.products + SMALL * self.others
+        return GRAPH + GAP * (count - 1) + torchs + sum(one.us for one in self.launches)
+
+
+def step(case: Case) -> Step:
+    """Compiles what the case launches."""
+    with lowering("cuda:90") as recorded, use_backend("triton", strict=True):
+        plans = plans_of(Call(partial(_run, case)))
+        launches = list(recorded)
+    planned = [launch for plan in plans for launch in plan.launches]
+    if [one.kernel for one in planned] != [one.kernel for one in launches]:
+        names = ", ".join(one.kernel for one in launches)
+        raise RuntimeError(f"{case.id} launches {names}, which is not what was planned")
+    found = tuple(predict(a.kernel, a.cost.bytes, work(b)) for a, b in zip(planned, launches, strict=True))
+    parts = [part for plan in plans for part in (plan.forward, plan.backward)]
+    torchs = [name for part in parts for name in part.kernels if name.startswith("aten::")]
+    if any("gate of torch's" in plan.why for plan in plans):
+        torchs += _called(case)
+    products = sum("mm" in name for name in torchs)
+    return Step(case, found, products, len(torchs) - products)
+
+
+def _run(case: Case) -> None:
+    """The case on CPU tensors that hold nothing: launches are compiled and recorded."""
+    x = torch.empty(case.shape, dtype=case.torch_dtype)
+    if case.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    training = case.op == "shrink_train"
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bf16"):
+        y = module(case, "ours")(x.requires_grad_(training))
+    if training:
+        y.backward(torch.empty_like(y))
+
+
+def _called(case: Case) -> list[str]:
+    """The operations of a gate that torch computes, forward and, in training, backward."""
+    gate = module(case, "ours").fc
+    pooled = torch.rand(case.shape[:2], requires_grad=case.op == "shrink_train")
+    with cost.Counting() as counted:
+        out = gate(pooled)
+        if out.requires_grad and case.op == "shrink_train":
+            torch.autograd.grad(out.sum(), [pooled, *gate.parameters()])
+    return counted.kernels
+
+
+def headlines() -> list[Case]:
+    return [
+        Case(op, group, shape, mode, dtype, channels_last)
+        for group, shapes, dtypes, channels_last in sorted(HEADLINES)
+        for shape in shapes
+        for dtype in dtypes
+        for op, mode in (("shrink_train", "both"), ("shrink_eval", "forward"))
+    ]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def measured(path: Path = RECORDS / "results.json") -> dict[str, dict[str, float]]:
+    """Microseconds by case and provider, of the run of record."""
+    found: dict[str, dict[str, float]] = {}
+    for one in read_json(path):
+        found.setdefault(one["case"], {})[one["provider"]] = 1e3 * one["median_ms"]
+    return found
+
+
+def steps_table(steps: Sequence[Step], record: dict[str, dict[str, float]]) -> list[str]:
+    lines = [
+        "| case | launches | **predicted** us | floor | compiled | compiled / predicted | predicted / floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for one in steps:
+        known = record.get(one.case.id, {})
+        floor, compiled = known.get("floor"), known.get("best-compiled")
+        torchs = f" + {one.products + one.others} of torch's" if one.products + one.others else ""
+        cells = [one.case.id, f"{len(one.launches)}{torchs}", f"{one.us:.1f}"]
+        cells += ["" if t is None else f"{t:.1f}" for t in (floor, compiled)]
+        cells += [f"{compiled / one.us:.2f}" if compiled else "", f"{one.us / floor:.2f}" if floor else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+        if floor and compiled:
+            ratios.setdefault((one.case.op, one.case.dtype), []).append((compiled / one.us, one.us / floor))
+    lines += ["", "Geometric means, predicted:", "", "| | cases | compiled / ours | least | ours / floor | most |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for (op, dtype), found in ratios.items():
+        faster, over = zip(*found, strict=True)
+        lines.append(
+            f"| {op} {dtype} | {len(found)} | {statistics.geometric_mean(faster):.2f} | {min(faster):.2f} "
+            f"| {statistics.geometric_mean(over):.2f} | {max(over):.2f} |"
+        )
+    return lines
+
+
+def launches_table(steps: Iterable[Step]) -> list[str]:
+    lines = [
+        "| case | launch | bytes | SASS instructions an element | **predicted** us | bound by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for of in steps:
+        for one in of.launches:
+            each = f"{one.instructions / of.case.numel:.1f}" if one.bytes > of.case.bytes / 2 else ""
+            lines.append(f"| {of.case.id} | `{one.kernel}` | {one.bytes:,} | {each} | {one.us:.1f} | {one.bound} |")
+    return lines
+
+
+MARKERS = {
+    name: (f"<!-- {name}: python -m benchmarks.model -->", f"<!-- end of {name} -->")
+    for name in ("check", "steps", "launches")
+}
+
+
+def written(text: str, name: str, lines: Sequence[str]) -> str:
+    """The page with these lines between the markers of `name`.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    begin, finish = MARKERS[name]
+    pattern = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(finish)})", re.S)
+    if not pattern.search(text):
+        raise ValueError(f"the page has no {begin} ... {finish}")
+    return pattern.sub(lambda _: "\n".join(["", *lines, "", ""]), text)
+
+
+# ---- the check -------------------------------------------------------------------------------------------------------
+
+
+def records(path: Path = RECORDS / "kernels.json") -> list[tuple[str, str, float, float]]:
+    """(case, kernel, measured us, predicted us) of the kernels that were timed; of two launches, their sum."""
+    return [
+        (one["case"], one["kernel"], one["us"],
+         sum(predict(one["kernel"], part["bytes"], Work(**part["work"])).us for part in one["launches"]))
+        for one in json.loads(path.read_text("utf-8"))["kernels"]
+    ]  # fmt: skip
+
+
+def check_table(found: Sequence[tuple[str, str, float, float]]) -> list[str]:
+    def line(name: str, ratios: list[float]) -> str:
+        errors = sorted(max(ratio, 1 / ratio) for ratio in ratios)
+        return (
+            f"| {name} | {len(ratios)} | {statistics.geometric_mean(ratios):.2f} | {statistics.median(errors):.2f} "
+            f"| {errors[int(0.9 * len(errors))]:.2f} | {errors[-1]:.2f} |"
+        )
+
+    by_kernel: dict[str, list[float]] = {}
+    for _, kernel, us, predicted in found:
+        by_kernel.setdefault(kernel, []).append(predicted / us)
+    lines = ["| kernel | times | predicted / measured, geometric mean | error, as a factor: median | 90 % | worst |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [line(f"`{name}`", ratios) for name, ratios in by_kernel.items()]
+    return [*lines, line("all", [predicted / us for *_, us, predicted in found])]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="predicted against measured, of kernels that were timed")
+    parser.add_argument("--cases", nargs="+", metavar="ID", help="print these of the page's cases, and write nothing")
+    options = parser.parse_args(arguments)
+    if options.check:
+        print("\n".join(check_table(records())))
+        return 0
+    cases = headlines()
+    if options.cases:
+        if unknown := set(options.cases) - {case.id for case in cases}:
+            parser.error(f"--cases takes ids of the page's, got {', '.join(sorted(unknown))}")
+        cases = [case for case in cases if case.id in options.cases]
+    os.environ["TRITON_INTERPRET"] = "0"
+    steps = []
+    for case in cases:
+        steps.append(step(case))
+        print(f"{case.id} {steps[-1].us:.1f} us predicted", file=sys.stderr, flush=True)
+    tables = {
+        "check": check_table(records()),
+        "steps": steps_table(steps, measured()),
+        "launches": launches_table(one for one in steps if one.case.shape in SHOWN),
+    }
+    if options.cases:
+        print("\n".join([*tables["steps"], "", *launches_table(steps)]))
+        return 0
+    page = PAGE.read_text("utf-8")
+    for name, lines in tables.items():
+        page = written(page, name, lines)
+    PAGE.write_text(page, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
