@@ -18,7 +18,7 @@ from . import backends, recording
 from .backends.step import Backend, Cost, Plan, Step
 from .gates import looks_standard, standard_gate
 from .layout import is_dense, layout_of
-from .ops.dispatch import opaque_when_compiled
+from .ops.dispatch import DECOMPOSED, OPAQUE, in_graph
 from .untouched import untouched
 
 
@@ -175,10 +175,10 @@ class _Recorder:
         ))  # fmt: skip
 
     def _compiled(self, place: dict, x: torch.Tensor, gate: Any) -> None:
-        opaque, reason = opaque_when_compiled(x) if place["op"] != "squeeze_excite" else (False, "it has none")
-        plan = Plan("decomposed", _FUSES, (("opaque ops", reason),), None)
-        if opaque:
-            plan = Plan("opaque ops", reason, (), None)
+        form, reason = in_graph(x) if place["op"] != "squeeze_excite" else (DECOMPOSED, "it has none")
+        plan = Plan(DECOMPOSED, _FUSES, ((OPAQUE, reason),), None)
+        if form == OPAQUE:
+            plan = Plan(OPAQUE, reason, (), None)
         self._add(Call(
             **place, backend="compiler", why="torch.compile traces this call", plan=plan,
             fused=None if gate is None else False, gate="in a graph the gate is called", fallback="",

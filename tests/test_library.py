@@ -16,28 +16,56 @@ CHECKED = {
     "sliced": lambda: LAYOUTS["sliced"](2, 3, 4, 5),
     "empty batch": lambda: torch.randn(0, 3, 7),
 }
+LEAKY = 0.25, 0.75  # inside, offset
 
 
-def planes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def planes_of(x: torch.Tensor, keep: int) -> torch.Tensor:
     with torch.no_grad():
-        tau = torch.full(x.shape[:2], 0.4)
-        return ops.abs_mean(x)[1], ops.soft_threshold(x, tau)[1]
+        return ops.soft_threshold(x, torch.full(x.shape[:2], 0.4), keep=keep)[1]
 
 
-@pytest.mark.parametrize("op", ["abs_mean", "soft_threshold", "abs_mean_grad", "soft_threshold_grad"])
+def meta(x: torch.Tensor) -> tuple[list[int], list[int], torch.dtype]:
+    return list(x.shape), list(torch.empty_like(x).stride()), x.dtype
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def tau(x: torch.Tensor) -> torch.Tensor:
+    return torch.full(x.shape[:2], 0.4, requires_grad=True)
+
+
+ARGUMENTS = {
+    "abs_mean": lambda x: (x.requires_grad_(),),
+    "abs_mean, no planes": lambda x: (x.requires_grad_(), 0),
+    "soft_threshold": lambda x: (x.requires_grad_(), tau(x)),
+    "soft_threshold, one tau, leaky, a residual, of a shrink": lambda x: (
+        x.requires_grad_(), tau(x[:, :1]), torch.randn_like(x).requires_grad_(), leaf(*x.shape[:2]), *LEAKY, 3,
+    ),
+    "soft_threshold, no planes": lambda x: (x, tau(x).detach(), None, None, 0.0, 1.0, 0),
+    "abs_mean_grad": lambda x: (leaf(*x.shape[:2]), ops.abs_mean(x)[1], *meta(x)),
+    "soft_threshold_grad": lambda x: (leaf(*x.shape), planes_of(x, 2), *meta(x)),
+    "soft_threshold_grad, leaky, three planes": lambda x: (leaf(*x.shape), planes_of(x, 3), *meta(x), *LEAKY),
+    "tau_grad": lambda x: (leaf(*x.shape), planes_of(x, 2), *meta(x), LEAKY[1]),
+    "shrink_grad": lambda x: (leaf(*x.shape), planes_of(x, 3), *meta(x), LEAKY[0], leaf(*x.shape[:2])),
+    "shrink_grad, of y only": lambda x: (leaf(*x.shape), planes_of(x, 3), *meta(x)),
+}  # fmt: skip
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("case", CHECKED)
-def test_opcheck(op, case):
-    x = CHECKED[case]()
-    pooled_planes, planes = planes_of(x)
-    meta = [list(x.shape), list(torch.empty_like(x).stride()), x.dtype]
-    arguments = {
-        "abs_mean": (x.requires_grad_(),),
-        "soft_threshold": (x, torch.full(x.shape[:2], 0.4, requires_grad=True)),
-        "abs_mean_grad": (torch.randn(x.shape[:2], requires_grad=True), pooled_planes, *meta),
-        "soft_threshold_grad": (torch.randn(x.shape, requires_grad=True), planes, *meta),
-    }
+def test_opcheck(arguments, case):
     with dk.use_backend("cpu"):
-        torch.library.opcheck(getattr(ops, op).default, arguments[op])
+        op = getattr(ops, arguments.partition(",")[0]).default
+        torch.library.opcheck(op, ARGUMENTS[arguments](CHECKED[case]()))
+
+
+def test_every_registered_op_is_checked():
+    checked = {name.partition(",")[0] for name in ARGUMENTS}
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("drsn_kernels::")}
+    assert registered == {f"drsn_kernels::{name}" for name in checked}
 
 
 @pytest.mark.parametrize("case", CHECKED)
@@ -53,8 +81,42 @@ def test_registered_ops_compute_what_the_operators_do(kernels, case):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("case", CHECKED)
+def test_the_ops_of_a_shrink_compute_what_shrink_does(kernels, case):
+    """Bit for bit, forward and backward, with one pass over g for dx."""
+    x, w = CHECKED[case]().requires_grad_(), torch.randn(3, 3, requires_grad=True)
+    residual = torch.randn_like(x).requires_grad_()
+
+    def of_ops():
+        A, _ = ops.abs_mean(x, 0)
+        return ops.soft_threshold(x, (A @ w).sigmoid() * A, residual, A, 0.0, 1.0, 3)[0]
+
+    g, found = torch.randn(x.shape), []
+    for y in (of_ops(), dk.shrink(x, lambda a: (a @ w).sigmoid(), residual=residual)):
+        found.append([y, *torch.autograd.grad(y, (x, w, residual), g)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_registered_ops_numerical_derivatives(kernels):
     x = (torch.randn(2, 3, 4).double().sign() * (0.6 + torch.rand(2, 3, 4).double())).requires_grad_()
     tau = torch.full((2, 3), 0.4, dtype=torch.float64, requires_grad=True)
-    for run, inputs in ((lambda x: ops.abs_mean(x)[0], (x,)), (lambda x, tau: ops.soft_threshold(x, tau)[0], (x, tau))):
+
+    def shrunk(x, tau):
+        A, _ = ops.abs_mean(x, 0)
+        return ops.soft_threshold(x, tau * A, None, A, *LEAKY, 3)[0]
+
+    for run, inputs in (
+        (lambda x: ops.abs_mean(x)[0], (x,)),
+        (lambda x: ops.abs_mean(x, 0)[0], (x,)),
+        (lambda x, tau: ops.soft_threshold(x, tau)[0], (x, tau)),
+        (shrunk, (x, tau)),
+    ):
         assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_a_gradient_without_planes_is_an_error():
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    y, _ = ops.soft_threshold(x, torch.rand(2, 3), keep=0)
+    with pytest.raises(RuntimeError, match="keep=0, which keeps no planes for a gradient"):
+        y.sum().backward()

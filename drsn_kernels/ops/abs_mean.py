@@ -64,8 +64,12 @@ def abs_mean(x: torch.Tensor) -> torch.Tensor:
     return _apply(x, layout, backend) if keep else backend.reduce(x, layout)[0]
 
 
-def traced_abs_mean(x: torch.Tensor) -> torch.Tensor:
-    """abs_mean where raw pointers are of no use: the registered op, or the reference."""
+def traced_abs_mean(x: torch.Tensor, keep: bool = True) -> torch.Tensor:
+    """abs_mean where raw pointers are of no use: the registered op, or the reference.
+
+    keep: planes for its own gradient. shrink needs none, because its threshold keeps them.
+    """
     if use_registered_ops(x):
-        return torch.ops.drsn_kernels.abs_mean(x)[0]
+        keep = keep and x.requires_grad and torch.is_grad_enabled()
+        return torch.ops.drsn_kernels.abs_mean(x, 2 if keep else 0)[0]
     return reference.abs_mean(x)

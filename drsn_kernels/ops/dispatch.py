@@ -4,9 +4,9 @@
   watches or transforms the call. This is the fast path: no dispatcher round trip (benchmarks/overhead.py).
 * The reference: ordinary aten operations, for everything else. It is right under torch.func, forward-mode AD, export,
   tensor subclasses (FakeTensor, DTensor) and dispatch modes, none of which can see into a raw pointer; under
-  torch.compile it fuses with what surrounds it (not timed against the registered ops yet).
-* The registered ops (`library.py`): under torch.compile where a backend is forced; opaque to the compiler, but they
-  save bit planes instead of x.
+  torch.compile it fuses with what surrounds it.
+* The registered ops (`library.py`): under torch.compile where a backend is forced or IN_GRAPHS says so; opaque to the
+  compiler, but they save bit planes instead of x.
 """
 
 from collections.abc import Callable
@@ -86,26 +86,39 @@ def hooks_on_saved_tensors() -> bool:
     return _top_hooks(False) is not None
 
 
-# Times of the opaque ops over the decomposed call, from 1 to 24 MiB (docs/plans.md).
-_DECOMPOSED = {
-    "cpu": "opaque took 1.2 to 1.6 times as long from 1 to 24 MiB, and 0.76 on one shape of 19 MiB",
-    "cuda": "opaque was not timed; compiled, a unit took 0.64 and 0.75 of our eager one's time on an H200",
+# ---- inside torch.compile --------------------------------------------------------------------------------------------
+
+DECOMPOSED, OPAQUE = "decomposed", "opaque ops"
+_NOT_TIMED = "opaque was not timed"
+_ON_CUDA = f"{_NOT_TIMED}; compiled, a unit took 0.64 and 0.75 of our eager one's time on an H200"
+
+# What a compiled call becomes, by device, dtype (None: any other) and mode, and the row that says so (docs/plans.md).
+# The compiler's own code stays until a stored row shows that the ops are faster; a line is switched by its first word.
+IN_GRAPHS: dict[tuple[str, torch.dtype | None, str], tuple[str, str]] = {
+    ("cpu", torch.float32, "training"): (DECOMPOSED, "opaque took 1.6 of its CPU time on 1 MiB, 0.8 to 1.1 from 8 on"),
+    ("cpu", torch.float32, "inference"): (DECOMPOSED, "opaque took 1.5 of its CPU time on 1 MiB, 0.9 to 1.3 from 8 on"),
+    ("cpu", None, "training"): (DECOMPOSED, _NOT_TIMED),
+    ("cpu", None, "inference"): (DECOMPOSED, _NOT_TIMED),
+    ("cuda", None, "training"): (DECOMPOSED, _ON_CUDA),
+    ("cuda", None, "inference"): (DECOMPOSED, _NOT_TIMED),
 }
 
 
-def opaque_when_compiled(x: torch.Tensor) -> tuple[bool, str]:
-    """Whether torch.compile is given the registered ops for a call on x, and why."""
-    forced = backends.choice.backend
+def in_graph(x: torch.Tensor) -> tuple[str, str]:
+    """DECOMPOSED or OPAQUE, for a call on x that torch.compile traces, and why."""
+    forced, device = backends.choice.backend, x.device.type
     if forced == "auto":
-        return False, _DECOMPOSED.get(x.device.type, "no kernels for this device")
+        mode = "training" if torch.is_grad_enabled() else "inference"
+        row = IN_GRAPHS.get((device, x.dtype, mode)) or IN_GRAPHS.get((device, None, mode))
+        return row or (DECOMPOSED, "no kernels for this device")
     if (forced == "cpu" and x.is_cpu) or (forced == "triton" and not x.is_meta):
-        return True, "a backend is forced"
-    return False, "the backend that is forced has no kernels for it"
+        return OPAQUE, "a backend is forced"
+    return DECOMPOSED, "the backend that is forced has no kernels for it"
 
 
 def use_registered_ops(x: torch.Tensor) -> bool:
-    """Under torch.compile, call the opaque ops. Never in an exported graph."""
-    if not torch.compiler.is_compiling() or not opaque_when_compiled(x)[0]:
+    """Under torch.compile, call the opaque ops. Never in an exported graph, and for plain tensors only."""
+    if not torch.compiler.is_compiling() or type(x) not in _PLAIN or in_graph(x)[0] != OPAQUE:
         return False
     if not _CAN_TELL or _transforms_active() or forward_ad._current_level >= 0:
         return False

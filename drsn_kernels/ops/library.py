@@ -1,53 +1,96 @@
-"""The operators registered with torch.library: opaque to torch.compile, saving bit planes instead of x.
+"""The operators registered with torch.library: what torch.compile is given where `dispatch.IN_GRAPHS` says so.
 
-torch.compile uses them where a backend is forced (`dispatch.use_registered_ops`); by default it gets the reference,
-which it can fuse. Each op has a fake kernel, a derivative, and a derivative of the derivative.
+    abs_mean         A = mean |x|; keep: the planes sign, nonzero
+    soft_threshold   y by a threshold rule [+ residual]; keep planes: kept, sign[, nonzero]
+    abs_mean_grad, soft_threshold_grad, tau_grad, shrink_grad    dx, dtau or both, from planes
+
+A compiled shrink is these calls, each one pass over x or g, with the gate left to the compiler between them:
+
+    forward    A = abs_mean(x, keep=0);  tau = gate(A) * A;  y, planes = soft_threshold(x, tau, residual, A, keep=3)
+    backward   dtau = tau_grad(g, planes);  dA = the gate's backward;  dx = shrink_grad(g, planes, dA)
+
+abs_mean is given A's gradient last, so its derivative writes all of dx: soft_threshold, which takes A for this reason
+only, leaves it the planes in the forward pass and g in the backward pass, and returns no gradient of x. That happens in
+Python while a compiler traces the derivatives; in the graph it is data flow, planes are kept, and x is not. Where the
+two are not in one graph (a gate that breaks it), each writes its own part of dx, from planes of its own.
+
+Opaque rather than triton_op: a plan needs sizes that are numbers, so a kernel that the compiler sees into would be
+compiled anew for every batch size, and `wrap_triton` takes no tuples, which is how kernels take strides. A CUDA graph
+records the launches of an opaque call like any other's: nothing here waits for the device or reads its memory.
 """
 
 import torch
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler with it
 from torch.library import Library, register_autograd, register_fake
 
 from .. import backends
 from ..backends.eager import eager
-from ..layout import Layout, averaged, dense, layout_of, thresholded
-from ..reference import accumulate_dtype
+from ..layout import Layout, Planes, averaged, dense, layout_of, thresholded
+from ..reference import Rule, accumulate_dtype
+from .dispatch import current_backward, will_run
 
 _lib = Library("drsn_kernels", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_META = "SymInt[] size, SymInt[] stride, ScalarType dtype"
+# x arrives with the strides that were traced, which y's and the planes' order follow; before torch 2.7, in their order
+_TAGS = (torch.Tag.pt2_compliant_tag, getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order))
+_META = "Tensor planes, SymInt[] size, SymInt[] stride, ScalarType dtype"
+_THRESHOLD = "Tensor? residual=None, Tensor? pooled=None, float inside=0.0, float offset=1.0, int keep=2"
 
-_lib.define("abs_mean(Tensor x) -> (Tensor, Tensor)", tags=_TAGS)
-_lib.define(f"abs_mean_grad(Tensor pooled_grad, Tensor planes, {_META}) -> Tensor", tags=_TAGS)
-_lib.define("soft_threshold(Tensor x, Tensor tau) -> (Tensor, Tensor)", tags=_TAGS)
-_lib.define(f"soft_threshold_grad(Tensor g, Tensor planes, {_META}) -> (Tensor, Tensor)", tags=_TAGS)
+for _schema in (
+    "abs_mean(Tensor x, int keep=2) -> (Tensor, Tensor)",
+    f"soft_threshold(Tensor x, Tensor tau, {_THRESHOLD}) -> (Tensor, Tensor)",
+    f"abs_mean_grad(Tensor pooled_grad, {_META}) -> Tensor",
+    f"soft_threshold_grad(Tensor g, {_META}, float inside=0.0, float offset=1.0) -> (Tensor, Tensor)",
+    f"tau_grad(Tensor g, {_META}, float offset=1.0) -> Tensor",
+    f"shrink_grad(Tensor g, {_META}, float inside=0.0, Tensor? pooled_grad=None) -> Tensor",
+):
+    _lib.define(_schema, tags=_TAGS)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _abs_mean(x):
-    pooled, planes = backends.select(x).reduce(x, layout_of(x), keep=True)
-    return pooled, planes.bits
+def _abs_mean(x, keep=2):
+    layout = layout_of(x)
+    pooled, planes = backends.select(x).reduce(x, layout, keep=keep > 0)
+    return pooled, _bits(planes, x, layout)
 
 
-def _soft_threshold(x, tau):
-    y, planes = backends.select(x).map(x, layout_of(x), tau, keep=2)
-    return y, planes.bits
+def _soft_threshold(x, tau, residual=None, pooled=None, inside=0.0, offset=1.0, keep=2):
+    layout = layout_of(x)
+    y, planes = backends.select(x).map(x, layout, tau, rule=Rule(inside, offset), residual=residual, keep=keep)
+    return y, _bits(planes, x, layout)
 
 
-def _of_gradient(t, size, stride):
-    """The backend and x's layout, for a gradient of x: t may have fewer dimensions than x (size)."""
-    return backends.select(t) if len(size) <= 8 else eager, dense(tuple(size), tuple(stride))
+def _bits(planes: Planes | None, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    return x.new_empty((0, layout.words), dtype=torch.int32) if planes is None else planes.bits
+
+
+def _grad(planes: Planes, size, stride, dtype, g=None, **wanted):
+    """backend.grad by the layout of x (size, stride): g may have fewer dimensions than x, or be absent."""
+    t = wanted["dA"] if g is None else g
+    backend = backends.select(t) if len(size) <= 8 else eager
+    return backend.grad(dense(tuple(size), tuple(stride)), dtype, planes, g, **wanted)
 
 
 def _abs_mean_grad(dA, planes, size, stride, dtype):
-    backend, layout = _of_gradient(dA, size, stride)
-    return backend.grad(layout, dtype, averaged(planes), None, dA=dA)[0]
+    return _grad(averaged(planes), size, stride, dtype, dA=dA)[0]
 
 
-def _soft_threshold_grad(g, planes, size, stride, dtype):
-    backend, layout = _of_gradient(g, size, stride)
-    return backend.grad(layout, dtype, thresholded(planes, nonzero=False), g, want_dtau=True)
+def _of_threshold(planes: torch.Tensor) -> Planes:
+    return thresholded(planes, nonzero=len(planes) == 3)
+
+
+def _soft_threshold_grad(g, planes, size, stride, dtype, inside=0.0, offset=1.0):
+    return _grad(_of_threshold(planes), size, stride, dtype, g, want_dtau=True, rule=Rule(inside, offset))
+
+
+def _tau_grad(g, planes, size, stride, dtype, offset=1.0):
+    rule = Rule(0.0, offset)
+    return _grad(_of_threshold(planes), size, stride, dtype, g, want_dx=False, want_dtau=True, rule=rule)[1]
+
+
+def _shrink_grad(g, planes, size, stride, dtype, inside=0.0, pooled_grad=None):
+    return _grad(_of_threshold(planes), size, stride, dtype, g, dA=pooled_grad, rule=Rule(inside, 1.0))[0]
 
 
 for _name, _kernel in (
@@ -55,6 +98,8 @@ for _name, _kernel in (
     ("soft_threshold", _soft_threshold),
     ("abs_mean_grad", _abs_mean_grad),
     ("soft_threshold_grad", _soft_threshold_grad),
+    ("tau_grad", _tau_grad),
+    ("shrink_grad", _shrink_grad),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -69,18 +114,22 @@ def _symbolic(x) -> Layout:
     return dense(x.shape, x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride())
 
 
-def _empty_planes(x):
-    return x.new_empty((2, _symbolic(x).words), dtype=torch.int32)
+def _empty_planes(x, count):
+    return x.new_empty((count, _symbolic(x).words), dtype=torch.int32)
+
+
+def _empty_sums(t, size, dtype):
+    return t.new_empty(size[:2], dtype=accumulate_dtype(dtype))
 
 
 @register_fake("drsn_kernels::abs_mean", lib=_lib)
-def _(x):
-    return x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype)), _empty_planes(x)
+def _(x, keep=2):
+    return _empty_sums(x, x.shape, x.dtype), _empty_planes(x, keep)
 
 
 @register_fake("drsn_kernels::soft_threshold", lib=_lib)
-def _(x, tau):
-    return torch.empty_like(x), _empty_planes(x)
+def _(x, tau, residual=None, pooled=None, inside=0.0, offset=1.0, keep=2):
+    return torch.empty_like(x), _empty_planes(x, keep)
 
 
 @register_fake("drsn_kernels::abs_mean_grad", lib=_lib)
@@ -89,11 +138,88 @@ def _(pooled_grad, planes, size, stride, dtype):
 
 
 @register_fake("drsn_kernels::soft_threshold_grad", lib=_lib)
-def _(g, planes, size, stride, dtype):
-    return g.new_empty_strided(size, stride, dtype=dtype), g.new_empty(size[:2], dtype=accumulate_dtype(dtype))
+def _(g, planes, size, stride, dtype, inside=0.0, offset=1.0):
+    return g.new_empty_strided(size, stride, dtype=dtype), _empty_sums(g, size, dtype)
 
 
-# ---- derivatives, each in terms of the same four ops -----------------------------------------------------------------
+@register_fake("drsn_kernels::tau_grad", lib=_lib)
+def _(g, planes, size, stride, dtype, offset=1.0):
+    return _empty_sums(g, size, dtype)
+
+
+@register_fake("drsn_kernels::shrink_grad", lib=_lib)
+def _(g, planes, size, stride, dtype, inside=0.0, pooled_grad=None):
+    return g.new_empty_strided(size, stride, dtype=dtype)
+
+
+# ---- derivatives, each in terms of these ops -------------------------------------------------------------------------
+
+
+def _keep_planes(ctx, x, planes):
+    ctx.mark_non_differentiable(planes)
+    ctx.set_materialize_grads(False)
+    layout = _symbolic(x)
+    ctx.meta = layout.shape, layout.strides, x.dtype
+
+
+def _abs_mean_context(ctx, inputs, output):
+    x, keep = inputs
+    _keep_planes(ctx, x, output[1])
+    ctx.save_for_backward(output[1] if keep else x)
+    ctx.keep, ctx.planes, ctx.handed = keep, None, {}  # planes and, by backward pass, g: from soft_threshold
+
+
+def _abs_mean_backward(ctx, dA, _):
+    g, inside = ctx.handed.pop(current_backward(), (None, None)) if ctx.handed else (None, None)
+    if g is not None:
+        return _ops.shrink_grad(g, ctx.planes, *ctx.meta, inside, dA), None
+    if dA is None:
+        return None, None
+    if ctx.planes is not None:
+        planes = ctx.planes[1:]
+    else:
+        (saved,) = ctx.saved_tensors
+        planes = saved if ctx.keep else _ops.abs_mean(saved.detach())[1]
+    return _ops.abs_mean_grad(dA, planes, *ctx.meta), None
+
+
+def _soft_threshold_context(ctx, inputs, output):
+    x, tau, _, pooled, inside, offset, keep = inputs
+    _keep_planes(ctx, x, output[1])
+    ctx.save_for_backward(output[1])
+    ctx.tau_shape, ctx.inside, ctx.offset, ctx.keep = tau.shape, inside, offset, keep
+    node = None if pooled is None or current_backward is None else pooled.grad_fn
+    ctx.pool = node if keep == 3 and hasattr(node, "handed") else None
+    if ctx.pool is not None:
+        ctx.pool.planes = output[1]
+
+
+def _soft_threshold_backward(ctx, g, _):
+    want_x, want_tau, *others = ctx.needs_input_grad
+    residual_grad = g if others and others[0] else None
+    dx = dtau = None
+    if g is not None and (want_x or want_tau):
+        if not ctx.keep:
+            raise RuntimeError("soft_threshold was called with keep=0, which keeps no planes for a gradient")
+        (planes,) = ctx.saved_tensors
+        if want_x and ctx.pool is not None and will_run(ctx.pool):
+            ctx.pool.handed[current_backward()] = g, ctx.inside
+            want_x = False
+        if want_x and want_tau:
+            dx, dtau = _ops.soft_threshold_grad(g, planes, *ctx.meta, ctx.inside, ctx.offset)
+        elif want_x:
+            dx = _ops.shrink_grad(g, planes, *ctx.meta, ctx.inside)
+        elif want_tau:
+            dtau = _ops.tau_grad(g, planes, *ctx.meta, ctx.offset)
+    return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), residual_grad, None, None, None, None
+
+
+# ---- derivatives of the derivatives ----------------------------------------------------------------------------------
+
+
+def _keep_meta(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+    ctx.meta, ctx.rule = inputs[2:5], [value for value in inputs[5:] if isinstance(value, float)]
 
 
 def _length(size):
@@ -103,47 +229,50 @@ def _length(size):
     return length
 
 
-def _keep_planes(ctx, inputs, output):
-    x = inputs[0]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    layout = _symbolic(x)
-    ctx.meta = layout.shape, layout.strides, x.dtype
-    if len(inputs) == 2:
-        ctx.tau_shape = inputs[1].shape
+def _masked(ctx, v, inside):
+    """kept * v, with inside * v elsewhere."""
+    return _ops.shrink_grad(v, ctx.saved_tensors[0], *ctx.meta, inside)
 
 
-def _keep_meta(ctx, inputs, output):
-    _, planes, *meta = inputs
-    ctx.save_for_backward(planes)
-    ctx.meta = meta
+def _spread(ctx, w, offset):
+    """-offset * s * kept * w: what abs_mean_grad computes, with kept in the place of nonzero."""
+    signs = ctx.saved_tensors[0][:2].flip(0)  # from (kept, sign, ...)
+    return _ops.abs_mean_grad(w * (-offset * _length(ctx.meta[0])), signs, *ctx.meta)
 
 
-def _abs_mean_backward(ctx, pooled_grad, _):
-    return _ops.abs_mean_grad(pooled_grad, ctx.saved_tensors[0], *ctx.meta)
+def _averaged(ctx, v, planes):
+    """sum s * nonzero * v / L: what tau_grad computes, with nonzero in the place of kept. planes: nonzero, sign."""
+    return _ops.tau_grad(v, planes, *ctx.meta) / -_length(ctx.meta[0])
 
 
-def _soft_threshold_backward(ctx, g, _):
-    dx, dtau = _ops.soft_threshold_grad(g, ctx.saved_tensors[0], *ctx.meta)
-    return dx, dtau.sum_to_size(ctx.tau_shape)
+def _abs_mean_grad_backward(ctx, v):  # s * nonzero * dA / L
+    return _averaged(ctx, v, ctx.saved_tensors[0].flip(0)), None, None, None, None
 
 
-def _abs_mean_grad_backward(ctx, v):  # dx = s * dA / L   ->   ddA = sum s * v / L
-    planes = ctx.saved_tensors[0].flip(0)  # nonzero takes the place of kept
-    dtau = _ops.soft_threshold_grad(v, planes, *ctx.meta)[1]
-    return dtau / -_length(ctx.meta[0]), None, None, None, None
+def _soft_threshold_grad_backward(ctx, v, w):  # (kept * g, -offset * sum s * kept * g)
+    inside, offset = ctx.rule
+    return _masked(ctx, v, inside) + _spread(ctx, w, offset), *[None] * 6
 
 
-def _soft_threshold_grad_backward(ctx, v, w):  # (kept * g, -sum s * kept * g)   ->   kept * v - s * kept * w
-    planes = ctx.saved_tensors[0]
-    masked = _ops.soft_threshold_grad(v, planes, *ctx.meta)[0]
-    spread = _ops.abs_mean_grad(w * -_length(ctx.meta[0]), planes.flip(0), *ctx.meta)
-    return masked + spread, None, None, None, None
+def _tau_grad_backward(ctx, w):  # -offset * sum s * kept * g
+    return _spread(ctx, w, *ctx.rule), *[None] * 5
 
 
-register_autograd("drsn_kernels::abs_mean", _abs_mean_backward, setup_context=_keep_planes, lib=_lib)
-register_autograd("drsn_kernels::soft_threshold", _soft_threshold_backward, setup_context=_keep_planes, lib=_lib)
-register_autograd("drsn_kernels::abs_mean_grad", _abs_mean_grad_backward, setup_context=_keep_meta, lib=_lib)
-register_autograd(
-    "drsn_kernels::soft_threshold_grad", _soft_threshold_grad_backward, setup_context=_keep_meta, lib=_lib
-)
+def _shrink_grad_backward(ctx, v):  # kept * g + s * nonzero * dA / L
+    dA = None
+    if ctx.needs_input_grad[6:]:  # not one of the trailing arguments that were left out
+        dA = _averaged(ctx, v, ctx.saved_tensors[0][1:].flip(0))
+    return _masked(ctx, v, *ctx.rule), *[None] * 5, dA
+
+
+for _name, _backward, _context in (
+    ("abs_mean", _abs_mean_backward, _abs_mean_context),
+    ("soft_threshold", _soft_threshold_backward, _soft_threshold_context),
+    ("abs_mean_grad", _abs_mean_grad_backward, _keep_meta),
+    ("soft_threshold_grad", _soft_threshold_grad_backward, _keep_meta),
+    ("tau_grad", _tau_grad_backward, _keep_meta),
+    ("shrink_grad", _shrink_grad_backward, _keep_meta),
+):
+    # A backward pass within a compiled function's call is run by torch, and Dynamo would trace what torch calls.
+    _backward, _context = _disable_dynamo(_backward), _disable_dynamo(_context)
+    register_autograd(f"drsn_kernels::{_name}", _backward, setup_context=_context, lib=_lib)

@@ -36,7 +36,6 @@ from .dispatch import (
     is_eager_grad,
     keeps_graph,
     not_eager,
-    use_registered_ops,
     will_run,
 )  # fmt: skip
 from .gated_shrink import apply_gated
@@ -235,7 +234,7 @@ def shrink(
     if why is not None or not x.numel():
         if recording.active is not None:
             recording.elsewhere("shrink", x, why, gate=gate)
-        pooled = traced_abs_mean(x)
+        pooled = traced_abs_mean(x, keep=False)
         return _compose(x, pooled, call_gate(gate, pooled, x), average, residual, inplace, return_tau, rule)
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
@@ -332,11 +331,10 @@ def _gated(x, step: Step, parts: StandardGate, backend: Backend, gate, residual,
 def _compose(x, pooled, alpha, average, residual, inplace, return_tau, rule):
     """The rest of shrink from soft_threshold and ordinary autograd: right under every transform, compiler, subclass."""
     tau = reference.threshold(alpha, pooled, average)
-    if residual is not None and residual.dtype == x.dtype and not (rule == SOFT and use_registered_ops(x)):
-        y = reference.soft_threshold(x, tau, residual, rule)  # rounded once, as in the kernels
-    else:
-        y = traced_soft_threshold(x, tau, rule)
-        y = y if residual is None else y + residual
+    fused = residual if residual is None or residual.dtype == x.dtype else None  # rounded once, as in the kernels
+    y = traced_soft_threshold(x, tau, rule, residual=fused, pooled=pooled)
+    if residual is not fused:
+        y = y + residual
     if inplace:
         y = x.copy_(y)
     return (y, tau) if return_tau else y

@@ -124,13 +124,21 @@ def _element_wise(x: torch.Tensor, tau: torch.Tensor, threshold: str, slope: flo
     return y if y.requires_grad else y.data  # a view made under no_grad could not be changed in place later
 
 
-def traced_soft_threshold(x: torch.Tensor, tau: torch.Tensor, rule: Rule = SOFT) -> torch.Tensor:
-    """The same for tensors that raw pointers are of no use for; tau in the dtype of sums."""
-    if rule == SOFT and x.dim() >= 2 and use_registered_ops(x):
-        rows = _per_channel(tau)
-        if rows is not None:
-            return torch.ops.drsn_kernels.soft_threshold(x, rows)[0]
-    return reference.soft_threshold(x, tau, rule=rule)
+def traced_soft_threshold(
+    x: torch.Tensor, tau: torch.Tensor, rule: Rule = SOFT, *, residual: torch.Tensor | None = None,
+    pooled: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The same for tensors that raw pointers are of no use for; tau in the dtype of sums. residual: of x's dtype.
+
+    pooled: traced_abs_mean(x, keep=False), whose gradient the planes kept here are for too.
+    """
+    rows = _per_channel(tau) if x.dim() >= 2 and use_registered_ops(x) else None
+    if rows is None:
+        return reference.soft_threshold(x, tau, residual, rule)
+    keep = 0
+    if torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad):
+        keep = 3 if pooled is not None and x.requires_grad else 2
+    return torch.ops.drsn_kernels.soft_threshold(x, rows, residual, pooled, *rule, keep)[0]
 
 
 def _per_channel(tau: torch.Tensor) -> torch.Tensor | None:
