@@ -73,8 +73,8 @@ def walk(layout: Layout, *strides: Strides, apart: bool = False, force_wide: boo
     n_strides = [s[0] if layout.n > 1 else 0 for s in strides]
     units = [s == [1] for s in q_strides]
     p, q = math.prod(p_sizes), math.prod(q_sizes)
-    # Equidistant rows need no division. One sample's are: its stride of N says nothing, and dense batches of any size take
-    # the same code.
+    # Equidistant rows need no division. One sample's are: its stride of N says nothing, and dense batches of any size
+    # take the same code.
     if p == 1:
         row_sizes, row_strides = [layout.n], [[s] for s in n_strides]
     elif (
