@@ -263,7 +263,7 @@ def weight_grad_tile(
 
 
 @triton.jit
-def _up_to_4(n):
+def _up_to_4(n):  # as plans.up_to does where sequence.py lays out the gradients
     return (n + 3) // 4 * 4
 
 

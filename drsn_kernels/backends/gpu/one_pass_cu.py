@@ -17,7 +17,7 @@ from ...layout import Layout, is_dense
 from ..step import Cost, Step, Strides
 from . import one_pass
 from .launch import multiprocessors
-from .plans import Planned, cdiv, power_of_two
+from .plans import Planned, cdiv, power_of_two, up_to
 
 FATBIN = Path(__file__).resolve().parents[2] / "one_pass.fatbin"
 FORWARD = ("x", "y", "residual", "planes", "pooled", "state", "tau", "w1", "b1", "mean", "var", "gamma", "beta", "w2",
@@ -78,7 +78,7 @@ def plan_of(
             stage, kept = _backward_bytes(rows, c, hidden, length, outputs, itemsize, extra)
         else:
             stage, kept = _forward_bytes(rows, c, hidden, length, outputs, itemsize, extra)
-        stage = _up_to(stage, 128)
+        stage = up_to(stage, 128)
         stages = min((BLOCK_BYTES - kept) // stage, STAGES)
         idle = found is not None and n * found[0] < sms and rows * length >= PART
         if stages >= 2 and (found is None or found[1] < STAGES or idle):
@@ -92,12 +92,8 @@ def plan_of(
     return OnePassCuPlan(cluster, stages, shared, threads, programs)
 
 
-def _up_to(n: int, unit: int) -> int:
-    return cdiv(n, unit) * unit
-
-
 def _floats(*counts: int) -> int:
-    return sum(_up_to(4 * count, 16) for count in counts)
+    return sum(up_to(4 * count, 16) for count in counts)
 
 
 # Bytes of a stage, and of what stays in shared memory, the barriers included; in the order of the kernels.
@@ -152,7 +148,7 @@ class Launch:
         self._run(self.arguments(**pointers))
 
     def describe(self) -> Planned:
-        return Planned(self.kernel, self.plan.programs, self.plan.threads // 32, self.plan)
+        return Planned(self.kernel, self.plan.programs, self.plan.threads // 32, self.plan, self.cost, (self._sizes,))
 
 
 def prepare_forward(step: Step, y: Strides) -> Launch | str:

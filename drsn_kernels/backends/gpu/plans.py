@@ -1,7 +1,8 @@
 """Which tile and how many programs each launch takes, and why. Nothing is tuned at run time.
 
 What a plan puts into a constexpr depends on the length of a row, the dtype and the layout; where the gate is fused,
-also on the next power of two of C; never on the batch size: within a plan, another batch runs the kernel that is
+also on C and H (in one pass the next powers of two, else whether one is beyond WIDE, and whether both are multiples of
+4); never on the batch size: within a plan, another batch runs the kernel that is
 compiled already (tests/test_triton_lowering.py counts). Which plan it is may depend on the batch: one pass or several
 launches. Grids and splits are run-time values.
 """
@@ -131,6 +132,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def up_to(n: int, unit: int) -> int:
+    return cdiv(n, unit) * unit
+
+
 # ---- the standard gate -----------------------------------------------------------------------------------------------
 
 # A tile of this many elements fits the registers: compiled for sm_90, (64, 256) takes 117 of 128 registers at 16 warps,
@@ -156,21 +161,25 @@ PRODUCTS = 32
 # estimated to be faster.
 MOST_CHANNELS = 512
 MOST_PRODUCTS = 1 << 28
-# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels (WIDE_TILE beyond
-# WIDE of them, where there are tiles enough), and of a weight's gradient the square of it, by products of GATE_DEPTH; a
-# product takes at least 16. Small tiles, as there are few: 64 for the first layer of (512, 64).
+# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, and of a weight's
+# gradient the square of it, by products of GATE_DEPTH; a product takes at least 16. Small tiles, as there are few: 64
+# for the first layer of (512, 64). Beyond WIDE units or channels a program's products are long and what counts is how
+# many programs share them: (128, 512, 128), a training step, is predicted to take 121 us so, and 162 with 32 samples,
+# steps of 32, three stages and 252 registers in linear_grad (docs/inside/gpu.md).
+WIDE = 64
 GATE_SAMPLES = 32
+WIDE_SAMPLES = 16
 GATE_TILE = 16
 WIDE_TILE = 32
-WIDE = 64
 GATE_DEPTH = 32
+WIDE_DEPTH = 64
 # Steps of a product whose loads are under way together. A narrow gate has one or two; more stages are a third of its
 # kernels' time to compile.
 GATE_STAGES = 1
-WIDE_STAGES = 3
-# 8 warps, because a program waits most of the time: half the registers a thread, twice the loads in flight.
+WIDE_STAGES = 2
+# 8 warps, because a program waits most of the time; in so many registers two of them share a multiprocessor.
 GATE_WARPS = 8
-MOST_REGISTERS = 255
+GATE_REGISTERS = 128
 # The gradient of a weight is a sum over the batch: a program walks it by GATE_STEP samples (64 spilled 16 bytes with
 # wide tiles). Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each
 # multiprocessor; torch adds the shares.
@@ -238,10 +247,8 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
     samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
-        if not walk.channels_last and rows > 256:
-            return f"a tile of {rows} channels is too narrow to walk a sample with"
         if 2 * sms * sample_bytes > L2_BYTES:
-            return f"a sample of {sample_bytes} bytes is too large to keep in registers or, one for each program, in L2"
+            return f"a sample of {sample_bytes} bytes is too large to keep in registers or, two for each multiprocessor, in L2"
         tile = CROWDED_TILE if crowded else WALKED // ragged
         if walk.channels_last:
             rows = max(tile // columns, 8)
@@ -251,7 +258,7 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     else:
         samples = max(2048 // (rows * columns), 1)
         warps = min(max(samples * rows * columns * ragged // 1024, 4), 16)
-    weights = 4 * hidden * (channels + outputs)
+    weights = max(itemsize, 4) * hidden * (channels + outputs)
     if weights > samples * sample_bytes:
         return f"each program would read {weights} bytes of weights for {samples * sample_bytes} bytes of x"
     if cdiv(walk.n, samples) * 4 < 3 * sms and walk.n * sample_bytes > 2 << 20:
@@ -267,18 +274,20 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
     """The plan of the gate's own launches. Only counts depend on n."""
 
     widest = max(channels, hidden)
-    tile, stages = (GATE_TILE, GATE_STAGES) if widest <= WIDE else (WIDE_TILE, WIDE_STAGES)
-    depth = min(max(power_of_two(widest), 16), GATE_DEPTH)
-    tiles = cdiv(n, GATE_SAMPLES)
+    samples, tile, depth, stages = GATE_SAMPLES, GATE_TILE, GATE_DEPTH, GATE_STAGES
+    if widest > WIDE:
+        samples, tile, depth, stages = WIDE_SAMPLES, WIDE_TILE, WIDE_DEPTH, WIDE_STAGES
+    depth = min(max(power_of_two(widest), 16), depth)
+    tiles = cdiv(n, samples)
     merge = hidden <= GATE_MERGES * depth
     apart = not merge or tiles > MOST_GROUPS
     weights = cdiv(hidden, tile) * (cdiv(channels, tile) + cdiv(outputs, tile))
     shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights), 1)
     share = cdiv(cdiv(n, shares), GATE_STEP) * GATE_STEP
     return GatePlan(
-        samples=GATE_SAMPLES, channels=tile, units=tile, depth=depth, stages=stages,
+        samples=samples, channels=tile, units=tile, depth=depth, stages=stages,
         align=4 if channels % 4 == hidden % 4 == 0 else 1, tiles=tiles, groups=1 if apart else tiles,
-        group=n if apart else GATE_SAMPLES, merge=merge, at_a_time=GATE_MERGED // depth,
+        group=n if apart else samples, merge=merge, at_a_time=GATE_MERGED // depth,
         shares=cdiv(n, share), share=share,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from ..step import Backend, Cost, Kept, Plan, Step
 from . import gate, gate_grad, one_pass, one_pass_cu, plans, stream
 from .gate import Sizes
 from .launch import Prepared, bytes_of, multiprocessors, tile_values
-from .plans import GatePlan, OnePassPlan
+from .plans import GatePlan, OnePassPlan, cdiv, up_to
 from .walk import Strides, Walk, walk
 
 _PLANES = (0, 1, 2)  # rows of kept, sign and nonzero, as layout.thresholded has them
@@ -42,7 +42,7 @@ def plan_of(step: Step, strides: tuple[Strides, ...]) -> tuple[Walk, OnePassPlan
 def _one_pass(fn: Any, step: Step, on: Walk, plan: OnePassPlan, operands: str, cost_of: Cost) -> Prepared:
     values = tile_values(on, plan, step.dtype, operands) | _gate_values(step)
     values |= {"S": plan.samples, "PB": plan.rows, "BH": plan.units}
-    programs = -(-on.n // plan.samples)
+    programs = cdiv(on.n, plan.samples)
     return Prepared(fn, step.device, programs, values, plan, cost_of, warps=plan.warps, registers=plan.registers)
 
 
@@ -71,7 +71,7 @@ def _of_gate(fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, 
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
     }  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.MOST_REGISTERS,
+        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.GATE_REGISTERS,
         stages=plan.stages,
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
         "N": step.layout.n, "H": step.gate.hidden, "groups": plan.tiles, "group": plan.samples,
         "STATISTICS": statistics, "BH": plans.MERGED_UNITS, "GROUPS": plans.MERGED // plans.MERGED_UNITS,
     }  # fmt: skip
-    programs = -(-step.gate.hidden // plans.MERGED_UNITS)
+    programs = cdiv(step.gate.hidden, plans.MERGED_UNITS)
     spent = gate.merge_cost(step, plan.tiles)
     return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS)
 
@@ -165,12 +165,12 @@ def _prepare_gate(step: Step, parts: int) -> Gate:
     """parts: partial sums that A comes in."""
     plan = _gate_plan(step)
     hidden = _of_gate(
-        gate.hidden_kernel, step, plan, plan.tiles * -(-step.gate.hidden // plan.units),
+        gate.hidden_kernel, step, plan, plan.tiles * cdiv(step.gate.hidden, plan.units),
         gate.hidden_cost(step, parts, plan.tiles), parts=parts,
     )  # fmt: skip
     merge = _merge(step, plan, statistics=True)
     alpha = _of_gate(
-        gate.alpha_kernel, step, plan, plan.tiles * -(-step.gate.outputs // plan.channels),
+        gate.alpha_kernel, step, plan, plan.tiles * cdiv(step.gate.outputs, plan.channels),
         gate.alpha_cost(step, plan.groups),
     )  # fmt: skip
     total = hidden.cost + alpha.cost if merge is None else hidden.cost + merge.cost + alpha.cost
@@ -288,21 +288,21 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) ->
 def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     """parts: partial sums that dtau comes in; None where dz and dv come instead."""
     plan, s, (h, o, norm, *_), c = _gate_plan(step), Sizes.of(step), step.gate, step.layout.c
-    sizes = tuple(-(-length // 4) * 4 for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
+    sizes = tuple(up_to(length, 4) for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
     row = sum(sizes) * step.sums.itemsize
     direct = dA and step.average is not None
     total, hidden, merge = Cost(workspace=s.alpha + s.hidden), None, None  # dz, dv
     if parts is not None:
         hidden = _of_gate(
-            gate_grad.hidden_grad_kernel, step, plan, plan.tiles * -(-h // plan.units),
+            gate_grad.hidden_grad_kernel, step, plan, plan.tiles * cdiv(h, plan.units),
             gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), parts=parts,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         total += hidden.cost + Cost(workspace=direct * s.pooled + plan.tiles * s.statistics)
         total += Cost() if merge is None else merge.cost
-    first = plan.shares * -(-h // plan.units) * -(-c // plan.channels)
-    second = first + plan.shares * -(-h // plan.units) * -(-o // plan.channels)
-    programs = second + dA * plan.tiles * -(-c // plan.channels)
+    first = plan.shares * cdiv(h, plan.units) * cdiv(c, plan.channels)
+    second = first + plan.shares * cdiv(h, plan.units) * cdiv(o, plan.channels)
+    programs = second + dA * plan.tiles * cdiv(c, plan.channels)
     linear = _of_gate(
         gate_grad.linear_grad_kernel, step, plan, programs,
         gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), first=first, second=second,

@@ -196,8 +196,9 @@ def prepare_map(
     t_n, t_c = t
     if layout.c == 1:
         t_c = t_n
-    apart = not layout.channels_last and layout.n > 1 and t_n != layout.c * t_c
-    plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False, apart=apart)
+    # A batch of one takes the code of any other with a t for each sample. One t for all looks the same, and takes it too.
+    apart = t_n != layout.c * t_c if layout.n > 1 else t_c == 0 and layout.c > 1
+    plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False, apart=apart and not layout.channels_last)
     values |= {
         "KIND": kind if kind == "scale" else "soft" if rule == SOFT else "piecewise", "INSIDE": rule.inside,
         "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c,
@@ -213,6 +214,9 @@ def map_into(
     residual: torch.Tensor | None, shift: torch.Tensor | None,
 ) -> None:  # fmt: skip
     (rows, columns), (t_n, t_c) = t.shape, t.stride()
+    if (rows - 1) * t_n + (columns - 1) * t_c >= 2**31:  # the kernel's offsets into t are of 32 bits
+        t = t.contiguous()
+        t_n, t_c = t.stride()
     bits = None if planes is None else planes.bits
     launch = prepare_map(
         layout, x.stride(), y.stride(), None if residual is None else residual.stride(),
