@@ -54,6 +54,7 @@ def main() -> None:
              "shared": measured.shared, "limit": TARGETS[target].shared_program, "occupancy": measured.occupancy,
              "fma": launch.compiled.asm["ptx"].count("fma.rn.f32"), "threads": 32 * launch.num_warps,
              "tile": [launch.arguments.get(name) for name in ("BN", "BH", "BK")],
+             "unattributed": sum(len(access.pointers) != 1 for access in measured.accesses),
              "loads": {pointer: sorted(measured.widths_of("ld", pointer)) for pointer in ("partial", "w1", "dz", "dv")}}
             for launch in launches for measured in (ptx.Measured(launch),)
         ]  # fmt: skip

@@ -245,7 +245,7 @@ def test_as_compiled(target, tmp_path):
         ], name  # fmt: skip
         for launch in launches:
             assert launch["stack"] == 0 and launch["occupancy"] >= 1, (name, launch)
-            assert launch["shared"] <= launch["limit"], (name, launch)
+            assert launch["shared"] <= launch["limit"] and launch["unattributed"] == 0, (name, launch)
         samples, units, depth = launches[0]["tile"]
         products = 0 if name == "float64" else samples * units * depth // launches[0]["threads"]
         assert launches[0]["fma"] == products, name

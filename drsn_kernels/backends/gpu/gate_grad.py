@@ -211,16 +211,16 @@ def pooled_grad_tile(
 
 @triton.jit
 def weight_grad_tile(
-    of_second, block, blocks, factor, columns, state, mean, var, gamma, beta, dv, sums, dw, along_h, along_c,
-    db1, db2, dgamma, dbeta, N, H, groups, start, stop,
+    of_second, block, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, sums, dw, along_h, along_c,
+    db1, db2, dgamma, dbeta, N, C, H, outputs, groups, start, stop,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr,
     BC: tl.constexpr, BH: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """BH units of BC columns of dw1 = du' A or, of_second, of dw2' = relu(v)' dz, from samples start to stop.
 
-    factor is A or dz, (N, columns); element (h, c) of the gradient lies at dw + h * along_h + c * along_c. The first of
-    a row of tiles also makes the vectors. Their sums over samples are taken at the end: in the loop they are one
-    addition an element.
+    Element (h, c) of the gradient lies at dw + h * along_h + c * along_c. What the other gradient needs is not loaded,
+    its mask ends at sample 0. The first of a row of tiles also makes the vectors. Their sums over samples are taken at
+    the end: in the loop they are one addition an element.
     """
     ACC: tl.constexpr = dv.dtype.element_ty
     h = block // blocks * BH + tl.arange(0, BH)
@@ -237,9 +237,11 @@ def weight_grad_tile(
     sum_dv = tl.zeros((WALK, BH), ACC)
     sum_dv_xhat = tl.zeros((WALK, BH), ACC)
     sum_right = tl.zeros((WALK, BC), ACC)
+    end_of_first = tl.where(of_second, 0, stop)
+    end_of_second = tl.where(of_second, stop, 0)
     for n0 in range(start, stop, WALK):
         n = n0 + tl.arange(0, WALK)
-        du = rows(dv, n, tl.where(of_second, 0, stop), h, H)
+        du = rows(dv, n, end_of_first, h, H)
         xhat = rows(state, n, stop, h, H)
         v = xhat
         if mean is not None:
@@ -249,7 +251,7 @@ def weight_grad_tile(
             sum_dv_xhat += du * xhat
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
         left = tl.where((n < stop)[:, None], tl.where(of_second, relu(v), du), 0.0)
-        right = rows(factor, n, stop, c, columns)
+        right = rows(pooled, n, end_of_first, c, C) + rows(dz, n, end_of_second, c, outputs)
         sum_left += left
         sum_right += right
         total = product(tl.trans(left), right, total)
@@ -301,9 +303,9 @@ def linear_grad_kernel(
         db2 = dw2 + _up_to_4(outputs * H)
         dgamma = db2 + _up_to_4(outputs)
         weight_grad_tile(
-            of_second, block % kind, blocks, tl.where(of_second, dz, pooled), columns, state, mean, var, gamma, beta,
-            dv, sums, tl.where(of_second, dw2, dw1), tl.where(of_second, 1, C), tl.where(of_second, H, 1),
-            db1, db2, dgamma, dgamma + _up_to_4(H), N, H, groups, start, tl.minimum(start + share, N),
+            of_second, block % kind, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, sums,
+            tl.where(of_second, dw2, dw1), tl.where(of_second, 1, C), tl.where(of_second, H, 1),
+            db1, db2, dgamma, dgamma + _up_to_4(H), N, C, H, outputs, groups, start, tl.minimum(start + share, N),
             BATCH_STATS, EPS, MERGE, GROUPS, BC, BH, WALK,
         )  # fmt: skip
     elif dA is not None:
