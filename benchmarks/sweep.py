@@ -96,6 +96,8 @@ CHOICES: tuple[Choice, ...] = (
     Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": 32} for wide in (32, 64, 256, 512))),
     Choice(STEPS, tuple({"WIDE_STAGES": stages} for stages in (1, 2, 3))),
     Choice(STEPS, ({"GATE_DEPTH": 16}, {"GATE_DEPTH": 32}, {"GATE_DEPTH": 64})),
+    Choice(STEPS, tuple({"WIDE_SAMPLES": n, "WIDE_DEPTH": k} for n in (16, 32) for k in (32, 64))),
+    Choice(STEPS, ({"GATE_REGISTERS": 128}, {"GATE_REGISTERS": 255})),
     Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
     Choice(STEPS[:1], tuple({"GATE_STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (256, 512, 1024))),
     Choice(STEPS[:1], tuple({"GATE_MERGES": n, "MOST_GROUPS": m} for n in (0, 1, 2, 4) for m in (32, 128))),

@@ -161,11 +161,11 @@ PRODUCTS = 32
 # estimated to be faster.
 MOST_CHANNELS = 512
 MOST_PRODUCTS = 1 << 28
-# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, and of a weight's
-# gradient the square of it, by products of GATE_DEPTH; a product takes at least 16. Small tiles, as there are few: 64
-# for the first layer of (512, 64). Beyond WIDE units or channels a program's products are long and what counts is how
-# many programs share them: (128, 512, 128), a training step, is predicted to take 121 us so, and 162 with 32 samples,
-# steps of 32, three stages and 252 registers in linear_grad (docs/inside/gpu.md).
+# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, and of a
+# weight's gradient the square of it, by products of GATE_DEPTH; a product takes at least 16. Small tiles, as there are
+# few: 64 for the first layer of (512, 64). Beyond WIDE units or channels a program's products are long, and what counts
+# is how many programs share them: a training step of (128, 512, 128) is predicted to take 121 us so, and 162 with 32
+# samples, steps of 32, three stages and 252 registers in linear_grad (docs/inside/gpu.md).
 WIDE = 64
 GATE_SAMPLES = 32
 WIDE_SAMPLES = 16
@@ -248,7 +248,7 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
         if 2 * sms * sample_bytes > L2_BYTES:
-            return f"a sample of {sample_bytes} bytes is too large to keep in registers or, two for each multiprocessor, in L2"
+            return f"a sample of {sample_bytes} bytes fits no registers and, two for each multiprocessor, not the L2"
         tile = CROWDED_TILE if crowded else WALKED // ragged
         if walk.channels_last:
             rows = max(tile // columns, 8)

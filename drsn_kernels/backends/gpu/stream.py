@@ -196,9 +196,10 @@ def prepare_map(
     t_n, t_c = t
     if layout.c == 1:
         t_c = t_n
-    # A batch of one takes the code of any other with a t for each sample. One t for all looks the same, and takes it too.
+    # A batch of one takes the code of any other batch with a t for each sample; one t for all then looks the same.
     apart = t_n != layout.c * t_c if layout.n > 1 else t_c == 0 and layout.c > 1
-    plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False, apart=apart and not layout.channels_last)
+    apart = apart and not layout.channels_last
+    plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False, apart=apart)
     values |= {
         "KIND": kind if kind == "scale" else "soft" if rule == SOFT else "piecewise", "INSIDE": rule.inside,
         "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c,
