@@ -101,9 +101,10 @@ def soft_threshold(
             return _element_wise(x, tau, threshold, slope)
         backend, layout = backends.select(x), layout_of(x)
         keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
-        if recording.active is not None:
+        told = recording.active
+        if told is not None:
             want = Want(x=x.requires_grad, threshold=tau.requires_grad)
-            recording.active(Step(
+            told(Step(
                 "soft_threshold", layout, x.stride(), x.dtype, x.device, rule=rule, outputs=rows.shape[1], keep=keep,
                 want=want,
             ), x, backend)  # fmt: skip
