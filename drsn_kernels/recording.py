@@ -10,8 +10,8 @@ import torch
 active: Callable | None = None
 
 
-def elsewhere(op: str, x: torch.Tensor, why: str | None, gate: object = None) -> None:
+def elsewhere(op: str, x: torch.Tensor, why: str | None, **about: object) -> None:
     """Tell of a call that no kernel takes eagerly. Nothing may be told from within a graph that torch.compile makes."""
     told = active
     if told is not None and not torch.compiler.is_dynamo_compiling():
-        told(op, x, None, why=why, gate=gate)
+        told(op, x, None, why=why, **about)
