@@ -139,16 +139,19 @@ class _Recorder:
 
     def __call__(
         self, step: Step | str, x: torch.Tensor, backend: Backend | None, *, gate: Any = None, not_fused: str = "",
-        why: str | None = None,
+        why: str | None = None, rows: bool = True,
     ) -> None:  # fmt: skip
-        """not_fused: why the gate is called. Without a backend, step is the operator's name, and why says why."""
+        """not_fused: why the gate is called. Without a backend, step is the operator's name, and why says why.
+
+        rows: whether the operator was given a threshold for each plane, which a kernel's step may no longer show.
+        """
         if threading.get_ident() != self.thread:
             return
         op = step.op if isinstance(step, Step) else step
         module, compiled = _place(sys._getframe(1), self.names)
         place = {"op": op, "module": module, "shape": tuple(x.shape), "dtype": x.dtype, "layout": _layout(x)}
         if compiled:
-            return self._compiled(place, x, gate)
+            return self._compiled(place, x, gate, rows)
         if backend is None:
             return self._reference(place, x, gate, why)
         plan = backend.plan(step)
@@ -174,8 +177,8 @@ class _Recorder:
             gate="the reference calls the gate", fallback=why if kernels else "",
         ))  # fmt: skip
 
-    def _compiled(self, place: dict, x: torch.Tensor, gate: Any) -> None:
-        form, reason = in_graph(x) if place["op"] != "squeeze_excite" else (DECOMPOSED, "it has none")
+    def _compiled(self, place: dict, x: torch.Tensor, gate: Any, rows: bool) -> None:
+        form, reason = in_graph(x, rows) if place["op"] != "squeeze_excite" else (DECOMPOSED, "it has none")
         plan = Plan(DECOMPOSED, _FUSES, ((OPAQUE, reason),), None)
         if form == OPAQUE:
             plan = Plan(OPAQUE, reason, (), None)

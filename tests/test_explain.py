@@ -238,6 +238,47 @@ def test_compiled_calls_with_a_forced_backend_stay_opaque():
     assert (call.plan.name, call.plan.why) == ("opaque ops", "a backend is forced")
 
 
+class Mine(torch.Tensor):
+    pass
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "x, tau, reason",
+    [
+        (torch.randn(3, 6, 40), torch.rand(3, 6, 1), ""),
+        (torch.randn(3, 6, 40), torch.rand(3, 6, 40), "one threshold for each plane"),
+        (torch.randn(40), torch.rand(40), "one threshold for each plane"),
+        (torch.randn(40), 0.5, "one threshold for each plane"),
+        (torch.randn(3, 6, 40).as_subclass(Mine), torch.rand(3, 6), "a tensor subclass"),
+    ],
+    ids=["rows", "a tau for each element", "rank 1", "rank 1, one tau", "a subclass"],
+)
+def test_compiled_calls_are_reported_as_what_the_graph_holds(x, tau, reason):
+    torch._dynamo.reset()
+    held = []
+
+    def backend(module, inputs):
+        held.extend(str(node.target) for node in module.graph.nodes if "drsn_kernels" in str(node.target))
+        return module.forward
+
+    run = torch.compile(lambda x, tau: dk.soft_threshold(x, tau), backend=backend)
+    with dk.use_backend("cpu"):
+        (call,) = dk.explain(run, x, tau)
+        run(x, tau)
+    assert (call.plan.name == "opaque ops") == bool(held) == (reason == "")
+    assert reason in dict(call.plan.not_taken).get("opaque ops", "")
+
+
+@needs_cpu
+@pytest.mark.parametrize("name, value", [("_CAN_TELL_EXPORT", False), ("_CAN_TELL", False)])
+def test_compiled_calls_of_a_torch_that_cannot_tell(monkeypatch, name, value):
+    monkeypatch.setattr(dispatch, name, value)
+    with dk.use_backend("cpu"):
+        (call,) = dk.explain(torch.compile(dk.Shrinkage(6), backend="eager"), torch.randn(3, 6, 40))
+    assert call.plan.name == "decomposed" and dict(call.plan.not_taken)["opaque ops"]
+
+
 # ---- strict ----------------------------------------------------------------------------------------------------------
 
 

@@ -58,8 +58,9 @@ def abs_mean(x: torch.Tensor) -> torch.Tensor:
         return traced_abs_mean(x)
     backend, layout = backends.select(x), layout_of(x)
     keep = x.requires_grad and torch.is_grad_enabled()
-    if recording.active is not None:
-        recording.active(Step("abs_mean", layout, x.stride(), x.dtype, x.device, keep=keep), x, backend)
+    told = recording.active
+    if told is not None:
+        told(Step("abs_mean", layout, x.stride(), x.dtype, x.device, keep=keep), x, backend)
     return _apply(x, layout, backend) if keep else backend.reduce(x, layout)[0]
 
 

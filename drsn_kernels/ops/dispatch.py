@@ -92,8 +92,9 @@ DECOMPOSED, OPAQUE = "decomposed", "opaque ops"
 _NOT_TIMED = "opaque was not timed"
 _ON_CUDA = f"{_NOT_TIMED}; compiled, a unit took 0.64 and 0.75 of our eager one's time on an H200"
 
-# What a compiled call becomes, by device, dtype (None: any other) and mode, and the row that says so (docs/plans.md).
-# The compiler's own code stays until a stored row shows that the ops are faster; a line is switched by its first word.
+# What a compiled call becomes, by device, dtype (None: any other) and mode, and why (docs/plans.md). The CPU times are of
+# a script that was not kept: no stored row has them. The compiler's own code stays until a stored row shows that the ops
+# are faster; a line is switched by its first word.
 IN_GRAPHS: dict[tuple[str, torch.dtype | None, str], tuple[str, str]] = {
     ("cpu", torch.float32, "training"): (DECOMPOSED, "opaque took 1.6 of its CPU time on 1 MiB, 0.8 to 1.1 from 8 on"),
     ("cpu", torch.float32, "inference"): (DECOMPOSED, "opaque took 1.5 of its CPU time on 1 MiB, 0.9 to 1.3 from 8 on"),
@@ -104,8 +105,15 @@ IN_GRAPHS: dict[tuple[str, torch.dtype | None, str], tuple[str, str]] = {
 }
 
 
-def in_graph(x: torch.Tensor) -> tuple[str, str]:
-    """DECOMPOSED or OPAQUE, for a call on x that torch.compile traces, and why."""
+def in_graph(x: torch.Tensor, rows: bool = True) -> tuple[str, str]:
+    """DECOMPOSED or OPAQUE, for a call on x that torch.compile traces, and why. rows: thresholds are (N | 1, C | 1)."""
+    form, why = _preferred(x)
+    if form == OPAQUE and (obstacle := _no_ops(x, rows)):
+        return DECOMPOSED, obstacle
+    return form, why
+
+
+def _preferred(x: torch.Tensor) -> tuple[str, str]:
     forced, device = backends.choice.backend, x.device.type
     if forced == "auto":
         mode = "training" if torch.is_grad_enabled() else "inference"
@@ -116,10 +124,21 @@ def in_graph(x: torch.Tensor) -> tuple[str, str]:
     return DECOMPOSED, "the backend that is forced has no kernels for it"
 
 
-def use_registered_ops(x: torch.Tensor) -> bool:
-    """Under torch.compile, call the opaque ops. Never in an exported graph, and for plain tensors only."""
-    if not torch.compiler.is_compiling() or type(x) not in _PLAIN or in_graph(x)[0] != OPAQUE:
-        return False
+def _no_ops(x: torch.Tensor, rows: bool) -> str:
+    """Why the ops cannot take a call, or ""."""
+    if not _CAN_TELL_EXPORT:
+        return "before torch 2.7 a compiled call is not told from an exported one"
+    if type(x) not in _PLAIN:
+        return "x is a tensor subclass"
+    if not rows:
+        return "they take one threshold for each plane of x (N, C, *spatial)"
     if not _CAN_TELL or _transforms_active() or forward_ad._current_level >= 0:
+        return "they cannot see into a tensor under torch.func or forward-mode AD"
+    return ""
+
+
+def use_registered_ops(x: torch.Tensor, rows: bool = True) -> bool:
+    """Under torch.compile, call the opaque ops. Never in an exported graph."""
+    if not torch.compiler.is_compiling() or in_graph(x, rows)[0] != OPAQUE:
         return False
-    return _CAN_TELL_EXPORT and not torch.compiler.is_exporting()
+    return not torch.compiler.is_exporting()

@@ -27,7 +27,7 @@ from .. import backends
 from ..backends.eager import eager
 from ..layout import Layout, Planes, averaged, dense, layout_of, thresholded
 from ..reference import Rule, accumulate_dtype
-from .dispatch import current_backward, will_run
+from .dispatch import current_backward, keeps_graph, will_run
 
 _lib = Library("drsn_kernels", "DEF")
 # x arrives with the strides that were traced, which y's and the planes' order follow; before torch 2.7, in their order
@@ -41,7 +41,7 @@ for _schema in (
     f"abs_mean_grad(Tensor pooled_grad, {_META}) -> Tensor",
     f"soft_threshold_grad(Tensor g, {_META}, float inside=0.0, float offset=1.0) -> (Tensor, Tensor)",
     f"tau_grad(Tensor g, {_META}, float offset=1.0) -> Tensor",
-    f"shrink_grad(Tensor g, {_META}, float inside=0.0, Tensor? pooled_grad=None) -> Tensor",
+    f"shrink_grad(Tensor g, {_META}, float inside=0.0, Tensor? dA=None) -> Tensor",
 ):
     _lib.define(_schema, tags=_TAGS)
 
@@ -49,15 +49,20 @@ for _schema in (
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
+def _backend(t, size):
+    """Kernels are given no empty tensors, here as in the operators."""
+    return eager if 0 in size or len(size) > 8 else backends.select(t)
+
+
 def _abs_mean(x, keep=2):
     layout = layout_of(x)
-    pooled, planes = backends.select(x).reduce(x, layout, keep=keep > 0)
+    pooled, planes = _backend(x, x.shape).reduce(x, layout, keep=keep > 0)
     return pooled, _bits(planes, x, layout)
 
 
 def _soft_threshold(x, tau, residual=None, pooled=None, inside=0.0, offset=1.0, keep=2):
     layout = layout_of(x)
-    y, planes = backends.select(x).map(x, layout, tau, rule=Rule(inside, offset), residual=residual, keep=keep)
+    y, planes = _backend(x, x.shape).map(x, layout, tau, rule=Rule(inside, offset), residual=residual, keep=keep)
     return y, _bits(planes, x, layout)
 
 
@@ -67,8 +72,7 @@ def _bits(planes: Planes | None, x: torch.Tensor, layout: Layout) -> torch.Tenso
 
 def _grad(planes: Planes, size, stride, dtype, g=None, **wanted):
     """backend.grad by the layout of x (size, stride): g may have fewer dimensions than x, or be absent."""
-    t = wanted["dA"] if g is None else g
-    backend = backends.select(t) if len(size) <= 8 else eager
+    backend = _backend(wanted["dA"] if g is None else g, size)
     return backend.grad(dense(tuple(size), tuple(stride)), dtype, planes, g, **wanted)
 
 
@@ -89,8 +93,8 @@ def _tau_grad(g, planes, size, stride, dtype, offset=1.0):
     return _grad(_of_threshold(planes), size, stride, dtype, g, want_dx=False, want_dtau=True, rule=rule)[1]
 
 
-def _shrink_grad(g, planes, size, stride, dtype, inside=0.0, pooled_grad=None):
-    return _grad(_of_threshold(planes), size, stride, dtype, g, dA=pooled_grad, rule=Rule(inside, 1.0))[0]
+def _shrink_grad(g, planes, size, stride, dtype, inside=0.0, dA=None):
+    return _grad(_of_threshold(planes), size, stride, dtype, g, dA=dA, rule=Rule(inside, 1.0))[0]
 
 
 for _name, _kernel in (
@@ -148,7 +152,7 @@ def _(g, planes, size, stride, dtype, offset=1.0):
 
 
 @register_fake("drsn_kernels::shrink_grad", lib=_lib)
-def _(g, planes, size, stride, dtype, inside=0.0, pooled_grad=None):
+def _(g, planes, size, stride, dtype, inside=0.0, dA=None):
     return g.new_empty_strided(size, stride, dtype=dtype)
 
 
@@ -166,17 +170,21 @@ def _abs_mean_context(ctx, inputs, output):
     x, keep = inputs
     _keep_planes(ctx, x, output[1])
     ctx.save_for_backward(output[1] if keep else x)
-    ctx.keep, ctx.planes, ctx.handed = keep, None, {}  # planes and, by backward pass, g: from soft_threshold
+    ctx.keep, ctx.planes, ctx.handed = keep, None, {}  # from soft_threshold: its planes; by backward pass, g
 
 
 def _abs_mean_backward(ctx, dA, _):
-    g, inside = ctx.handed.pop(current_backward(), (None, None)) if ctx.handed else (None, None)
-    if g is not None:
-        return _ops.shrink_grad(g, ctx.planes, *ctx.meta, inside, dA), None
+    handed = ctx.handed.pop(current_backward(), None) if ctx.handed else None
+    left = ctx.planes
+    if not keeps_graph():
+        ctx.planes = None
+    if handed is not None:
+        g, planes, inside = handed
+        return _ops.shrink_grad(g, planes, *ctx.meta, inside, dA), None
     if dA is None:
         return None, None
-    if ctx.planes is not None:
-        planes = ctx.planes[1:]
+    if left is not None:
+        planes = left[1:]
     else:
         (saved,) = ctx.saved_tensors
         planes = saved if ctx.keep else _ops.abs_mean(saved.detach())[1]
@@ -203,7 +211,7 @@ def _soft_threshold_backward(ctx, g, _):
             raise RuntimeError("soft_threshold was called with keep=0, which keeps no planes for a gradient")
         (planes,) = ctx.saved_tensors
         if want_x and ctx.pool is not None and will_run(ctx.pool):
-            ctx.pool.handed[current_backward()] = g, ctx.inside
+            ctx.pool.handed[current_backward()] = g, planes, ctx.inside
             want_x = False
         if want_x and want_tau:
             dx, dtau = _ops.soft_threshold_grad(g, planes, *ctx.meta, ctx.inside, ctx.offset)

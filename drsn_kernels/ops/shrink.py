@@ -269,8 +269,9 @@ def shrink(
         "shrink", layout, x.stride(), x.dtype, x.device, average, rule, alpha.shape[1],
         residual=None if fused is None else fused.stride(), keep=needed, want=Want(x=x.requires_grad, tau=return_tau),
     )  # fmt: skip
-    if recording.active is not None:
-        recording.active(step, x, backend, gate=gate, not_fused=parts)
+    told = recording.active
+    if told is not None:
+        told(step, x, backend, gate=gate, not_fused=parts)
     if needed or (grads and fused is not None and fused.requires_grad):
         out = _apply(handle, alpha, pooled, fused, step, backend, pool, overwrite)
         y, tau = out if return_tau else (out, None)
@@ -308,8 +309,9 @@ def _fusable(gate, x: torch.Tensor, backend: Backend) -> StandardGate | str:
 
 def _gated(x, step: Step, parts: StandardGate, backend: Backend, gate, residual, overwrite):
     """(y, tau or None), gate and step computed together."""
-    if recording.active is not None:
-        recording.active(step, x, backend, gate=gate)
+    told = recording.active
+    if told is not None:
+        told(step, x, backend, gate=gate)
     if step.keep:
         y, _, *tau = apply_gated(x, residual, *parts.parameters, parts, step, backend, overwrite)
         tau = tau[0] if tau else None

@@ -91,32 +91,39 @@ def soft_threshold(
         raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
     if tau.dtype != acc or (tau.dim() == 0 and tau.device != x.device):
         tau = tau.to(dtype=acc, device=x.device)
+    rows = _in_rows(x, tau)
     why = not_eager(x, tau)
-    if why is None and x.numel():
-        if x.dim() < 2:
-            rows = tau.reshape(1, 1, -1) if tau.dim() else tau
-            return soft_threshold(x.reshape(1, 1, -1), rows, threshold=threshold, slope=slope).view(x.shape)
-        rows = _per_channel(tau)
-        if rows is None:
-            return _element_wise(x, tau, threshold, slope)
-        backend, layout = backends.select(x), layout_of(x)
-        keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
-        if recording.active is not None:
-            want = Want(x=x.requires_grad, threshold=tau.requires_grad)
-            recording.active(Step(
-                "soft_threshold", layout, x.stride(), x.dtype, x.device, rule=rule, outputs=rows.shape[1], keep=keep,
-                want=want,
-            ), x, backend)  # fmt: skip
-        return _apply(x, rows, layout, backend, rule) if keep else backend.map(x, layout, rows, rule=rule)[0]
-    recording.elsewhere("soft_threshold", x, why)
-    return traced_soft_threshold(x, tau, rule)
+    if why is not None or not x.numel():
+        recording.elsewhere("soft_threshold", x, why, rows=rows)
+        return traced_soft_threshold(x, tau, rule)
+    if rows:
+        return _row_wise(x, tau, rule)
+    if x.dim() >= 2:
+        return _element_wise(x, tau, rule)
+    row = x.reshape(1, 1, -1)
+    y = _element_wise(row, tau.reshape(1, 1, -1), rule) if tau.dim() else _row_wise(row, tau, rule, rows=False)
+    return y.view(x.shape)
 
 
-def _element_wise(x: torch.Tensor, tau: torch.Tensor, threshold: str, slope: float) -> torch.Tensor:
+def _row_wise(x: torch.Tensor, tau: torch.Tensor, rule: Rule, rows: bool = True) -> torch.Tensor:
+    """tau for each plane of x. rows: whether the operator was called so."""
+    t, backend, layout = _per_plane(tau), backends.select(x), layout_of(x)
+    keep = torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad)
+    told = recording.active
+    if told is not None:
+        want = Want(x=x.requires_grad, threshold=tau.requires_grad)
+        told(Step(
+            "soft_threshold", layout, x.stride(), x.dtype, x.device, rule=rule, outputs=t.shape[1], keep=keep,
+            want=want,
+        ), x, backend, rows=rows)  # fmt: skip
+    return _apply(x, t, layout, backend, rule) if keep else backend.map(x, layout, t, rule=rule)[0]
+
+
+def _element_wise(x: torch.Tensor, tau: torch.Tensor, rule: Rule) -> torch.Tensor:
     """A tau that varies along the spatial dimensions: every element, in x's memory order, as a channel of its own."""
     as_it_lies, back = layout_of(x).memory_order
     flat, each = (t.permute(as_it_lies).reshape(1, -1) for t in (x, tau.expand(x.shape)))
-    y = soft_threshold(flat, each, threshold=threshold, slope=slope)
+    y = _row_wise(flat, each, rule, rows=False)
     y = y.view([x.shape[d] for d in as_it_lies]).permute(back)
     return y if y.requires_grad else y.data  # a view made under no_grad could not be changed in place later
 
@@ -129,19 +136,19 @@ def traced_soft_threshold(
 
     pooled: traced_abs_mean(x, keep=False), whose gradient the planes kept here are for too.
     """
-    rows = _per_channel(tau) if x.dim() >= 2 and use_registered_ops(x) else None
-    if rows is None:
+    if not use_registered_ops(x, _in_rows(x, tau)):
         return reference.soft_threshold(x, tau, residual, rule)
     keep = 0
     if torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad):
         keep = 3 if pooled is not None and x.requires_grad else 2
-    return torch.ops.drsn_kernels.soft_threshold(x, rows, residual, pooled, *rule, keep)[0]
+    return torch.ops.drsn_kernels.soft_threshold(x, _per_plane(tau), residual, pooled, *rule, keep)[0]
 
 
-def _per_channel(tau: torch.Tensor) -> torch.Tensor | None:
-    """tau as (N | 1, C | 1), or None where it varies along the spatial dimensions."""
-    if tau.dim() == 2:
-        return tau
-    if tau.dim() == 0:
-        return tau.view(1, 1)
-    return tau.view(tau.shape[:2]) if tau.shape[2:].numel() == 1 else None
+def _in_rows(x: torch.Tensor, tau: torch.Tensor) -> bool:
+    """Whether tau does not vary within the planes of x (N, C, *spatial)."""
+    return x.dim() >= 2 and all(n == 1 for n in tau.shape[2:])
+
+
+def _per_plane(tau: torch.Tensor) -> torch.Tensor:
+    """tau, which does not vary within planes, as (N | 1, C | 1)."""
+    return tau if tau.dim() == 2 else tau.view(tau.shape[:2] if tau.dim() else (1, 1))

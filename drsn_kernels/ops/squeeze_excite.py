@@ -137,8 +137,9 @@ def squeeze_excite(
     if why is not None:  # a gate of tensor subclasses
         recording.elsewhere("squeeze_excite", x, f"of what the gate returned, {why}", gate=gate)
         return _compose(handle, s, residual)
-    if recording.active is not None:
-        recording.active(Step(
+    told = recording.active
+    if told is not None:
+        told(Step(
             "squeeze_excite", layout, x.stride(), x.dtype, x.device, outputs=s.shape[1],
             residual=None if fused is None else fused.stride(), keep=grads and (x.requires_grad or s.requires_grad),
             want=Want(x=x.requires_grad, threshold=s.requires_grad),
