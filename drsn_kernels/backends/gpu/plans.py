@@ -164,22 +164,23 @@ MOST_PRODUCTS = 1 << 28
 # A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, and of a
 # weight's gradient the square of it, by products of GATE_DEPTH; a product takes at least 16. Small tiles, as there are
 # few: 64 for the first layer of (512, 64). Beyond WIDE units or channels a program's products are long, and what counts
-# is how many programs share them: a training step of (128, 512, 128) is predicted to take 121 us so, and 162 with 32
-# samples, steps of 32, three stages and 252 registers in linear_grad (docs/inside/gpu.md).
+# is how many programs share them: a training step of (128, 512, 128) is predicted to take 125 us so, and 162 with 32
+# samples, three stages and 252 registers in linear_grad (docs/inside/gpu.md). With products of 64 that spills.
 WIDE = 64
 GATE_SAMPLES = 32
 WIDE_SAMPLES = 16
 GATE_TILE = 16
 WIDE_TILE = 32
 GATE_DEPTH = 32
-WIDE_DEPTH = 64
 # Steps of a product whose loads are under way together. A narrow gate has one or two; more stages are a third of its
 # kernels' time to compile.
 GATE_STAGES = 1
 WIDE_STAGES = 2
-# 8 warps, because a program waits most of the time; in so many registers two of them share a multiprocessor.
+# 8 warps, because a program waits most of the time. The gradients of weights are many programs, of which two share a
+# multiprocessor in WEIGHT_REGISTERS; float64 and the other launches spill there (8 to 72 bytes).
 GATE_WARPS = 8
-GATE_REGISTERS = 128
+GATE_REGISTERS = 255
+WEIGHT_REGISTERS = 128
 # The gradient of a weight is a sum over the batch: a program walks it by GATE_STEP samples (64 spilled 16 bytes with
 # wide tiles). Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each
 # multiprocessor; torch adds the shares.
@@ -274,10 +275,10 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
     """The plan of the gate's own launches. Only counts depend on n."""
 
     widest = max(channels, hidden)
-    samples, tile, depth, stages = GATE_SAMPLES, GATE_TILE, GATE_DEPTH, GATE_STAGES
+    samples, tile, stages = GATE_SAMPLES, GATE_TILE, GATE_STAGES
     if widest > WIDE:
-        samples, tile, depth, stages = WIDE_SAMPLES, WIDE_TILE, WIDE_DEPTH, WIDE_STAGES
-    depth = min(max(power_of_two(widest), 16), depth)
+        samples, tile, stages = WIDE_SAMPLES, WIDE_TILE, WIDE_STAGES
+    depth = min(max(power_of_two(widest), 16), GATE_DEPTH)
     tiles = cdiv(n, samples)
     merge = hidden <= GATE_MERGES * depth
     apart = not merge or tiles > MOST_GROUPS

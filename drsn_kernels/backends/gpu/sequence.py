@@ -64,15 +64,17 @@ def _gate_plan(step: Step) -> GatePlan:
     return plans.gate(layout.n, layout.c, hidden, outputs, multiprocessors(step.device))
 
 
-def _of_gate(fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, **values: int) -> Prepared:
+def _of_gate(
+    fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, registers: int | None = None, **values: int
+) -> Prepared:
     values |= _gate_values(step) | {
         "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
         "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
     }  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, registers=plans.GATE_REGISTERS,
-        stages=plan.stages,
+        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, stages=plan.stages,
+        registers=registers or plans.GATE_REGISTERS,
     )  # fmt: skip
 
 
@@ -305,8 +307,9 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     programs = second + dA * plan.tiles * cdiv(c, plan.channels)
     linear = _of_gate(
         gate_grad.linear_grad_kernel, step, plan, programs,
-        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), first=first, second=second,
-        share=plan.share, total=sum(sizes), WALK=plans.GATE_STEP,
+        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct),
+        None if step.sums == torch.float64 else plans.WEIGHT_REGISTERS,
+        first=first, second=second, share=plan.share, total=sum(sizes), WALK=plans.GATE_STEP,
     )  # fmt: skip
     total += linear.cost + cost.added_up(row, plan.shares) + Cost(workspace=dA * s.pooled)
     return GateGrad(hidden, merge, linear, dA, sizes, total)
