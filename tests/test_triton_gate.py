@@ -250,4 +250,6 @@ def test_as_compiled(target, tmp_path):
         products = 0 if name == "float64" else samples * units * depth // launches[0]["threads"]
         assert launches[0]["fma"] == products, name
     first, last = found["wide"][0], found["wide"][-1]
-    assert first["loads"]["partial"] == first["loads"]["w1"] == [16] and last["loads"]["dv"] == [16]
+    assert first["loads"]["w1"] == last["loads"]["dz"] == [16]
+    # 16 samples by 32 channels are two elements a thread; the gradients of weights take 32 samples
+    assert first["loads"]["partial"] == [8] and last["loads"]["dv"] == [8, 16]
