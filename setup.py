@@ -1,12 +1,13 @@
 """Builds drsn_kernels._cpu with CMake and ninja; everything else is in pyproject.toml.
 
 The build needs neither torch nor a GPU. Where the extension is not asked for, cannot be built or fails, the package
-installs as pure Python. `python -m drsn_kernels info` gives the reason recorded here. Where nvcc is on PATH, the
-opt-in CUDA kernels of csrc/cuda are compiled into drsn_kernels/one_pass.fatbin as well, some 10 seconds.
+installs as pure Python. `python -m drsn_kernels info` gives the reason recorded here.
 
-    DRSN_NATIVE=auto   build the C++ kernels if a compiler is found (default)
-    DRSN_NATIVE=0      pure Python, and no CUDA kernels
-    DRSN_NATIVE=1      a failing build is an error (wheels, CI)
+    DRSN_NATIVE=auto     build the C++ kernels if a compiler is found (default)
+    DRSN_NATIVE=0        pure Python
+    DRSN_NATIVE=1        a failing build is an error (wheels, CI)
+    DRSN_ONE_PASS_CU=1   compile the CUDA kernels of csrc/cuda, which nothing launches yet, into
+                         drsn_kernels/one_pass.fatbin if there is an nvcc for them, some 10 seconds (default: 0)
 """
 
 import os
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,6 +26,10 @@ ROOT = Path(__file__).resolve().parent
 ASKED = os.environ.get("DRSN_NATIVE", "auto")
 if ASKED not in ("auto", "0", "1"):
     sys.exit(f"DRSN_NATIVE must be auto, 0 or 1, got {ASKED!r}")
+ONE_PASS_CU = os.environ.get("DRSN_ONE_PASS_CU", "0")
+if ONE_PASS_CU not in ("0", "1"):
+    sys.exit(f"DRSN_ONE_PASS_CU must be 0 or 1, got {ONE_PASS_CU!r}")
+NVCC_SECONDS = 600
 
 
 def missing() -> str | None:
@@ -55,20 +61,31 @@ def record(package: Path, reason: str | None) -> None:
 
 
 def compile_cuda(package: Path) -> None:
-    """The kernels of csrc/cuda for compute capability 9.0 and 10.0, if there is an nvcc that knows both (12.8)."""
+    """The kernels of csrc/cuda for compute capability 9.0 and 10.0, by an nvcc that knows both (12.8).
+
+    Where it cannot, the package is installed without them.
+    """
     target = package / "one_pass.fatbin"
     target.unlink(missing_ok=True)  # of an earlier build in the same folder
-    nvcc = shutil.which("nvcc")
-    if ASKED == "0" or nvcc is None:
+    if ONE_PASS_CU == "0":
         return
     for_each = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (90, 100)]
-    command = [nvcc, "-std=c++17", "-O3", "--threads=2", "--compress-mode=size", *for_each, "-fatbin"]
+    command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "--compress-mode=size", *for_each, "-fatbin"]
     source = str(ROOT / "csrc" / "cuda" / "one_pass.cu")
-    done = subprocess.run([*command, source, "-o", str(target)], capture_output=True, text=True)
-    if done.returncode:
-        target.unlink(missing_ok=True)
-        lines = (done.stderr + done.stdout).strip().splitlines() or [f"status {done.returncode}"]
-        print(f"drsn_kernels: installing without the opt-in CUDA kernels: nvcc: {lines[0]}", file=sys.stderr)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:  # a pipe would wait for its children
+        try:
+            status = subprocess.run([*command, source, "-o", str(target)], stdout=said, stderr=said,
+                                    stdin=subprocess.DEVNULL, timeout=NVCC_SECONDS).returncode  # fmt: skip
+            if status == 0:
+                return
+            said.seek(0)
+            reason = next((line.strip() for line in said if "error" in line), f"status {status}")
+        except OSError as error:
+            reason = str(error)
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {NVCC_SECONDS} seconds"
+    target.unlink(missing_ok=True)
+    print(f"drsn_kernels: installing without the CUDA kernels: nvcc: {reason}", file=sys.stderr)
 
 
 class RecordedBuild(build_py):

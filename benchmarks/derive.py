@@ -1,7 +1,8 @@
 """Which constants follow from the rows of a sweep.
 
 Of each choice the value that is fastest by the geometric mean over the cases that have all of its alternatives. The
-tree's value stays where none is more than WORTH times as fast: two runs differ by as much.
+tree's value stays where none is more than WORTH times as fast: a smaller gain is taken for noise. A case in which all
+values make the same launches says nothing about them, and is left out.
 """
 
 import math
@@ -53,9 +54,10 @@ def _shown(value: tuple) -> str:
 
 
 def derived(rows: Iterable[dict], names: Sequence[str]) -> Derived | None:
-    """Of the constants `names`, which are chosen together; None where no row has an alternative for them."""
+    """Of the constants `names`, which are chosen together; None where no case has launches that differ by them."""
     present: tuple | None = None
     times: dict[str, dict[tuple, float]] = {}
+    launches: dict[str, set[str]] = {}  # by case: the rows whose launches are not those of an earlier one
     planned: dict[str, dict[str, Any]] = {}
     rows = [one for one in rows if set(names) <= one.get("constants", {}).keys()]
     for one in rows:
@@ -65,10 +67,13 @@ def derived(rows: Iterable[dict], names: Sequence[str]) -> Derived | None:
     for one in rows:
         now = planned.get(one["case"])
         others = now is not None and all(now[name] == v for name, v in one["constants"].items() if name not in names)
-        if others and one["provider"] != "floor":
+        if others:
+            launches.setdefault(one["case"], set()).add(one["same_as"] or one["provider"])
             times.setdefault(one["case"], {})[tuple(one["constants"][name] for name in names)] = one["median_ms"]
     values = list(dict.fromkeys(value for found in times.values() for value in found))
-    if len(values) < 2:
+    # a case without all values stays: what was refused there is left out everywhere
+    times = {case: found for case, found in times.items() if len(launches[case]) > 1 or len(found) < len(values)}
+    if len(values) < 2 or not times:
         return None
     everywhere = [value for value in values if all(value in found for found in times.values())]
     slower = {

@@ -23,7 +23,7 @@ from .calls import Provider, backends_for, build, providers
 from .cases import NETWORK, NETWORKS, Case, select
 from .gpu_sampling import device_is_lost, end
 from .rows import environment, write_json
-from .run import HEADER, Settings, measure, said, table
+from .run import HEADER, Settings, lines, measure, said
 
 ROUNDS = 7
 HEADLINES: list[tuple[str, list[tuple[int, ...]], tuple[str, ...], bool]] = [
@@ -38,16 +38,20 @@ HEADLINES: list[tuple[str, list[tuple[int, ...]], tuple[str, ...], bool]] = [
 ]
 
 
-def plan() -> list[Case]:
-    """One large and one awkward shape of each group, the networks, then the rest of the standard grid."""
-    first = [
+def headlines() -> list[Case]:
+    """One large and one awkward shape of each group."""
+    return [
         Case(op, group, shape, mode, dtype, channels_last)
         for group, shapes, dtypes, channels_last in HEADLINES
         for shape in shapes
         for dtype in dtypes
         for op, mode in (("shrink_train", "both"), ("shrink_eval", "forward"))
     ]
-    first += [Case(op, "N", NETWORK[op][1][0], "step") for op in NETWORKS]
+
+
+def plan() -> list[Case]:
+    """The headlines, the networks, then the rest of the standard grid."""
+    first = [*headlines(), *(Case(op, "N", NETWORK[op][1][0], "step") for op in NETWORKS)]
     return list(dict.fromkeys([*first, *select("GACEDB", "standard", "cuda")]))
 
 
@@ -128,7 +132,7 @@ def time_cases(cases: list[Case], options: argparse.Namespace) -> int:
             new, wrong = [], {"all": f"raised {said(error)}"}
         took.append(time.time() - begin)
         rows += new
-        print(f"{case.id} {took[-1]:.1f} s", *table(new, wrong), sep="\n", flush=True)
+        print(f"{case.id} {took[-1]:.1f} s", *lines(new, wrong), sep="\n", flush=True)
         if rows:
             part = write_json(results.with_suffix(".part"), rows, "python -m benchmarks.gpu_suite")
             part.replace(results)  # whole at any moment: the process may be ended in the next one

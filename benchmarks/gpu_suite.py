@@ -7,7 +7,7 @@ tests       `pytest -m "gpu and not slow"` under pytest-xdist, a random sample w
 memcheck    small steps under compute-sanitizer
 racecheck   the same; races that sanitizer.py knows are no findings
 bench       by priority (gpu_bench.py), compared with the stored run of this GPU
-sweep       plans against their alternatives (sweep.py), where there are at least SWEEP_MINUTES for all of it
+sweep       plans against their alternatives (sweep.py), where it is named or there are SWEEP_MINUTES for all
 
 Each step has a share of the time that is left and ends with it; what it has done by then is in the report. FOLDER holds
 report.md (a page), report.json (all), tests.jsonl and the like (a line for each test), bench/results.json and whole
@@ -47,7 +47,8 @@ from .rows import environment as environment_of  # noqa: E402
 
 BENCHMARKS = ROOT / "benchmarks"
 SANITIZERS = ("memcheck", "racecheck")
-SHARES = {"compile": 12, "tests": 36, "memcheck": 12, "racecheck": 12, "bench": 28, "sweep": 30}  # of the time
+# shares of the time of what is run
+SHARES = {"compile": 12, "tests": 36, "memcheck": 12, "racecheck": 12, "bench": 28, "sweep": 30}
 MINUTES, QUICK_MINUTES, SWEEP_MINUTES = 8.0, 3.0, 15.0
 TAIL = 40  # lines of a step's output in report.json
 EVERY_TEST = (str(ROOT / "tests"), "-m", "gpu and not slow", "--require-gpu")
@@ -106,8 +107,8 @@ def pytest_step(
     return Step(name, command, SHARES[name], out, env)
 
 
-def steps(out: Path, quick: bool, seed: int, minutes: float) -> list[Step]:
-    """What is run, in this order, in so many minutes."""
+def steps(out: Path, quick: bool, seed: int, minutes: float, only: Sequence[str] | None = None) -> list[Step]:
+    """What is run, in this order, in so many minutes: all, or only what is named."""
     bench = (sys.executable, "-m", "benchmarks.gpu_bench")
     sanitizer = _sanitizer()
     absent = "left out by --quick" if quick else "" if sanitizer else "compute-sanitizer is not present"
@@ -123,8 +124,9 @@ def steps(out: Path, quick: bool, seed: int, minutes: float) -> list[Step]:
         found.append(Step(step.name, step.command, step.share, step.cwd, step.env, absent))
     found.append(Step("bench", (*bench, "time", "--out", str(out / "bench")), SHARES["bench"]))
     sweep = (sys.executable, "-m", "benchmarks.sweep", "--minutes", f"{minutes:g}", "--out", str(out / "sweep"))
-    short = "" if minutes >= SWEEP_MINUTES else f"left out below {SWEEP_MINUTES:g} minutes"
-    return [*found, Step("sweep", sweep, SHARES["sweep"], absent=short)]
+    short = "" if minutes >= SWEEP_MINUTES or only else f"left out below {SWEEP_MINUTES:g} minutes"
+    found.append(Step("sweep", sweep, SHARES["sweep"], absent=short))
+    return [step for step in found if not only or step.name in only]
 
 
 def run(step: Step, logs: Path, seconds: float) -> Result:
@@ -240,8 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     out = options.out.resolve()
     given = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
-    every, time_left = steps(out, options.quick, seed, given), 60 * given
-    chosen = [step for step in every if not options.only or step.name in options.only]
+    chosen, time_left = steps(out, options.quick, seed, given, options.only), 60 * given
     environment = describe_machine() | {"seed": seed}
     print(f"seed {seed}, {time_left / 60:g} minutes, report: {out / 'report.md'}")
     found = baseline if baseline.is_file() else None

@@ -34,7 +34,7 @@ from drsn_kernels.demo.timing import Call  # noqa: E402
 
 from .calls import module, plans_of  # noqa: E402
 from .cases import Case  # noqa: E402
-from .gpu_bench import HEADLINES  # noqa: E402
+from .gpu_bench import headlines  # noqa: E402
 from .instructions import Work, work  # noqa: E402
 from .rows import read_json  # noqa: E402
 
@@ -91,7 +91,7 @@ def predict(kernel: str, moved: int, of: Work) -> Predicted:
 
 
 @dataclass(frozen=True)
-class Step:
+class PredictedStep:
     """Predicted launches of ours, and the operations that torch launches between them."""
 
     case: Case
@@ -107,7 +107,7 @@ class Step:
         return GRAPH + GAP * (count - 1) + torchs + sum(one.us for one in self.launches)
 
 
-def step(case: Case) -> Step:
+def step(case: Case) -> PredictedStep:
     """Compiles what the case launches."""
     with lowering("cuda:90") as recorded, use_backend("triton", strict=True):
         plans = plans_of(Call(partial(_run, case)))
@@ -122,7 +122,7 @@ def step(case: Case) -> Step:
     if any("gate of torch's" in plan.why for plan in plans):
         torchs += _called(case)
     products = sum("mm" in name for name in torchs)
-    return Step(case, found, products, len(torchs) - products)
+    return PredictedStep(case, found, products, len(torchs) - products)
 
 
 def _run(case: Case) -> None:
@@ -148,16 +148,6 @@ def _called(case: Case) -> list[str]:
     return counted.kernels
 
 
-def headlines() -> list[Case]:
-    return [
-        Case(op, group, shape, mode, dtype, channels_last)
-        for group, shapes, dtypes, channels_last in sorted(HEADLINES)
-        for shape in shapes
-        for dtype in dtypes
-        for op, mode in (("shrink_train", "both"), ("shrink_eval", "forward"))
-    ]
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +159,7 @@ def measured(path: Path = RECORDS / "results.json") -> dict[str, dict[str, float
     return found
 
 
-def steps_table(steps: Sequence[Step], record: dict[str, dict[str, float]]) -> list[str]:
+def steps_table(steps: Sequence[PredictedStep], record: dict[str, dict[str, float]]) -> list[str]:
     lines = [
         "| case | launches | **predicted** us | floor | compiled | compiled / predicted | predicted / floor |",
         "|---|---|---|---|---|---|---|",
@@ -196,7 +186,7 @@ def steps_table(steps: Sequence[Step], record: dict[str, dict[str, float]]) -> l
     return lines
 
 
-def launches_table(steps: Iterable[Step]) -> list[str]:
+def launches_table(steps: Iterable[PredictedStep]) -> list[str]:
     lines = [
         "| case | launch | bytes | SASS instructions an element | **predicted** us | bound by |",
         "|---|---|---|---|---|---|",
@@ -267,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print("\n".join(check_table(records())))
         return 0
-    cases = headlines()
+    cases = sorted(headlines(), key=lambda case: case.group)
     if options.cases:
         if unknown := set(options.cases) - {case.id for case in cases}:
             parser.error(f"--cases takes ids of the page's, got {', '.join(sorted(unknown))}")

@@ -128,7 +128,7 @@ def line(row: dict) -> str:
     )
 
 
-def table(rows: list[dict], refused: dict[str, str]) -> list[str]:
+def lines(rows: list[dict], refused: dict[str, str]) -> list[str]:
     return [*map(line, rows), *(f"  {name:20s}WRONG: {why}" for name, why in refused.items())]
 
 
@@ -203,7 +203,7 @@ def _measure_all(cases: Sequence[Case], settings: Settings, about: dict, rows: l
     for case in cases:
         new, refused = measure(case, settings, about)
         print(case.id)
-        print(*table(new, refused), sep="\n", flush=True)
+        print(*lines(new, refused), sep="\n", flush=True)
         rows += new
         refusals += len(refused)
     return refusals

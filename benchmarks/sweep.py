@@ -36,7 +36,7 @@ from . import derive  # noqa: E402
 from .calls import floor_bytes  # noqa: E402
 from .cases import SHAPES, Case  # noqa: E402
 from .clock import clock_for  # noqa: E402
-from .gpu_bench import HEADLINES, claimed, said, shared_out  # noqa: E402
+from .gpu_bench import claimed, headlines, said, shared_out  # noqa: E402
 from .gpu_sampling import END, device_is_lost, end  # noqa: E402
 from .rows import environment, read_json, row, table, write_json  # noqa: E402
 from .run import objection  # noqa: E402
@@ -166,7 +166,8 @@ def _cases(group: str, shape: tuple[int, ...], channels_last: bool) -> list[Case
 
 def units() -> list[Unit]:
     """Headlines, steps under torch.compile on them, other shapes, channels_last, and streams under torch.compile."""
-    first = [case for group, shapes, _, last in HEADLINES for shape in shapes for case in _cases(group, shape, last)]
+    shapes = dict.fromkeys((case.group, case.shape, case.channels_last) for case in headlines())
+    first = [case for one in shapes for case in _cases(*one)]
     rest = [case for group in "GACEDB" for shape in SHAPES[group] for case in _cases(group, shape, False)]
     rest += [case for shape in SHAPES["E"] for case in _cases("E", shape, True)]
     ordered = [*map(Unit, first), *(Unit(case, True) for case in first if case.op in STEPS), *map(Unit, rest)]
@@ -188,11 +189,12 @@ def measure(unit: Unit, about: dict, make: Callable[..., Subject] = subject, clo
     case, refused, same = unit.case, {}, {}
     torch._dynamo.reset()
     on, clock = make(case, "cuda", unit.compiled), clock_of("cuda")
-    calls, constants = {"floor": on.floor}, {"floor": {}}
+    calls, constants = {"floor": on.floor}, {}  # of what is a plan of ours
     for name, changed, call, twin in () if unit.compiled else distinct(on, case):
         calls[name], constants[name], same[name] = call, changed, twin
     if unit.compiled:
         calls |= {PLANNED: on.ours, BEST.name: on.best}
+        constants[PLANNED] = {}
     for name, call in list(calls.items()):
         if same.get(name):
             del calls[name]
@@ -210,7 +212,8 @@ def measure(unit: Unit, about: dict, make: Callable[..., Subject] = subject, clo
         if timed is None:  # it is as another that was refused
             continue
         made = row(case, name, "graph", timed["gpu"], [], samples["floor"]["gpu"], moved, {}, {}, about)
-        rows.append(made | {"constants": now | constants.get(name, {}), "same_as": same.get(name, "")})
+        by = now | constants[name] if name in constants else {}
+        rows.append(made | {"constants": by, "same_as": same.get(name, "")})
     return rows, refused
 
 

@@ -164,6 +164,8 @@ def test_the_steps(tmp_path, monkeypatch):
     quick = {step.name: step for step in suite.steps(tmp_path, True, 17, 3)}
     assert all(quick[tool].absent == "left out by --quick" for tool in suite.SANITIZERS)
     assert (by_name["sweep"].absent, quick["sweep"].absent) == ("", "left out below 15 minutes")
+    (named,) = suite.steps(tmp_path, False, 17, 3, ["sweep"])
+    assert (named.name, named.absent) == ("sweep", "")
     monkeypatch.setattr(suite.shutil, "which", lambda name, path: None)
     monkeypatch.setattr(suite, "has_xdist", lambda: False)
     bare = {step.name: step for step in suite.steps(tmp_path, False, 17, 15)}

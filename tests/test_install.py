@@ -25,7 +25,7 @@ print(info.collect()["backends"]["cpu"])
 
 def environment(**env: str) -> dict[str, str]:
     """What the caller of the tests asks of his own installation does not count here."""
-    return {**os.environ, "DRSN_NATIVE": "auto", **env}
+    return {**os.environ, "DRSN_NATIVE": "auto", "DRSN_ONE_PASS_CU": "0", **env}
 
 
 def run(*command: str, **env: str) -> str:
@@ -54,7 +54,8 @@ def install(python: str, what: str, **env: str) -> str:
 
 
 def test_wheel(clean, tmp_path):
-    run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), DRSN_NATIVE="1")
+    asked = {"DRSN_NATIVE": "1", "DRSN_ONE_PASS_CU": "1"}
+    run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), **asked)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("drsn_kernels/_cpu") for name in names) and "drsn_kernels/py.typed" in names

@@ -5,13 +5,16 @@ What the kernels compute is in test_one_pass_cu_emulation.py.
 
 import copy
 import ctypes
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import oracle
 import pytest
+import repository
 import torch
 
 import drsn_kernels as dk
@@ -205,6 +208,43 @@ def test_an_older_gpu_is_refused_by_the_compiler(tmp_path):
     assert done.returncode != 0 and "need compute capability 9.0" in done.stderr
 
 
+NVCC = {
+    "found": ("#!/bin/sh\nfor last; do :; done\necho compiled > $last\n", ""),
+    "absent": (None, "No such file or directory: 'nvcc'"),
+    "cannot be started": ("#!/nowhere\n", "nvcc: [Errno 2]"),
+    "fails": ("#!/bin/sh\necho a warning\necho 'x.cu(1): error: no'\necho 'error: 2'\nexit 1\n",
+              "nvcc: x.cu(1): error: no\n"),
+    "says nothing": ("#!/bin/sh\nexit 3\n", "nvcc: status 3\n"),
+    "hangs": ("#!/bin/sh\n/bin/sleep 60\n", "nvcc: not done after 0.5 seconds\n"),
+}  # fmt: skip
+INSTALLING = """
+import pathlib, runpy, setuptools, sys
+setuptools.setup = lambda **given: None
+compile_cuda = runpy.run_path(sys.argv[1])["compile_cuda"]
+compile_cuda.__globals__["NVCC_SECONDS"] = float(sys.argv[3])
+compile_cuda(pathlib.Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+@pytest.mark.parametrize("nvcc", NVCC)
+def test_an_installation_is_never_stopped_by_nvcc(nvcc, asked, tmp_path):
+    pytest.importorskip("setuptools")
+    script, said = NVCC[nvcc]
+    if script is not None:
+        (tmp_path / "nvcc").write_text(script)
+        (tmp_path / "nvcc").chmod(0o755)
+    target = tmp_path / "one_pass.fatbin"
+    target.write_text("of an earlier build")
+    command = [sys.executable, "-c", INSTALLING, str(repository.ROOT / "setup.py"), str(tmp_path),
+               "0.5" if nvcc == "hangs" else "30"]  # fmt: skip
+    env = {**os.environ, "PATH": str(tmp_path), "DRSN_NATIVE": "0", "DRSN_ONE_PASS_CU": asked}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert target.exists() == (asked == "1" and nvcc == "found")
+    assert (said in done.stderr) if asked == "1" and said else done.stderr == ""
+
+
 FAKE = r"""
 #include <cuda.h>
 #include <string.h>
@@ -256,7 +296,7 @@ def test_the_loader_calls_the_driver_as_its_header_says(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not one_pass_cu.FATBIN.exists(), reason="no nvcc at installation")
+@pytest.mark.skipif(not one_pass_cu.FATBIN.exists(), reason="not compiled at installation")
 @pytest.mark.parametrize("shape", [(5, 8, 64), (512, 64, 256), (8, 64, 512), (300, 64, 1024), (4097, 16, 128)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_on_a_gpu(shape, dtype):

@@ -164,6 +164,10 @@ def planted(case):
 def test_the_planted_best_is_derived_with_its_reason():
     with plans.using(THREAD=64, TILE=512):
         rows = rows_of(CASES, made_up(planted))
+        unit = sweep.Unit(CASES[0], True)
+        rows += [one for one in sweep.measure(unit, ABOUT, made_up(planted), lambda _: Clock())[0]
+                 if one["provider"] == "best-compiled"]  # fmt: skip
+    assert rows[-1]["constants"] == {} and rows[-1]["median_ms"] < rows[1]["median_ms"]
     found = derive.derived(rows, ("THREAD", "TILE"))
     assert (found.present, found.best) == ((64, 512), (64, 1024)) and len(found.ratios) == len(CASES)
     assert found.slower[found.best] == pytest.approx(0.8 ** (2 / 3)) and found.slower[(64, 512)] == 1
@@ -188,6 +192,19 @@ def test_a_value_that_was_wrong_somewhere_is_left_out_and_said():
     assert refused == {"THREAD=64 TILE=1024": "y differs"}
     found = derive.derived(rows, ("THREAD", "TILE"))
     assert (64, 1024) not in found.slower and "left out, not timed everywhere: (64, 1024)" in str(found)
+
+
+def test_a_case_in_which_all_values_are_the_same_launch_is_left_out():
+    """It would dilute the gain of the others; but a value that was refused there is still left out."""
+    with plans.using(THREAD=64, TILE=512):
+        every = rows_of(CASES[:2], made_up(planted))
+        alike = made_up(lambda case: 1e-5, launches=lambda: ("one",))
+        assert derive.derived(rows_of(CASES[2:3], alike), ("THREAD", "TILE")) is None
+        rows = every + rows_of(CASES[2:3], alike)
+    found, without = (derive.derived(some, ("THREAD", "TILE")) for some in (rows, every))
+    assert found == without and list(found.ratios) == [case.id for case in CASES[:2]]
+    refused = [one for one in rows if (one["case"], one["provider"]) != (CASES[2].id, "THREAD=64 TILE=1024")]
+    assert derive.derived(refused, ("THREAD", "TILE")).dropped == ((64, 1024),)
 
 
 def test_launches_that_are_the_same_are_timed_once():
@@ -238,7 +255,9 @@ def test_a_run_ends_in_time_and_the_next_one_goes_on(tmp_path):
     assert second([*UNITS, sweep.Unit(CASES[0], True)]) == 0
     assert second.measured == [*UNITS[3:], sweep.Unit(CASES[0], True)]
     rows = read_json(tmp_path / "rows.json")
-    assert rows[: len(kept)] == kept and len(derive.derived(rows, ("THREAD", "TILE")).ratios) == len(CASES)
+    assert rows[: len(kept)] == kept
+    found = derive.derived(rows, ("THREAD", "TILE"))
+    assert len(found.ratios) == len(CASES) and found.best == (64, 1024)
     assert sum(one["provider"] == "best-compiled" for one in rows) == 1
     text = sweep.summary(rows)
     assert "| case | floor | as planned | THREAD=" in text and "TILE = " in text and CASES[0].id in text

@@ -1,6 +1,6 @@
 """The one-pass step of csrc/cuda/one_pass.cu as a launch that a plan names: "one_pass_cu", in place of one_pass.py's.
 
-Where nvcc was found at installation, the compiled kernels lie in one_pass.fatbin beside the package. Nothing here loads
+Installed with DRSN_ONE_PASS_CU=1, the compiled kernels lie in one_pass.fatbin in the package. Nothing here loads
 them: `launcher` is who does, and it is nobody's yet, so plans.ONE_PASS_CU is off. A launcher is called with a `Launch`
 once and returns what is called with its arguments each time. It makes the grid no larger than the blocks that the
 device holds together (cuOccupancyMaxActiveClusters), for blocks are persistent and a second wave would start late.

@@ -307,7 +307,7 @@ def cached(prepare: Callable) -> Callable:
 
 @contextlib.contextmanager
 def using(**constants: Any) -> Iterator[None]:
-    """Inside the block, constants of this module have these values, such as using(TILE=1024, WARPS=8).
+    """Inside the block, constants of this module have these values, such as using(THREAD=64, TILE=1024).
 
     For comparing plans: the block is the whole process's, and all prepared launches are forgotten at both of its ends.
     A forward pass and the backward pass of what it kept belong in the same block.
