@@ -115,7 +115,7 @@ def test_threads_are_measured_beside_the_floors_own():
 
 
 def test_a_refused_row_fails_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(run, "_objection", lambda judge, call, clock: "y differs")
+    monkeypatch.setattr(run, "objection", lambda judge, call, clock: "y differs")
     assert main(QUICK) == 1
     out = capsys.readouterr().out
     assert "WRONG: y differs" in out and "rows refused" in out
