@@ -1,6 +1,7 @@
 """explain: what it says of each way a call can go, that it is what the call does, and that it leaves no trace."""
 
 import functools
+import sys
 import threading
 
 import pytest
@@ -277,6 +278,37 @@ def test_compiled_calls_of_a_torch_that_cannot_tell(monkeypatch, name, value):
     with dk.use_backend("cpu"):
         (call,) = dk.explain(torch.compile(dk.Shrinkage(6), backend="eager"), torch.randn(3, 6, 40))
     assert call.plan.name == "decomposed" and dict(call.plan.not_taken)["opaque ops"]
+
+
+class Ending:
+    """recording, where another thread's explain ends as soon as `active` was read."""
+
+    def __init__(self):
+        self.told, self.reads = [], 0
+
+    @property
+    def active(self):
+        self.reads += 1
+        return (lambda *args, **kwargs: self.told.append(args)) if self.reads == 1 else None
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("abs_mean", dk.abs_mean),
+        ("soft_threshold", lambda x: dk.soft_threshold(x, 0.5)),
+        ("shrink", lambda x: dk.shrink(x, torch.sigmoid)),
+        ("shrink", dk.Shrinkage(6)),
+        ("squeeze_excite", lambda x: dk.squeeze_excite(x, torch.sigmoid)),
+    ],
+    ids=["abs_mean", "soft_threshold", "shrink", "a fused gate", "squeeze_excite"],
+)
+def test_an_explain_of_another_thread_may_end_at_any_moment(monkeypatch, name, call):
+    ending = Ending()
+    monkeypatch.setattr(sys.modules[f"drsn_kernels.ops.{name}"], "recording", ending)
+    call(torch.randn(3, 6, 40))
+    assert len(ending.told) == 1
 
 
 # ---- strict ----------------------------------------------------------------------------------------------------------
