@@ -154,10 +154,10 @@ def test_statistics_merged_by_a_launch_of_their_own(monkeypatch):
     monkeypatch.setattr(plans, "MOST_GROUPS", 2)
     for name, value in (("GATE_MERGED", 64), ("MERGED", 16)):  # two tiles at a time
         monkeypatch.setattr(plans, name, value)
-    for n, c, h in ((170, 6, 40), (50, 6, 40), (40, 6, 70), (20, 6, 70)):
+    for n, c, h in ((170, 6, 40), (50, 6, 40), (40, 6, 70), (16, 6, 70)):
         run = Run(n, c, h, c, "batch norm", "channel")
         merges = [sequence._merge(run.step, sequence._gate_plan(run.step), kind) for kind in (True, False)]
-        assert [merge is not None for merge in merges] == [n > 64 or (h > 64 and n > 32)] * 2
+        assert [merge is not None for merge in merges] == [n > 64 or (h > 64 and n > 16)] * 2
         run.check()
 
 
