@@ -33,15 +33,6 @@ from drsn_kernels.backends.gpu import one_pass_cu, plans, sequence
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-@pytest.fixture
-def emulation() -> emulated.Emulation:
-    if emulated.missing() is not None:
-        pytest.skip(emulated.missing())
-    found = emulated.emulation()
-    found.schedule, found.mutation = 0, ""
-    return found
-
-
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 GATE = GateShape(64, 64, True, False, 1e-5, 0.1)

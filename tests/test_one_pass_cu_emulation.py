@@ -21,15 +21,6 @@ from drsn_kernels.backends.gpu import one_pass_cu
 SCHEDULES = range(4)
 
 
-@pytest.fixture
-def emulation() -> emulated.Emulation:
-    if emulated.missing() is not None:
-        pytest.skip(emulated.missing())
-    found = emulated.emulation()
-    found.schedule, found.mutation = 0, ""
-    return found
-
-
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 CASES = [

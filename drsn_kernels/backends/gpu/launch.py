@@ -103,7 +103,8 @@ class Prepared:
         if not known_now["PTX"]:
             options.pop("maxnreg", None)
         if any(pointers[i] is not None and pointers[i].data_ptr() % 16 for i in self.fn.aligned):
-            known_now["GROUP"] = 1  # a word of two elements would straddle two
+            # a word of two elements would straddle two; the tile stays that of aligned tensors, and may spill
+            known_now["GROUP"] = 1
         tail = tuple(known_now.get(name, value) for name, value in self.values.items())
         compiled = self.fn[self.grid](*pointers, *tail, **options)
         if compiled is not None:  # None: interpreted

@@ -164,8 +164,8 @@ MOST_PRODUCTS = 1 << 28
 # A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, and of a
 # weight's gradient the square of it, by products of GATE_DEPTH; a product takes at least 16. Small tiles, as there are
 # few: 64 for the first layer of (512, 64). Beyond WIDE units or channels a program's products are long, and what counts
-# is how many programs share them: a training step of (128, 512, 128) is predicted to take 125 us so, and 162 with 32
-# samples, three stages and 252 registers in linear_grad (docs/inside/gpu.md). With products of 64 that spills.
+# is how many programs share them: a training step of (128, 512, 128) is predicted to take 125 us so, and 162 inside
+# using(WIDE_SAMPLES=32, WIDE_STAGES=3, WEIGHT_REGISTERS=255) (benchmarks/model.py). With products of 64 that spills.
 WIDE = 64
 GATE_SAMPLES = 32
 WIDE_SAMPLES = 16
