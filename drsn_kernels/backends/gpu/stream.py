@@ -154,7 +154,7 @@ def map_kernel(
     start, _ = piece(P if CHANNELS_LAST else Q, splits, length, STEP, SPLIT, True, WIDE)
     n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, True)
     w = load(
-        x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, "evict_first"
+        x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True
     )  # fmt: skip
     if CHANNELS_LAST:
         threshold = tl.load(t + n * t_n + q * t_c, columns_live, 0.0)[None, :]

@@ -154,16 +154,17 @@ def _addresses(
 @triton.jit
 def load(
     x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, EVICTION: tl.constexpr = "",
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr = False,
 ):  # fmt: skip
-    """A tile of an operand, in words."""
+    """A tile of an operand, in words. LAST: nothing reads it after this, so that it leaves the caches first."""
+    eviction: tl.constexpr = "evict_first" if LAST else ""
     at, live = _addresses(
         x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT, B, ALIGN, WIDE, GROUP
     )  # fmt: skip
     if GROUP == 8:
-        return tl.load(at, live, 0, eviction_policy=EVICTION)
+        return tl.load(at, live, 0, eviction_policy=eviction)
     else:
-        return to_bits(tl.load(at, live, 0.0, eviction_policy=EVICTION).to(ACC))
+        return to_bits(tl.load(at, live, 0.0, eviction_policy=eviction).to(ACC))
 
 
 @triton.jit
