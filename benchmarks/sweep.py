@@ -77,6 +77,7 @@ CHOICES: tuple[Choice, ...] = (
         tuple({"SHARED": tiles, "CHANNELS": channels} for tiles in (2, 4, 8) for channels in (64, 128, 256)),
         lambda case: case.channels_last,
     ),
+    Choice(STREAMS, tuple({"SHARED_THREAD": held} for held in (16, 32, 64)), lambda case: case.channels_last),
     Choice(
         STREAMS,
         tuple({"RAGGED_THREAD": thread, "RAGGED": tiles} for thread, tiles in ((4, 1), (8, 1), (8, 2), (8, 4))),
@@ -87,20 +88,25 @@ CHOICES: tuple[Choice, ...] = (
         tuple({"PROGRAMS_PER_SM": n, "PIECE": piece} for n in (2, 4, 8) for piece in (2048, 4096, 8192)),
     ),
     # the gate: fused up to so many channels and products, beyond them called (cuBLAS); then its tiles
-    Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512))),
+    Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512, 1024))),
     Choice(STEPS, tuple({"MOST_PRODUCTS": 1 << power} for power in (22, 24, 26, 28))),
     Choice(
         STEPS,
         tuple({"GATE_SAMPLES": n, "GATE_TILE": tile} for n, tile in ((16, 16), (32, 16), (32, 32), (64, 16))),
     ),
-    Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": 32} for wide in (32, 64, 256, 512))),
-    Choice(STEPS, tuple({"WIDE_STAGES": stages} for stages in (1, 2, 3))),
-    Choice(STEPS, ({"GATE_DEPTH": 16}, {"GATE_DEPTH": 32}, {"GATE_DEPTH": 64})),
+    Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": 32} for wide in (32, 64, 128))),
+    Choice(STEPS, tuple({"WIDE_STAGES": stages} for stages in (2, 3, 4))),
+    Choice(STEPS, ({"GATE_DEPTH": 32}, {"GATE_DEPTH": 64})),
+    Choice(STEPS, ({"WIDE_DEPTH": 32}, {"WIDE_DEPTH": 64})),
     Choice(STEPS, ({"WIDE_SAMPLES": 16}, {"WIDE_SAMPLES": 32})),
-    Choice(STEPS[:1], ({"WEIGHT_REGISTERS": 128}, {"WEIGHT_REGISTERS": 255})),
+    Choice(STEPS, ({"FORWARD_PRECISION": "ieee"}, {"FORWARD_PRECISION": "tf32x3"})),
+    Choice(STEPS[:1], ({"GATE_PRECISION": "ieee"}, {"GATE_PRECISION": "tf32x3"})),
+    Choice(STEPS[:1], ({"WIDE_PRECISION": "ieee"}, {"WIDE_PRECISION": "tf32x3"})),
+    Choice(STEPS[:1], tuple({"WEIGHT_TILES": n} for n in (16, 64, 256))),
+    Choice(STEPS[:1], ({"WIDE_STEP": 16}, {"WIDE_STEP": 32})),
     Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
-    Choice(STEPS[:1], tuple({"GATE_STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (256, 512, 1024))),
-    Choice(STEPS[:1], tuple({"GATE_MERGES": n, "MOST_GROUPS": m} for n in (0, 1, 2, 4) for m in (32, 128))),
+    Choice(STEPS[:1], tuple({"GATE_STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (64, 128, 256, 512))),
+    Choice(STEPS[:1], tuple({"MERGED_BY_ALL": n, "MOST_GROUPS": m} for n in (0, 64, 128) for m in (32, 128))),
     # one pass: whole samples in registers, walked from L2 too, or neither, which leaves several launches
     Choice(
         ("shrink_eval",),
@@ -109,10 +115,9 @@ CHOICES: tuple[Choice, ...] = (
     Choice(("shrink_eval",), tuple({"CROWDED_BYTES": kib << 10} for kib in (8, 16, 32, 1 << 20))),  # the last: never
     Choice(
         ("shrink_eval",),
-        tuple({"CROWDED_TILE": tile, "CROWDED_REGISTERS": registers} for tile, registers in
-              ((2048, 64), (4096, 64), (4096, 80), (8192, 128))),
+        tuple({"WALKED": tile, "CROWDED_REGISTERS": registers} for tile, registers in
+              ((4096, 64), (4096, 80), (4096, 128), (8192, 128))),
     ),
-    Choice(("shrink_eval",), ({"WALKED": 4096}, {"WALKED": 8192})),
     Choice(("shrink_eval",), ({"PRODUCTS": 8}, {"PRODUCTS": 16}, {"PRODUCTS": 32})),
 )  # fmt: skip
 

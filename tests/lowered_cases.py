@@ -98,7 +98,7 @@ class Case:
 # ---- the cases -------------------------------------------------------------------------------------------------------
 
 SHAPES = ((8, 16, 1024), (8, 16, 1000), (8, 16, 196), (8, 64, 49), (4, 8, 9600), (4, 4, 512), (4, 64, 28, 28))
-ONE_TILE = 4096  # elements; rows up to this are one tile
+ONE_TILE = 8192  # elements; rows up to this are one tile
 
 
 def cost_of(op: str, shape: tuple[int, ...], dtype: torch.dtype, **options) -> Callable[[], tuple[Cost, Cost]]:
@@ -272,7 +272,7 @@ CASES += [gate_case((4, 64, 28, 28), F32, "BatchNorm", *several((4, 64, 28, 28),
 
 # The one-pass shapes of the benchmarks, forward and backward, on chip and, (128, 64, 512), walked twice.
 CASES += [
-    gate_case(shape, dtype, "no BatchNorm", (ONE_PASS,), ONE_PASS_BACK, norm=False)
+    gate_case(shape, dtype, "no BatchNorm", (ONE_PASS,), (*ONE_PASS_BACK, expected("add_shares_kernel")), norm=False)
     for shape, dtype in (
         ((512, 64, 256), F32), ((512, 64, 256), BF16), ((1024, 32, 512), BF16), ((4096, 16, 128), F32),
         ((512, 64, 16, 16), F32),

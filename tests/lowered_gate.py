@@ -52,7 +52,8 @@ def main() -> None:
         found[name] = [
             {"kernel": launch.kernel, "stack": measured.stack, "registers": measured.registers,
              "shared": measured.shared, "limit": TARGETS[target].shared_program, "occupancy": measured.occupancy,
-             "fma": launch.compiled.asm["ptx"].count("fma.rn.f32"), "threads": 32 * launch.num_warps,
+             "fma": launch.compiled.asm["ptx"].count("fma.rn.f32"),
+             "tensor cores": "tf32" in launch.compiled.asm["ptx"], "threads": 32 * launch.num_warps,
              "tile": [launch.arguments.get(name) for name in ("BN", "BH", "BK")],
              "unattributed": sum(len(access.pointers) != 1 for access in measured.accesses),
              "loads": {pointer: sorted(measured.widths_of("ld", pointer)) for pointer in ("partial", "w1", "dz", "dv")}}

@@ -227,14 +227,14 @@ def test_the_feature_map_is_moved_as_designed(backend_name):
 def test_one_pass_reads_once():
     if not gpu.INSTALLED:
         pytest.skip("Triton is not installed")
-    forward, backward = steps.cost(steps.shrink((512, 64, 256), norm=False), "triton")
-    full = 512 * 64 * 256 * 4
+    forward, backward = steps.cost(steps.shrink((128, 64, 256), norm=False), "triton")
+    full = 128 * 64 * 256 * 4
     assert forward.kernels == ("forward_kernel",)
     assert backward.kernels == ("backward_kernel", "linear_grad_kernel")
     assert full <= forward.read < 1.01 * full and full <= backward.read < 1.15 * full
     _, backward = steps.cost(steps.shrink((1024, 64, 256), norm=False), "triton")
-    assert backward.kernels == ("backward_kernel", "linear_grad_kernel", "aten::sum")  # the batch is shared out
-    forward, backward = steps.cost(steps.shrink((256, 64, 256), norm=True), "triton")
+    assert backward.kernels == ("backward_kernel", "linear_grad_kernel", "add_shares_kernel")  # the batch is shared out
+    forward, backward = steps.cost(steps.shrink((128, 64, 256), norm=True), "triton")
     assert (forward.launches, backward.launches) == (4, 4)
 
 

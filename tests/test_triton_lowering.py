@@ -134,8 +134,8 @@ INSTRUCTIONS = {
     "shrink 8x16x1024 bfloat16": (5, 12, 8, 11.5),
     "shrink 8x16x1024 float16": (6, 12, 8, 11.5),
     "shrink 8x16x1024 float32": (7.5, 23, 15, 19.5),
-    "shrink 4x64x28x28 bfloat16 channels_last": (None, 19, None, 17),
-    "shrink 4x64x28x28 float32 channels_last": (None, 33, None, 29),
+    "shrink 4x64x28x28 bfloat16 channels_last": (None, 28, None, 22),
+    "shrink 4x64x28x28 float32 channels_last": (None, 43, None, 37),
     "shrink 8x64x49 bfloat16": (31, 66, 53, 60),
     "shrink 8x64x49 float32": (31, 66, 53, 60),
 }

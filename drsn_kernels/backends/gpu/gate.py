@@ -16,7 +16,7 @@ launch of its own (merge_kernel). No atomics: the same bits from run to run.
 Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from the larger
 of C and H, never from N. C and H come divided by ALIGN, as strides do in tiles.py: 16-byte accesses where rows are
 multiples of 16 bytes, without a specialisation for the size. Rows of x that were split come as partial sums (parts, N,
-C): the products take them one after the other, as more steps of one loop.
+C), which the step of a product that needs them adds up.
 """
 
 from typing import NamedTuple
@@ -175,20 +175,27 @@ def merge_kernel(
 
 
 @triton.jit
-def sum_parts(partial, row, end, column, columns, parts, stride):
+def added_up(partial, row, end, column, columns, parts, SPLIT: tl.constexpr):
+    """rows() of a sum over `parts` of them, (parts, end, columns), four of which are loaded together.
+
+    One after the other, as steps of the product's loop, nine parts took 29 us where one takes 5.
+    """
     total = rows(partial, row, end, column, columns)
-    for part in range(1, parts):
-        total += rows(partial + part * stride, row, end, column, columns)
+    if SPLIT:
+        for first in range(1, parts, 4):
+            for k in tl.static_range(4):
+                live = tl.where(first + k < parts, end, 0)
+                total += rows(partial + (first + k) * (end * columns), row, live, column, columns)
     return total
 
 
 @kernel(pointers=6, aligned=("partial", "w1", "state"))
 def hidden_kernel(
     partial, pooled, w1, b1, state, statistics, N, CA, HA, parts, tiles,
-    BATCH_STATS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BATCH_STATS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u; A (N, C), where it comes in parts; with BATCH_STATS the statistics (tiles, 2, H) of each tile of samples.
+    """u; A (N, C), where it comes in parts (SPLIT); with BATCH_STATS the statistics (tiles, 2, H) of each tile of samples.
 
     A program makes BN samples of BH units.
     """
@@ -198,12 +205,15 @@ def hidden_kernel(
     block = tl.program_id(0) // tiles
     n = tile * BN + tl.arange(0, BN)
     h = block * BH + tl.arange(0, BH)
-    steps = tl.cdiv(C, BK)
+    bias = tl.load(b1 + h, h < H, 0.0)  # here, so that it is waited for together with the first step's loads
     u = tl.zeros((BN, BH), w1.dtype.element_ty)
-    for step in range(0, parts * steps):
-        c = step % steps * BK + tl.arange(0, BK)
-        u = product(rows(partial + step // steps * (N * C), n, N, c, C), transposed(w1, h, H, c, C), u, PRECISION)
-    u += tl.load(b1 + h, h < H, 0.0)[None, :]
+    for c0 in range(0, C, BK):
+        c = c0 + tl.arange(0, BK)
+        a = added_up(partial, n, N, c, C, parts, SPLIT)
+        u = product(a, transposed(w1, h, H, c, C), u, PRECISION)
+        if SPLIT:  # the programs of a tile share its channels
+            store_rows(pooled, a, n, tl.where(c0 // BK % tl.cdiv(H, BH) == block, N, 0), c, C)
+    u += bias[None, :]
     store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
         count = tl.minimum(N - tile * BN, BN).to(u.dtype)
@@ -211,10 +221,15 @@ def hidden_kernel(
         off = tl.where((n < N)[:, None], u - mean[None, :], 0.0)
         tl.store(statistics + tile * 2 * H + h, mean, h < H)
         tl.store(statistics + (tile * 2 + 1) * H + h, tl.sum(off * off, 0), h < H)
-    if parts > 1:  # the programs of a tile share its channels
-        for c0 in range(block * BK, C, tl.cdiv(H, BH) * BK):
-            c = c0 + tl.arange(0, BK)
-            store_rows(pooled, sum_parts(partial, n, N, c, C, parts, N * C), n, N, c, C)
+
+
+@triton.jit
+def of_batch(statistics, h, live, N, H, groups, group, MERGE: tl.constexpr, GROUPS: tl.constexpr):
+    """Mean of units h and sum of squared deviations, merged here or by the launch before."""
+    if MERGE:
+        return merged_statistics(statistics, h, live, N, H, groups, group, GROUPS)
+    else:
+        return tl.load(statistics + h, live, 0.0), tl.load(statistics + H + h, live, 0.0)
 
 
 @triton.jit
@@ -240,29 +255,27 @@ def alpha_kernel(
 ):  # fmt: skip
     """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none).
 
-    mean and var are the running statistics: used, or with BATCH_STATS updated, by the first program. The batch's come
-    as (groups, 2, H), or merged (1, 2, H) without MERGE. A program makes BN samples of BC outputs.
+    mean and var are the running statistics: used, or with BATCH_STATS updated, by the programs of the first tile. The
+    batch's come as (groups, 2, H), or merged (1, 2, H) without MERGE. A program makes BN samples of BC outputs.
     """
     C = CA * ALIGN
     H = HA * ALIGN
     outputs = 1 if ONE else C
     tile = tl.program_id(0) % tiles
     n = tile * BN + tl.arange(0, BN)
-    o = tl.program_id(0) // tiles * BC + tl.arange(0, BC)
+    block = tl.program_id(0) // tiles
+    o = block * BC + tl.arange(0, BC)
+    if not ONE:  # loaded before the products, which it would otherwise wait for
+        bias = tl.load(b2 + o, o < C, 0.0)
+        if AVERAGE == "channel":
+            a = rows(pooled, n, N, o, C)
     z = tl.zeros((BN, BK if ONE else BC), w2.dtype.element_ty)
     for h0 in range(0, H, BK):
         h = h0 + tl.arange(0, BK)
         live = h < H
         v = rows(state, n, N, h, H)
         if BATCH_STATS:
-            if MERGE:
-                center, spread = merged_statistics(statistics, h, live, N, H, groups, group, GROUPS)
-            else:
-                center = tl.load(statistics + h, live, 0.0)
-                spread = tl.load(statistics + H + h, live, 0.0)
-            if tl.program_id(0) == 0:
-                batch_mean, batch_var = statistics_of(state, N, H, outputs)
-                settle(center, spread, h, live, batch_mean, batch_var, mean, var, N, MOMENTUM)
+            center, spread = of_batch(statistics, h, live, N, H, groups, group, MERGE, GROUPS)
             scale = 1 / tl.sqrt(spread / N.to(spread.dtype) + EPS)
             v, _ = scaled(standardised(v, center, scale), h, live, scale, gamma, beta)
         else:
@@ -272,8 +285,14 @@ def alpha_kernel(
         else:
             z = product(relu(v), transposed(w2, o, outputs, h, H), z, PRECISION)
     if BATCH_STATS:
-        if tl.program_id(0) == 0:
-            tl.store(batches, tl.load(batches) + 1)
+        if tile == 0:  # they share the units: in the loop, the first program took 10 us longer than the others
+            batch_mean, batch_var = statistics_of(state, N, H, outputs)
+            for h0 in range(block * BK, H, tl.cdiv(outputs, BC) * BK):
+                h = h0 + tl.arange(0, BK)
+                center, spread = of_batch(statistics, h, h < H, N, H, groups, group, MERGE, GROUPS)
+                settle(center, spread, h, h < H, batch_mean, batch_var, mean, var, N, MOMENTUM)
+            if block == 0:
+                tl.store(batches, tl.load(batches) + 1)
     alphas = alphas_of(state, N, H)
     if AVERAGE == "sample":
         average = channel_sums(pooled, n, N, C, BC) / C.to(z.dtype)
@@ -289,10 +308,10 @@ def alpha_kernel(
         else:
             tl.store(tau + n, alpha, n < N)
     else:
-        alpha = tl.sigmoid(z + tl.load(b2 + o, o < C, 0.0)[None, :])
+        alpha = tl.sigmoid(z + bias[None, :])
         store_rows(alphas, alpha, n, N, o, C)
         if AVERAGE == "channel":
-            alpha *= rows(pooled, n, N, o, C)
+            alpha *= a
         elif AVERAGE == "sample":
             alpha *= average[:, None]
         store_rows(tau, alpha, n, N, o, C)

@@ -12,6 +12,7 @@ import triton.language as tl
 from ..step import Cost, Step
 from .gate import (
     Sizes,
+    added_up,
     alphas_of,
     center_and_scale,
     channel_sums,
@@ -70,11 +71,11 @@ def logit_grads_of_samples(d, a, value, own, C, AVERAGE: tl.constexpr, ONE: tl.c
 
 
 @triton.jit
-def tau_grads(dtau, tau_grad, n, c, N, C, part, ONE_TAU: tl.constexpr):
-    """A part of dtau[n, c]. The user's gradient of tau comes with the first."""
-    d = rows(dtau + part * (N * C), n, N, c, C)
+def tau_grads(dtau, tau_grad, n, c, N, C, parts, ONE_TAU: tl.constexpr, SPLIT: tl.constexpr):
+    """dtau[n, c], with the user's gradient of tau."""
+    d = added_up(dtau, n, N, c, C, parts, SPLIT)
     if tau_grad is not None and not ONE_TAU:
-        d += rows(tau_grad, n, tl.where(part == 0, N, 0), c, C)
+        d += rows(tau_grad, n, N, c, C)
     return d
 
 
@@ -90,8 +91,8 @@ def alphas_at(alphas, n, o, N, C, ONE: tl.constexpr):
 @kernel(pointers=13, aligned=("dtau", "pooled", "state", "w2", "dz", "dv", "direct"))
 def hidden_grad_kernel(
     dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, dz, dv, sums, direct, N, CA, HA, parts, tiles,
-    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr,
-    BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dz (N, C | 1), dv (N, H) and, with BATCH_STATS, sum dv and sum dv * (u - mean) / std of each tile (tiles, 2, H).
 
@@ -107,11 +108,12 @@ def hidden_grad_kernel(
     n = tile * BN + tl.arange(0, BN)
     h = block * BH + tl.arange(0, BH)
     live = h < H
-    steps = tl.cdiv(C, BK)
     channels = C.to(w2.dtype.element_ty)
     alphas = alphas_of(state, N, H)
     if BATCH_STATS:
         mean, var = statistics_of(state, N, H, outputs)
+    # loaded before the products, which it would otherwise wait for
+    v, xhat, _ = normalise(rows(state, n, N, h, H), h, live, mean, var, gamma, beta, EPS)
 
     total = tl.zeros((BN, 1), w2.dtype.element_ty)
     average = total
@@ -119,9 +121,9 @@ def hidden_grad_kernel(
         average = channel_sums(pooled, n, N, C, BK)[:, None] / channels
     if ONE or AVERAGE == "sample":
         terms = tl.zeros((BN, BK), w2.dtype.element_ty)
-        for step in range(0, parts * steps):
-            c = step % steps * BK + tl.arange(0, BK)
-            d = tau_grads(dtau, tau_grad, n, c, N, C, step // steps, ONE_TAU)
+        for c0 in range(0, C, BK):
+            c = c0 + tl.arange(0, BK)
+            d = tau_grads(dtau, tau_grad, n, c, N, C, parts, ONE_TAU, SPLIT)
             terms += summand(d, rows(pooled, n, N, c, C), alphas_at(alphas, n, c, N, C, ONE), AVERAGE, ONE)
         total = tl.sum(terms, 1)[:, None]
         if tau_grad is not None and ONE_TAU:
@@ -133,33 +135,23 @@ def hidden_grad_kernel(
         one, _ = logit_grads(total, total, value, total, average, channels, AVERAGE, ONE)
         delta += one * tl.load(w2 + h, live, 0.0)[None, :]
         tl.store(dz + n[:, None], one, (n < N)[:, None] & (block == 0))
-    else:  # dz is linear in dtau: parts are steps as well
-        for step in range(0, parts * steps):
-            c = step % steps * BK + tl.arange(0, BK)
-            d = tau_grads(dtau, tau_grad, n, c, N, C, step // steps, ONE_TAU)
-            a = rows(pooled, n, N, c, C)
-            part, _ = logit_grads(d, a, rows(alphas, n, N, c, C), total, average, channels, AVERAGE, ONE)
-            delta = product(part, rows(w2, c, C, h, H), delta, PRECISION)
-    v, xhat, _ = normalise(rows(state, n, N, h, H), h, live, mean, var, gamma, beta, EPS)
+    if not ONE or direct is not None:
+        for c0 in range(0, C, BK):
+            c = c0 + tl.arange(0, BK)
+            d = tau_grads(dtau, tau_grad, n, c, N, C, parts, ONE_TAU, SPLIT)
+            value = alphas_at(alphas, n, c, N, C, ONE)
+            logits, past = logit_grads(d, rows(pooled, n, N, c, C), value, total, average, channels, AVERAGE, ONE)
+            here = tl.where(c0 // BK % blocks == block, N, 0)  # the programs of a tile share its channels
+            if not ONE:
+                delta = product(logits, rows(w2, c, C, h, H), delta, PRECISION)
+                store_rows(dz, logits, n, here, c, C)
+            if direct is not None:
+                store_rows(direct, tl.broadcast_to(past, (BN, BK)), n, here, c, C)
     delta = tl.where(v > 0, delta, 0.0)
     store_rows(dv, delta, n, N, h, H)
     if BATCH_STATS:
         tl.store(sums + tile * 2 * H + h, tl.sum(delta, 0), live)
         tl.store(sums + (tile * 2 + 1) * H + h, tl.sum(delta * xhat, 0), live)
-
-    if not ONE or direct is not None:
-        for c0 in range(block * BK, C, blocks * BK):  # the programs of a tile share its channels
-            c = c0 + tl.arange(0, BK)
-            d = tau_grads(dtau, tau_grad, n, c, N, C, 0, ONE_TAU)
-            for part in range(1, parts):
-                d += tau_grads(dtau, tau_grad, n, c, N, C, part, ONE_TAU)
-            a = rows(pooled, n, N, c, C)
-            value = alphas_at(alphas, n, c, N, C, ONE)
-            logits, past = logit_grads(d, a, value, total, average, channels, AVERAGE, ONE)
-            if not ONE:
-                store_rows(dz, logits, n, N, c, C)
-            if direct is not None:
-                store_rows(direct, tl.broadcast_to(past, (BN, BK)), n, N, c, C)
 
 
 @triton.jit
@@ -214,17 +206,17 @@ def weight_grad_tile(
     of_second, block, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, sums, dw, along_h, along_c,
     db1, db2, dgamma, dbeta, N, C, H, outputs, groups, start, stop,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr,
-    BC: tl.constexpr, BH: tl.constexpr, WALK: tl.constexpr, PRECISION: tl.constexpr,
+    BW: tl.constexpr, WALK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BH units of BC columns of dw1 = du' A or, of_second, of dw2' = relu(v)' dz, from samples start to stop.
+    """BW units of BW columns of dw1 = du' A or, of_second, of dw2' = relu(v)' dz, from samples start to stop.
 
     Element (h, c) of the gradient lies at dw + h * along_h + c * along_c. What the other gradient needs is not loaded,
     its mask ends at sample 0. The first of a row of tiles also makes the vectors. Their sums over samples are taken at
     the end: in the loop they are one addition an element.
     """
     ACC: tl.constexpr = dv.dtype.element_ty
-    h = block // blocks * BH + tl.arange(0, BH)
-    c = block % blocks * BC + tl.arange(0, BC)
+    h = block // blocks * BW + tl.arange(0, BW)
+    c = block % blocks * BW + tl.arange(0, BW)
     live = h < H
     vectors = live & (block % blocks == 0)
     if mean is not None:
@@ -232,11 +224,11 @@ def weight_grad_tile(
         average, average_xhat = scale, scale
         if BATCH_STATS:
             average, average_xhat = batch_averages(sums, h, live, N, H, groups, MERGE, GROUPS)
-    total = tl.zeros((BH, BC), ACC)
-    sum_left = tl.zeros((WALK, BH), ACC)
-    sum_dv = tl.zeros((WALK, BH), ACC)
-    sum_dv_xhat = tl.zeros((WALK, BH), ACC)
-    sum_right = tl.zeros((WALK, BC), ACC)
+    total = tl.zeros((BW, BW), ACC)
+    sum_left = tl.zeros((WALK, BW), ACC)
+    sum_dv = tl.zeros((WALK, BW), ACC)
+    sum_dv_xhat = tl.zeros((WALK, BW), ACC)
+    sum_right = tl.zeros((WALK, BW), ACC)
     end_of_first = tl.where(of_second, 0, stop)
     end_of_second = tl.where(of_second, stop, 0)
     for n0 in range(start, stop, WALK):
@@ -274,7 +266,7 @@ def linear_grad_kernel(
     pooled, state, mean, var, gamma, beta, w1, dz, dv, sums, direct, dA, grads,
     N, CA, HA, tiles, groups, first, second, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, ALIGN: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, WALK: tl.constexpr, GROUPS: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, WALK: tl.constexpr, GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters and, where wanted, dA (N, C).
@@ -293,9 +285,9 @@ def linear_grad_kernel(
     if pid < second:
         of_second = pid >= first
         columns = tl.where(of_second, outputs, C)
-        blocks = tl.cdiv(columns, BC)
+        blocks = tl.cdiv(columns, BW)
         block = pid - tl.where(of_second, first, 0)
-        kind = tl.cdiv(H, BH) * blocks
+        kind = tl.cdiv(H, BW) * blocks
         part = block // kind
         start = part * share
         dw1 = grads + part.to(tl.int64) * total
@@ -307,13 +299,25 @@ def linear_grad_kernel(
             of_second, block % kind, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, sums,
             tl.where(of_second, dw2, dw1), tl.where(of_second, 1, C), tl.where(of_second, H, 1),
             db1, db2, dgamma, dgamma + _up_to_4(H), N, C, H, outputs, groups, start, tl.minimum(start + share, N),
-            BATCH_STATS, EPS, MERGE, GROUPS, BC, BH, WALK, PRECISION,
+            BATCH_STATS, EPS, MERGE, GROUPS, BW, WALK, PRECISION,
         )  # fmt: skip
     elif dA is not None:
         pooled_grad_tile(
             pid - second, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
             BATCH_STATS, EPS, MERGE, GROUPS, BN, BC, BK, PRECISION,
         )  # fmt: skip
+
+
+@kernel(pointers=2, aligned=("shares_of", "added"))
+def add_shares_kernel(shares_of, added, shares, total, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """(shares, total) -> (total,): the gradients of all shares of the batch added up, always in the same order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.zeros((BLOCK,), added.dtype.element_ty)
+    for first in range(0, shares, AT_ONCE):
+        share = first + tl.arange(0, AT_ONCE)
+        live = (share < shares)[:, None] & (at < total)[None, :]
+        found += tl.sum(tl.load(shares_of + share[:, None].to(tl.int64) * total + at[None, :], live, 0.0), 0)
+    tl.store(added + at, found, at < total)
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
@@ -324,6 +328,11 @@ def hidden_grad_cost(step: Step, parts: int, tiles: int, direct: bool) -> Cost:
     read = parts * s.pooled + s.pooled + s.hidden + s.alpha + s.norm + s.w2
     written = s.alpha + s.hidden + tiles * s.statistics + direct * s.pooled
     return Cost(read, written, ("hidden_grad_kernel",))
+
+
+def add_shares_cost(size: int, shares: int) -> Cost:
+    """size: bytes of a share's gradients."""
+    return Cost(shares * size, size, ("add_shares_kernel",), workspace=shares * size)
 
 
 def linear_grad_cost(step: Step, groups: int, grads: int, dA: bool, direct: bool) -> Cost:

@@ -23,10 +23,12 @@ THREAD = 64
 # Elements of a tile at least, so many of float32 and twice as many of 16 bits: a warp's. A warp with a row of its own
 # adds it up without shared memory.
 TILE = 512
-# In tiles: the longest row that is one, straight-line code; the longest part of a longer row, walked in a loop.
-WHOLE, PART = 8, 4
-# In tiles: what channels_last takes, so that a thread has several rows for what its columns need.
-SHARED = 4
+# In tiles: the longest row that is one, straight-line code; the longest part of a longer row, walked in a loop. On rows
+# of 4800, 8 and 4 took 1.05 times as long.
+WHOLE, PART = 16, 8
+# In tiles: what channels_last takes, so that a thread has several rows for what its columns need; and bytes of it that a
+# thread holds. With 64, half the warps of a multiprocessor are too few for sums: 1.4 times as long in bfloat16.
+SHARED, SHARED_THREAD = 4, 32
 # Where rows are not aligned, or elements not adjacent, every element has an address of its own: so many elements a
 # thread, because with 16 rows of 49 took 96 to 153 registers, and so many tiles.
 RAGGED_THREAD, RAGGED = 8, 2
@@ -115,7 +117,7 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     per_piece = cdiv(steps, splits)
     splits = cdiv(steps, per_piece)
     tile = rows * columns
-    held = RAGGED_THREAD if ragged else THREAD // itemsize
+    held = RAGGED_THREAD if ragged else (SHARED_THREAD if walk.channels_last else THREAD) // itemsize
     warps = min(max(tile // (32 * held), 1), MOST_WARPS)
     why = "four 16-byte accesses a thread"
     if ragged:
@@ -146,12 +148,11 @@ WALKED = 8192
 # It is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
 L2_BYTES = 36 << 20
 # Where there are more samples than multiprocessors and nothing is kept, a sample of more bytes than this is walked even
-# if it fits: whole ones leave an SM to one program of 16 warps, which loads, waits for its gate and stores. Tiles of
-# CROWDED_TILE elements at 8 warps fit CROWDED_REGISTERS, so that four samples share an SM, and the L2 holds them all.
-# With planes, forward or backward, 8 to 56 bytes a thread spill there.
+# if it fits: whole ones leave an SM to one program of 16 warps, which loads, waits for its gate and stores. At 8 warps
+# of CROWDED_REGISTERS, two samples share an SM: (512, 64, 256) in eval takes 0.87 of the time in float32 and 0.9 in
+# bfloat16. Four samples of half as large tiles in 64 registers were slower than either.
 CROWDED_BYTES = 16 << 10
-CROWDED_REGISTERS = 64
-CROWDED_TILE = 4096
+CROWDED_REGISTERS = 128
 # Channels of a sample that one program takes through the gate.
 ONE_PASS_CHANNELS = 128
 # Products of a sample, a unit and a channel that a thread of it holds.
@@ -161,40 +162,50 @@ PRODUCTS = 32
 # estimated to be faster.
 MOST_CHANNELS = 512
 MOST_PRODUCTS = 1 << 28
-# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, and of a
-# weight's gradient the square of it, by products of GATE_DEPTH; a product takes at least 16. Small tiles, as there are
-# few: 64 for the first layer of (512, 64). Beyond WIDE units or channels a program's products are long, and what counts
-# is how many programs share them: a training step of (128, 512, 128) is predicted to take 125 us so, and 162 inside
-# using(WIDE_SAMPLES=32, WIDE_STAGES=3, WEIGHT_REGISTERS=255) (benchmarks/model.py). With products of 64 that spills.
+# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, by products of
+# GATE_DEPTH; a product takes at least 16. Small tiles, as there are few: 64 for the first layer of (512, 64). Beyond
+# WIDE units or channels products are long, and what counts is how many programs share them.
 WIDE = 64
 GATE_SAMPLES = 32
 WIDE_SAMPLES = 16
 GATE_TILE = 16
 WIDE_TILE = 32
-GATE_DEPTH = 32
-# Steps of a product whose loads are under way together. A narrow gate has one or two; more stages are a third of its
-# kernels' time to compile.
+# Up to WIDE channels and units one step: with two, a training step of (16, 64, 4800) took 50 us and not 45.
+# Where rows are not aligned, addresses of 64 spill 120 bytes, and in float64 696.
+GATE_DEPTH = 64
+ODD_DEPTH = 32
+WIDE_DEPTH = 32
+# Steps of a product whose loads are under way together. A narrow gate has one.
 GATE_STAGES = 1
-WIDE_STAGES = 2
+WIDE_STAGES = 3
+# How float32 is multiplied, in Triton's words. A weight is read along the products, and as "ieee" wants it in shared
+# memory eight lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3". The way back reads it
+# across, where "tf32x3" only pays for many steps.
+FORWARD_PRECISION = "tf32x3"
 GATE_PRECISION = "ieee"
-WIDE_PRECISION = "ieee"
-# 8 warps, because a program waits most of the time. The gradients of weights are many programs, of which two share a
-# multiprocessor in WEIGHT_REGISTERS; float64 and the other launches spill there (8 to 72 bytes).
-GATE_WARPS = 8
-WIDE_WARPS = 8
+WIDE_PRECISION = "tf32x3"
+# 8 warps take 1.0 to 1.6 times as long.
+GATE_WARPS = 4
 GATE_REGISTERS = 255
-WEIGHT_REGISTERS = 128
-# The gradient of a weight is a sum over the batch: a program walks it by GATE_STEP samples (64 spilled 16 bytes with
-# wide tiles). Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each
-# multiprocessor; torch adds the shares.
+# The gradient of a weight is made in tiles of GATE_TILE or WIDE_TILE, but of WEIGHT_TILE where these are WEIGHT_TILES
+# or more: 34 and 23 us for (128, 512), 7 and 13 for (64, 128), where few programs would have all of the work.
+WEIGHT_TILE = 64
+WEIGHT_TILES = 64
+WEIGHT_REGISTERS = 255
+# It is a sum over the batch: a program walks it by GATE_STEP samples, or WIDE_STEP, because 32 spill 16 to 48 bytes. Above GATE_WALK samples it is shared out, while
+# there are fewer programs than GATE_PROGRAMS for each multiprocessor, and the shares are added up, ADDED elements of
+# ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4 steps 6 and adding up 2 to 4.
 GATE_STEP = 32
-GATE_WALK = 512
+WIDE_STEP = 16
+GATE_WALK = 128
 GATE_PROGRAMS = 2
-# Programs merge the statistics of the batch's tiles themselves, GATE_MERGED (tiles x units) at a time, where they do it
-# for at most GATE_MERGES steps of units and MOST_GROUPS tiles. Else one launch does it, MERGED at a time, by programs
-# of MERGED_UNITS units.
+ADDED = 64
+ADDED_SHARES = 32
+# Programs merge the statistics of the batch's tiles themselves, GATE_MERGED (tiles x units) at a time, where there are
+# at most MERGED_BY_ALL units and MOST_GROUPS tiles. Else one launch does it, MERGED at a time, by programs of
+# MERGED_UNITS units.
 GATE_MERGED = 1024
-GATE_MERGES = 2
+MERGED_BY_ALL = 128
 MOST_GROUPS = 128
 MERGED = 4096
 MERGED_UNITS = 8
@@ -226,9 +237,10 @@ class GatePlan:
     channels: int  # BC, outputs too
     units: int  # BH
     depth: int  # BK, of a product
+    weights: int  # BW: tiles of a weight's gradient are square
+    step: int  # WALK, samples of a step of it
     stages: int  # of a product's loop
-    warps: int
-    precision: str  # of float32's products, in Triton's words
+    precision: str  # of the way back's products
     align: int  # elements that divide C and H, as rows are aligned
     tiles: int  # of samples
     groups: int  # statistics that come to the launches that need them; 1 where a launch has merged them before
@@ -255,7 +267,7 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     if loop:
         if 2 * sms * sample_bytes > L2_BYTES:
             return f"a sample of {sample_bytes} bytes fits no registers and, two for each multiprocessor, not the L2"
-        tile = CROWDED_TILE if crowded else WALKED // ragged
+        tile = WALKED // ragged
         if walk.channels_last:
             rows = max(tile // columns, 8)
         else:
@@ -276,24 +288,28 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
 
-def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan:
-    """The plan of the gate's own launches. Only counts depend on n."""
-
-    widest = max(channels, hidden)
-    samples, tile, stages, warps, precision = GATE_SAMPLES, GATE_TILE, GATE_STAGES, GATE_WARPS, GATE_PRECISION
-    if widest > WIDE:
-        samples, tile, stages, warps, precision = WIDE_SAMPLES, WIDE_TILE, WIDE_STAGES, WIDE_WARPS, WIDE_PRECISION
-    depth = min(max(power_of_two(widest), 16), GATE_DEPTH)
+def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: int = 4) -> GatePlan:
+    """The plan of the gate's own launches, on numbers of `itemsize` bytes. Only counts depend on n."""
+    wide = max(channels, hidden) > WIDE
+    samples, tile = (WIDE_SAMPLES, WIDE_TILE) if wide else (GATE_SAMPLES, GATE_TILE)
+    align = 4 if channels % 4 == hidden % 4 == 0 else 1
+    deepest = WIDE_DEPTH if wide else GATE_DEPTH if align * itemsize == 16 else ODD_DEPTH
+    depth = min(max(power_of_two(max(channels, hidden)), 16), deepest)
     tiles = cdiv(n, samples)
-    merge = hidden <= GATE_MERGES * depth
+    merge = hidden <= MERGED_BY_ALL
     apart = not merge or tiles > MOST_GROUPS
-    weights = cdiv(hidden, tile) * (cdiv(channels, tile) + cdiv(outputs, tile))
-    shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights), 1)
-    share = cdiv(cdiv(n, shares), GATE_STEP) * GATE_STEP
+
+    def weights_of(size: int) -> int:
+        return cdiv(hidden, size) * (cdiv(channels, size) + cdiv(outputs, size))
+
+    weights = WEIGHT_TILE if weights_of(WEIGHT_TILE) >= WEIGHT_TILES else tile
+    shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights_of(weights)), 1)
+    step = WIDE_STEP if wide else GATE_STEP
+    share = cdiv(cdiv(n, shares), step) * step
     return GatePlan(
-        samples=samples, channels=tile, units=tile, depth=depth, stages=stages, warps=warps,
-        precision=precision,
-        align=4 if channels % 4 == hidden % 4 == 0 else 1, tiles=tiles, groups=1 if apart else tiles,
+        samples=samples, channels=tile, units=tile, depth=depth, weights=weights, step=step,
+        stages=WIDE_STAGES if wide else GATE_STAGES, precision=WIDE_PRECISION if wide else GATE_PRECISION,
+        align=align, tiles=tiles, groups=1 if apart else tiles,
         group=n if apart else samples, merge=merge, at_a_time=GATE_MERGED // depth,
         shares=cdiv(n, share), share=share,
     )  # fmt: skip

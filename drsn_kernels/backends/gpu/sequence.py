@@ -7,7 +7,7 @@
 One pass is for gates without batch statistics. In brackets is the gate, which knows nothing of x: forward it takes A
 and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. With batch statistics of
 many units or samples a launch that merges them, each way, stands between its two. A large batch is shared out in
-linear_grad, whose partial sums torch then adds: deterministic, one more short launch.
+linear_grad, whose partial sums one more short launch adds up.
 Between launches nothing comes back to the host.
 """
 
@@ -61,20 +61,21 @@ def _gate_values(step: Step) -> dict[str, Any]:
 
 def _gate_plan(step: Step) -> GatePlan:
     layout, (hidden, outputs, *_) = step.layout, step.gate
-    return plans.gate(layout.n, layout.c, hidden, outputs, multiprocessors(step.device))
+    return plans.gate(layout.n, layout.c, hidden, outputs, multiprocessors(step.device), step.sums.itemsize)
 
 
 def _of_gate(
-    fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, registers: int | None = None, **values: int
-) -> Prepared:
+    fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, precision: str, registers: int | None = None,
+    **values: int,
+) -> Prepared:  # fmt: skip
     values |= _gate_values(step) | {
         "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
         "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
-        "PRECISION": "ieee" if step.sums == torch.float64 else plan.precision,
+        "PRECISION": "ieee" if step.sums == torch.float64 else precision,
     }  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plan.warps, stages=plan.stages,
+        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, stages=plan.stages,
         registers=registers or plans.GATE_REGISTERS,
     )  # fmt: skip
 
@@ -169,12 +170,12 @@ def _prepare_gate(step: Step, parts: int) -> Gate:
     plan = _gate_plan(step)
     hidden = _of_gate(
         gate.hidden_kernel, step, plan, plan.tiles * cdiv(step.gate.hidden, plan.units),
-        gate.hidden_cost(step, parts, plan.tiles), parts=parts,
+        gate.hidden_cost(step, parts, plan.tiles), plans.FORWARD_PRECISION, parts=parts, SPLIT=parts > 1,
     )  # fmt: skip
     merge = _merge(step, plan, statistics=True)
     alpha = _of_gate(
         gate.alpha_kernel, step, plan, plan.tiles * cdiv(step.gate.outputs, plan.channels),
-        gate.alpha_cost(step, plan.groups),
+        gate.alpha_cost(step, plan.groups), plans.FORWARD_PRECISION,
     )  # fmt: skip
     total = hidden.cost + alpha.cost if merge is None else hidden.cost + merge.cost + alpha.cost
     return Gate(hidden, merge, alpha, total + Cost(workspace=plan.tiles * Sizes.of(step).statistics))
@@ -212,13 +213,14 @@ class GateGrad(NamedTuple):
     hidden: Prepared | None  # None where one pass has made dz and dv
     merge: Prepared | None
     linear: Prepared
+    add: Prepared | None  # the shares of a large batch
     dA: bool
     sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
     cost: Cost
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        return tuple(launch for launch in (self.hidden, self.merge, self.linear) if launch is not None)
+        return tuple(launch for launch in (self.hidden, self.merge, self.linear, self.add) if launch is not None)
 
     def __call__(self, new: Callable, step: Step, dtau, tau_grad, dz, dv, kept: Kept, parts: StandardGate):
         """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor.
@@ -240,7 +242,10 @@ class GateGrad(NamedTuple):
             pooled=kept.pooled, state=kept.state, mean=kept.mean, var=kept.var, gamma=parts.gamma, beta=parts.beta,
             w1=parts.w1, dz=dz, dv=dv, sums=_merged(self.merge, sums), direct=direct, dA=dA, grads=grads,
         )  # fmt: skip
-        grads = grads[0] if plan.shares == 1 else grads.sum(0)
+        if self.add is not None:
+            shares, grads = grads, new((1, sum(self.sizes)))
+            self.add(shares_of=shares, added=grads)
+        grads = grads[0]
         # a section may be up to 3 elements longer than its parameter
         starts = (0, *itertools.accumulate(self.sizes[:-1]))
         shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
@@ -298,22 +303,29 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     if parts is not None:
         hidden = _of_gate(
             gate_grad.hidden_grad_kernel, step, plan, plan.tiles * cdiv(h, plan.units),
-            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), parts=parts,
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plan.precision, parts=parts, SPLIT=parts > 1,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         total += hidden.cost + Cost(workspace=direct * s.pooled + plan.tiles * s.statistics)
         total += Cost() if merge is None else merge.cost
-    first = plan.shares * cdiv(h, plan.units) * cdiv(c, plan.channels)
-    second = first + plan.shares * cdiv(h, plan.units) * cdiv(o, plan.channels)
+    first = plan.shares * cdiv(h, plan.weights) * cdiv(c, plan.weights)
+    second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
     programs = second + dA * plan.tiles * cdiv(c, plan.channels)
     linear = _of_gate(
         gate_grad.linear_grad_kernel, step, plan, programs,
-        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct),
-        None if step.sums == torch.float64 else plans.WEIGHT_REGISTERS,
-        first=first, second=second, share=plan.share, total=sum(sizes), WALK=plans.GATE_STEP,
+        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), plan.precision,
+        plans.WEIGHT_REGISTERS,
+        first=first, second=second, share=plan.share, total=sum(sizes), WALK=plan.step, BW=plan.weights,
     )  # fmt: skip
-    total += linear.cost + cost.added_up(row, plan.shares) + Cost(workspace=dA * s.pooled)
-    return GateGrad(hidden, merge, linear, dA, sizes, total)
+    total, add = total + linear.cost + Cost(workspace=dA * s.pooled), None
+    if plan.shares > 1:
+        add = Prepared(
+            gate_grad.add_shares_kernel, step.device, cdiv(sum(sizes), plans.ADDED), {
+                "shares": plan.shares, "total": sum(sizes), "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES,
+            }, plan, gate_grad.add_shares_cost(row, plan.shares), warps=plans.GATE_WARPS,
+        )  # fmt: skip
+        total += add.cost
+    return GateGrad(hidden, merge, linear, add, dA, sizes, total)
 
 
 def backward(
