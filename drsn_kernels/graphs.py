@@ -40,7 +40,6 @@ def graphed(step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
             loss.backward()
             optimizer.step()
             return loss
-
         step = dk.graphed(step, optimizer)
         for x, y in batches:
             loss = step(x, y)
@@ -71,7 +70,7 @@ class GraphedStep:
 
     def __init__(self, step: Callable, optimizer: torch.optim.Optimizer) -> None:
         self.device = device_of(optimizer)
-        _check(optimizer, self.device)
+        _check(optimizer)
         self.step, self.optimizer = step, optimizer
         self.capture: Capture | None = None
         self.captured: tuple | None = None  # its key
@@ -193,7 +192,7 @@ def _each(function: Callable, results: object) -> object:
     raise TypeError(f"a graphed step must return a tensor, a tuple of tensors or None, got {type(results).__name__}")
 
 
-def _check(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+def _check(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
@@ -221,14 +220,16 @@ def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> "torch.cuda.Stream":
-    return torch.cuda.Stream(device)
+def _streams(device: torch.device) -> tuple["torch.cuda.Stream", "torch.cuda.Stream"]:
+    """For the calls before a capture, and for captures: cuBLAS keeps memory for every stream that it was used on, and
+    what a graph uses of it has to come from the graph's own pool."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
     """Not on the default stream, as torch asks of the calls before a capture; in order with the caller's stream."""
-    current, stream = torch.cuda.current_stream(device), _side_stream(device)
+    current, (stream, _) = torch.cuda.current_stream(device), _streams(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
@@ -237,7 +238,7 @@ def aside(device: torch.device) -> Iterator[None]:
 
 def capture(run: Callable[[], object], device: torch.device) -> tuple["torch.cuda.CUDAGraph", object]:
     """The graph of run(), which is not replayed yet, and what run() returned."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    graph, (_, stream) = torch.cuda.CUDAGraph(), _streams(device)
     # thread_local: a thread that pins a DataLoader's batches may call CUDA meanwhile.
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         results = run()

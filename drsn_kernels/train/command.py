@@ -221,8 +221,8 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
         processes = "" if ranks.world == 1 else f", {ranks.world} processes"
         replayed = ", its steps as a CUDA graph" if graph else ""
         print(
-            f"{data.description}\n{settings['model']} with {parameters:,} parameters on {ranks.device}{processes}{replayed}; "
-            f"noise: {settings['noise']}{snr}",
+            f"{data.description}\n{settings['model']} with {parameters:,} parameters on {ranks.device}"
+            f"{processes}{replayed}; noise: {settings['noise']}{snr}",
             flush=True,
         )
         if not new and len(run.history) < recipe.epochs:
