@@ -50,6 +50,7 @@ SECTIONS = {
         "data.load_digits",
     ],
     "Training": [
+        "graphed",
         "train.Recipe",
         "train.RandomNoise",
         "train.train_epoch",

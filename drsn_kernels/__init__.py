@@ -10,6 +10,7 @@ from ._version import __version__
 from .backends import use_backend
 from .convert import convert, revert
 from .explain import explain
+from .graphs import graphed
 from .modules import Shrinkage, SoftThreshold, SqueezeExcite, record_tau
 from .ops import abs_mean, shrink, soft_threshold, squeeze_excite
 
@@ -21,6 +22,7 @@ __all__ = [
     "abs_mean",
     "convert",
     "explain",
+    "graphed",
     "models",
     "noise",
     "record_tau",

@@ -328,6 +328,7 @@ def test_command_refuses_to_resume_something_else(tmp_path, speech, capsys):
         (["--save-minutes", "-1"], "--save-minutes must be at least 0, got -1.0"),
         (["--device", "gpu"], "--device must be cpu, cuda or cuda:INDEX, got 'gpu'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:INDEX, got 'meta'"),
+        (["--device", "cpu", "--graph"], "--graph needs a CUDA device, got --device cpu"),
     ],
 )
 def test_command_errors_are_one_sentence(tmp_path, capsys, options, message):

@@ -27,15 +27,17 @@ def tones(dtype: torch.dtype) -> Dataset:
 
 def new_run(
     out: Path, *, batch: int = 8, lr: float = 0.1, dropout: float = 0.2, ranks: Ranks | None = None,
-    dtype: torch.dtype = torch.float32, save_seconds: float = 1e9,
+    dtype: torch.dtype = torch.float32, save_seconds: float = 1e9, graph: bool = False,
 ) -> Run:  # fmt: skip
     """Three epochs, of five steps with batch 8; or what a checkpoint in `out` has left of them."""
     torch.manual_seed(3)
     net = nn.Sequential(DRSN(1, 8, stages=((4, 1, 2),)), nn.Dropout(dropout), nn.Linear(8, 2)).to(dtype)
+    ranks = ranks or Ranks(0, 1, CPU)
+    net.to(ranks.device)
     data = tones(dtype)
     return Run(
         net, data, Recipe(3, batch, lr), noise=RandomNoise("pink"), test_x=data.test_x, seed=5, out=out,
-        ranks=ranks or Ranks(0, 1, CPU), save_seconds=save_seconds,
+        ranks=ranks, save_seconds=save_seconds, graph=graph,
     )  # fmt: skip
 
 

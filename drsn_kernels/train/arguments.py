@@ -69,5 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", default=False,
                         help="continue the run in --out exactly, with its options")  # fmt: skip
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=None,
+                        help="a step as one CUDA graph; default: on a GPU and in one process")  # fmt: skip
     parser.add_argument("--save-minutes", type=float, default=5.0, metavar="MINUTES",
                         help="between checkpoints inside an epoch; default 5")  # fmt: skip

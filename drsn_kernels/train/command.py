@@ -78,6 +78,16 @@ def _check(settings: dict) -> None:
         require(module, "train")
 
 
+def _graph(asked: bool | None, ranks: Ranks) -> bool:
+    """Whether steps are replayed as a CUDA graph: where they can be, unless --graph or --no-graph says."""
+    cuda = ranks.device.type == "cuda"
+    if asked and not cuda:
+        raise ValueError(f"--graph needs a CUDA device, got --device {ranks.device}")
+    if asked and ranks.world > 1:
+        raise ValueError(f"--graph takes one process, got {ranks.world}: leave it out under torchrun")
+    return cuda and ranks.world == 1 if asked is None else asked
+
+
 def _load(settings: dict) -> Dataset:
     task, folder = settings["task"], settings["data"]
     if task == "speech":
@@ -170,6 +180,7 @@ def _finish(run: Run, settings: dict, out: Path, parameters: int) -> dict:
 def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     settings, config = _settings(options)
     _check(settings)
+    graph = _graph(options.graph, ranks)
     recipe = Recipe(settings["epochs"], settings["batch"], settings["lr"])
     noise = None if settings["noise"] == "none" else RandomNoise(settings["noise"], tuple(settings["snr"]))
     if not options.save_minutes >= 0:
@@ -202,15 +213,16 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     _begin(options.out, config if new else None, ranks)
     run = Run(
         net, data, recipe, noise=noise, test_x=test_x, seed=settings["seed"], out=options.out, ranks=ranks,
-        save_seconds=60 * options.save_minutes,
+        save_seconds=60 * options.save_minutes, graph=graph,
     )  # fmt: skip
     if ranks.first:
         low, high = settings["snr"]
         snr = "" if noise is None else f" at {low:g} dB" if low == high else f" at {low:g} to {high:g} dB"
         processes = "" if ranks.world == 1 else f", {ranks.world} processes"
+        replayed = ", its steps as a CUDA graph" if graph else ""
         print(
-            f"{data.description}\n{settings['model']} with {parameters:,} parameters on {ranks.device}{processes}; "
-            f"noise: {settings['noise']}{snr}",
+            f"{data.description}\n{settings['model']} with {parameters:,} parameters on {ranks.device}"
+            f"{processes}{replayed}; noise: {settings['noise']}{snr}",
             flush=True,
         )
         if not new and len(run.history) < recipe.epochs:

@@ -8,7 +8,7 @@ the next batch.
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data import Dataset
+from ..graphs import graphed
 from . import files
 from .progress import Progress
 from .ranks import Ranks
@@ -62,6 +63,7 @@ class Run:
         seed: of the order and the noise.
         out: folder of checkpoint.pt and log.csv; read if there is a checkpoint.
         save_seconds: between checkpoints inside an epoch.
+        graph: replay the steps as a CUDA graph (see :func:`drsn_kernels.graphed`): on a GPU, one process.
     """
 
     def __init__(
@@ -76,15 +78,18 @@ class Run:
         out: Path,
         ranks: Ranks,
         save_seconds: float,
+        graph: bool = False,
     ) -> None:
         self.network, self.data, self.recipe, self.noise = network, data, recipe, noise
-        self.test_x, self.out, self.ranks, self.save_seconds = test_x, out, ranks, save_seconds
+        self.test_x, self.out, self.ranks, self.save_seconds, self.graph = test_x, out, ranks, save_seconds, graph
         self.model = nn.Sequential(data.transform.to(ranks.device), network)
         self.optimizer = recipe.optimizer(self.model)
         self.schedule = recipe.schedule(self.optimizer)
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # for a network that draws, by dropout say
         self.history: list[dict] = []
+        # This rank's part of the sums over the epoch: the steps' mean losses, the right answers.
+        self.sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
         self._begin_epoch()
         if (out / CHECKPOINT).exists():
             self._load(out / CHECKPOINT)
@@ -92,8 +97,7 @@ class Run:
     def _begin_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
         self.step, self.seconds = 0, 0.0
-        # This rank's part of the sums over the epoch: the steps' mean losses, the right answers.
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        self.sums.zero_()
 
     def _save(self) -> None:
         """Called by all ranks at the same step, because the sums are spread over them; the first one writes."""
@@ -142,13 +146,20 @@ class Run:
             ValueError: loss or weights are not finite any more; no checkpoint is written from then on.
         """
         parallel = self.ranks.parallel(self.model)
+
+        def step(x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
+            loss, right = train_step(parallel, self.optimizer, x, y, weight)
+            self.sums += torch.stack([loss.double() / self.ranks.world, right.double()])
+
+        step = graphed(step, self.optimizer) if self.graph else step
         with caught_signals() as signals:
             while len(self.history) < self.recipe.epochs:
-                stop = self._epoch(parallel, signals)
+                parallel.train()
+                stop = self._epoch(step, signals)
                 if stop:
                     raise Stopped(stop)
 
-    def _epoch(self, parallel: nn.Module, signals: list[int]) -> int:
+    def _epoch(self, step: Callable, signals: list[int]) -> int:
         """Train to the end of the epoch, or to the step after a signal; returns its number, or 0."""
         saved = time.perf_counter()
         start, stop = saved - self.seconds, 0
@@ -157,13 +168,10 @@ class Run:
         )
         total = sum(len(y) for _, y in batches)
         seen = sum(len(y) for _, y in batches[: self.step])
-        parallel.train()
         with Progress(len(self.history) + 1, self.recipe.epochs, total, seen, silent=not self.ranks.first) as progress:
             for x, y in batches[self.step :]:
                 x, target = self.ranks.share(x), self.ranks.share(y)
-                weight = len(target) * self.ranks.world / len(y)
-                loss, right = train_step(parallel, self.optimizer, x, target, weight)
-                self.sums += torch.stack([loss.double() / self.ranks.world, right.double()])
+                step(x, target, len(target) * self.ranks.world / len(y))
                 self.step += 1
                 seen += len(y)
                 progress.step(len(y), lambda seen=seen: self._means(self.sums * self.ranks.world, seen))
