@@ -6,7 +6,7 @@ import torch
 
 from ...gates import StandardGate
 from .. import cost
-from ..step import Backend, Cost, Plan, Step, Strides
+from ..step import Backend, Cost, Kept, Plan, Step, Strides
 from . import describe, plans, unsupported
 
 
@@ -53,12 +53,15 @@ class Gpu(Backend):
             return f"{n} samples x {c} channels x {hidden} hidden units are more than {plans.MOST_PRODUCTS} products"
         return None
 
-    def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:
-        self._sequence.forward(self, y, tau, kept, step, x, parts, residual)
+    def gated_forward(self, step, x, parts, *, residual=None, out=None):
+        return self._sequence.forward(self, step, x, parts, residual, out)
 
-    def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want) -> tuple:
+    def gated_backward(self, step, parts, kept, g, tau_grad, want):
         """All of the gradients, whichever are wanted: they are made by one launch."""
-        return self._sequence.backward(dx, step, parts, kept, g, tau_grad)
+        return self._sequence.backward(self, step, parts, kept, g, tau_grad, want[0])
+
+    def unpacked(self, step: Step, kept: Kept) -> Kept:
+        return self._sequence.unpacked(step, kept)
 
     # ---- costs and plans
 
