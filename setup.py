@@ -7,7 +7,7 @@ extensions are not asked for, cannot be built or fail, the package installs as p
     DRSN_NATIVE=auto     build the C++ kernels if a compiler is found (default)
     DRSN_NATIVE=0        pure Python
     DRSN_NATIVE=1        a failing build is an error (wheels, CI)
-    DRSN_ONE_PASS_CU=1   compile the CUDA kernels of csrc/cuda, which nothing launches yet, into
+    DRSN_ONE_PASS_CU=1   compile the CUDA kernels of csrc/cuda, off by default (plans.ONE_PASS_CU), into
                          drsn_kernels/one_pass.fatbin if there is an nvcc for them, some 10 seconds (default: 0)
 """
 

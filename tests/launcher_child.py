@@ -1,13 +1,25 @@
 """What test_launcher.py asks of the launcher, in a process in which Triton compiles: prints JSON, by scenario."""
 
+import importlib.util
 import json
+import os
+import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import stub_driver
 import torch
 
+# The instrumented launcher in the place of the installed one (test_launcher.py).
+if instrumented := os.environ.get("DRSN_TEST_LAUNCHER"):
+    spec = importlib.util.spec_from_file_location("drsn_kernels._launch", instrumented)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
 import drsn_kernels as dk
-from drsn_kernels.backends.gpu import launch, native, sequence, stream
+from drsn_kernels import _launch
+from drsn_kernels.backends.gpu import launch, native, one_pass_cu, plans, stream
 from drsn_kernels.layout import layout_of
 
 SHAPE = (8, 16, 128)
@@ -96,8 +108,6 @@ def same_to_the_driver(stub) -> dict:
 def counted(stub) -> dict:
     """Of a training step of Shrinkage once it is known: calls of Python functions of ours and of Triton's, of the
     extension, launches, and allocations besides y and dx."""
-    import sys
-
     module, x = dk.Shrinkage(16), torch.randn(SHAPE, requires_grad=True)
     parameters = list(module.parameters())
     g = torch.randn(SHAPE)
@@ -118,10 +128,11 @@ def counted(stub) -> dict:
             counts["allocations"] += getattr(argument, "__name__", "").startswith(("empty", "new_empty"))
 
     before = stub.library.stub_launches()
-    threading.setprofile_all_threads(watch) if hasattr(threading, "setprofile_all_threads") else None
     sys.setprofile(watch)
-    step()
-    sys.setprofile(None)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
     return counts | {"launches": stub.library.stub_launches() - before}
 
 
@@ -159,9 +170,6 @@ def contexts(stub) -> dict:
     found = []
     thread = threading.Thread(target=lambda: found.append(ran._native(given)))
     thread.start(), thread.join()
-    sequence, _ = next(iter(ran._native._known.values()))
-    from drsn_kernels import _launch
-
     other = _launch.Sequence(device=3, kernels=[], aligned=[])
     thread = threading.Thread(target=lambda: found.append(other.run(0, ())))
     thread.start(), thread.join()
@@ -174,11 +182,9 @@ def streams(stub) -> list[str]:
     lines = []
     for stream_of in (0, 0x77):
         stub.driver.stream = stream_of
-        type(stub.driver).stream = stream_of
         with stub.recorded() as own:
             assert ran._native(given)
         lines += own
-    type(stub.driver).stream = 0
     stub.driver.stream = 0
     return [line[line.index("stream") : line.index("extra")].strip() for line in lines]
 
@@ -223,9 +229,7 @@ def errors(stub) -> dict:
 
 def empty(stub) -> dict:
     """A grid of no programs is not launched, and what follows it is."""
-    from drsn_kernels import _launch
-
-    kernels = [(name, 0x2000, grid, 32, 0, 0, b"", [], []) for name, grid in (("a", 0), ("b", 5))]
+    kernels = [(name, 0x10, grid, 32, 0, 0, b"", [], []) for name, grid in (("a", 0), ("b", 5))]
     with stub.recorded() as lines:
         _launch.Sequence(0, kernels, []).run(0, ())
     return {"lines": lines}
@@ -248,9 +252,9 @@ def refusals(stub) -> dict:
     ptx = kernel.asm["ptx"]
     meta = kernel.metadata
     changes = {
-        "one parameter more": {"asm": {"ptx": ptx.replace(".entry reduce_kernel(", ".entry reduce_kernel(.param .u64 p,")}},
+        "one parameter more": {"asm": {"ptx": ptx.replace("reduce_kernel(", "reduce_kernel(.param .u64 p,", 1)}},
         "another size": {"asm": {"ptx": ptx.replace(".param .u32", ".param .u64", 1)}},
-        "an array": {"asm": {"ptx": ptx.replace(".param .u32 reduce", ".param .align 4 .b32 a[4],\\n.param .u32 reduce", 1)}},
+        "an array": {"asm": {"ptx": ptx.replace(".param .u32", ".param .align 4 .b32 a[4], .param .u32", 1)}},
         "clusters": {"metadata": meta._replace(num_ctas=2)},
         "cooperative": {"metadata": meta._replace(launch_cooperative_grid=True)},
         "scratch": {"metadata": meta._replace(global_scratch_size=16)},
@@ -265,16 +269,13 @@ def refusals(stub) -> dict:
         alone.learn(tuple(named.values()), [(prepared, Other(**changed), {n: n for n in named})])
         found[name] = [native.refused.get("reduce_kernel"), alone(tuple(named.values()))]
     stub.library.stub_shared_limit(100)
-    big = next(iter(alone._known))
-    from drsn_kernels import _launch
-
     for what, kernel_of in {
-        "shared": ("k", 0x2000, 1, 32, 60000, 0, b"", [], []),
-        "threads": ("k", 0x2000, 1, 2048, 0, 0, b"", [], []),
-        "patch": ("k", 0x2000, 1, 32, 0, 0, bytes(8), [0], [(4, 0, 0)]),
-        "base": ("k", 0x2000, 1, 32, 0, 0, bytes(8), [0], [(0, 9, 0)]),
-        "none": ("k", 0x2000, 1, 32, 0, 0, bytes(8), [0], [(0, 0, 0)]),
-        "parameter": ("k", 0x2000, 1, 32, 0, 0, bytes(8), [8], []),
+        "shared": ("k", 0x10, 1, 32, 60000, 0, b"", [], []),
+        "threads": ("k", 0x10, 1, 2048, 0, 0, b"", [], []),
+        "patch": ("k", 0x10, 1, 32, 0, 0, bytes(8), [0], [(4, 0, 0)]),
+        "base": ("k", 0x10, 1, 32, 0, 0, bytes(8), [0], [(0, 9, 0)]),
+        "none": ("k", 0x10, 1, 32, 0, 0, bytes(8), [0], [(0, 0, 0)]),
+        "parameter": ("k", 0x10, 1, 32, 0, 0, bytes(8), [8], []),
     }.items():
         try:
             _launch.Sequence(0, [kernel_of], [None])
@@ -301,6 +302,38 @@ def threads(stub) -> dict:
     return {"lines": len(lines), "per thread": per_pair}
 
 
+def one_pass_cu_of(stub) -> dict:
+    """csrc/cuda/one_pass.cu's kernels in a pass, from a file that the stub takes for compiled ones."""
+    fatbin = Path(tempfile.mkdtemp()) / "one_pass.fatbin"
+    one_pass_cu.FATBIN, plans.ONE_PASS_CU = fatbin, True
+    module, x = dk.Shrinkage(16).eval(), torch.randn(SHAPE, requires_grad=True)
+    found = {}
+    try:
+        module(x)
+    except RuntimeError as error:
+        found["not compiled"] = str(error)
+    fatbin.write_bytes(b"!")
+    try:
+        module(x)
+    except RuntimeError as error:
+        found["not loaded"] = str(error)
+    fatbin.write_bytes(b"a fatbin")
+    (ahead, given), (back, _) = given_to(stub, training(module, x))
+    first, second = ahead.launches[0][0], back.launches[0][0]
+    function = first._function[0]
+    stub.sizes(function, [len(first.pointers) * 8 + 32])
+    with stub.recorded() as lines:
+        found["taken"] = ahead._native(given)
+    named = dict(zip(ahead.names, given, strict=True))
+    named = {name: launch._taken(source, named) for name, source in ahead.launches[0][1].items()}
+    found["arguments"] = first.arguments(**named).hex()
+    plan = first.plan
+    found |= {"line": lines[0], "kernels": [first.kernel, second.kernel, back.launches[1][0].name],
+              "plan": [min(plan.programs, 3 * plan.cluster), plan.threads, plan.shared, plan.cluster]}  # fmt: skip
+    plans.ONE_PASS_CU = False
+    return found
+
+
 def off(stub) -> dict:
     ran, given = reduce_pass(torch.randn(SHAPE))
     ran(given)
@@ -310,12 +343,13 @@ def off(stub) -> dict:
     return {"taken": found[0], "missing": found[1], "describe": found[2], "on": native.describe()}
 
 
-SCENARIOS = (same_to_the_driver, counted, hooks, contexts, streams, classes, errors, empty, refusals, threads, off)
+SCENARIOS = (
+    same_to_the_driver, counted, hooks, contexts, streams, classes, errors, empty, refusals, threads, one_pass_cu_of,
+    off,
+)  # fmt: skip
 
 
 def main() -> None:
-    import sys
-
     torch.set_num_threads(1)
     chosen = [s for s in SCENARIOS if not sys.argv[1:] or s.__name__ in sys.argv[1:]]
     found = {}

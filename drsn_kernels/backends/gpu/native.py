@@ -15,6 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,11 @@ def describe() -> str:
         return f"not available, launches go through Triton: {reason}"
     kept = "".join(f"; {names} by Triton: {why}" for names, why in refused.items())
     return f"available: one call launches a whole pass{kept}"
+
+
+def load(device: int, image: Path, kernel: str, threads: int, shared: int, cluster: int) -> tuple[int, int]:
+    """A kernel of a file that nvcc made: its function, and how many blocks the device holds together in clusters."""
+    return _launch.load(device, image.read_bytes(), kernel, threads, shared, cluster)
 
 
 class Sequences:
