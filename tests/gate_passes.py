@@ -11,7 +11,7 @@ OF_GATE = ("w1", "b1", "gamma", "beta", "w2", "b2", "mean", "var", "batches")
 
 
 def _run(wired, step: Step, room: Room, parts: StandardGate, **tensors: torch.Tensor | None) -> None:
-    scratch = room.new(step.device)
+    scratch = room.new(parts.w1)
     if scratch is not None:
         scratch.fill_(float("nan"))  # what is not written shows
     given = tensors | {"scratch": scratch} | dict(zip(OF_GATE, parts, strict=False))
@@ -33,7 +33,7 @@ def backward(step: Step, parts: StandardGate, pooled, state, dtau, tau_grad, wan
     dA = torch.full_like(pooled, float("nan")) if want_dA else None
     name, sources = wired[-1]
     wired[-1] = name, sources | {"dA": "dA" if want_dA else None}
-    grads = gate.new(step)
+    grads = gate.new(parts.w1)
     if parts.batch_stats:
         parts = parts._replace(mean=None, var=None)
     _run(wired, step, room, parts, dtau=dtau, tau_grad=tau_grad, pooled=pooled, state=state, dA=dA, grads=grads)

@@ -78,8 +78,9 @@ class Prepared:
         self._alone = Pass(fn.pointers, [(self, {name: name for name in fn.pointers})], device)
 
     def __call__(self, **pointers: torch.Tensor | None) -> None:
-        if unknown := pointers.keys() - self._alone.known:
-            raise TypeError(f"{self.name} takes {', '.join(self.fn.pointers)}, not {', '.join(unknown)}")
+        if not pointers.keys() <= self._alone.known:
+            unknown = ", ".join(pointers.keys() - self._alone.known)
+            raise TypeError(f"{self.name} takes {', '.join(self.pointers)}, not {unknown}")
         self._alone(tuple(map(pointers.get, self.fn.pointers)))
 
     def _launch(self, named: dict[str, torch.Tensor | None]) -> Any:
@@ -182,11 +183,9 @@ class Room:
     def bytes(self) -> int:
         return self.elements * self.dtype.itemsize
 
-    def new(self, device: torch.device) -> torch.Tensor | None:
-        """The allocation; None where nothing was laid out."""
-        if not self.elements:
-            return None
-        return torch.empty_strided((self.elements,), (1,), dtype=self.dtype, device=device)
+    def new(self, like: torch.Tensor) -> torch.Tensor | None:
+        """The allocation, for the dtype and on the device of a tensor; None where nothing was laid out."""
+        return like.new_empty(self.elements) if self.elements else None
 
 
 @functools.cache

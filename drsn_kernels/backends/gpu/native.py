@@ -78,14 +78,17 @@ class Sequences:
         self._names, self._device = names, device.index or 0
         self._known: dict[tuple, Any] = {}  # by kind; None: refused
         self._run: tuple[Callable, ...] = ()
-        self._stream: Any = None
+        self._stream = self._runtime = None  # Triton's: what gives the current stream, and where its hooks are
 
     def __call__(self, given: tuple[torch.Tensor | None, ...]) -> bool:
         """Launch with tensors of these names on the current stream of the device, which is the current one.
 
         False, and nothing is launched, where there is no Sequence for them.
         """
-        if not self._run or not enabled or _watched():
+        if not self._run or not enabled:
+            return False
+        enter, leave = self._runtime.launch_enter_hook, self._runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a chain of functions, or one, or None
             return False
         stream = self._stream(self._device)
         for run in self._run:
@@ -105,7 +108,7 @@ class Sequences:
             return
         self._known[kind] = None
         try:
-            self._stream = _stream_of_triton()
+            self._stream, self._runtime = _of_triton()
             kernels = [launch.described(kernel, functools.partial(self._place, sources))
                        for launch, kernel, sources in launched]  # fmt: skip
             sequence = _launch.Sequence(self._device, kernels, list(kind))
@@ -137,27 +140,11 @@ def _base(source: Source) -> str:
     return source if isinstance(source, str) else source.base
 
 
-def _watched() -> bool:
-    """Whether a launch hook of Triton's is set: None, a function, or (3.5 and later) a chain of them."""
-    runtime = _runtime()
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):
-            return True
-    return False
-
-
-@functools.cache
-def _runtime() -> Any:
+def _of_triton() -> tuple[Callable[[int], int], Any]:
     from triton import knobs
-
-    return knobs.runtime
-
-
-def _stream_of_triton() -> Callable[[int], int]:
-    """What Triton asks for a device's current stream."""
     from triton.runtime import driver
 
-    return driver.active.get_current_stream
+    return driver.active.get_current_stream, knobs.runtime
 
 
 # ---- a kernel that Triton compiled -----------------------------------------------------------------------------------

@@ -253,12 +253,12 @@ def forward(
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
     """y, tau where it is wanted, and Kept: its bits hold all of `kept`, of which pooled is a view."""
-    layout, device = step.layout, step.device
-    y = backend.empty(layout.shape, layout.strides, step.dtype, device) if out is None else out
+    layout = step.layout
+    y = torch.empty_like(x) if out is None else out  # with the layout's strides
     ahead = prepare_forward(step, y.stride(), _for_cu(x, y, residual))
-    tau = backend.sums(layout, step.dtype, device, 1 if step.one_tau else layout.c) if step.want.tau else None
-    kept = ahead.keeping.room.new(device) if step.keep else None
-    ahead.run((x, y, residual, tau, kept, ahead.scratch.new(device), *parts[:9]))
+    tau = backend.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c) if step.want.tau else None
+    kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
+    ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
     if kept is None:
         return y, tau, Kept(None, None, None, None, None)
     pooled = kept.as_strided((layout.n, layout.c), (layout.c, 1), ahead.keeping.pooled.start)
@@ -300,20 +300,23 @@ class GateGrad(NamedTuple):
         own = {"sums": sums, "direct": direct, "dA": dA, **_same("w1", "grads")}
         return [*before, (self.linear, given | own)], dA
 
-    def new(self, step: Step) -> torch.Tensor:
-        """grads (shares, total)."""
+    def new(self, like: torch.Tensor) -> torch.Tensor:
+        """grads (shares, total), or (total,) of one."""
         shares, total = self.linear.plan.shares, sum(self.sizes)
-        return torch.empty_strided((shares, total), (total, 1), dtype=step.sums, device=step.device)
+        return like.new_empty(total) if shares == 1 else like.new_empty((shares, total))
 
     def views(self, step: Step, grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of w1, b1, gamma, beta, w2, b2."""
         c, (h, o, *_) = step.layout.c, step.gate
         grads = grads.sum(0) if self.linear.plan.shares > 1 else grads
-        # a section may be up to 3 elements longer than its parameter
-        starts = (0, *itertools.accumulate(self.sizes[:-1]))
-        shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
-        strides = ((c, 1), (1,), (h, 1), (1,), (1,), (1,))
-        dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts)
+        if h % 4 == o % 4 == 0:  # half the host time of six views
+            dw1, db1, dw2, db2, *norm = grads.split_with_sizes(self.sizes)
+            dw1, dw2 = dw1.view(h, c), dw2.view(o, h)
+        else:  # a section may be up to 3 elements longer than its parameter
+            starts = (0, *itertools.accumulate(self.sizes[:-1]))
+            shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
+            strides = ((c, 1), (1,), (h, 1), (1,), (1,), (1,))
+            dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts)
         dgamma, dbeta = norm or (None, None)
         return dw1, db1, dgamma, dbeta, dw2, db2
 
@@ -409,13 +412,13 @@ def backward(
     want_dx: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """dx, if wanted, and the gradients of w1, b1, gamma, beta, w2, b2: all of them, made by one launch."""
-    layout, device = step.layout, step.device
-    dx = backend.empty(layout.shape, layout.strides, step.dtype, device) if want_dx else None
+    layout = step.layout
+    dx = backend.empty(layout.shape, layout.strides, step.dtype, step.device) if want_dx else None
     tau_grad = None if tau_grad is None else tau_grad.contiguous()
     back = prepare_backward(step, g.stride(), want_dx, _for_cu(g, dx, tau_grad, kept.bits))
-    grads = back.gate.new(step)
+    grads = back.gate.new(parts.w1)
     back.run((
-        g, dx, tau_grad, kept.bits, back.scratch.new(device), grads, parts.w1, parts.gamma, parts.beta, parts.w2,
+        g, dx, tau_grad, kept.bits, back.scratch.new(parts.w1), grads, parts.w1, parts.gamma, parts.beta, parts.w2,
         kept.mean, kept.var,
     ))  # fmt: skip
     return dx, *back.gate.views(step, grads)
