@@ -42,13 +42,12 @@ def collect() -> dict:
     try:
         import drsn_kernels
         from drsn_kernels import backends
-        from drsn_kernels.backends.gpu import native
     except Exception as error:  # the report has to come out above all when the import is what is broken
         report["drsn_kernels"] = f"does not import: {type(error).__name__}: {error}"
         return report
     report["drsn_kernels"] = f"{drsn_kernels.__version__} in {os.path.dirname(drsn_kernels.__file__)}"
     report["backends"] = {name: backend.describe() for name, backend in backends.BACKENDS.items()}
-    report["launcher"] = native.describe()
+    report["launcher"] = backends.BACKENDS["triton"].launcher()
     report["choice"] = f"DRSN_BACKEND={os.environ.get('DRSN_BACKEND', 'auto')}"
     return report
 

@@ -58,7 +58,7 @@ def test_wheel(clean, tmp_path):
     run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), **asked)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.startswith("drsn_kernels/_cpu") for name in names) and "drsn_kernels/py.typed" in names
+    assert {"_cpu", "_launch"} <= {name.split("/")[1].split(".")[0] for name in names} and "drsn_kernels/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     assert ("drsn_kernels/one_pass.fatbin" in names) == nvcc_knows_the_targets()
     cpu = install(clean, str(wheel))

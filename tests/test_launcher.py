@@ -22,14 +22,16 @@ from drsn_kernels.backends.gpu import native
 
 CHILD = str(Path(__file__).with_name("launcher_child.py"))
 compiled = pytest.mark.skipif(
-    gpu.missing() is not None or native._launch is None or shutil.which("c++") is None,
-    reason="needs Triton, the compiled launcher and a C++ compiler",
+    gpu.missing() is not None or native._launch is None or shutil.which("c++") is None or torch.cuda.is_available(),
+    reason="needs Triton, the compiled launcher, a C++ compiler, and no driver",
 )
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    done = child(CHILD, cache=tmp_path_factory.mktemp("launcher"), DRSN_LAUNCHER="1")
+def found() -> dict:
+    cache = ROOT / "build" / "launcher-triton-cache"  # git ignores build/; compiling anew takes 20 seconds
+    cache.mkdir(parents=True, exist_ok=True)
+    done = child(CHILD, cache=cache, DRSN_LAUNCHER="1")
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout)
 
@@ -174,6 +176,125 @@ def test_info_says_who_launches():
     from drsn_kernels import info
 
     assert info.collect()["launcher"] == native.describe()
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(native.missing() is not None, reason=f"no launcher: {native.missing()}")
+
+
+@pytest.fixture
+def native_launches(monkeypatch) -> list[bool]:
+    """Of every pass that runs from here on, whether the extension launched it."""
+    from drsn_kernels.backends.gpu import launch
+
+    taken, call = [], native.Sequences.__call__
+    monkeypatch.setattr(native.Sequences, "__call__", lambda it, given: taken.append(call(it, given)) or taken[-1])
+    assert launch.target == 1
+    return taken
+
+
+def step_of(module, x, g) -> list[torch.Tensor]:
+    """y and all gradients of a step whose running statistics start anew."""
+    for buffer in module.buffers():
+        buffer.zero_()
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), g), *map(torch.clone, module.buffers())]
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", [(8, 16, 128), (33, 20, 49), (128, 64, 1024), (4, 24, 7, 9)], ids=str)
+def test_the_same_bits_as_through_triton(shape, training, dtype, native_launches, monkeypatch):
+    with torch.device("cuda"):
+        module = dk.Shrinkage(shape[1]).train(training)
+        x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    with dk.use_backend("triton", strict=True):
+        monkeypatch.setattr(native, "enabled", False)
+        wanted = step_of(module, x, g)
+        monkeypatch.setattr(native, "enabled", True)
+        step_of(module, x, g)  # through Triton, and learnt
+        native_launches.clear()
+        found = step_of(module, x, g)
+    assert native_launches and all(native_launches), native.refused
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_operators_on_another_stream_and_in_a_graph(native_launches):
+    with torch.device("cuda"):
+        x, tau = torch.randn(8, 16, 1000), torch.rand(8, 16)
+    with dk.use_backend("triton", strict=True):
+        wanted = dk.soft_threshold(x, tau), dk.abs_mean(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)  # what is launched on another stream would come before x is doubled
+            x *= 2
+            found = dk.soft_threshold(x, 2 * tau), dk.abs_mean(x)
+        torch.cuda.synchronize()
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, 2 * b)
+        graph, twice = torch.cuda.CUDAGraph(), 2 * tau
+        with torch.cuda.graph(graph):
+            captured = dk.soft_threshold(x, twice), dk.abs_mean(x)
+        x *= 0.5
+        twice *= 0.5
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(captured, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+    assert all(native_launches[-4:])
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_threads_of_several_streams(native_launches):
+    import threading
+
+    with torch.device("cuda"):
+        module, x, g = dk.Shrinkage(16).eval(), torch.randn(8, 16, 500), torch.randn(8, 16, 500)
+    with dk.use_backend("triton", strict=True):
+        wanted = step_of(module, x, g)[:2]
+        found: dict[int, list] = {}
+
+        def work(number: int) -> None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    own = x.detach().clone().requires_grad_()
+                    y = module(own)
+                    found[number] = [y.detach(), *torch.autograd.grad(y, own, g)]
+                torch.cuda.current_stream().synchronize()
+
+        torch.cuda.synchronize()
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        [t.start() for t in threads], [t.join() for t in threads]
+    assert len(found) == 4
+    for own in found.values():
+        assert all(torch.equal(a, b) for a, b in zip(own, wanted, strict=True))
+    assert not native.refused
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_failing_launch_is_an_error_with_its_name():
+    from drsn_kernels import _launch
+    from drsn_kernels.backends.gpu import stream
+    from drsn_kernels.layout import layout_of
+
+    x = torch.randn(8, 16, 128, device="cuda")
+    launch = stream.prepare_reduce(layout_of(x), x.stride(), None, x.dtype, x.device, "magnitude", False)
+    given = (x, None, torch.empty(8, 16, device="cuda"), None)
+    kernel = launch._launch(dict(zip(launch.pointers, given, strict=True)))
+    name, function, _, *others = launch.described(kernel, lambda pointer: (launch.pointers.index(pointer), 0))
+    too_large = _launch.Sequence(x.device.index, [(name, function, 2**32 - 1, *others)], [True, None, "any", None])
+    with pytest.raises(RuntimeError, match="launching reduce_kernel: CUDA_ERROR_INVALID_VALUE: invalid argument"):
+        too_large.run(torch.cuda.current_stream().cuda_stream, given)
+    torch.cuda.synchronize()
 
 
 # ---- under sanitizers ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from ...gates import StandardGate
 from .. import cost
 from ..step import Backend, Cost, Kept, Plan, Step, Strides
-from . import describe, plans, unsupported
+from . import describe, native, plans, unsupported
 
 
 class Gpu(Backend):
@@ -31,6 +31,10 @@ class Gpu(Backend):
 
     def describe(self) -> str:
         return describe()
+
+    def launcher(self) -> str:
+        """Who launches the kernels: one line for `python -m drsn_kernels info`."""
+        return native.describe()
 
     # ---- the kernels
 

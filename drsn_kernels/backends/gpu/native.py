@@ -28,7 +28,15 @@ except ImportError as error:
     _launch = None
     _MISSING = f"the compiled launcher drsn_kernels._launch does not load ({error})"
 
-enabled = os.environ.get("DRSN_LAUNCHER", "1") != "0"
+
+def _asked() -> bool:
+    given = os.environ.get("DRSN_LAUNCHER", "1")
+    if given not in ("0", "1"):
+        raise ValueError(f"the environment variable DRSN_LAUNCHER takes 0 or 1, got {given!r}")
+    return given == "1"
+
+
+enabled = _asked()  # False: launches go through Triton
 refused: dict[str, str] = {}  # why kernels that were launched in this process are left to Triton, by their names
 
 
