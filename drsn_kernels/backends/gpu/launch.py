@@ -20,7 +20,7 @@ import triton.language as tl
 from ..step import Cost
 from . import interpreting, native
 from .native import Piece, Source
-from .plans import OnePassPlan, Planned, TilePlan, group, up_to
+from .plans import OnePassPlan, Planned, TilePlan, cdiv, group, up_to
 from .walk import Walk
 
 # A sum across lanes must leave the same bits in each of them, for all of them store it (docs/triton.md, "racecheck").
@@ -163,8 +163,7 @@ def _taken(source: Source | None, named: dict[str, torch.Tensor | None]) -> torc
     if isinstance(source, str):
         found = named[source]
         return found.view(torch.int8) if source == "planes" and found is not None else found
-    found = named[source.base][source.start :]
-    return found.view(torch.int8) if source.planes else found
+    return named[source.base].view(source.dtype)[source.start :]
 
 
 class Room:
@@ -174,10 +173,14 @@ class Room:
         """base: what the pass calls the tensor."""
         self.base, self.dtype, self.elements = base, dtype, 0
 
-    def take(self, elements: int, planes: bool = False) -> Piece:
+    def take(self, elements: int) -> Piece:
         start = up_to(self.elements, 16 // self.dtype.itemsize)
         self.elements = start + elements
-        return Piece(self.base, start, start * self.dtype.itemsize, planes)
+        return Piece(self.base, start, self.dtype)
+
+    def take_bytes(self, count: int) -> Piece:
+        start = self.take(cdiv(count, self.dtype.itemsize)).offset
+        return Piece(self.base, start, torch.int8)
 
     @property
     def bytes(self) -> int:

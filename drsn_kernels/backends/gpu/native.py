@@ -41,12 +41,16 @@ refused: dict[str, str] = {}  # why kernels that were launched in this process a
 
 
 class Piece(NamedTuple):
-    """Part of one of a pass's tensors: from this many of its elements on."""
+    """Part of one of a pass's tensors: seen in this dtype, from this element on."""
 
     base: str
     start: int
-    offset: int  # the same in bytes
-    planes: bool = False  # bit planes, which kernels take as bytes
+    dtype: torch.dtype
+
+    @property
+    def offset(self) -> int:
+        """In bytes."""
+        return self.start * self.dtype.itemsize
 
 
 Source = str | Piece  # where a kernel's pointer is taken from: a tensor of the call by its name, or a piece of one

@@ -120,17 +120,17 @@ class Keeping(NamedTuple):
 
     @classmethod
     def of(cls, step: Step, room: Room) -> "Keeping":
-        """The planes come first: as int32 (3, words) they are the allocation's first rows."""
+        """The planes, int32 (3, words), come first; where nothing is kept there are none."""
         layout, (hidden, outputs, _, batch_stats, *_) = step.layout, step.gate
-        words = up_to(3 * layout.words * 4, step.sums.itemsize) // step.sums.itemsize if room.base == "kept" else 0
-        planes, pooled = room.take(words, planes=True), room.take(layout.n * layout.c)
+        planes = room.take_bytes(3 * layout.words * 4 if step.keep else 0)
+        pooled = room.take(layout.n * layout.c)
         return cls(room, planes, pooled, room.take(layout.n * (hidden + outputs) + 2 * hidden * batch_stats))
 
 
 def unpacked(step: Step, kept: Kept) -> Kept:
     """With the planes as int32 (3, words): for those who read them without these kernels."""
     words = step.layout.words
-    return kept._replace(bits=kept.bits.view(torch.int32)[: 3 * words].view(3, words))
+    return kept._replace(bits=kept.bits[: 3 * words].view(3, words))
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def forward(
     backend: Backend, step: Step, x: torch.Tensor, parts: StandardGate, residual: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
-    """y, tau where it is wanted, and Kept: its bits hold all of `kept`, of which pooled is a view."""
+    """y, tau where it is wanted, and Kept: its bits, int32, are all of `kept`, of which pooled is a view."""
     layout = step.layout
     y = torch.empty_like(x) if out is None else out  # with the layout's strides
     ahead = prepare_forward(step, y.stride(), _for_cu(x, y, residual))
@@ -263,7 +263,7 @@ def forward(
         return y, tau, Kept(None, None, None, None, None)
     pooled = kept.as_strided((layout.n, layout.c), (layout.c, 1), ahead.keeping.pooled.start)
     mean, var = (None, None) if step.gate.batch_stats else (parts.mean, parts.var)
-    return y, tau, Kept(kept, pooled, None, mean, var)
+    return y, tau, Kept(kept.view(torch.int32), pooled, None, mean, var)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
