@@ -147,7 +147,7 @@ class Pass:
     def _run(self, given: tuple[torch.Tensor | None, ...]) -> None:
         if target == 1 and self._native(given):
             return
-        named = dict(zip(self.names, given, strict=True))
+        named: dict[Source, torch.Tensor | None] = dict(zip(self.names, given, strict=True))  # and pieces of them
         launched = []
         for launch, sources in self.launches:
             kernel = launch._launch({name: _taken(pointer, named) for name, pointer in sources.items()})
@@ -156,14 +156,15 @@ class Pass:
             self._native.learn(given, launched)
 
 
-def _taken(source: Source | None, named: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
+def _taken(source: Source | None, named: dict[Source, torch.Tensor | None]) -> torch.Tensor | None:
     """The tensor for a kernel's pointer, for Triton, which goes by its dtype: bit planes are bytes."""
     if source is None:
         return None
-    if isinstance(source, str):
-        found = named[source]
-        return found.view(torch.int8) if source == "planes" and found is not None else found
-    return named[source.base].view(source.dtype)[source.start :]
+    if isinstance(source, Piece) and source not in named:
+        base = named[source.base]
+        named[source] = (base if base.dtype == source.dtype else base.view(source.dtype))[source.start :]
+    found = named[source]
+    return found.view(torch.int8) if source == "planes" and found is not None else found
 
 
 class Room:
