@@ -1,12 +1,13 @@
-"""Builds drsn_kernels._cpu with CMake and ninja; everything else is in pyproject.toml.
+"""Builds drsn_kernels._cpu and ._launch with CMake and ninja; everything else is in pyproject.toml.
 
-The build needs neither torch nor a GPU. Where the extension is not asked for, cannot be built or fails, the package
-installs as pure Python. `python -m drsn_kernels info` gives the reason recorded here.
+_cpu is the CPU kernels, _launch launches the GPU's (csrc/launch). The build needs neither torch nor a GPU. Where the
+extensions are not asked for, cannot be built or fail, the package installs as pure Python, and Triton launches.
+`python -m drsn_kernels info` gives the reason recorded here.
 
     DRSN_NATIVE=auto     build the C++ kernels if a compiler is found (default)
     DRSN_NATIVE=0        pure Python
     DRSN_NATIVE=1        a failing build is an error (wheels, CI)
-    DRSN_ONE_PASS_CU=1   compile the CUDA kernels of csrc/cuda, which nothing launches yet, into
+    DRSN_ONE_PASS_CU=1   compile the CUDA kernels of csrc/cuda, off by default (plans.ONE_PASS_CU), into
                          drsn_kernels/one_pass.fatbin if there is an nvcc for them, some 10 seconds (default: 0)
 """
 
@@ -55,9 +56,14 @@ def record(package: Path, reason: str | None) -> None:
     text = '"""Written by setup.py: why there are no compiled kernels for the CPU (None: there are)."""\n\n'
     (package / "_build.py").write_text(f"{text}MISSING = {reason!r}\n", encoding="utf-8")
     if reason is not None:
-        for stale in package.glob("_cpu.*"):  # of an earlier build in the same folder
-            stale.unlink()
+        remove(package, "_cpu")
         print(f"drsn_kernels: installing without the C++ kernels: {reason}", file=sys.stderr)
+
+
+def remove(package: Path, extension: str) -> None:
+    """Of an earlier build in the same folder."""
+    for stale in package.glob(f"{extension}.*"):
+        stale.unlink()
 
 
 def compile_cuda(package: Path) -> None:
@@ -95,28 +101,36 @@ class RecordedBuild(build_py):
         compile_cuda(package)
         if not self.distribution.has_ext_modules():
             record(package, REASON)
+            remove(package, "_launch")
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        self.cmake = Path(self.build_temp).resolve() / "cmake"
+        shutil.rmtree(self.cmake, ignore_errors=True)  # its cache names the ninja of an earlier, deleted environment
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target, reason = Path(self.get_ext_fullpath(ext.name)).resolve(), None
+        name = ext.name.rpartition(".")[2]
         try:
-            self.run_cmake(target)
+            self.run_cmake(name, target)
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
             if ASKED == "1":
                 raise
             cause = f"{' '.join(error.cmd[:2])}: status {error.returncode}" if hasattr(error, "cmd") else str(error)
             reason = f"building the C++ kernels failed ({cause}); reinstall with DRSN_NATIVE=1 to see the log"
-        record(target.parent, reason)
+        if name == "_cpu":
+            record(target.parent, reason)
+        elif reason is not None:
+            remove(target.parent, name)
+            print(f"drsn_kernels: installing without the launcher of the GPU kernels: {reason}", file=sys.stderr)
 
-    def run_cmake(self, target: Path) -> None:
+    def run_cmake(self, name: str, target: Path) -> None:
         import pybind11
 
-        build = Path(self.build_temp).resolve() / "cmake"
-        shutil.rmtree(build, ignore_errors=True)  # its cache names the ninja of an earlier, deleted build environment
-        build.mkdir(parents=True)
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake", "-S", str(ROOT), "-B", str(self.cmake), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -124,14 +138,16 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         scripts = sysconfig.get_path("scripts")  # cmake and ninja beside this Python, without build isolation
         env = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
-        for command in (configure, ["cmake", "--build", str(build), "--target", "_cpu"]):
+        self.cmake.mkdir(parents=True, exist_ok=True)
+        for command in (configure, ["cmake", "--build", str(self.cmake), "--target", name]):
             subprocess.run(command, check=True, env=env)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(next(build.glob("_cpu.*")), target)
+        shutil.copyfile(next(self.cmake.glob(f"{name}.*")), target)
 
 
-# Without the extension the wheel is a pure one (py3-none-any).
+# Without the extensions the wheel is a pure one (py3-none-any).
+EXTENSIONS = [Extension(f"drsn_kernels.{name}", sources=[], optional=True) for name in ("_cpu", "_launch")]
 setup(
-    ext_modules=[Extension("drsn_kernels._cpu", sources=[], optional=True)] if REASON is None else [],
+    ext_modules=EXTENSIONS if REASON is None else [],
     cmdclass={"build_ext": CMakeBuild, "build_py": RecordedBuild},
 )

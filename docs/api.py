@@ -67,6 +67,7 @@ TAIL = """## Environment
 |---|---|---|
 | `DRSN_BACKEND` | `auto`, `cpu`, `triton`, `torch` | what `use_backend` would choose, from the start |
 | `DRSN_CACHE_MIB` | a whole number | freed memory of large CPU outputs that is kept for the next ones; 0: none |
+| `DRSN_LAUNCHER` | `1`, `0` | 0: Triton launches on the GPU, not csrc/launch ([triton.md](triton.md#launching)) |
 | `DRSN_NATIVE` | `auto`, `1`, `0` | while installing: compile the C++ kernels if possible, or fail, or leave them out |
 | `DRSN_ONE_PASS_CU` | `0`, `1` | while installing: compile csrc/cuda too ([triton.md](triton.md#one-pass-in-cuda-c)) |
 

@@ -47,6 +47,7 @@ def collect() -> dict:
         return report
     report["drsn_kernels"] = f"{drsn_kernels.__version__} in {os.path.dirname(drsn_kernels.__file__)}"
     report["backends"] = {name: backend.describe() for name, backend in backends.BACKENDS.items()}
+    report["launcher"] = backends.BACKENDS["triton"].launcher()
     report["choice"] = f"DRSN_BACKEND={os.environ.get('DRSN_BACKEND', 'auto')}"
     return report
 
@@ -65,6 +66,7 @@ def show(report: dict) -> None:
         print(f"backends      chosen by device, dtype and layout; {report['choice']}")
         for name, text in report["backends"].items():
             print(f"  {name:12s}{text}")
+        print(f"GPU launcher  {report['launcher']}")
     print("optional packages")
     for name, version in report["optional"].items():
         print(f"  {name:12s}{version or f'missing, in the extra [{OPTIONAL[name]}]'}")

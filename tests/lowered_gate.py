@@ -3,14 +3,13 @@
 import argparse
 import json
 
+import gate_passes
 import ptx
 import steps
 import torch
 
-from drsn_kernels.backends.gpu import sequence
 from drsn_kernels.backends.gpu.backend import Gpu
 from drsn_kernels.backends.gpu.lowering import TARGETS, lowering
-from drsn_kernels.backends.step import Kept
 from drsn_kernels.gates import StandardGate
 
 # N, C, H, O, norm, training, average, dtype: the paper's, a reduction gate, one alpha, wide with and without a norm
@@ -35,10 +34,8 @@ def launched(n, c, h, o, norm, training, average, dtype) -> None:
         new((h, c)), new(h), gamma, beta, new((o, h)), new(o), mean, var, batches, 1e-5, 0.1, step.gate.batch_stats
     )
     pooled, state, tau = new((n, c)), Gpu().gate_state(step), new((n, 1 if step.one_tau else c))
-    sequence._prepare_gate(step, 1)(new, pooled, pooled, state, tau, parts)
-    kept = Kept(None, pooled, state, *((None, None) if step.gate.batch_stats else (mean, var)))
-    backward = sequence._prepare_gate_grad(step, 1, True)
-    backward(new, step, new((1, n, c)), tau, new((n, o)), new((n, h)), kept, parts)
+    gate_passes.forward(step, parts, pooled[None], pooled, state, tau)
+    gate_passes.backward(step, parts, pooled, state, new((1, n, c)), tau)
 
 
 def main() -> None:

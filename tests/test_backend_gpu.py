@@ -244,7 +244,7 @@ def check_gated(x, residual, g, module, average, name):
     close(out, y.detach().to(x.dtype))
     close(found_tau, tau.detach())
     wanted_planes = torchs.map(x, layout, found_tau, keep=3)[1]
-    same_planes(layouts.thresholded(kept.bits, nonzero=True), wanted_planes, layout)
+    same_planes(layouts.thresholded(ours.unpacked(step, kept).bits, nonzero=True), wanted_planes, layout)
     close(dx, wanted[0].to(x.dtype))
     grads = [grad for grad, p in zip(grads, parameters, strict=True) if p is not None]
     if acc is torch.float64:  # in float32 a norm over 4 samples cancels: test_triton.py has the oracle for it

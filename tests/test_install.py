@@ -58,7 +58,8 @@ def test_wheel(clean, tmp_path):
     run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), **asked)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.startswith("drsn_kernels/_cpu") for name in names) and "drsn_kernels/py.typed" in names
+    for part in ("_cpu", "_launch", "py.typed"):
+        assert any(name.startswith(f"drsn_kernels/{part}") for name in names), part
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     assert ("drsn_kernels/one_pass.fatbin" in names) == nvcc_knows_the_targets()
     cpu = install(clean, str(wheel))

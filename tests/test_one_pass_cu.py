@@ -149,7 +149,7 @@ def test_a_tensor_off_16_bytes_is_tritons(emulation):
 
 
 @interpreted
-def test_nobody_launches_it_yet(monkeypatch):
+def test_without_the_launcher_it_is_an_error(monkeypatch):
     x, gate = torch.randn(5, 8, 64), oracle.gate_of(8, "norm").eval()
     monkeypatch.setattr(plans, "ONE_PASS_CU", True)
     with dk.use_backend("triton", strict=True), torch.no_grad():

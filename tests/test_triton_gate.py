@@ -19,13 +19,14 @@ from triton_child import child
 
 from drsn_kernels import gates
 from drsn_kernels.backends import gpu
-from drsn_kernels.backends.step import Kept
 from drsn_kernels.reference import threshold
 
 pytestmark = pytest.mark.skipif(
     not (gpu.missing() is None and gpu.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
 )
 if gpu.missing() is None:
+    import gate_passes
+
     from drsn_kernels.backends.gpu import plans, sequence
     from drsn_kernels.backends.gpu.backend import Gpu
 
@@ -61,14 +62,9 @@ class Run:
 
         state, tau = Gpu().gate_state(step).fill_(float("nan")), new((n, 1 if step.one_tau else c))
         pooled = self.partial[0].clone() if self.parts == 1 else new((n, c))
-        forward = sequence._prepare_gate(step, self.parts)
-        backward = sequence._prepare_gate_grad(step, self.parts, want_dA)
         with torch.no_grad():
-            forward(new, pooled if self.parts == 1 else self.partial, pooled, state, tau, parts)
-            mean, var = (None, None) if parts.batch_stats else (parts.mean, parts.var)
-            kept = Kept(None, pooled, state, mean, var)
-            dz, dv = new((n, step.gate.outputs)), new((n, step.gate.hidden))
-            dA, grads = backward(new, step, self.dtau, self.tau_grad, dz, dv, kept, parts)
+            gate_passes.forward(step, parts, pooled[None] if self.parts == 1 else self.partial, pooled, state, tau)
+            dA, grads = gate_passes.backward(step, parts, pooled, state, self.dtau, self.tau_grad, want_dA)
         names = ("w1", "b1", "gamma", "beta", "w2", "b2")
         found = {"tau": tau, "dA": dA, **dict(zip(names, grads, strict=True))}
         if running:

@@ -42,9 +42,9 @@ class GateShape(NamedTuple):
 class Kept(NamedTuple):
     """What a backward pass of a fused gate needs: 3 bits an element, and tensors of the gate's size."""
 
-    bits: torch.Tensor | None  # planes kept, sign, nonzero, as layout.thresholded has them
+    bits: torch.Tensor | None  # planes kept, sign, nonzero, as Backend.unpacked makes layout.thresholded's of them
     pooled: torch.Tensor | None  # A (N, C)
-    state: torch.Tensor | None  # Backend.gate_state
+    state: torch.Tensor | None  # Backend.gate_state; None where it lies with the planes
     mean: torch.Tensor | None  # (H,), running; None where they are of the batch, and in state
     var: torch.Tensor | None
 
@@ -215,6 +215,10 @@ class Backend:
         dx = self.empty(layout.shape, layout.strides, step.dtype, step.device) if want[0] else None
         tau_grad = None if tau_grad is None else tau_grad.contiguous()
         return dx, *self.gated_backward_into(dx, step, parts, kept, g, tau_grad, want[1:])
+
+    def unpacked(self, step: Step, kept: Kept) -> Kept:
+        """kept with its planes as layout.thresholded has them, for differentiable code over them."""
+        return kept
 
     def gate_state(self, step: Step) -> torch.Tensor:
         """One tensor for u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other."""

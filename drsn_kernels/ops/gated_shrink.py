@@ -46,6 +46,7 @@ class GatedShrink(torch.autograd.Function):
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
             dx, *grads = ctx.backend.gated_backward(step, parts, kept, g, tau_grad, want)
         else:
+            kept = ctx.backend.unpacked(step, kept)
             dx, *grads = _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want)
         grads = [grad if wanted else None for grad, wanted in zip(grads, want[1:], strict=True)]
         return dx, residual_grad, *grads, None, None, None, None

@@ -8,8 +8,8 @@ one_pass_cu.py   the same by csrc/cuda/one_pass.cu, off by default
 sequence.py  which launches a step with the standard gate takes, in order
 
 walk.py    how the operands of a call lie in memory     plans.py     tiles and programs, with reasons
-tiles.py   what the kernels share: addresses, memory    launch.py    arguments by name, compiled kernels
-bits.py    thresholds and planes by arithmetic on bits
+tiles.py   what the kernels share: addresses, memory    launch.py    passes: arguments by name, compiled kernels
+bits.py    thresholds and planes by arithmetic on bits  native.py    a pass launched by one call of csrc/launch
 lowering.py  compiling for a GPU that is not there
 """
 

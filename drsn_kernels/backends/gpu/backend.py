@@ -6,8 +6,8 @@ import torch
 
 from ...gates import StandardGate
 from .. import cost
-from ..step import Backend, Cost, Plan, Step, Strides
-from . import describe, plans, unsupported
+from ..step import Backend, Cost, Kept, Plan, Step, Strides
+from . import describe, native, plans, unsupported
 
 
 class Gpu(Backend):
@@ -32,6 +32,10 @@ class Gpu(Backend):
     def describe(self) -> str:
         return describe()
 
+    def launcher(self) -> str:
+        """Who launches the kernels: one line for `python -m drsn_kernels info`."""
+        return native.describe()
+
     # ---- the kernels
 
     def reduce_into(self, out, planes, x, layout, kind, times) -> None:
@@ -53,12 +57,15 @@ class Gpu(Backend):
             return f"{n} samples x {c} channels x {hidden} hidden units are more than {plans.MOST_PRODUCTS} products"
         return None
 
-    def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:
-        self._sequence.forward(self, y, tau, kept, step, x, parts, residual)
+    def gated_forward(self, step, x, parts, *, residual=None, out=None):
+        return self._sequence.forward(self, step, x, parts, residual, out)
 
-    def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want) -> tuple:
+    def gated_backward(self, step, parts, kept, g, tau_grad, want):
         """All of the gradients, whichever are wanted: they are made by one launch."""
-        return self._sequence.backward(dx, step, parts, kept, g, tau_grad)
+        return self._sequence.backward(self, step, parts, kept, g, tau_grad, want[0])
+
+    def unpacked(self, step: Step, kept: Kept) -> Kept:
+        return self._sequence.unpacked(step, kept)
 
     # ---- costs and plans
 

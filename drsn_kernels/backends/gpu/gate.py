@@ -368,7 +368,7 @@ def hidden_cost(step: Step, parts: int, tiles: int) -> Cost:
 
 def merge_cost(step: Step, tiles: int) -> Cost:
     s = Sizes.of(step)
-    return Cost(tiles * s.statistics, s.statistics, ("merge_kernel",), workspace=s.statistics)
+    return Cost(tiles * s.statistics, s.statistics, ("merge_kernel",))
 
 
 def alpha_cost(step: Step, groups: int) -> Cost:

@@ -332,7 +332,7 @@ def hidden_grad_cost(step: Step, parts: int, tiles: int, direct: bool) -> Cost:
 
 def add_shares_cost(size: int, shares: int) -> Cost:
     """size: bytes of a share's gradients."""
-    return Cost(shares * size, size, ("add_shares_kernel",), workspace=shares * size)
+    return Cost(shares * size, size, ("add_shares_kernel",))
 
 
 def linear_grad_cost(step: Step, groups: int, grads: int, dA: bool, direct: bool) -> Cost:

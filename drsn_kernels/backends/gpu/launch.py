@@ -3,7 +3,8 @@
 A training step of a small network is bound by the host. Triton's own launch binds and specialises every argument
 anew, 8 to 17 us more than calling the compiled kernel (benchmarks/launches.py). Calling it is right as long as all that
 Triton would specialise on is the same, so a `Prepared` launch is kept for each layout, dtype and device (its integers
-follow from them), and within it a compiled kernel for each set of pointers given and aligned.
+follow from them), and within it a compiled kernel for each set of pointers given and aligned. A `Pass` is several of
+them in order, which after its first call native.py launches by one call.
 """
 
 import functools
@@ -17,8 +18,9 @@ import triton
 import triton.language as tl
 
 from ..step import Cost
-from . import interpreting
-from .plans import OnePassPlan, Planned, TilePlan, group
+from . import interpreting, native
+from .native import Piece, Source
+from .plans import OnePassPlan, Planned, TilePlan, cdiv, group, up_to
 from .walk import Walk
 
 # A sum across lanes must leave the same bits in each of them, for all of them store it (docs/triton.md, "racecheck").
@@ -67,20 +69,22 @@ class Prepared:
     ):  # fmt: skip
         """values: of all integers and constexprs that fn takes; plan: what they were worked out from (plans.py);
         stages: of a loop of products, the steps whose loads are under way together."""
-        self.fn, self.grid, self.plan, self.cost = fn, (programs, 1, 1), plan, cost
-        self.device_index = device.index if device.type == "cuda" else None
+        self.fn, self.name, self.pointers, self.grid = fn, fn.__name__, fn.pointers, (programs, 1, 1)
+        self.plan, self.cost = plan, cost
         self.values = {name: values[name] for name in fn.values}
+        self.told_alignment = tuple(fn.pointers[i] for i in fn.aligned)
         self.options = {"num_warps": warps, "maxnreg": registers, "num_stages": stages, **_NO_CONTRACTION}
-        self.compiled: dict[int, tuple[Callable, tuple]] = {}
+        self.compiled: dict[int, tuple[Any, Callable, tuple]] = {}
+        self._alone = Pass(fn.pointers, [(self, {name: name for name in fn.pointers})], device)
 
     def __call__(self, **pointers: torch.Tensor | None) -> None:
-        # Triton takes the current device's stream; the context costs 3 us, so only where it is another device
-        if self.device_index is not None and self.device_index != torch.cuda.current_device():
-            with torch.cuda.device(self.device_index):
-                return self._launch(pointers)
-        return self._launch(pointers)
+        if not pointers.keys() <= self._alone.known:
+            unknown = ", ".join(pointers.keys() - self._alone.known)
+            raise TypeError(f"{self.name} takes {', '.join(self.pointers)}, not {unknown}")
+        self._alone(tuple(map(pointers.get, self.fn.pointers)))
 
-    def _launch(self, named: dict[str, torch.Tensor | None]) -> None:
+    def _launch(self, named: dict[str, torch.Tensor | None]) -> Any:
+        """Launch through Triton, on the current device; the compiled kernel, or None where it is interpreted."""
         pointers = tuple(map(named.get, self.fn.pointers))
         key = target
         for p in pointers:
@@ -90,14 +94,12 @@ class Prepared:
             key += key + (p is not None and p.data_ptr() % 16 == 0)
         found = self.compiled.get(key)
         if found is None:
-            self._first(key, named, pointers)
-        else:
-            run, tail = found
-            run(*pointers, *tail)
+            return self._first(key, pointers)
+        kernel, run, tail = found
+        run(*pointers, *tail)
+        return kernel
 
-    def _first(self, key: int, named: dict[str, torch.Tensor | None], pointers: tuple) -> None:
-        if unknown := named.keys() - set(self.fn.pointers):
-            raise TypeError(f"{self.fn.__name__} takes {', '.join(self.fn.pointers)}, not {', '.join(unknown)}")
+    def _first(self, key: int, pointers: tuple) -> Any:
         options = {name: value for name, value in self.options.items() if value is not None}
         known_now = {"PTX": takes_ptx()}
         if not known_now["PTX"]:
@@ -109,11 +111,86 @@ class Prepared:
         tail = tuple(known_now.get(name, value) for name, value in self.values.items())
         compiled = self.fn[self.grid](*pointers, *tail, **options)
         if compiled is not None:  # None: interpreted
-            self.compiled[key] = compiled[self.grid], tail
+            self.compiled[key] = compiled, compiled[self.grid], tail
+        return compiled
+
+    def described(self, kernel: Any, place: Callable[[str], tuple[int, int]]) -> tuple:
+        """For native.Sequences: a launch of the kernel that _launch returned."""
+        return native.of_triton(kernel, self.grid[0], self.values, place)
 
     def describe(self) -> Planned:
         warps, code = self.options["num_warps"], (*self.values.items(), *self.options.items())
-        return Planned(self.fn.__name__, self.grid[0], warps, self.plan, self.cost, code)
+        return Planned(self.name, self.grid[0], warps, self.plan, self.cost, code)
+
+
+class Pass:
+    """Launches in order, called with the tensors that all of their pointers are taken from: arguments, workspaces.
+
+    Between launches nothing comes back to the host: native.Sequences makes them by one call where it can.
+    """
+
+    def __init__(self, names: tuple[str, ...], launches: list[tuple[Any, dict[str, Source]]], device: torch.device):
+        """names: of the tensors, as the call has them; launches: each with where its pointers are taken from."""
+        for launch, sources in launches:
+            if unknown := sources.keys() - set(launch.pointers):
+                raise TypeError(f"{launch.name} takes {', '.join(launch.pointers)}, not {', '.join(unknown)}")
+        self.names, self.known, self.launches = names, frozenset(names), launches
+        self._device_index = device.index if device.type == "cuda" else None
+        self._native = native.Sequences(names, device)
+
+    def __call__(self, given: tuple[torch.Tensor | None, ...]) -> None:
+        # launches go to the current device's stream; the context costs 3 us, so only where it is another device
+        if self._device_index is not None and self._device_index != torch.cuda.current_device():
+            with torch.cuda.device(self._device_index):
+                return self._run(given)
+        return self._run(given)
+
+    def _run(self, given: tuple[torch.Tensor | None, ...]) -> None:
+        if target == 1 and self._native(given):
+            return
+        named: dict[Source, torch.Tensor | None] = dict(zip(self.names, given, strict=True))  # and pieces of them
+        launched = []
+        for launch, sources in self.launches:
+            kernel = launch._launch({name: _taken(pointer, named) for name, pointer in sources.items()})
+            launched.append((launch, kernel, sources))
+        if target == 1:
+            self._native.learn(given, launched)
+
+
+def _taken(source: Source | None, named: dict[Source, torch.Tensor | None]) -> torch.Tensor | None:
+    """The tensor for a kernel's pointer, for Triton, which goes by its dtype: bit planes are bytes."""
+    if source is None:
+        return None
+    if isinstance(source, Piece) and source not in named:
+        base = named[source.base]
+        named[source] = (base if base.dtype == source.dtype else base.view(source.dtype))[source.start :]
+    found = named[source]
+    return found.view(torch.int8) if source == "planes" and found is not None else found
+
+
+class Room:
+    """Lays out one allocation of elements of a dtype: pieces from multiples of 16 bytes on, as kernels were told."""
+
+    def __init__(self, base: str, dtype: torch.dtype):
+        """base: what the pass calls the tensor."""
+        self.base, self.dtype, self.elements = base, dtype, 0
+
+    def take(self, elements: int) -> Piece:
+        start = up_to(self.elements, 16 // self.dtype.itemsize)
+        self.elements = start + elements
+        return Piece(self.base, start, self.dtype)
+
+    def take_bytes(self, count: int) -> Piece:
+        start = self.take(cdiv(count, self.dtype.itemsize)).offset
+        return Piece(self.base, start, torch.int8)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    def new(self, like: torch.Tensor) -> torch.Tensor | None:
+        """The allocation, for the dtype and on the device of a tensor; None where nothing was laid out."""
+        return like.new_empty(self.elements) if self.elements else None
 
 
 @functools.cache
@@ -135,8 +212,3 @@ def tile_values(on: Walk, plan: TilePlan | OnePassPlan, dtype: torch.dtype, oper
     for letter, operand in zip(operands, on.operands, strict=True):
         values |= {f"{letter}s": operand.strides, f"{letter.upper()}_UNIT": operand.unit}
     return values
-
-
-def bytes_of(planes: torch.Tensor | None) -> torch.Tensor | None:
-    """Bit planes as kernels take them."""
-    return None if planes is None else planes.view(torch.int8)

@@ -1,21 +1,22 @@
 """The one-pass step of csrc/cuda/one_pass.cu as a launch that a plan names: "one_pass_cu", in place of one_pass.py's.
 
-Installed with DRSN_ONE_PASS_CU=1, the compiled kernels lie in one_pass.fatbin in the package. Nothing here loads
-them: `launcher` is who does, and it is nobody's yet, so plans.ONE_PASS_CU is off. A launcher is called with a `Launch`
-once and returns what is called with its arguments each time. It makes the grid no larger than the blocks that the
-device holds together (cuOccupancyMaxActiveClusters), for blocks are persistent and a second wave would start late.
+Installed with DRSN_ONE_PASS_CU=1, the compiled kernels lie in one_pass.fatbin in the package, and the compiled launcher
+(native.py) loads and launches them where plans.ONE_PASS_CU says so, which is off. The grid is no larger than the blocks
+that the device holds together (cuOccupancyMaxActiveClusters), for blocks are persistent and a second wave would start
+late.
 """
 
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ...layout import Layout, is_dense
 from ..step import Cost, Step, Strides
-from . import one_pass
+from . import native, one_pass
 from .launch import multiprocessors
 from .plans import Planned, cdiv, power_of_two, up_to
 
@@ -113,7 +114,16 @@ def _backward_bytes(rows: int, c: int, h: int, length: int, outputs: int, itemsi
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
 
+# For tests, in the place of the compiled one: called with a Launch once, returns what takes its arguments each time.
 launcher: Callable[["Launch"], Callable[[bytes], None]] | None = None
+
+
+class Loaded(NamedTuple):
+    """A kernel on the device, and the pointers that it was launched with; the others are null."""
+
+    function: int
+    blocks: int  # that the device holds together
+    given: tuple[str, ...]
 
 
 class Launch:
@@ -122,30 +132,57 @@ class Launch:
     def __init__(self, kernel: str, pointers: tuple[str, ...], step: Step, plan: OnePassCuPlan, cost_of: Cost):
         hidden, outputs, *_ = step.gate
         n, c, length = step.layout.n, step.layout.c, step.layout.l
-        self.kernel, self.plan = f"{kernel}_{_DTYPES[step.dtype]}", plan
+        self.kernel = self.name = f"{kernel}_{_DTYPES[step.dtype]}"
+        self.plan, self.pointers, self.told_alignment, self._device = plan, pointers, (), step.device
         self.cost = replace(cost_of, kernels=(self.kernel,))
         self.values = {"WIDE": True}
         sizes = n, c, hidden, length, outputs, _AVERAGES.index(step.average), plan.stages
-        self._names, self._sizes = pointers, struct.pack("<7if", *sizes, step.gate.eps)
-        self._pointers = struct.Struct(f"<{len(pointers)}Q")
+        self._sizes = struct.pack("<7if", *sizes, step.gate.eps)
+        self._packed = struct.Struct(f"<{len(pointers)}Q")
         self._run: Callable[[bytes], None] | None = None
+        self._alone, self._function = native.Sequences(pointers, step.device), None
 
     def arguments(self, **pointers: torch.Tensor | None) -> bytes:
         """The kernel's one parameter, ForwardArguments or BackwardArguments."""
-        if unknown := pointers.keys() - set(self._names):
-            raise TypeError(f"{self.kernel} takes {', '.join(self._names)}, not {', '.join(unknown)}")
-        given = (pointers.get(name) for name in self._names)
-        return self._pointers.pack(*(0 if t is None else t.data_ptr() for t in given)) + self._sizes
+        if unknown := pointers.keys() - set(self.pointers):
+            raise TypeError(f"{self.kernel} takes {', '.join(self.pointers)}, not {', '.join(unknown)}")
+        given = (pointers.get(name) for name in self.pointers)
+        return self._packed.pack(*(0 if t is None else t.data_ptr() for t in given)) + self._sizes
 
-    def __call__(self, **pointers: torch.Tensor | None) -> None:
-        if self._run is None:
-            if launcher is None:
-                raise RuntimeError(
-                    f"plans.ONE_PASS_CU is set and {self.kernel} is planned, but nothing here launches compiled CUDA "
-                    "C++ kernels; set it to False"
-                )
-            self._run = launcher(self)
-        self._run(self.arguments(**pointers))
+    def _launch(self, named: dict[str, torch.Tensor | None]) -> Loaded | None:
+        """Launch on the current device. For native.Sequences: the kernel; None by `launcher`."""
+        if launcher is not None:
+            self._run = self._run or launcher(self)
+            return self._run(self.arguments(**named))
+        given = tuple(map(named.get, self.pointers))
+        loaded = Loaded(*self._loaded(), tuple(n for n, t in zip(self.pointers, given, strict=True) if t is not None))
+        if not self._alone(given):
+            self._alone.learn(given, [(self, loaded, {name: name for name in self.pointers})])
+            if not self._alone(given):
+                raise self._nobody(native.refused.get(self.kernel, "a launch hook of Triton's is set"))
+        return loaded
+
+    def _loaded(self) -> tuple[int, int]:
+        if self._function is None:
+            if reason := native.missing():
+                raise self._nobody(reason)
+            if not FATBIN.exists():
+                raise self._nobody("it was not compiled at installation; reinstall with DRSN_ONE_PASS_CU=1")
+            plan, device = self.plan, self._device.index or 0
+            self._function = native.load(device, FATBIN, self.kernel, plan.threads, plan.shared, plan.cluster)
+        return self._function
+
+    def _nobody(self, reason: str) -> RuntimeError:
+        return RuntimeError(
+            f"plans.ONE_PASS_CU is set and {self.kernel} is planned, but nothing here launches it: {reason}"
+        )
+
+    def described(self, kernel: Loaded, place: Callable[[str], tuple[int, int]]) -> tuple:
+        """For native.Sequences: one parameter, the pointers and then the sizes."""
+        patches = [(8 * i, *place(name)) for i, name in enumerate(self.pointers) if name in kernel.given]
+        block, plan = bytes(self._packed.size) + self._sizes, self.plan
+        programs = min(plan.programs, kernel.blocks)
+        return self.kernel, kernel.function, programs, plan.threads, plan.shared, plan.cluster, block, [0], patches
 
     def describe(self) -> Planned:
         return Planned(self.kernel, self.plan.programs, self.plan.threads // 32, self.plan, self.cost, (self._sizes,))

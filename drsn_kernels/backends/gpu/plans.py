@@ -211,8 +211,7 @@ MERGED = 4096
 MERGED_UNITS = 8
 
 
-# csrc/cuda/one_pass.cu in place of Triton's one pass, where it takes the shape. Off: no row has shown it faster, and no
-# launcher comes with the package.
+# csrc/cuda/one_pass.cu in place of Triton's one pass, where it takes the shape. Off: no row has shown it faster.
 ONE_PASS_CU = False
 
 

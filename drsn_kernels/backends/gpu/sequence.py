@@ -8,11 +8,15 @@ One pass is for gates without batch statistics. In brackets is the gate, which k
 and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. With batch statistics of
 many units or samples a launch that merges them, each way, stands between its two. A large batch is shared out in
 linear_grad, whose partial sums one more short launch adds up.
-Between launches nothing comes back to the host.
+
+Each way is one Pass (launch.py), called with the arguments and up to three allocations besides y and dx:
+
+    kept      bit planes, A and the gate's state: what a backward pass needs, and nothing else
+    scratch   what only the launches of this pass hand to one another
+    grads     the parameters' gradients, which are views of it
 """
 
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +27,8 @@ from .. import cost
 from ..step import Backend, Cost, Kept, Plan, Step
 from . import gate, gate_grad, one_pass, one_pass_cu, plans, stream
 from .gate import Sizes
-from .launch import Prepared, bytes_of, multiprocessors, tile_values
+from .launch import Pass, Prepared, Room, multiprocessors, tile_values
+from .native import Piece, Source
 from .plans import GatePlan, OnePassPlan, cdiv, up_to
 from .walk import Strides, Walk, walk
 
@@ -93,16 +98,47 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
     return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS)
 
 
-def _merged(merge: Prepared | None, tiles: torch.Tensor | None) -> torch.Tensor | None:
-    """Statistics or sums of the tiles, (tiles, 2, H); merged, (1, 2, H), by the launch for it."""
+Wired = list[tuple[Prepared, dict[str, Source | None]]]  # launches, each with where its pointers are taken from
+
+
+def _statistics(room: Room, merge: Prepared | None, step: Step, tiles: int) -> tuple[Piece | None, Piece | None, Wired]:
+    """Room for statistics or sums of the tiles (tiles, 2, H), for what is read of them, and the launch between."""
+    if not step.gate.batch_stats:
+        return None, None, []
+    own = room.take(tiles * 2 * step.gate.hidden)
     if merge is None:
-        return tiles
-    merged = tiles.new_empty((1, *tiles.shape[1:]))
-    merge(groups_of=tiles, merged=merged)
-    return merged
+        return own, own, []
+    merged = room.take(2 * step.gate.hidden)
+    return own, merged, [(merge, {"groups_of": own, "merged": merged})]
+
+
+class Keeping(NamedTuple):
+    """What a backward pass needs, in one allocation."""
+
+    room: Room
+    planes: Piece
+    pooled: Piece
+    state: Piece
+
+    @classmethod
+    def of(cls, step: Step, room: Room) -> "Keeping":
+        """The planes, int32 (3, words), come first; where nothing is kept there are none."""
+        layout, (hidden, outputs, _, batch_stats, *_) = step.layout, step.gate
+        planes = room.take_bytes(3 * layout.words * 4 if step.keep else 0)
+        pooled = room.take(layout.n * layout.c)
+        return cls(room, planes, pooled, room.take(layout.n * (hidden + outputs) + 2 * hidden * batch_stats))
+
+
+def unpacked(step: Step, kept: Kept) -> Kept:
+    """With the planes as int32 (3, words): for those who read them without these kernels."""
+    words = step.layout.words
+    return kept._replace(bits=kept.bits[: 3 * words].view(3, words))
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
+
+FORWARD = ("x", "y", "residual", "tau", "kept", "scratch", "w1", "b1", "gamma", "beta", "w2", "b2", "mean", "var",
+           "batches")  # fmt: skip
 
 
 class Gate(NamedTuple):
@@ -117,22 +153,30 @@ class Gate(NamedTuple):
     def launches(self) -> tuple[Prepared, ...]:
         return tuple(launch for launch in (self.hidden, self.merge, self.alpha) if launch is not None)
 
-    def __call__(self, new: Callable, partial, pooled, state, tau, parts: StandardGate) -> None:
-        tiles = new((self.hidden.plan.tiles, 2, len(parts.w1))) if parts.batch_stats else None
-        self.hidden(partial=partial, pooled=pooled, w1=parts.w1, b1=parts.b1, state=state, statistics=tiles)
-        self.alpha(
-            pooled=pooled, state=state, statistics=_merged(self.merge, tiles), tau=tau, mean=parts.mean, var=parts.var,
-            batches=parts.batches, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
-        )  # fmt: skip
+    def wired(self, step: Step, room: Room, partial: Source, pooled: Source, state: Source, tau: Source) -> Wired:
+        """room: for what they hand to one another."""
+        tiles, statistics, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
+        first = {"partial": partial, "pooled": pooled, "state": state, "statistics": tiles, **_same("w1", "b1")}
+        last = {"pooled": pooled, "state": state, "statistics": statistics, "tau": tau,
+                **_same("mean", "var", "batches", "gamma", "beta", "w2", "b2")}  # fmt: skip
+        return [(self.hidden, first), *between, (self.alpha, last)]
+
+
+def _same(*names: str) -> dict[str, Source]:
+    """Pointers that are arguments of the pass, by the same names."""
+    return {name: name for name in names}
 
 
 class Forward(NamedTuple):
-    """Prepared launches: `one`, or the others."""
+    """Prepared launches: `one`, or the others. And all of them as a pass, with what it allocates."""
 
     one: Prepared | one_pass_cu.Launch | None
     reduce: Prepared | None
     gate: Gate | None
     map: Prepared | None
+    keeping: Keeping | None
+    scratch: Room
+    run: Pass
     cost: Cost
 
     @property
@@ -143,26 +187,52 @@ class Forward(NamedTuple):
 @plans.cached
 def prepare_forward(step: Step, y: Strides, cu: bool = False) -> Forward:
     """y: strides of it. cu: by one_pass_cu, if it takes the step."""
-    layout, s = step.layout, Sizes.of(step)
-    kept = 3 * cost.plane_bytes(layout) + s.pooled + s.state
-    running = s.norm // 2 - s.statistics  # mean and variance, where they are not in the state
-    saved = Cost(saved=kept + running if step.keep else 0)
+    s, scratch = Sizes.of(step), Room("scratch", step.sums)
+    keeping = Keeping.of(step, Room("kept", step.sums)) if step.keep else None
+    one = _one_forward(step, y, cu)
+    if one is not None:
+        reduce = ends = last = None
+        wired = [(one, {
+            **_same("x", "y", "residual", "w1", "b1", "mean", "var", "gamma", "beta", "w2", "b2"),
+            "tau": "tau" if step.want.tau else None,
+            **({name: getattr(keeping, name) for name in ("planes", "pooled", "state")} if step.keep else {}),
+        })]  # fmt: skip
+    else:
+        reduce, ends, last, wired = _several_forward(step, y, keeping, scratch)
+    # mean and variance, where they are not in the state
+    saved = keeping.room.bytes + s.norm // 2 - s.statistics if step.keep else 0
+    total = sum((launch.cost for launch, _ in wired), Cost(saved=saved, workspace=scratch.bytes))
+    return Forward(one, reduce, ends, last, keeping, scratch, Pass(FORWARD, wired, step.device), total)
+
+
+def _one_forward(step: Step, y: Strides, cu: bool) -> Prepared | one_pass_cu.Launch | None:
     if cu and not isinstance(compiled := one_pass_cu.prepare_forward(step, y), str):
-        return Forward(compiled, None, None, None, compiled.cost + saved)
+        return compiled
     one = plan_of(step, (step.strides, y, step.residual or y))
-    if not isinstance(one, str):
-        launch = _one_pass(one_pass.forward_kernel, step, *one, "xyr", one_pass.forward_cost(step))
-        return Forward(launch, None, None, None, launch.cost + saved)
+    if isinstance(one, str):
+        return None
+    return _one_pass(one_pass.forward_kernel, step, *one, "xyr", one_pass.forward_cost(step))
+
+
+def _several_forward(
+    step: Step, y: Strides, keeping: Keeping | None, scratch: Room
+) -> tuple[Prepared, Gate, Prepared, Wired]:
+    layout = step.layout
     first = stream.prepare_reduce(layout, step.strides, None, step.dtype, step.device, "magnitude", False)
     last = stream.prepare_map(
         layout, step.strides, y, step.residual, (1, 0) if step.one_tau else (layout.c, 1), step.dtype, step.device,
         "threshold", SOFT, False, 3 if step.keep else 0,
     )  # fmt: skip
-    ends, splits = _prepare_gate(step, first.plan.splits), first.plan.splits
-    used = (0 if step.want.tau else s.tau) + (0 if step.keep else s.pooled + s.state)
-    used += splits * s.pooled if splits > 1 else 0
-    total = first.cost + ends.cost + last.cost + saved + Cost(workspace=used)
-    return Forward(None, first, ends, last, total)
+    splits, ends = first.plan.splits, _prepare_gate(step, first.plan.splits)
+    _, planes, pooled, state = keeping or Keeping.of(step, scratch)
+    tau = "tau" if step.want.tau else scratch.take(layout.n * (1 if step.one_tau else layout.c))
+    partial = pooled if splits == 1 else scratch.take(splits * layout.n * layout.c)
+    wired = [
+        (first, {"x": "x", "out": partial}),
+        *ends.wired(step, scratch, partial, pooled, state, tau),
+        (last, {**_same("x", "y", "residual"), "t": tau, "planes": planes if step.keep else None}),
+    ]
+    return first, ends, last, wired
 
 
 def _prepare_gate(step: Step, parts: int) -> Gate:
@@ -177,34 +247,30 @@ def _prepare_gate(step: Step, parts: int) -> Gate:
         gate.alpha_kernel, step, plan, plan.tiles * cdiv(step.gate.outputs, plan.channels),
         gate.alpha_cost(step, plan.groups), plans.FORWARD_PRECISION,
     )  # fmt: skip
-    total = hidden.cost + alpha.cost if merge is None else hidden.cost + merge.cost + alpha.cost
-    return Gate(hidden, merge, alpha, total + Cost(workspace=plan.tiles * Sizes.of(step).statistics))
+    return Gate(hidden, merge, alpha, hidden.cost + (Cost() if merge is None else merge.cost) + alpha.cost)
 
 
 def forward(
-    backend: Backend, y: torch.Tensor, tau: torch.Tensor | None, kept: Kept, step: Step, x: torch.Tensor,
-    parts: StandardGate, residual: torch.Tensor | None,
-) -> None:  # fmt: skip
-    """Fills y, tau and kept, as far as they are given."""
-    launches, layout = prepare_forward(step, y.stride(), _for_cu(x, y, residual)), step.layout
-    planes = bytes_of(kept.bits)
-    if launches.one is not None:
-        launches.one(
-            x=x, y=y, residual=residual, planes=planes, pooled=kept.pooled, state=kept.state, tau=tau, w1=parts.w1,
-            b1=parts.b1, mean=parts.mean, var=parts.var, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
-        )  # fmt: skip
-        return
-    new, n, c = parts.w1.new_empty, layout.n, layout.c  # w1 has the dtype of sums
-    splits = launches.reduce.plan.splits
-    tau = new((n, 1 if step.one_tau else c)) if tau is None else tau
-    pooled, state = (kept.pooled, kept.state) if step.keep else (new((n, c)), backend.gate_state(step))
-    partial = pooled if splits == 1 else new((splits, n, c))
-    launches.reduce(x=x, out=partial)
-    launches.gate(new, partial, pooled, state, tau, parts)
-    launches.map(x=x, y=y, residual=residual, t=tau, planes=planes)
+    backend: Backend, step: Step, x: torch.Tensor, parts: StandardGate, residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
+    """y, tau where it is wanted, and Kept: its bits, int32, are all of `kept`, of which pooled is a view."""
+    layout = step.layout
+    y = torch.empty_like(x) if out is None else out  # with the layout's strides
+    ahead = prepare_forward(step, y.stride(), _for_cu(x, y, residual))
+    tau = backend.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c) if step.want.tau else None
+    kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
+    ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
+    if kept is None:
+        return y, tau, Kept(None, None, None, None, None)
+    pooled = kept.as_strided((layout.n, layout.c), (layout.c, 1), ahead.keeping.pooled.start)
+    mean, var = (None, None) if step.gate.batch_stats else (parts.mean, parts.var)
+    return y, tau, Kept(kept.view(torch.int32), pooled, None, mean, var)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
+
+BACKWARD = ("g", "dx", "tau_grad", "kept", "scratch", "grads", "w1", "gamma", "beta", "w2", "mean", "var")
 
 
 class GateGrad(NamedTuple):
@@ -222,46 +288,51 @@ class GateGrad(NamedTuple):
     def launches(self) -> tuple[Prepared, ...]:
         return tuple(launch for launch in (self.hidden, self.merge, self.linear, self.add) if launch is not None)
 
-    def __call__(self, new: Callable, step: Step, dtau, tau_grad, dz, dv, kept: Kept, parts: StandardGate):
-        """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2: views of one tensor.
-
-        dz (N, O) and dv (N, H) are filled from dtau, or come filled.
-        """
-        n, c, (h, o, _, batch_stats, *_) = step.layout.n, step.layout.c, step.gate
-        plan, direct, sums = self.linear.plan, None, None
+    def wired(
+        self, step: Step, room: Room, dtau: Source | None, dz: Source, dv: Source, pooled: Source, state: Source
+    ) -> tuple[Wired, Piece | None]:
+        """And dA, where it is wanted. dz (N, O) and dv (N, H) are filled from dtau, or come filled."""
+        size, direct, sums, before = step.layout.n * step.layout.c, None, None, []
+        given = {"pooled": pooled, "state": state, "dz": dz, "dv": dv, **_same("mean", "var", "gamma", "beta")}
         if self.hidden is not None:
-            direct = new((n, c)) if self.dA and step.average is not None else None
-            sums = new((plan.tiles, 2, h)) if batch_stats else None
-            self.hidden(
-                dtau=dtau, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state, mean=kept.mean, var=kept.var,
-                gamma=parts.gamma, beta=parts.beta, w2=parts.w2, dz=dz, dv=dv, sums=sums, direct=direct,
-            )  # fmt: skip
-        dA = new((n, c)) if self.dA else None
-        grads = new((plan.shares, sum(self.sizes)))
-        self.linear(
-            pooled=kept.pooled, state=kept.state, mean=kept.mean, var=kept.var, gamma=parts.gamma, beta=parts.beta,
-            w1=parts.w1, dz=dz, dv=dv, sums=_merged(self.merge, sums), direct=direct, dA=dA, grads=grads,
-        )  # fmt: skip
-        if self.add is not None:
-            shares, grads = grads, new((1, sum(self.sizes)))
-            self.add(shares_of=shares, added=grads)
-        grads = grads[0]
-        # a section may be up to 3 elements longer than its parameter
-        starts = (0, *itertools.accumulate(self.sizes[:-1]))
-        shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
-        strides = ((c, 1), (1,), (h, 1), (1,), (1,), (1,))
-        dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts)
+            direct = room.take(size) if self.dA and step.average is not None else None
+            tiles, sums, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
+            own = {"dtau": dtau, "sums": tiles, "direct": direct, **_same("tau_grad", "w2")}
+            before = [(self.hidden, given | own), *between]
+        dA = room.take(size) if self.dA else None
+        shares = "grads" if self.add is None else room.take(self.linear.plan.shares * sum(self.sizes))
+        own = {"sums": sums, "direct": direct, "dA": dA, "grads": shares, **_same("w1")}
+        after = [] if self.add is None else [(self.add, {"shares_of": shares, "added": "grads"})]
+        return [*before, (self.linear, given | own), *after], dA
+
+    def new(self, like: torch.Tensor) -> torch.Tensor:
+        """For `grads`."""
+        return like.new_empty(sum(self.sizes))
+
+    def views(self, step: Step, grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of w1, b1, gamma, beta, w2, b2."""
+        c, (h, o, *_) = step.layout.c, step.gate
+        if h % 4 == o % 4 == 0:  # half the host time of six views
+            dw1, db1, dw2, db2, *norm = grads.split_with_sizes(self.sizes)
+            dw1, dw2 = dw1.view(h, c), dw2.view(o, h)
+        else:  # a section may be up to 3 elements longer than its parameter
+            starts = (0, *itertools.accumulate(self.sizes[:-1]))
+            shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
+            strides = ((c, 1), (1,), (h, 1), (1,), (1,), (1,))
+            dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts)
         dgamma, dbeta = norm or (None, None)
-        return dA, (dw1, db1, dgamma, dbeta, dw2, db2)
+        return dw1, db1, dgamma, dbeta, dw2, db2
 
 
 class Backward(NamedTuple):
-    """Prepared launches: `one` and the gate, or all the others (dx: where it is wanted)."""
+    """Prepared launches: `one` and the gate, or all the others (dx: where it is wanted). And all of them as a pass."""
 
     one: Prepared | one_pass_cu.Launch | None
     dtau: Prepared | None
     gate: GateGrad
     dx: Prepared | None
+    scratch: Room
+    run: Pass
     cost: Cost
 
     @property
@@ -273,41 +344,58 @@ class Backward(NamedTuple):
 @plans.cached
 def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) -> Backward:
     """g: strides of it. cu: by one_pass_cu, if it takes the step."""
-    layout, s = step.layout, Sizes.of(step)
-    if cu and want_dx and not isinstance(compiled := one_pass_cu.prepare_backward(step, g), str):
+    layout, (hidden, outputs, *_) = step.layout, step.gate
+    scratch, (_, planes, pooled, state) = Room("scratch", step.sums), Keeping.of(step, Room("kept", step.sums))
+    dz, dv = scratch.take(layout.n * outputs), scratch.take(layout.n * hidden)
+    one, first, last = _one_backward(step, g, want_dx, cu), None, None
+    if one is not None:
         ends = _prepare_gate_grad(step, None, False)
-        return Backward(compiled, None, ends, None, compiled.cost + ends.cost)
-    one = plan_of(step, (g, layout.strides)) if want_dx else "without dx there is nothing to fuse"
-    if not isinstance(one, str):
-        launch = _one_pass(one_pass.backward_kernel, step, *one, "gd", one_pass.backward_cost(step))
-        ends = _prepare_gate_grad(step, None, False)
-        return Backward(launch, None, ends, None, launch.cost + ends.cost)
+        own = {"planes": planes, "dz": dz, "dv": dv, "pooled": pooled, "state": state,
+               **_same("g", "dx", "tau_grad", "w1", "mean", "var", "gamma", "beta", "w2")}  # fmt: skip
+        wired = [(one, own), *ends.wired(step, scratch, None, dz, dv, pooled, state)[0]]
+    else:
 
-    def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
-        return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT)
+        def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
+            return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT)
 
-    first = grad(False, False, True)
-    ends = _prepare_gate_grad(step, first.plan.splits, want_dx)
-    last = grad(True, True, False) if want_dx else None
-    total = first.cost + ends.cost + Cost(workspace=first.plan.splits * s.pooled)
-    return Backward(None, first, ends, last, total if last is None else total + last.cost)
+        first = grad(False, False, True)
+        ends = _prepare_gate_grad(step, first.plan.splits, want_dx)
+        dtau = scratch.take(first.plan.splits * layout.n * layout.c)
+        gates, dA = ends.wired(step, scratch, dtau, dz, dv, pooled, state)
+        wired = [(first, {"g": "g", "planes": planes, "dtau": dtau}), *gates]
+        if want_dx:
+            last = grad(True, True, False)
+            wired.append((last, {"g": "g", "planes": planes, "dA": dA, "dx": "dx"}))
+    total = sum((launch.cost for launch, _ in wired), Cost(workspace=scratch.bytes))
+    return Backward(one, first, ends, last, scratch, Pass(BACKWARD, wired, step.device), total)
+
+
+def _one_backward(step: Step, g: Strides, want_dx: bool, cu: bool) -> Prepared | one_pass_cu.Launch | None:
+    """None without dx: then there is nothing to fuse."""
+    if not want_dx:
+        return None
+    if cu and not isinstance(compiled := one_pass_cu.prepare_backward(step, g), str):
+        return compiled
+    one = plan_of(step, (g, step.layout.strides))
+    if isinstance(one, str):
+        return None
+    return _one_pass(one_pass.backward_kernel, step, *one, "gd", one_pass.backward_cost(step))
 
 
 def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     """parts: partial sums that dtau comes in; None where dz and dv come instead."""
-    plan, s, (h, o, norm, *_), c = _gate_plan(step), Sizes.of(step), step.gate, step.layout.c
+    plan, (h, o, norm, *_), c = _gate_plan(step), step.gate, step.layout.c
     sizes = tuple(up_to(length, 4) for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
     row = sum(sizes) * step.sums.itemsize
     direct = dA and step.average is not None
-    total, hidden, merge = Cost(workspace=s.alpha + s.hidden), None, None  # dz, dv
+    total, hidden, merge = Cost(), None, None
     if parts is not None:
         hidden = _of_gate(
             gate_grad.hidden_grad_kernel, step, plan, plan.tiles * cdiv(h, plan.units),
             gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plan.precision, parts=parts, SPLIT=parts > 1,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
-        total += hidden.cost + Cost(workspace=direct * s.pooled + plan.tiles * s.statistics)
-        total += Cost() if merge is None else merge.cost
+        total += hidden.cost + (Cost() if merge is None else merge.cost)
     first = plan.shares * cdiv(h, plan.weights) * cdiv(c, plan.weights)
     second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
     programs = second + dA * plan.tiles * cdiv(c, plan.channels)
@@ -317,38 +405,33 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
         plans.WEIGHT_REGISTERS,
         first=first, second=second, share=plan.share, total=sum(sizes), WALK=plan.step, BW=plan.weights,
     )  # fmt: skip
-    total, add = total + linear.cost + Cost(workspace=dA * s.pooled), None
+    total, add = total + linear.cost, None
     if plan.shares > 1:
+        values = {"shares": plan.shares, "total": sum(sizes), "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}
+        spent = gate_grad.add_shares_cost(row, plan.shares)
+        programs = cdiv(sum(sizes), plans.ADDED)
         add = Prepared(
-            gate_grad.add_shares_kernel, step.device, cdiv(sum(sizes), plans.ADDED), {
-                "shares": plan.shares, "total": sum(sizes), "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES,
-            }, plan, gate_grad.add_shares_cost(row, plan.shares), warps=plans.GATE_WARPS,
+            gate_grad.add_shares_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS
         )  # fmt: skip
         total += add.cost
     return GateGrad(hidden, merge, linear, add, dA, sizes, total)
 
 
 def backward(
-    dx: torch.Tensor | None, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor,
-    tau_grad: torch.Tensor | None,
+    backend: Backend, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None,
+    want_dx: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """Fills dx, if given; the gradients of w1, b1, gamma, beta, w2, b2."""
-    cu = _for_cu(g, dx, tau_grad, *kept[:3])
-    launches, layout = prepare_backward(step, g.stride(), dx is not None, cu), step.layout
-    planes, new = bytes_of(kept.bits), parts.w1.new_empty
-    dz, dv, dtau = new((layout.n, step.gate.outputs)), new((layout.n, step.gate.hidden)), None
-    if launches.one is not None:
-        launches.one(
-            g=g, dx=dx, planes=planes, dz=dz, dv=dv, tau_grad=tau_grad, pooled=kept.pooled, state=kept.state,
-            w1=parts.w1, mean=kept.mean, var=kept.var, gamma=parts.gamma, beta=parts.beta, w2=parts.w2,
-        )  # fmt: skip
-    else:
-        dtau = new((launches.dtau.plan.splits, layout.n, layout.c))
-        launches.dtau(g=g, planes=planes, dtau=dtau)
-    dA, grads = launches.gate(new, step, dtau, tau_grad, dz, dv, kept, parts)
-    if launches.dx is not None:
-        launches.dx(g=g, planes=planes, dA=dA, dx=dx)
-    return grads
+    """dx, if wanted, and the gradients of w1, b1, gamma, beta, w2, b2: all of them, made by one launch."""
+    layout = step.layout
+    dx = backend.empty(layout.shape, layout.strides, step.dtype, step.device) if want_dx else None
+    tau_grad = None if tau_grad is None else tau_grad.contiguous()
+    back = prepare_backward(step, g.stride(), want_dx, _for_cu(g, dx, tau_grad, kept.bits))
+    grads = back.gate.new(parts.w1)
+    back.run((
+        g, dx, tau_grad, kept.bits, back.scratch.new(parts.w1), grads, parts.w1, parts.gamma, parts.beta, parts.w2,
+        kept.mean, kept.var,
+    ))  # fmt: skip
+    return dx, *back.gate.views(step, grads)
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from .bits import (
     with_sign,
     words,
 )
-from .launch import Prepared, bytes_of, kernel, multiprocessors, tile_values
+from .launch import Prepared, kernel, multiprocessors, tile_values
 from .plans import TilePlan, cached, tiles
 from .tiles import by_channel, length_of_rows, load, load_plane, over_length, piece, store, store_planes, tile
 from .walk import Strides, walk
@@ -122,7 +122,7 @@ def reduce_into(
         layout, x.stride(), None if times is None else times.stride(), x.dtype, x.device, kind, keep
     )  # fmt: skip
     sums = partial_sums(out, launch)
-    launch(x=x, times=times, out=sums, planes=bytes_of(planes.bits) if keep else None)
+    launch(x=x, times=times, out=sums, planes=planes.bits if keep else None)
     if sums is not out:
         torch.sum(sums, 0, out=out)
 
@@ -225,7 +225,7 @@ def map_into(
         0 if bits is None else len(bits),
     )  # fmt: skip
     shift = None if shift is None else shift.contiguous()  # (N, C)
-    launch(x=x, y=y, residual=residual, t=t, shift=shift, planes=bytes_of(bits))
+    launch(x=x, y=y, residual=residual, t=t, shift=shift, planes=bits)
 
 
 # ---- grad ------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def grad_into(
         dA is not None and dx is not None, dx is not None, dtau is not None, rule,
     )  # fmt: skip
     sums = None if dtau is None else partial_sums(dtau, launch)
-    launch(g=g, planes=bytes_of(planes.bits), dA=None if dx is None else dA, dx=dx, dtau=sums)
+    launch(g=g, planes=planes.bits, dA=None if dx is None else dA, dx=dx, dtau=sums)
     if sums is not dtau:
         torch.sum(sums, 0, out=dtau)
 
