@@ -227,6 +227,19 @@ def errors(stub) -> dict:
     return found
 
 
+def first_failure(stub) -> dict:
+    """A Sequence whose first launch ever fails is given up."""
+    ran, given = reduce_pass(torch.randn(16, 4, 128))
+    ran(given)
+    stub.library.stub_fail(0, ERROR_INVALID_VALUE)
+    ran(given)
+    launched = stub.library.stub_launches()
+    stub.library.stub_fail(-1, 0)
+    found = {"launched": launched, "reasons": list(native.refused.values()), "taken": ran._native(given)}
+    native.refused.clear()
+    return found
+
+
 def empty(stub) -> dict:
     """A grid of no programs is not launched, and what follows it is."""
     kernels = [(name, 0x10, grid, 32, 0, 0, b"", [], []) for name, grid in (("a", 0), ("b", 5))]
@@ -344,8 +357,8 @@ def off(stub) -> dict:
 
 
 SCENARIOS = (
-    same_to_the_driver, counted, hooks, contexts, streams, classes, errors, empty, refusals, threads, one_pass_cu_of,
-    off,
+    same_to_the_driver, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals, threads,
+    one_pass_cu_of, off,
 )  # fmt: skip
 
 

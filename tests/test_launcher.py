@@ -92,6 +92,13 @@ def test_an_error_names_kernel_and_error(found):
 
 
 @compiled
+def test_a_sequence_that_never_launches_is_given_up(found):
+    """Triton makes the launch that failed, and all that follow."""
+    reason = "launching reduce_kernel: CUDA_ERROR_INVALID_VALUE: invalid argument"
+    assert found["first_failure"] == {"launched": 2, "reasons": [reason], "taken": False}
+
+
+@compiled
 def test_a_grid_of_no_programs_is_not_launched(found):
     (line,) = found["empty"]["lines"]
     assert " grid 5 1 1 " in line
@@ -292,7 +299,7 @@ def test_a_failing_launch_is_an_error_with_its_name():
     kernel = launch._launch(dict(zip(launch.pointers, given, strict=True)))
     name, function, _, *others = launch.described(kernel, lambda pointer: (launch.pointers.index(pointer), 0))
     too_large = _launch.Sequence(x.device.index, [(name, function, 2**32 - 1, *others)], [True, None, "any", None])
-    with pytest.raises(RuntimeError, match="launching reduce_kernel: CUDA_ERROR_INVALID_VALUE: invalid argument"):
+    with pytest.raises(_launch.NotLaunched, match="launching reduce_kernel: CUDA_ERROR_INVALID_VALUE"):
         too_large.run(torch.cuda.current_stream().cuda_stream, given)
     torch.cuda.synchronize()
 

@@ -11,6 +11,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <tuple>
@@ -44,6 +45,11 @@ using Patches = std::vector<std::tuple<uint32_t, uint32_t, int64_t>>;
 // name, function, grid, threads, shared, cluster, block, parameters, patches
 using Described = std::tuple<std::string, uint64_t, unsigned, unsigned, unsigned, unsigned, std::string,
                              std::vector<uint32_t>, Patches>;
+
+// The first launch that a Sequence ever makes has failed: something about it is not as believed, and nothing has run.
+struct NotLaunched : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 class Sequence {
  public:
@@ -86,7 +92,15 @@ class Sequence {
     py::gil_scoped_release released;
     const Driver& driver = Driver::get();
     driver.ensure_context(device_);
-    for (const Kernel& kernel : kernels_) launch(driver, kernel, reinterpret_cast<Stream>(stream), address);
+    for (const Kernel& kernel : kernels_) {
+      const Result error = launch(driver, kernel, reinterpret_cast<Stream>(stream), address);
+      if (error != 0) {
+        const std::string text = "launching " + kernel.name + ": " + driver.describe(error);
+        if (!proven_) throw NotLaunched(text);
+        throw std::runtime_error(text);
+      }
+      proven_ = true;
+    }
     return true;
   }
 
@@ -126,8 +140,8 @@ class Sequence {
       throw py::value_error(kernel.name + " may take at most " + std::to_string(shared) + " bytes of shared memory");
   }
 
-  static void launch(const Driver& driver, const Kernel& kernel, Stream stream, const uint64_t* address) {
-    if (kernel.grid == 0) return;  // as Triton does: the driver would call it an error
+  static Result launch(const Driver& driver, const Kernel& kernel, Stream stream, const uint64_t* address) {
+    if (kernel.grid == 0) return 0;  // as Triton does: the driver would call it an error
     uint64_t block[MOST_WORDS];
     void* parameters[MOST_PARAMETERS];
     std::copy(kernel.block.begin(), kernel.block.end(), block);
@@ -138,14 +152,14 @@ class Sequence {
     cluster.id = CLUSTER_DIMENSION;
     cluster.value.cluster = {kernel.cluster, 1, 1};
     const Config config{{kernel.grid, 1, 1}, {kernel.threads, 1, 1}, kernel.shared, stream, &cluster, kernel.cluster > 0};
-    if (const Result error = driver.launch(&config, kernel.function, parameters, nullptr); error != 0)
-      throw std::runtime_error("launching " + kernel.name + ": " + driver.describe(error));
+    return driver.launch(&config, kernel.function, parameters, nullptr);
   }
 
   int device_;
   size_t bases_ = 0;
   uint64_t none_ = 0, asked_ = 0, aligned_ = 0;
   std::vector<Kernel> kernels_;
+  std::atomic<bool> proven_{false};  // a launch has gone well
 };
 
 // ---- kernels that nvcc compiled --------------------------------------------------------------------------------------
@@ -175,6 +189,7 @@ std::tuple<uint64_t, int> load(int device, const std::string& image, const std::
 PYBIND11_MODULE(_launch, m) {
   using namespace drsn::launch;
   m.doc() = "Launches prepared sequences of kernels through the CUDA driver";
+  py::register_exception<NotLaunched>(m, "NotLaunched", PyExc_RuntimeError);
   py::class_<Sequence>(m, "Sequence")
       .def(py::init<int, const std::vector<Described>&, const std::vector<py::object>&>(), py::arg("device"),
            py::arg("kernels"), py::arg("aligned"))

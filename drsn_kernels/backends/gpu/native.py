@@ -104,8 +104,13 @@ class Sequences:
             return False
         stream = self._stream(self._device)
         for run in self._run:
-            if run(stream, given):
-                return True
+            try:
+                if run(stream, given):
+                    return True
+            except _launch.NotLaunched as error:  # its first launch ever: Triton's, then, as for what is refused
+                self._run = tuple(other for other in self._run if other is not run)
+                refused[", ".join(self._names)] = str(error)
+                return False
         return False
 
     def learn(self, given: tuple[torch.Tensor | None, ...], launched: list[tuple[Any, Any, dict[str, Source]]]) -> None:
