@@ -31,8 +31,8 @@ def backward(step: Step, parts: StandardGate, pooled, state, dtau, tau_grad, wan
     dz, dv = (room.take(step.layout.n * size) for size in (step.gate.outputs, step.gate.hidden))
     wired, _ = gate.wired(step, room, "dtau", dz, dv, "pooled", "state")
     dA = torch.full_like(pooled, float("nan")) if want_dA else None
-    name, sources = wired[-1]
-    wired[-1] = name, sources | {"dA": "dA" if want_dA else None}
+    own = {"dA": "dA" if want_dA else None}
+    wired = [(launch, sources | own if launch is gate.linear else sources) for launch, sources in wired]
     grads = gate.new(parts.w1)
     if parts.batch_stats:
         parts = parts._replace(mean=None, var=None)

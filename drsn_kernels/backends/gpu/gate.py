@@ -195,7 +195,7 @@ def hidden_kernel(
     BATCH_STATS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u; A (N, C), where it comes in parts (SPLIT); with BATCH_STATS the statistics (tiles, 2, H) of each tile of samples.
+    """u; A (N, C), where it comes in parts (SPLIT); with BATCH_STATS each tile's statistics, (tiles, 2, H).
 
     A program makes BN samples of BH units.
     """

@@ -26,8 +26,8 @@ TILE = 512
 # In tiles: the longest row that is one, straight-line code; the longest part of a longer row, walked in a loop. On rows
 # of 4800, 8 and 4 took 1.05 times as long.
 WHOLE, PART = 16, 8
-# In tiles: what channels_last takes, so that a thread has several rows for what its columns need; and bytes of it that a
-# thread holds. With 64, half the warps of a multiprocessor are too few for sums: 1.4 times as long in bfloat16.
+# In tiles: what channels_last takes, so that a thread has several rows for what its columns need; and the bytes of it
+# that a thread holds. With 64, half the warps of a multiprocessor are too few for sums: 1.4 times as long in bfloat16.
 SHARED, SHARED_THREAD = 4, 32
 # Where rows are not aligned, or elements not adjacent, every element has an address of its own: so many elements a
 # thread, because with 16 rows of 49 took 96 to 153 registers, and so many tiles.
@@ -192,9 +192,10 @@ GATE_REGISTERS = 255
 WEIGHT_TILE = 64
 WEIGHT_TILES = 64
 WEIGHT_REGISTERS = 255
-# It is a sum over the batch: a program walks it by GATE_STEP samples, or WIDE_STEP, because 32 spill 16 to 48 bytes. Above GATE_WALK samples it is shared out, while
-# there are fewer programs than GATE_PROGRAMS for each multiprocessor, and the shares are added up, ADDED elements of
-# ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4 steps 6 and adding up 2 to 4.
+# It is a sum over the batch: a program walks it by GATE_STEP samples, or by WIDE_STEP, because 32 spill 16 to 48 bytes.
+# Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each multiprocessor,
+# and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4
+# steps 6 and adding up, by torch, 4.
 GATE_STEP = 32
 WIDE_STEP = 16
 GATE_WALK = 128
