@@ -1,6 +1,7 @@
 """What counts as the standard gate, which a backend may compute itself, and what must be called."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,11 +9,16 @@ from oracle import gate_of
 from torch import nn
 
 import drsn_kernels as dk
+from drsn_kernels import gates
 from drsn_kernels.backends import BACKENDS, cpu
 from drsn_kernels.gates import StandardGate, standard_gate
 
 
 class Renamed(nn.ReLU):
+    pass
+
+
+class Named(torch.Tensor):
     pass
 
 
@@ -172,3 +178,108 @@ def test_the_first_weights_gradient_is_exact_where_its_sum_cancels(isa):
     finally:
         cpu._cpu.set_isa(before)
     assert (grads[0] - grads[1]).norm() < 1e-5 * grads[1].norm()
+
+
+# ---- a change between two calls ----
+
+
+def to_meta(gate: nn.Sequential) -> None:
+    torch.utils.swap_tensors(gate[3].weight, nn.Parameter(gate[3].weight.detach().to("meta")))
+
+
+def assigned(gate: nn.Sequential, **changed: torch.Tensor) -> None:
+    gate.load_state_dict({**gate.state_dict(), **changed}, assign=True)
+
+
+def as_buffer(gate: nn.Sequential, name: str, tensor: torch.Tensor) -> None:
+    gate[1]._buffers[name] = tensor
+
+
+# All of OTHERS, and changes that leave every parameter the object that it was, or that are none of the gate's own.
+LATER = {
+    **OTHERS,
+    "data of another dtype": lambda gate: setattr(gate[0].weight, "data", gate[0].weight.data.double()),
+    "data that is transposed": lambda gate: setattr(gate[0].weight, "data", gate[0].weight.data.t()),
+    "another device, the same object": to_meta,
+    "transposed in place": lambda gate: gate[0].weight.requires_grad_(False).t_(),
+    "statistics of another dtype": lambda gate: as_buffer(gate, "running_var", torch.ones(4, dtype=torch.float64)),
+    "statistics of another size": lambda gate: as_buffer(gate, "running_mean", torch.zeros(1)),
+    "state_dict of another dtype, assigned": lambda gate: assigned(gate, **{"0.bias": torch.zeros(4).double()}),
+    "bias of one number": lambda gate: setattr(gate[3], "bias", nn.Parameter(torch.zeros(1))),
+    "eps in a tensor": lambda gate: setattr(gate[1], "eps", torch.tensor(1e-5)),
+    "hook dictionary replaced": lambda gate: gate[2].__dict__.update(_forward_hooks={0: lambda *a: None}),
+    "class changed in place": lambda gate: setattr(gate[2], "__class__", Renamed),
+    "parameter becomes a subclass": lambda gate: setattr(
+        gate[0], "bias", nn.Parameter(torch.zeros(4).as_subclass(Named), requires_grad=False)),
+    "global hook": lambda gate: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("change", LATER)
+def test_a_change_after_a_call_is_seen_by_the_next(change, guarded, monkeypatch):
+    """Warm first: whatever is kept of the call before must not answer for the changed gate."""
+    monkeypatch.setattr(gates, "_guards", {})
+    if not guarded:
+        monkeypatch.setattr(gates, "TensorGuards", None)
+    gate, x = gate_of(4, "norm", "channel"), torch.randn(3, 4, 9)
+    for _ in range(2):
+        assert isinstance(standard_gate(gate, x), StandardGate)
+    assert bool(gates._guards) == guarded
+    handle = None
+    if change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+    LATER[change](gate)
+    try:
+        assert isinstance(standard_gate(gate, x), str)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_numbers_and_tensors_are_those_of_this_call():
+    """What a gate has now is returned, and another x asks anew."""
+    gate, x = gate_of(4, "norm", "channel"), torch.randn(3, 4, 9)
+    for _ in range(2):
+        assert not standard_gate(gate, x).batch_stats
+    gate.train()
+    assert standard_gate(gate, x).batch_stats and "one sample" in standard_gate(gate, x[:1])
+    gate[1].momentum, gate[1].eps = 0.5, 1e-3
+    gate[0].weight = nn.Parameter(torch.randn(4, 4))
+    assigned(gate, **{"3.bias": torch.full((4,), 7.0)})
+    found = standard_gate(gate, x)
+    assert (found.momentum, found.eps) == (0.5, 1e-3)
+    assert found.w1 is gate[0].weight and found.b2 is gate[3].bias and bool((found.b2 == 7).all())
+    assert isinstance(standard_gate(gate, x.double()), str) and isinstance(standard_gate(gate, x[:, :3]), str)
+    assert isinstance(standard_gate(gate, x.to("meta")), str)
+    other = copy.deepcopy(gate)
+    assert standard_gate(other, x).w1 is other[0].weight
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert standard_gate(gate, x).w1 is gate[0].weight
+    loaded = pickle.loads(pickle.dumps(gate))
+    assert standard_gate(loaded, x).w1 is loaded[0].weight
+    assert isinstance(standard_gate(gate.double(), x), str)
+    assert isinstance(standard_gate(gate, x.double()), StandardGate)
+    for p in gate.parameters():
+        p.requires_grad = False
+    assert isinstance(standard_gate(gate, x.double()), StandardGate)
+
+
+@pytest.mark.parametrize("change", ["hook", "other activation", "data of another dtype", "statistics switched off"])
+def test_a_module_computes_what_its_changed_gate_says(change, fusing):
+    torch.manual_seed(0)
+    module, x = dk.Shrinkage(4).eval(), torch.randn(3, 4, 9)
+    module(x)
+    if change == "hook":
+        module.fc[0].register_forward_hook(lambda module, inputs, out: out + 1)
+    elif change == "other activation":
+        module.fc[2] = nn.GELU()
+    elif change == "statistics switched off":
+        module.fc[1].track_running_stats, module.fc[1].training = False, True
+    else:
+        module.double().fc[0].weight.data.mul_(2)
+        x = x.double()
+    expected = copy.deepcopy(module)
+    with dk.use_backend("torch"):
+        expected = expected(x)
+    torch.testing.assert_close(module(x), expected)

@@ -7,7 +7,7 @@ import torch
 from ..layout import Layout, Planes, is_dense
 from . import cost
 from .cpu_extension import MISSING, _cpu
-from .cpu_memory import DTYPES, _empty, empty_cache
+from .cpu_memory import _INNER_BYTES, DTYPES, _empty, _empty_like, empty_cache
 from .cpu_plan import batch_plan, gated_cost
 from .step import Backend, Cost, Plan
 
@@ -50,8 +50,8 @@ class Cpu(Backend):
 
     def gate_unsupported(self, x, parts):
         outputs, hidden = parts.w2.shape
-        products, most = x.shape[0] * hidden * (x.shape[1] + outputs), _MOST_PRODUCTS[_cpu.isa()]
-        if products > most:
+        products = x.shape[0] * hidden * (x.shape[1] + outputs)
+        if products > (most := _MOST_PRODUCTS[_cpu.isa()]):
             return f"{products} products in the gate: beyond {most} torch's matrix products are faster"
         return None
 
@@ -64,6 +64,11 @@ class Cpu(Backend):
             else "one thread, because torch before 2.10 does not offer its thread pool; a newer torch does"
         )
         return f"available: {_cpu.isa()} (of {', '.join(_cpu.available_isas())}), {threads}"
+
+    def like(self, x, layout):
+        if x.nbytes < _INNER_BYTES:
+            return torch.empty_like(x)  # 1 us less than `empty`
+        return _empty(layout.shape, layout.strides, x.dtype, x.device)
 
     # ---- kernels
 
@@ -98,10 +103,10 @@ class Cpu(Backend):
         )  # fmt: skip
 
     def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want):
-        grads = [
-            _empty(tuple(p.shape), p.stride(), p.dtype, step.device) if wanted and p is not None else None
-            for p, wanted in zip(parts[:6], want, strict=True)
-        ]
+        gate = step.gate
+        small = gate.hidden * max(step.layout.c, gate.outputs) * parts.w1.itemsize < _INNER_BYTES
+        fresh = torch.empty_like if small else _empty_like
+        grads = [fresh(p) if wanted and p is not None else None for p, wanted in zip(parts[:6], want, strict=True)]
         dw1, db1, dgamma, dbeta, dw2, db2 = grads
         _walk(step.layout, step.dtype).gated_backward(
             g=g, planes=kept.bits, kept=0, sign=1, nonzero=2, dx=dx, tau_grad=tau_grad,

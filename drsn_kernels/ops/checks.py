@@ -27,7 +27,8 @@ def floating(x: torch.Tensor) -> None:
 
 def features(x: torch.Tensor, rank: int) -> None:
     """x is a floating-point tensor (N, C, *spatial) of at least `rank` dimensions."""
-    floating(x)
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        floating(x)
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"x must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
     if x.dim() < rank:
@@ -70,6 +71,8 @@ def inplace(x: torch.Tensor, r: torch.Tensor | None) -> None:
 
 def rule(threshold: str, slope: float) -> Rule:
     """The rule of the arguments that soft_threshold, shrink and Shrinkage share."""
+    if threshold == "soft" and type(slope) is float and slope == 0:
+        return SOFT
     if threshold not in ("soft", "hard"):
         raise ValueError(f"threshold must be 'soft' or 'hard', got {threshold!r}")
     if not isinstance(slope, numbers.Real) or isinstance(slope, bool):

@@ -65,19 +65,18 @@ _COMPILED = "torch.compile traces this call"
 _EXPORTED = "torch.export records this call, and its graph holds aten operations only"
 
 
-def is_eager(*tensors: torch.Tensor | None) -> bool:
-    return not_eager(*tensors) is None
-
-
 def is_eager_grad(*gradients: torch.Tensor | None) -> bool:
     """The same in a backward pass: not recorded for a higher derivative, and not of the legacy vmap."""
-    if torch.is_grad_enabled() or not is_eager(*gradients):
+    if torch.is_grad_enabled() or not_eager(*gradients) is not None:
         return False
-    return not any(g is not None and _is_legacy_batched(g) for g in gradients)
+    for g in gradients:
+        if g is not None and _is_legacy_batched(g):
+            return False
+    return True
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:
-    """function.apply less the part in which torch looks for functorch transforms: is_eager has looked already."""
+    """function.apply less the part in which torch looks for functorch transforms: not_eager has looked already."""
     return super(torch.autograd.Function, function).apply
 
 

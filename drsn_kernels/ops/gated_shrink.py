@@ -35,8 +35,8 @@ class GatedShrink(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, pooled_grad=None, tau_grad=None):
-        residual_grad = g if ctx.needs_input_grad[1] else None
-        want = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:8]
+        want_x, want_residual, *want_parameters = ctx.needs_input_grad[:8]
+        residual_grad, want = g if want_residual else None, (want_x, *want_parameters)
         if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
             return None, residual_grad, *[None] * 10
         bits, pooled, state, mean, var, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
@@ -48,7 +48,8 @@ class GatedShrink(torch.autograd.Function):
         else:
             kept = ctx.backend.unpacked(step, kept)
             dx, *grads = _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want)
-        grads = [grad if wanted else None for grad, wanted in zip(grads, want[1:], strict=True)]
+        if not all(want_parameters):
+            grads = [grad if wanted else None for grad, wanted in zip(grads, want_parameters, strict=True)]
         return dx, residual_grad, *grads, None, None, None, None
 
 

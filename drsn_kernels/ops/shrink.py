@@ -164,7 +164,10 @@ _pool, _apply = direct_apply(Pool), direct_apply(Apply)
 
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -234,26 +237,24 @@ def shrink(
 
     # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
     fused = residual if residual is None or residual.dtype == x.dtype else None
-    backend, layout = backends.select(x), layout_of(x)
+    backend = backends.select(x)
     grads = torch.is_grad_enabled()
     # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
     by_copy = inplace and grads and x._is_view()
     overwrite = inplace and not by_copy
     parts = _fusable(gate, x, backend) if rule == SOFT else "the fused gate has soft thresholds only"
     if not isinstance(parts, str):
-        if grads and fused is not None and fused.requires_grad and not _any_requires_grad(x, *parts.parameters):
+        keep = grads and (x.requires_grad or _any_requires_grad(*parts[:6]))
+        if fused is not None and fused.requires_grad and grads and not keep:
             fused = None  # added afterwards: its gradient is g, for which nothing need be kept
-        step = Step(
-            "shrink", layout, x.stride(), x.dtype, x.device, average, outputs=parts.w2.shape[0],
-            gate=GateShape.of(parts), residual=None if fused is None else fused.stride(),
-            keep=grads and _any_requires_grad(x, *parts.parameters), want=Want(x=x.requires_grad, tau=return_tau),
-        )  # fmt: skip
+        gate_shape = GateShape.of(parts)
+        step = _step(x, average, rule, gate_shape.outputs, gate_shape, fused, keep, return_tau)
         y, tau = _gated(x, step, parts, backend, gate, fused, overwrite)
         return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
-    pool, handle = None, x
+    layout, pool, handle = layout_of(x), None, x
     if grads and x.requires_grad:
         pooled, handle = _pool(x, layout, backend, overwrite)
-        pool, source = pooled.grad_fn, x.detach()
+        pool, source = pooled.grad_fn, x.detach() if overwrite else x  # overwritten, x is the node's own output
         pool.source = source, source._version
     else:
         pooled, _ = backend.reduce(x, layout)
@@ -265,10 +266,7 @@ def shrink(
             pool.planes, pool.source = backend.reduce(x, layout, keep=True)[1], None
         return _compose(handle, pooled, alpha, average, residual, inplace, return_tau, rule)
     needed = grads and (x.requires_grad or alpha.requires_grad)
-    step = Step(
-        "shrink", layout, x.stride(), x.dtype, x.device, average, rule, alpha.shape[1],
-        residual=None if fused is None else fused.stride(), keep=needed, want=Want(x=x.requires_grad, tau=return_tau),
-    )  # fmt: skip
+    step = _step(x, average, rule, alpha.shape[1], None, fused, needed, return_tau)
     told = recording.active
     if told is not None:
         told(step, x, backend, gate=gate, not_fused=parts)
@@ -305,6 +303,25 @@ def _fusable(gate, x: torch.Tensor, backend: Backend) -> StandardGate | str:
         return f"the {backend.name} backend calls every gate"
     parts = standard_gate(gate, x)
     return parts if isinstance(parts, str) else backend.gate_unsupported(x, parts) or parts
+
+
+_steps: dict[tuple, Step] = {}
+
+
+def _step(x, average, rule, outputs, gate, residual, keep, return_tau) -> Step:
+    """Kept by all that it is made of."""
+    strides = None if residual is None else residual.stride()
+    lies, wants = (x.shape, x.stride(), x.dtype, x.device), x.requires_grad
+    key = lies, average, rule, outputs, gate, strides, keep, wants, return_tau
+    step = _steps.get(key)
+    if step is None:
+        if len(_steps) >= 4096:
+            _steps.clear()
+        step = _steps[key] = Step(
+            "shrink", layout_of(x), *lies[1:], average, rule, outputs, gate, strides, keep,
+            Want(x=wants, tau=return_tau),
+        )  # fmt: skip
+    return step
 
 
 def _gated(x, step: Step, parts: StandardGate, backend: Backend, gate, residual, overwrite):

@@ -146,7 +146,7 @@ def traced_soft_threshold(
 
 def _in_rows(x: torch.Tensor, tau: torch.Tensor) -> bool:
     """Whether tau does not vary within the planes of x (N, C, *spatial)."""
-    return x.dim() >= 2 and all(n == 1 for n in tau.shape[2:])
+    return x.dim() >= 2 and (tau.dim() <= 2 or all(n == 1 for n in tau.shape[2:]))
 
 
 def _per_plane(tau: torch.Tensor) -> torch.Tensor:
