@@ -254,7 +254,9 @@ def test_only_wanted_gradients_of_a_gate(on_each):
     everything = on_each.gated_backward(step, parts, kept, x, None, (True,) * 7)
     for i in range(7):
         some = on_each.gated_backward(step, parts, kept, x, None, tuple(k == i for k in range(7)))
-        assert some[i] is not None and torch.equal(some[i], everything[i])
+        assert some[i] is not None
+        # without dx the launches may be others, and sums come in another order
+        torch.testing.assert_close(some[i], everything[i], rtol=1e-5, atol=1e-6)
         assert i == 0 or some[0] is None
 
 

@@ -139,10 +139,12 @@ def guarded(kernels, monkeypatch):
     def guard(factory):
         def make(*args, **kwargs):
             t = factory(*args, **kwargs)
+            if t.is_meta:
+                return t
             used = t.untyped_storage().nbytes()
-            room = plain(used + 64, dtype=torch.uint8).fill_(0xA5)
+            room = plain(used + 64, dtype=torch.uint8, device=t.device).fill_(0xA5)
             guards.append(room[used:])
-            return plain(0, dtype=t.dtype).set_(room.untyped_storage(), 0, t.shape, t.stride())
+            return plain(0, dtype=t.dtype, device=t.device).set_(room.untyped_storage(), 0, t.shape, t.stride())
 
         return make
 

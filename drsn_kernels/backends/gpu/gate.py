@@ -30,14 +30,15 @@ from .launch import kernel
 
 
 @triton.jit
-def product(a, b, total):
+def product(a, b, total, PRECISION: tl.constexpr):
     """total + a b in their own dtype, as torch's Linear computes it without TF32.
 
-    In float32 a chain of fma, which tl.dot asks for by name: compiled without contraction (launch.py) it stays one.
-    What several threads hold of a product each makes by the same chain, so it has the same bits in all of them.
-    float64 runs on tensor cores.
+    "ieee": in float32 a chain of fma, which tl.dot asks for by name: compiled without contraction (launch.py) it stays
+    one. What several threads hold of a product each makes by the same chain, so it has the same bits in all of them.
+    float64 runs on tensor cores. "tf32x3": float32 on tensor cores, each factor in two parts, three of the four
+    products: no less exact than the rounding of sums of this length.
     """
-    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit
@@ -185,6 +186,7 @@ def sum_parts(partial, row, end, column, columns, parts, stride):
 def hidden_kernel(
     partial, pooled, w1, b1, state, statistics, N, CA, HA, parts, tiles,
     BATCH_STATS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u; A (N, C), where it comes in parts; with BATCH_STATS the statistics (tiles, 2, H) of each tile of samples.
 
@@ -200,7 +202,7 @@ def hidden_kernel(
     u = tl.zeros((BN, BH), w1.dtype.element_ty)
     for step in range(0, parts * steps):
         c = step % steps * BK + tl.arange(0, BK)
-        u = product(rows(partial + step // steps * (N * C), n, N, c, C), transposed(w1, h, H, c, C), u)
+        u = product(rows(partial + step // steps * (N * C), n, N, c, C), transposed(w1, h, H, c, C), u, PRECISION)
     u += tl.load(b1 + h, h < H, 0.0)[None, :]
     store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
@@ -234,7 +236,7 @@ def alpha_kernel(
     pooled, state, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
     MERGE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none).
 
@@ -268,7 +270,7 @@ def alpha_kernel(
         if ONE:
             z += relu(v) * tl.load(w2 + h, live, 0.0)[None, :]
         else:
-            z = product(relu(v), transposed(w2, o, outputs, h, H), z)
+            z = product(relu(v), transposed(w2, o, outputs, h, H), z, PRECISION)
     if BATCH_STATS:
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)

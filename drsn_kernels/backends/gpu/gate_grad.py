@@ -91,7 +91,7 @@ def alphas_at(alphas, n, o, N, C, ONE: tl.constexpr):
 def hidden_grad_kernel(
     dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, dz, dv, sums, direct, N, CA, HA, parts, tiles,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr,
-    BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dz (N, C | 1), dv (N, H) and, with BATCH_STATS, sum dv and sum dv * (u - mean) / std of each tile (tiles, 2, H).
 
@@ -139,7 +139,7 @@ def hidden_grad_kernel(
             d = tau_grads(dtau, tau_grad, n, c, N, C, step // steps, ONE_TAU)
             a = rows(pooled, n, N, c, C)
             part, _ = logit_grads(d, a, rows(alphas, n, N, c, C), total, average, channels, AVERAGE, ONE)
-            delta = product(part, rows(w2, c, C, h, H), delta)
+            delta = product(part, rows(w2, c, C, h, H), delta, PRECISION)
     v, xhat, _ = normalise(rows(state, n, N, h, H), h, live, mean, var, gamma, beta, EPS)
     delta = tl.where(v > 0, delta, 0.0)
     store_rows(dv, delta, n, N, h, H)
@@ -186,7 +186,7 @@ def batch_averages(sums, h, live, N, H, groups, MERGE: tl.constexpr, GROUPS: tl.
 def pooled_grad_tile(
     pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = du w1 + the direct gradient, BN samples of BC channels."""
     n = pid % tiles * BN + tl.arange(0, BN)
@@ -203,7 +203,7 @@ def pooled_grad_tile(
                 average, average_xhat = batch_averages(sums, h, h < H, N, H, groups, MERGE, GROUPS)
             slope = tl.load(gamma + h, h < H, 0.0) * scale
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
-        total = product(du, rows(w1, h, H, c, C), total)
+        total = product(du, rows(w1, h, H, c, C), total, PRECISION)
     if direct is not None:
         total += rows(direct, n, N, c, C)
     store_rows(dA, total, n, N, c, C)
@@ -214,7 +214,7 @@ def weight_grad_tile(
     of_second, block, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, sums, dw, along_h, along_c,
     db1, db2, dgamma, dbeta, N, C, H, outputs, groups, start, stop,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr,
-    BC: tl.constexpr, BH: tl.constexpr, WALK: tl.constexpr,
+    BC: tl.constexpr, BH: tl.constexpr, WALK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BH units of BC columns of dw1 = du' A or, of_second, of dw2' = relu(v)' dz, from samples start to stop.
 
@@ -254,7 +254,7 @@ def weight_grad_tile(
         right = rows(pooled, n, end_of_first, c, C) + rows(dz, n, end_of_second, c, outputs)
         sum_left += left
         sum_right += right
-        total = product(tl.trans(left), right, total)
+        total = product(tl.trans(left), right, total, PRECISION)
     at = (h * along_h)[:, None] + (c * along_c)[None, :]
     tl.store(dw + at, total, live[:, None] & (c < columns)[None, :])
     tl.store(db1 + h, tl.sum(sum_left, 0), vectors & (of_second == 0))
@@ -275,6 +275,7 @@ def linear_grad_kernel(
     N, CA, HA, tiles, groups, first, second, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MERGE: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, WALK: tl.constexpr, GROUPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters and, where wanted, dA (N, C).
 
@@ -306,12 +307,12 @@ def linear_grad_kernel(
             of_second, block % kind, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, sums,
             tl.where(of_second, dw2, dw1), tl.where(of_second, 1, C), tl.where(of_second, H, 1),
             db1, db2, dgamma, dgamma + _up_to_4(H), N, C, H, outputs, groups, start, tl.minimum(start + share, N),
-            BATCH_STATS, EPS, MERGE, GROUPS, BC, BH, WALK,
+            BATCH_STATS, EPS, MERGE, GROUPS, BC, BH, WALK, PRECISION,
         )  # fmt: skip
     elif dA is not None:
         pooled_grad_tile(
             pid - second, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
-            BATCH_STATS, EPS, MERGE, GROUPS, BN, BC, BK,
+            BATCH_STATS, EPS, MERGE, GROUPS, BN, BC, BK, PRECISION,
         )  # fmt: skip
 
 

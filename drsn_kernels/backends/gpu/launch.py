@@ -35,8 +35,8 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
     """triton.jit for a kernel that takes `pointers` pointers, then integers, then constexprs.
 
     It is specialised on which pointers are None and on which of `aligned` are multiples of 16 bytes, and on no integer:
-    Triton would compile anew for 1 and for multiples of 16. Two of its constexprs are known at a launch only: PTX, and
-    GROUP, which is 1 where one of `aligned` is not.
+    Triton would compile anew for 1 and for multiples of 16. Three of its constexprs are known at a launch only: PTX,
+    PRECISION, which is "ieee" without it, and GROUP, which is 1 where one of `aligned` is not.
     """
 
     def decorate(fn):
@@ -104,6 +104,7 @@ class Prepared:
         known_now = {"PTX": takes_ptx()}
         if not known_now["PTX"]:
             options.pop("maxnreg", None)
+            known_now["PRECISION"] = "ieee"
         if any(pointers[i] is not None and pointers[i].data_ptr() % 16 for i in self.fn.aligned):
             # a word of two elements would straddle two; the tile stays that of aligned tensors, and may spill
             known_now["GROUP"] = 1

@@ -176,9 +176,12 @@ GATE_DEPTH = 32
 # kernels' time to compile.
 GATE_STAGES = 1
 WIDE_STAGES = 2
+GATE_PRECISION = "ieee"
+WIDE_PRECISION = "ieee"
 # 8 warps, because a program waits most of the time. The gradients of weights are many programs, of which two share a
 # multiprocessor in WEIGHT_REGISTERS; float64 and the other launches spill there (8 to 72 bytes).
 GATE_WARPS = 8
+WIDE_WARPS = 8
 GATE_REGISTERS = 255
 WEIGHT_REGISTERS = 128
 # The gradient of a weight is a sum over the batch: a program walks it by GATE_STEP samples (64 spilled 16 bytes with
@@ -223,6 +226,8 @@ class GatePlan:
     units: int  # BH
     depth: int  # BK, of a product
     stages: int  # of a product's loop
+    warps: int
+    precision: str  # of float32's products, in Triton's words
     align: int  # elements that divide C and H, as rows are aligned
     tiles: int  # of samples
     groups: int  # statistics that come to the launches that need them; 1 where a launch has merged them before
@@ -274,9 +279,9 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
     """The plan of the gate's own launches. Only counts depend on n."""
 
     widest = max(channels, hidden)
-    samples, tile, stages = GATE_SAMPLES, GATE_TILE, GATE_STAGES
+    samples, tile, stages, warps, precision = GATE_SAMPLES, GATE_TILE, GATE_STAGES, GATE_WARPS, GATE_PRECISION
     if widest > WIDE:
-        samples, tile, stages = WIDE_SAMPLES, WIDE_TILE, WIDE_STAGES
+        samples, tile, stages, warps, precision = WIDE_SAMPLES, WIDE_TILE, WIDE_STAGES, WIDE_WARPS, WIDE_PRECISION
     depth = min(max(power_of_two(widest), 16), GATE_DEPTH)
     tiles = cdiv(n, samples)
     merge = hidden <= GATE_MERGES * depth
@@ -285,7 +290,8 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int) -> GatePlan
     shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights), 1)
     share = cdiv(cdiv(n, shares), GATE_STEP) * GATE_STEP
     return GatePlan(
-        samples=samples, channels=tile, units=tile, depth=depth, stages=stages,
+        samples=samples, channels=tile, units=tile, depth=depth, stages=stages, warps=warps,
+        precision=precision,
         align=4 if channels % 4 == hidden % 4 == 0 else 1, tiles=tiles, groups=1 if apart else tiles,
         group=n if apart else samples, merge=merge, at_a_time=GATE_MERGED // depth,
         shares=cdiv(n, share), share=share,

@@ -76,9 +76,10 @@ def _of_gate(
         "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
         "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
+        "PRECISION": "ieee" if step.sums == torch.float64 else plan.precision,
     }  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, stages=plan.stages,
+        fn, step.device, programs, values, plan, cost_of, warps=plan.warps, stages=plan.stages,
         registers=registers or plans.GATE_REGISTERS,
     )  # fmt: skip
 

@@ -23,9 +23,8 @@ def _decode(index, sizes, strides):
     """Offset of a flat index over dimensions with these strides, outermost first; sizes leaves the outermost out."""
     offset = index * 0
     for d in tl.static_range(len(sizes)):
-        inner: tl.constexpr = len(sizes) - d
-        size = plain(sizes[inner - 1])
-        offset += (index % size) * plain(strides[inner])
+        size = plain(sizes[len(sizes) - d - 1])
+        offset += (index % size) * plain(strides[len(sizes) - d])
         index = index // size
     return offset + index * plain(strides[0])
 
