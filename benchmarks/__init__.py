@@ -9,7 +9,7 @@ report.py   the figures the project aims at, the regression gate, plots
 run.py      the command                     bench_operators.py   the same as tests of pytest-benchmark
 
 gpu_suite.py   everything that needs a GPU, by one command
-overhead.py  launches.py   what a call costs the host
+overhead.py  launches.py  launcher.py   what a call costs the host
 
 Calls are timed in turn by drsn_kernels/demo/timing.py. Nothing here runs in the tests but on fake or tiny work.
 """
