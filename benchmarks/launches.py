@@ -1,60 +1,158 @@
-"""What the host pays for a call of the GPU backend, without a GPU: microseconds until the launch is handed over.
+"""What the host pays for a call, the table of record: microseconds until it returns, beside a node that does nothing.
 
-    TRITON_INTERPRET=0 python -m benchmarks.launches
+    TRITON_INTERPRET=0 python -m benchmarks.launches [--before FOLDER]
 
-The kernels are compiled for an H100 and not run (drsn_kernels/backends/gpu/lowering.py). So the driver's own launch is
-not in these figures, and everything before it is: checks, planning, allocation, autograd, the binding. "through Triton"
-is the call with every launch through Triton's own binder and specialisation, as it is without `launch.Prepared`.
+cpu      the whole call: at this size there is next to nothing to compute.
+triton   kernels compiled for an H200 and not run (drsn_kernels/backends/gpu/lowering.py), on CPU tensors: checks,
+         planning, allocation, autograd and the binding are in it, the driver's own launch is not.
+
+A busy machine doubles such times, so every row has a reference: an autograd.Function that allocates its output, returns
+gradients that exist and does nothing else, with the same inputs, timed in the same rounds. Ratios to it carry over from
+one machine to another; microseconds do not. FOLDER holds another drsn_kernels package (the site-packages of another
+installation): both are timed in one run, round by round, each in a process of its own.
 """
 
+import argparse
 import contextlib
-import statistics
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 
-import drsn_kernels as dk
-from drsn_kernels.backends.gpu import launch, lowering
-from drsn_kernels.demo.timing import Call, interleaved
-
-from .rows import environment
+SHAPE = (4, 8, 16)
+ROUNDS, CALLS = 60, 40
+BACKENDS = ("cpu", "triton")
 
 
-def _bind_anew(self: launch.Prepared, pointers: dict) -> None:
-    self._first(0, pointers, tuple(map(pointers.get, self.fn.pointers)))
+# ---- what is timed, in a process that has one of the packages --------------------------------------------------------
+
+
+def nothing(outputs: tuple[int, ...], *inputs: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A call of a node that does nothing: a fresh output, and gradients that were there before."""
+    gradients = tuple(torch.zeros_like(t) for t in inputs)
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, *parameters):
+            return x.new_empty(outputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            return gradients if len(gradients) > 1 else gradients[0]
+
+    apply = super(torch.autograd.Function, Nothing).apply
+    return lambda: apply(*inputs)
+
+
+def steps() -> dict[str, tuple[Callable, Callable]]:
+    """By name: a call, and its reference."""
+    import drsn_kernels as dk
+
+    x, tau, leaf, g = torch.randn(SHAPE), torch.rand(SHAPE[:2]), torch.randn(SHAPE).requires_grad_(), torch.randn(SHAPE)
+    evaluated, trained, identity = dk.Shrinkage(SHAPE[1]).eval(), dk.Shrinkage(SHAPE[1]), torch.nn.Identity()
+    inputs = (leaf, *trained.parameters())
+
+    def both(call: Callable, inputs: tuple[torch.Tensor, ...]) -> Callable:
+        return lambda: torch.autograd.grad(call(), inputs, g)
+
+    alone, with_tau, whole = nothing(SHAPE, leaf), nothing(SHAPE, x, tau), nothing(SHAPE, *inputs)
+    no_grad = torch.no_grad()
+    return {
+        "abs_mean": (lambda: dk.abs_mean(x), nothing(SHAPE[:2], x)),
+        "soft_threshold": (lambda: dk.soft_threshold(x, tau), with_tau),
+        "soft_threshold, forward and backward": (
+            both(lambda: dk.soft_threshold(leaf, tau), (leaf,)), both(alone, (leaf,)),
+        ),
+        "Shrinkage, eval": (no_grad(lambda: evaluated(x)), no_grad(nothing(SHAPE, x, *evaluated.parameters()))),
+        "Shrinkage, train, forward": (lambda: trained(leaf), whole),
+        "Shrinkage, train, forward and backward": (both(lambda: trained(leaf), inputs), both(whole, inputs)),
+        "shrink, nn.Identity called, forward and backward": (
+            both(lambda: dk.shrink(leaf, identity), (leaf,)), both(alone, (leaf,)),
+        ),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def on(backend: str) -> Iterator[None]:
+    import drsn_kernels as dk
+
+    with contextlib.ExitStack() as stack:
+        if backend == "triton":
+            from drsn_kernels.backends.gpu import lowering
+
+            lowering._Driver._record = lambda *args: None  # writing the launches down is not part of a call
+            stack.enter_context(lowering.lowering("cuda:90"))
+        stack.enter_context(dk.use_backend(backend, strict=True))
+        yield
+
+
+def microseconds(call: Callable) -> float:
+    start = time.thread_time()  # of this thread alone: nothing waits, and other processes do not count
+    for _ in range(CALLS):
+        call()
+    return (time.thread_time() - start) / CALLS * 1e6
+
+
+def child() -> None:
+    """A line in, a line out: {backend: {step: [microseconds, those of its reference]}} of one round."""
+    torch.set_num_threads(1)
+    calls = steps()
+    for _ in sys.stdin:
+        found = {}
+        for backend in BACKENDS:
+            with contextlib.suppress(ImportError, RuntimeError), on(backend):  # without Triton, or interpreted: no row
+                found[backend] = {name: [microseconds(call) for call in pair] for name, pair in calls.items()}
+        print(json.dumps(found), flush=True)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def start(folder: str | None) -> subprocess.Popen:
+    environment = {"TRITON_INTERPRET": "0", **os.environ}
+    if folder is not None:
+        environment["PYTHONPATH"] = folder
+    command = [sys.executable, "-P", os.path.abspath(__file__), "--child"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def one_round(process: subprocess.Popen) -> dict[str, dict[str, list[float]]]:
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    lowering._Driver._record = lambda *args: None  # writing the launches down is not part of a call
-    x, tau = torch.randn(128, 16, 128), torch.rand(128, 16)
-    leaf, g = x.clone().requires_grad_(), torch.randn_like(x)
-    evaluated, trained = dk.Shrinkage(16).eval(), dk.Shrinkage(16)
-    steps = {
-        "abs_mean": lambda: dk.abs_mean(x),
-        "soft_threshold": lambda: dk.soft_threshold(x, tau),
-        "Shrinkage, eval": torch.no_grad()(lambda: evaluated(x)),
-        "Shrinkage, eval, forward and backward": lambda: torch.autograd.grad(evaluated(leaf), leaf, g),
-        "Shrinkage, train, forward": lambda: trained(leaf),
-        "Shrinkage, train, forward and backward": lambda: torch.autograd.grad(trained(leaf), leaf, g),
-    }
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches")
+    parser.add_argument("--before", metavar="FOLDER", help="with another drsn_kernels package")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        return child()
+    from benchmarks.rows import environment
 
-    @contextlib.contextmanager
-    def on_triton(bind):
-        kept, launch.Prepared._launch = launch.Prepared._launch, bind
-        with lowering.lowering("cuda:90"), dk.use_backend("triton", strict=True):
-            yield
-        launch.Prepared._launch = kept
-
-    settings = {
-        "triton": lambda: on_triton(launch.Prepared._launch),
-        "through Triton": lambda: on_triton(_bind_anew),
-    }
+    packages = {"now": start(None)} if given.before is None else {"before": start(given.before), "now": start(None)}
+    for process in packages.values():
+        one_round(process)  # compiles
+    rounds = [{name: one_round(process) for name, process in packages.items()} for _ in range(ROUNDS)]
+    for process in packages.values():
+        process.stdin.close()
     print(environment())
-    print(f"{'us':42s}" + "".join(f"{name:>16s}" for name in settings))
-    for name, call in steps.items():
-        calls = {way: Call(call, setting=setting) for way, setting in settings.items()}
-        times = interleaved(calls, rounds=2000, warmup=50)
-        print(f"{name:42s}" + "".join(f"{statistics.median(times[way]['time']) * 1e6:16.1f}" for way in settings))
+    print(f"{SHAPE}, float32, one thread, the fastest of {ROUNDS} rounds, microseconds and (ratio to the reference)")
+    for backend, names in rounds[0]["now"].items():
+        print(f"\n{backend:52s}{'reference':>12s}" + "".join(f"{name:>18s}" for name in packages))
+        for step in names:
+            line = f"{step:52s}"
+            for name in packages:
+                pairs = [r[name].get(backend, {}).get(step, (float("nan"),) * 2) for r in rounds]
+                fastest, reference = (min(times) for times in zip(*pairs, strict=True))
+                line += f"{reference:12.1f}" if name == [*packages][0] else ""
+                line += f"{fastest:11.1f} ({fastest / reference:4.2f})"
+            print(line)
 
 
 if __name__ == "__main__":
