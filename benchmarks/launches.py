@@ -146,11 +146,13 @@ def main() -> None:
     for backend, names in rounds[0]["now"].items():
         print(f"\n{backend:52s}{'reference':>12s}" + "".join(f"{name:>18s}" for name in packages))
         for step in names:
-            line = f"{step:52s}"
-            for name in packages:
-                pairs = [r[name].get(backend, {}).get(step, (float("nan"),) * 2) for r in rounds]
-                fastest, reference = (min(times) for times in zip(*pairs, strict=True))
-                line += f"{reference:12.1f}" if name == [*packages][0] else ""
+            pairs = {
+                name: [r[name].get(backend, {}).get(step, (float("nan"),) * 2) for r in rounds] for name in packages
+            }
+            reference = min(pair[1] for of_package in pairs.values() for pair in of_package)
+            line = f"{step:52s}{reference:12.1f}"
+            for of_package in pairs.values():
+                fastest = min(pair[0] for pair in of_package)
                 line += f"{fastest:11.1f} ({fastest / reference:4.2f})"
             print(line)
 
