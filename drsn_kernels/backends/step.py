@@ -145,8 +145,10 @@ class Backend:
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def like(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """A fresh tensor with x's shape and the layout's strides."""
-        return torch.empty_like(x)  # 0.6 us less than `empty`
+        """A fresh tensor with x's shape and dtype and the layout's strides; x may be a gradient, and lie otherwise."""
+        if x.stride() == layout.strides:
+            return torch.empty_like(x)  # 0.6 us less than `empty`
+        return self.empty(layout.shape, layout.strides, x.dtype, x.device)
 
     # ---- what the operators call: the kernels below on fresh outputs
 

@@ -178,12 +178,12 @@ WIDE_DEPTH = 32
 # Steps of a product whose loads are under way together. A narrow gate has one.
 GATE_STAGES = 1
 WIDE_STAGES = 3
-# How float32 is multiplied, in Triton's words. A weight is read along the products, and as "ieee" wants it in shared
-# memory eight lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3". The way back reads it
-# across, where "tf32x3" only pays for many steps.
+# How float32 is multiplied, in Triton's words. Forward, a weight is read along the products, and as "ieee" wants it in
+# shared memory eight lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3". The way back reads it
+# across: there "tf32x3" took 7 us for what "ieee" does in 3.5, and pays in large tiles of a weight's gradient only.
 FORWARD_PRECISION = "tf32x3"
-GATE_PRECISION = "ieee"
-WIDE_PRECISION = "tf32x3"
+BACKWARD_PRECISION = "ieee"
+WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE
 # 8 warps take 1.0 to 1.6 times as long.
 GATE_WARPS = 4
 GATE_REGISTERS = 255
@@ -204,12 +204,13 @@ ADDED = 64
 ADDED_SHARES = 32
 # Programs merge the statistics of the batch's tiles themselves, GATE_MERGED (tiles x units) at a time, where there are
 # at most MERGED_BY_ALL units and MOST_GROUPS tiles. Else one launch does it, MERGED at a time, by programs of
-# MERGED_UNITS units.
+# MERGED_UNITS units: for 128 units 4 us in both directions, and 5 less in the others.
 GATE_MERGED = 1024
-MERGED_BY_ALL = 128
+MERGED_BY_ALL = 64
 MOST_GROUPS = 128
 MERGED = 4096
 MERGED_UNITS = 8
+MERGE_WARPS = 8  # 4 spill in float64
 
 
 # csrc/cuda/one_pass.cu in place of Triton's one pass, where it takes the shape. Off: no row has shown it faster.
@@ -240,7 +241,6 @@ class GatePlan:
     weights: int  # BW: tiles of a weight's gradient are square
     step: int  # WALK, samples of a step of it
     stages: int  # of a product's loop
-    precision: str  # of the way back's products
     align: int  # elements that divide C and H, as rows are aligned
     tiles: int  # of samples
     groups: int  # statistics that come to the launches that need them; 1 where a launch has merged them before
@@ -308,8 +308,7 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     share = cdiv(cdiv(n, shares), step) * step
     return GatePlan(
         samples=samples, channels=tile, units=tile, depth=depth, weights=weights, step=step,
-        stages=WIDE_STAGES if wide else GATE_STAGES, precision=WIDE_PRECISION if wide else GATE_PRECISION,
-        align=align, tiles=tiles, groups=1 if apart else tiles,
+        stages=WIDE_STAGES if wide else GATE_STAGES, align=align, tiles=tiles, groups=1 if apart else tiles,
         group=n if apart else samples, merge=merge, at_a_time=GATE_MERGED // depth,
         shares=cdiv(n, share), share=share,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
     }  # fmt: skip
     programs = cdiv(step.gate.hidden, plans.MERGED_UNITS)
     spent = gate.merge_cost(step, plan.tiles)
-    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS)
+    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.MERGE_WARPS)
 
 
 Wired = list[tuple[Prepared, dict[str, Source | None]]]  # launches, each with where its pointers are taken from
@@ -392,7 +392,7 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     if parts is not None:
         hidden = _of_gate(
             gate_grad.hidden_grad_kernel, step, plan, plan.tiles * cdiv(h, plan.units),
-            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plan.precision, parts=parts, SPLIT=parts > 1,
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plans.BACKWARD_PRECISION, parts=parts, SPLIT=parts > 1,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         total += hidden.cost + (Cost() if merge is None else merge.cost)
@@ -401,8 +401,8 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     programs = second + dA * plan.tiles * cdiv(c, plan.channels)
     linear = _of_gate(
         gate_grad.linear_grad_kernel, step, plan, programs,
-        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct), plan.precision,
-        plans.WEIGHT_REGISTERS,
+        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct),
+        plans.WEIGHT_PRECISION if plan.weights == plans.WEIGHT_TILE else plans.BACKWARD_PRECISION, plans.WEIGHT_REGISTERS,
         first=first, second=second, share=plan.share, total=sum(sizes), WALK=plan.step, BW=plan.weights,
     )  # fmt: skip
     total, add = total + linear.cost, None
