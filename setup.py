@@ -4,11 +4,9 @@ _cpu is the CPU kernels, _launch launches the GPU's (csrc/launch). The build nee
 extensions are not asked for, cannot be built or fail, the package installs as pure Python, and Triton launches.
 `python -m drsn_kernels info` gives the reason recorded here.
 
-    DRSN_NATIVE=auto     build the C++ kernels if a compiler is found (default)
-    DRSN_NATIVE=0        pure Python
-    DRSN_NATIVE=1        a failing build is an error (wheels, CI)
-    DRSN_ONE_PASS_CU=1   compile the CUDA kernels of csrc/cuda, off by default (plans.ONE_PASS_CU), into
-                         drsn_kernels/one_pass.fatbin if there is an nvcc for them, some 10 seconds (default: 0)
+    DRSN_NATIVE=auto   build the C++ kernels if a compiler is found (default)
+    DRSN_NATIVE=0      pure Python
+    DRSN_NATIVE=1      a failing build is an error (wheels, CI)
 """
 
 import os
@@ -16,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,10 +24,6 @@ ROOT = Path(__file__).resolve().parent
 ASKED = os.environ.get("DRSN_NATIVE", "auto")
 if ASKED not in ("auto", "0", "1"):
     sys.exit(f"DRSN_NATIVE must be auto, 0 or 1, got {ASKED!r}")
-ONE_PASS_CU = os.environ.get("DRSN_ONE_PASS_CU", "0")
-if ONE_PASS_CU not in ("0", "1"):
-    sys.exit(f"DRSN_ONE_PASS_CU must be 0 or 1, got {ONE_PASS_CU!r}")
-NVCC_SECONDS = 600
 
 
 def missing() -> str | None:
@@ -66,39 +59,10 @@ def remove(package: Path, extension: str) -> None:
         stale.unlink()
 
 
-def compile_cuda(package: Path) -> None:
-    """The kernels of csrc/cuda for compute capability 9.0 and 10.0, by an nvcc that knows both (12.8).
-
-    Where it cannot, the package is installed without them.
-    """
-    target = package / "one_pass.fatbin"
-    target.unlink(missing_ok=True)  # of an earlier build in the same folder
-    if ONE_PASS_CU == "0":
-        return
-    for_each = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (90, 100)]
-    command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "--compress-mode=size", *for_each, "-fatbin"]
-    source = str(ROOT / "csrc" / "cuda" / "one_pass.cu")
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:  # a pipe would wait for its children
-        try:
-            status = subprocess.run([*command, source, "-o", str(target)], stdout=said, stderr=said,
-                                    stdin=subprocess.DEVNULL, timeout=NVCC_SECONDS).returncode  # fmt: skip
-            if status == 0:
-                return
-            said.seek(0)
-            reason = next((line.strip() for line in said if "error" in line), f"status {status}")
-        except OSError as error:
-            reason = str(error)
-        except subprocess.TimeoutExpired:
-            reason = f"not done after {NVCC_SECONDS} seconds"
-    target.unlink(missing_ok=True)
-    print(f"drsn_kernels: installing without the CUDA kernels: nvcc: {reason}", file=sys.stderr)
-
-
 class RecordedBuild(build_py):
     def run(self) -> None:
         super().run()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "drsn_kernels"
-        compile_cuda(package)
         if not self.distribution.has_ext_modules():
             record(package, REASON)
             remove(package, "_launch")

@@ -69,7 +69,6 @@ TAIL = """## Environment
 | `DRSN_CACHE_MIB` | a whole number | freed memory of large CPU outputs that is kept for the next ones; 0: none |
 | `DRSN_LAUNCHER` | `1`, `0` | 0: Triton launches on the GPU, not csrc/launch ([triton.md](triton.md#launching)) |
 | `DRSN_NATIVE` | `auto`, `1`, `0` | while installing: compile the C++ kernels if possible, or fail, or leave them out |
-| `DRSN_ONE_PASS_CU` | `0`, `1` | while installing: compile csrc/cuda too ([triton.md](triton.md#one-pass-in-cuda-c)) |
 
 Without `DRSN_CACHE_MIB`, 512 MiB are kept, or a sixteenth of the memory if that is less. A value that is none of these
 is an error at import, or at installation where it is read then, in one sentence.

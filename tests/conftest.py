@@ -287,18 +287,6 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
 
 
-@pytest.fixture
-def emulation():
-    """csrc/cuda emulated, with copies that land in their order and nothing done wrong: emulated.Emulation."""
-    import emulated  # needs Triton
-
-    if emulated.missing() is not None:
-        pytest.skip(emulated.missing())
-    found = emulated.emulation()
-    found.schedule, found.mutation = 0, ""
-    return found
-
-
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:

@@ -4,9 +4,7 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 import threading
-from pathlib import Path
 
 import stub_driver
 import torch
@@ -19,7 +17,7 @@ if instrumented := os.environ.get("DRSN_TEST_LAUNCHER"):
 
 import drsn_kernels as dk
 from drsn_kernels import _launch
-from drsn_kernels.backends.gpu import launch, native, one_pass_cu, plans, stream
+from drsn_kernels.backends.gpu import launch, native, stream
 from drsn_kernels.layout import layout_of
 
 SHAPE = (8, 16, 128)
@@ -242,7 +240,7 @@ def first_failure(stub) -> dict:
 
 def empty(stub) -> dict:
     """A grid of no programs is not launched, and what follows it is."""
-    kernels = [(name, 0x10, grid, 32, 0, 0, b"", [], []) for name, grid in (("a", 0), ("b", 5))]
+    kernels = [(name, 0x10, grid, 32, 0, b"", []) for name, grid in (("a", 0), ("b", 5))]
     with stub.recorded() as lines:
         _launch.Sequence(0, kernels, []).run(0, ())
     return {"lines": lines}
@@ -283,12 +281,12 @@ def refusals(stub) -> dict:
         found[name] = [native.refused.get("reduce_kernel"), alone(tuple(named.values()))]
     stub.library.stub_shared_limit(100)
     for what, kernel_of in {
-        "shared": ("k", 0x10, 1, 32, 60000, 0, b"", [], []),
-        "threads": ("k", 0x10, 1, 2048, 0, 0, b"", [], []),
-        "patch": ("k", 0x10, 1, 32, 0, 0, bytes(8), [0], [(4, 0, 0)]),
-        "base": ("k", 0x10, 1, 32, 0, 0, bytes(8), [0], [(0, 9, 0)]),
-        "none": ("k", 0x10, 1, 32, 0, 0, bytes(8), [0], [(0, 0, 0)]),
-        "parameter": ("k", 0x10, 1, 32, 0, 0, bytes(8), [8], []),
+        "shared": ("k", 0x10, 1, 32, 60000, b"", []),
+        "threads": ("k", 0x10, 1, 2048, 0, b"", []),
+        "patch": ("k", 0x10, 1, 32, 0, bytes(8), [(1, 0, 0)]),
+        "base": ("k", 0x10, 1, 32, 0, bytes(8), [(0, 9, 0)]),
+        "none": ("k", 0x10, 1, 32, 0, bytes(8), [(0, 0, 0)]),
+        "parameters": ("k", 0x10, 1, 32, 0, bytes(8 * 97), []),
     }.items():
         try:
             _launch.Sequence(0, [kernel_of], [None])
@@ -315,38 +313,6 @@ def threads(stub) -> dict:
     return {"lines": len(lines), "per thread": per_pair}
 
 
-def one_pass_cu_of(stub) -> dict:
-    """csrc/cuda/one_pass.cu's kernels in a pass, from a file that the stub takes for compiled ones."""
-    fatbin = Path(tempfile.mkdtemp()) / "one_pass.fatbin"
-    one_pass_cu.FATBIN, plans.ONE_PASS_CU = fatbin, True
-    module, x = dk.Shrinkage(16).eval(), torch.randn(SHAPE, requires_grad=True)
-    found = {}
-    try:
-        module(x)
-    except RuntimeError as error:
-        found["not compiled"] = str(error)
-    fatbin.write_bytes(b"!")
-    try:
-        module(x)
-    except RuntimeError as error:
-        found["not loaded"] = str(error)
-    fatbin.write_bytes(b"a fatbin")
-    (ahead, given), (back, _) = given_to(stub, training(module, x))
-    first, second = ahead.launches[0][0], back.launches[0][0]
-    function = first._function[0]
-    stub.sizes(function, [len(first.pointers) * 8 + 32])
-    with stub.recorded() as lines:
-        found["taken"] = ahead._native(given)
-    named = dict(zip(ahead.names, given, strict=True))
-    named = {name: launch._taken(source, named) for name, source in ahead.launches[0][1].items()}
-    found["arguments"] = first.arguments(**named).hex()
-    plan = first.plan
-    found |= {"line": lines[0], "kernels": [first.kernel, second.kernel, back.launches[1][0].name],
-              "plan": [min(plan.programs, 3 * plan.cluster), plan.threads, plan.shared, plan.cluster]}  # fmt: skip
-    plans.ONE_PASS_CU = False
-    return found
-
-
 def off(stub) -> dict:
     ran, given = reduce_pass(torch.randn(SHAPE))
     ran(given)
@@ -358,7 +324,7 @@ def off(stub) -> dict:
 
 SCENARIOS = (
     same_to_the_driver, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals, threads,
-    one_pass_cu_of, off,
+    off,
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 // drsn_kernels._launch: launches all kernels of a pass by one call. No torch and no CUDA headers (driver.h).
 //
 // A Sequence holds for each kernel what the driver wants, worked out once by backends/gpu/native.py: the function, the
-// grid, and a block of parameters in which only addresses are missing. An address is that of one of the call's tensors,
-// or lies some bytes into it. run() fills them into a copy of the block, on its own stack, so threads may share a
-// Sequence, and launches with the GIL released.
+// grid, and parameters of which only addresses are missing. An address is that of one of the call's tensors, or lies some
+// bytes into it. run() fills them into a copy of the parameters, on its own stack, so threads may share a Sequence, and
+// launches with the GIL released.
 //
 // Kernels were compiled for tensors of which some are None and some lie at multiples of 16 bytes. Where a call's do not,
 // run() launches nothing and says so.
@@ -23,11 +23,11 @@ namespace py = pybind11;
 
 namespace drsn::launch {
 
-constexpr size_t MOST_BASES = 64, MOST_PARAMETERS = 96, MOST_WORDS = 128;
+constexpr size_t MOST_BASES = 64, MOST_PARAMETERS = 96;
 constexpr unsigned MOST_SHARED_UNASKED = 48 << 10;  // bytes of shared memory that a kernel may take without opting in
 
-struct Patch {  // the 8 bytes `at` are the address of bases[base] + offset
-  uint32_t at;
+struct Patch {  // this parameter is the address of bases[base] + offset
+  uint32_t parameter;
   uint32_t base;
   int64_t offset;
 };
@@ -35,16 +35,14 @@ struct Patch {  // the 8 bytes `at` are the address of bases[base] + offset
 struct Kernel {
   std::string name;
   Function function;
-  unsigned grid, threads, shared, cluster;  // cluster: blocks in one, 0 without clusters
-  std::vector<uint64_t> block;
-  std::vector<uint32_t> parameters;  // where each starts in the block, in bytes
+  unsigned grid, threads, shared;
+  std::vector<uint64_t> parameters;  // each in the first bytes of its 8
   std::vector<Patch> patches;
 };
 
 using Patches = std::vector<std::tuple<uint32_t, uint32_t, int64_t>>;
-// name, function, grid, threads, shared, cluster, block, parameters, patches
-using Described = std::tuple<std::string, uint64_t, unsigned, unsigned, unsigned, unsigned, std::string,
-                             std::vector<uint32_t>, Patches>;
+// name, function, grid, threads, shared, bytes of the parameters, patches
+using Described = std::tuple<std::string, uint64_t, unsigned, unsigned, unsigned, std::string, Patches>;
 
 // The first launch that a Sequence ever makes has failed: something about it is not as believed, and nothing has run.
 struct NotLaunched : std::runtime_error {
@@ -110,18 +108,15 @@ class Sequence {
     std::string bytes;
     Patches patches;
     uint64_t function = 0;
-    std::tie(kernel.name, function, kernel.grid, kernel.threads, kernel.shared, kernel.cluster, bytes, kernel.parameters,
-             patches) = described;
+    std::tie(kernel.name, function, kernel.grid, kernel.threads, kernel.shared, bytes, patches) = described;
     kernel.function = reinterpret_cast<Function>(function);
-    if (bytes.size() % 8 != 0 || bytes.size() > 8 * MOST_WORDS || kernel.parameters.size() > MOST_PARAMETERS)
-      throw py::value_error(kernel.name + ": at most 96 parameters and 1024 bytes of them, in units of 8");
-    kernel.block.resize(bytes.size() / 8);
-    if (!bytes.empty()) std::memcpy(kernel.block.data(), bytes.data(), bytes.size());
-    for (const uint32_t start : kernel.parameters)
-      if (start >= bytes.size()) throw py::value_error(kernel.name + ": a parameter outside of the block");
-    for (const auto& [at, base, offset] : patches) {
-      if (at % 8 != 0 || at + 8 > bytes.size()) throw py::value_error(kernel.name + ": an address outside of the block");
-      kernel.patches.push_back({at, base, offset});
+    if (bytes.size() % 8 != 0 || bytes.size() > 8 * MOST_PARAMETERS)
+      throw py::value_error(kernel.name + ": at most 96 parameters of 8 bytes");
+    kernel.parameters.resize(bytes.size() / 8);
+    if (!bytes.empty()) std::memcpy(kernel.parameters.data(), bytes.data(), bytes.size());
+    for (const auto& [parameter, base, offset] : patches) {
+      if (parameter >= kernel.parameters.size()) throw py::value_error(kernel.name + ": an address of no parameter");
+      kernel.patches.push_back({parameter, base, offset});
     }
     return kernel;
   }
@@ -142,17 +137,13 @@ class Sequence {
 
   static Result launch(const Driver& driver, const Kernel& kernel, Stream stream, const uint64_t* address) {
     if (kernel.grid == 0) return 0;  // as Triton does: the driver would call it an error
-    uint64_t block[MOST_WORDS];
-    void* parameters[MOST_PARAMETERS];
-    std::copy(kernel.block.begin(), kernel.block.end(), block);
-    for (const Patch& patch : kernel.patches) block[patch.at / 8] = address[patch.base] + patch.offset;
-    for (size_t i = 0; i < kernel.parameters.size(); ++i)
-      parameters[i] = reinterpret_cast<char*>(block) + kernel.parameters[i];
-    Attribute cluster{};
-    cluster.id = CLUSTER_DIMENSION;
-    cluster.value.cluster = {kernel.cluster, 1, 1};
-    const Config config{{kernel.grid, 1, 1}, {kernel.threads, 1, 1}, kernel.shared, stream, &cluster, kernel.cluster > 0};
-    return driver.launch(&config, kernel.function, parameters, nullptr);
+    uint64_t parameters[MOST_PARAMETERS];
+    void* pointers[MOST_PARAMETERS];
+    std::copy(kernel.parameters.begin(), kernel.parameters.end(), parameters);
+    for (const Patch& patch : kernel.patches) parameters[patch.parameter] = address[patch.base] + patch.offset;
+    for (size_t i = 0; i < kernel.parameters.size(); ++i) pointers[i] = &parameters[i];
+    return driver.launch(kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, pointers,
+                         nullptr);
   }
 
   int device_;
@@ -161,28 +152,6 @@ class Sequence {
   std::vector<Kernel> kernels_;
   std::atomic<bool> proven_{false};  // a launch has gone well
 };
-
-// ---- kernels that nvcc compiled --------------------------------------------------------------------------------------
-
-// (function, the most blocks that the device holds together), with clusters of `cluster` blocks. The module stays.
-std::tuple<uint64_t, int> load(int device, const std::string& image, const std::string& name, unsigned threads,
-                               unsigned shared, unsigned cluster) {
-  const Driver& driver = Driver::get();
-  driver.ensure_context(device);
-  void* module = nullptr;
-  Function function = nullptr;
-  driver.check(driver.load(&module, image.data()), "cuModuleLoadData");
-  driver.check(driver.function(&function, module, name.c_str()), "cuModuleGetFunction");
-  driver.check(driver.set_attribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, static_cast<int>(shared)),
-               "cuFuncSetAttribute");
-  Attribute attribute{};
-  attribute.id = CLUSTER_DIMENSION;
-  attribute.value.cluster = {cluster, 1, 1};
-  const Config config{{cluster, 1, 1}, {threads, 1, 1}, shared, nullptr, &attribute, 1};
-  int clusters = 0;
-  driver.check(driver.most_clusters(&clusters, function, &config), "cuOccupancyMaxActiveClusters");
-  return {reinterpret_cast<uint64_t>(function), clusters * static_cast<int>(cluster)};
-}
 
 }  // namespace drsn::launch
 
@@ -195,8 +164,6 @@ PYBIND11_MODULE(_launch, m) {
            py::arg("kernels"), py::arg("aligned"))
       .def("run", &Sequence::run, py::arg("stream"), py::arg("given"),
            "Launch on a stream with these tensors; False, and nothing is launched, if the kernels are for others.");
-  m.def("load", &load, py::arg("device"), py::arg("image"), py::arg("name"), py::arg("threads"), py::arg("shared"),
-        py::arg("cluster"));
   m.def("missing", [] {
     try {
       Driver::get();

@@ -3,8 +3,7 @@
 backend.py   the class `Gpu`, which the operators call
 stream.py    the kernels that read x or g: reduce, map and grad. They know no gate
 gate.py, gate_grad.py   the standard gate's own kernels, forward and backward
-one_pass.py      step and standard gate in one launch
-one_pass_cu.py   the same by csrc/cuda/one_pass.cu, off by default
+one_pass.py  step and standard gate in one launch
 sequence.py  which launches a step with the standard gate takes, in order
 
 walk.py    how the operands of a call lie in memory     plans.py     tiles and programs, with reasons

@@ -15,7 +15,6 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -76,11 +75,6 @@ def describe() -> str:
         return f"not available, launches go through Triton: {reason}"
     kept = "".join(f"; {names} by Triton: {why}" for names, why in refused.items())
     return f"available: one call launches a whole pass{kept}"
-
-
-def load(device: int, image: Path, kernel: str, threads: int, shared: int, cluster: int) -> tuple[int, int]:
-    """A kernel of a file that nvcc made: its function, and how many blocks the device holds together in clusters."""
-    return _launch.load(device, image.read_bytes(), kernel, threads, shared, cluster)
 
 
 class Sequences:
@@ -192,7 +186,7 @@ def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[s
     block, bits, patches = [], [], []
     for name, kind, value in _parameters(kernel.src.signature, values):
         if kind[0] == "*":
-            patches.append((8 * len(block), *place(name)))
+            patches.append((len(block), *place(name)))
             block.append(bytes(8))
             bits.append(64)
         elif kind in _FORMATS:
@@ -212,8 +206,7 @@ def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[s
     threads = meta.num_warps * meta.target.warp_size
     if (said := _THREADS.search(ptx)) and int(said.group(1)) != threads:
         raise Refused(f"{threads} threads would be launched, the PTX asks for {said.group(1)}")
-    starts = list(range(0, 8 * len(block), 8))
-    return meta.name, kernel.function, grid, threads, meta.shared, 0, b"".join(block), starts, patches
+    return meta.name, kernel.function, grid, threads, meta.shared, b"".join(block), patches
 
 
 def _parameters(signature: dict[str, Any], values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

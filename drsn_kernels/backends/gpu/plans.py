@@ -213,10 +213,6 @@ MERGED_UNITS = 8
 MERGE_WARPS = 8  # 4 spill in float64
 
 
-# csrc/cuda/one_pass.cu in place of Triton's one pass, where it takes the shape. Off: no row has shown it faster.
-ONE_PASS_CU = False
-
-
 @dataclass(frozen=True)
 class OnePassPlan:
     """One launch: S samples a program, in tiles of S * rows by columns; all channels are in the tile."""

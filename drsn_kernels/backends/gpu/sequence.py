@@ -25,7 +25,7 @@ from ...gates import StandardGate
 from ...reference import SOFT
 from .. import cost
 from ..step import Backend, Cost, Kept, Plan, Step
-from . import gate, gate_grad, one_pass, one_pass_cu, plans, stream
+from . import gate, gate_grad, one_pass, plans, stream
 from .gate import Sizes
 from .launch import Pass, Prepared, Room, multiprocessors, tile_values
 from .native import Piece, Source
@@ -49,11 +49,6 @@ def _one_pass(fn: Any, step: Step, on: Walk, plan: OnePassPlan, operands: str, c
     values |= {"S": plan.samples, "PB": plan.rows, "BH": plan.units}
     programs = cdiv(on.n, plan.samples)
     return Prepared(fn, step.device, programs, values, plan, cost_of, warps=plan.warps, registers=plan.registers)
-
-
-def _for_cu(*tensors: torch.Tensor | None) -> bool:
-    """Whether one_pass_cu is asked for and can copy these: from and to multiples of 16 bytes."""
-    return plans.ONE_PASS_CU and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _gate_values(step: Step) -> dict[str, Any]:
@@ -170,7 +165,7 @@ def _same(*names: str) -> dict[str, Source]:
 class Forward(NamedTuple):
     """Prepared launches: `one`, or the others. And all of them as a pass, with what it allocates."""
 
-    one: Prepared | one_pass_cu.Launch | None
+    one: Prepared | None
     reduce: Prepared | None
     gate: Gate | None
     map: Prepared | None
@@ -185,11 +180,11 @@ class Forward(NamedTuple):
 
 
 @plans.cached
-def prepare_forward(step: Step, y: Strides, cu: bool = False) -> Forward:
-    """y: strides of it. cu: by one_pass_cu, if it takes the step."""
+def prepare_forward(step: Step, y: Strides) -> Forward:
+    """y: strides of it."""
     s, scratch = Sizes.of(step), Room("scratch", step.sums)
     keeping = Keeping.of(step, Room("kept", step.sums)) if step.keep else None
-    one = _one_forward(step, y, cu)
+    one = _one_forward(step, y)
     if one is not None:
         reduce = ends = last = None
         wired = [(one, {
@@ -205,9 +200,7 @@ def prepare_forward(step: Step, y: Strides, cu: bool = False) -> Forward:
     return Forward(one, reduce, ends, last, keeping, scratch, Pass(FORWARD, wired, step.device), total)
 
 
-def _one_forward(step: Step, y: Strides, cu: bool) -> Prepared | one_pass_cu.Launch | None:
-    if cu and not isinstance(compiled := one_pass_cu.prepare_forward(step, y), str):
-        return compiled
+def _one_forward(step: Step, y: Strides) -> Prepared | None:
     one = plan_of(step, (step.strides, y, step.residual or y))
     if isinstance(one, str):
         return None
@@ -257,7 +250,7 @@ def forward(
     """y, tau where it is wanted, and Kept: its bits, int32, are all of `kept`, of which pooled is a view."""
     layout = step.layout
     y = torch.empty_like(x) if out is None else out  # with the layout's strides
-    ahead = prepare_forward(step, y.stride(), _for_cu(x, y, residual))
+    ahead = prepare_forward(step, y.stride())
     tau = backend.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c) if step.want.tau else None
     kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
     ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
@@ -327,7 +320,7 @@ class GateGrad(NamedTuple):
 class Backward(NamedTuple):
     """Prepared launches: `one` and the gate, or all the others (dx: where it is wanted). And all of them as a pass."""
 
-    one: Prepared | one_pass_cu.Launch | None
+    one: Prepared | None
     dtau: Prepared | None
     gate: GateGrad
     dx: Prepared | None
@@ -342,12 +335,12 @@ class Backward(NamedTuple):
 
 
 @plans.cached
-def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) -> Backward:
-    """g: strides of it. cu: by one_pass_cu, if it takes the step."""
+def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
+    """g: strides of it."""
     layout, (hidden, outputs, *_) = step.layout, step.gate
     scratch, (_, planes, pooled, state) = Room("scratch", step.sums), Keeping.of(step, Room("kept", step.sums))
     dz, dv = scratch.take(layout.n * outputs), scratch.take(layout.n * hidden)
-    one, first, last = _one_backward(step, g, want_dx, cu), None, None
+    one, first, last = _one_backward(step, g, want_dx), None, None
     if one is not None:
         ends = _prepare_gate_grad(step, None, False)
         own = {"planes": planes, "dz": dz, "dv": dv, "pooled": pooled, "state": state,
@@ -370,12 +363,10 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, cu: bool = False) ->
     return Backward(one, first, ends, last, scratch, Pass(BACKWARD, wired, step.device), total)
 
 
-def _one_backward(step: Step, g: Strides, want_dx: bool, cu: bool) -> Prepared | one_pass_cu.Launch | None:
+def _one_backward(step: Step, g: Strides, want_dx: bool) -> Prepared | None:
     """None without dx: then there is nothing to fuse."""
     if not want_dx:
         return None
-    if cu and not isinstance(compiled := one_pass_cu.prepare_backward(step, g), str):
-        return compiled
     one = plan_of(step, (g, step.layout.strides))
     if isinstance(one, str):
         return None
@@ -425,7 +416,7 @@ def backward(
     layout = step.layout
     dx = backend.empty(layout.shape, layout.strides, step.dtype, step.device) if want_dx else None
     tau_grad = None if tau_grad is None else tau_grad.contiguous()
-    back = prepare_backward(step, g.stride(), want_dx, _for_cu(g, dx, tau_grad, kept.bits))
+    back = prepare_backward(step, g.stride(), want_dx)
     grads = back.gate.new(parts.w1)
     back.run((
         g, dx, tau_grad, kept.bits, back.scratch.new(parts.w1), grads, parts.w1, parts.gamma, parts.beta, parts.w2,
@@ -440,21 +431,17 @@ def backward(
 def plan(step: Step) -> Plan:
     """Of forward() into a dense y and, where something is kept, of backward() from a dense g."""
     dense = step.layout.strides
-    ahead = prepare_forward(step, dense, plans.ONE_PASS_CU)
+    ahead = prepare_forward(step, dense)
     launches, spent = ahead.launches, Cost()
     if step.keep:
-        back = prepare_backward(step, dense, step.want.x, plans.ONE_PASS_CU)
+        back = prepare_backward(step, dense, step.want.x)
         launches, spent = launches + back.launches, back.cost
-    if isinstance(ahead.one, one_pass_cu.Launch):
-        name, why, not_taken = "one_pass_cu", "plans.ONE_PASS_CU; persistent blocks, samples copied ahead", ()
-    elif ahead.one is not None:
+    if ahead.one is not None:
         where = "walked twice, the second time from L2" if ahead.one.plan.loop else "kept in registers"
         name, why, not_taken = "one pass", f"a program takes whole samples, {where}", ()
     else:
         name, why = "several launches", f"the gate stands between reduce and map; {ahead.map.plan.why}"
         not_taken = (("one pass", plan_of(step, (step.strides, dense, step.residual or dense))),)
-    if plans.ONE_PASS_CU and name != "one_pass_cu":
-        not_taken += (("one_pass_cu", one_pass_cu.prepare_forward(step, dense)),)
     return described(name, why, not_taken, ahead.cost + cost.kept_statistics(step), spent, launches)
 
 
