@@ -70,7 +70,7 @@ def test_launches_that_differ_in_code_only_are_not_the_same():
     from drsn_kernels.backends.gpu.launch import Prepared
     from drsn_kernels.backends.step import Cost
 
-    fn = SimpleNamespace(__name__="kernel", values=("N", "B"))
+    fn = SimpleNamespace(__name__="kernel", values=("N", "B"), pointers=(), aligned=())
 
     def planned(values, registers=None):
         return Prepared(fn, torch.device("cpu"), 1, values, None, Cost(), warps=4, registers=registers).describe()
