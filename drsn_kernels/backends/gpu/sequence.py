@@ -383,7 +383,8 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     if parts is not None:
         hidden = _of_gate(
             gate_grad.hidden_grad_kernel, step, plan, plan.tiles * cdiv(h, plan.units),
-            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plans.BACKWARD_PRECISION, parts=parts, SPLIT=parts > 1,
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plans.BACKWARD_PRECISION,
+            parts=parts, SPLIT=parts > 1,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         total += hidden.cost + (Cost() if merge is None else merge.cost)
@@ -393,7 +394,8 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     linear = _of_gate(
         gate_grad.linear_grad_kernel, step, plan, programs,
         gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct),
-        plans.WEIGHT_PRECISION if plan.weights == plans.WEIGHT_TILE else plans.BACKWARD_PRECISION, plans.WEIGHT_REGISTERS,
+        plans.WEIGHT_PRECISION if plan.weights == plans.WEIGHT_TILE else plans.BACKWARD_PRECISION,
+        plans.WEIGHT_REGISTERS,
         first=first, second=second, share=plan.share, total=sum(sizes), WALK=plan.step, BW=plan.weights,
     )  # fmt: skip
     total, add = total + linear.cost, None
