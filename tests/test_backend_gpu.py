@@ -306,7 +306,7 @@ def test_one_pass_walks_large_samples_where_they_would_have_a_multiprocessor_eac
         one = sequence.prepare_forward(step, step.layout.strides).one
         return one and (one.plan.loop, one.plan.rows * one.plan.columns, one.plan.warps, one.options["maxnreg"])
 
-    small_tiles, whole = (True, 4096, 8, 64), (False, 16384, 16, None)
+    small_tiles, whole = (True, 8192, 8, 128), (False, 16384, 16, None)
     assert taken(512) == taken(133) == small_tiles  # 132 multiprocessors are planned for here
     assert taken(132) == taken(512, keep=True) == whole
     assert taken(512, length=128) == small_tiles

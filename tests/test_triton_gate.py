@@ -206,7 +206,7 @@ def test_a_share_takes_whole_steps_and_every_sample_once():
     for n in (1, 63, 64, 513, 5000, 65536):
         for c, h in ((16, 16), (512, 512)):
             plan = plans.gate(n, c, h, c, 132)
-            assert plan.share % plans.GATE_STEP == 0
+            assert plan.share % plan.step == 0
             assert (plan.shares - 1) * plan.share < n <= plan.shares * plan.share
 
 
