@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import gate_passes
 import ptx
@@ -49,7 +50,7 @@ def main() -> None:
         found[name] = [
             {"kernel": launch.kernel, "stack": measured.stack, "registers": measured.registers,
              "shared": measured.shared, "limit": TARGETS[target].shared_program, "occupancy": measured.occupancy,
-             "fma": launch.compiled.asm["ptx"].count("fma.rn.f32"),
+             "fma": sum(1 + bool(two) for two in re.findall(r"fma\.rn\.f32(x2)?", launch.compiled.asm["ptx"])),
              "tensor cores": "tf32" in launch.compiled.asm["ptx"], "threads": 32 * launch.num_warps,
              "tile": [launch.arguments.get(name) for name in ("BN", "BH", "BK")],
              "unattributed": sum(len(access.pointers) != 1 for access in measured.accesses),

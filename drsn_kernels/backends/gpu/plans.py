@@ -192,6 +192,7 @@ GATE_REGISTERS = 255
 WEIGHT_TILE = 64
 WEIGHT_TILES = 64
 WEIGHT_REGISTERS = 255
+WEIGHT_STAGES = 2  # at most; 3 take 0.98 of the time, and spill 8 bytes on compute capability 8.0
 # It is a sum over the batch: a program walks it by GATE_STEP samples, or by WIDE_STEP, because 32 spill 16 to 48 bytes.
 # Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each multiprocessor,
 # and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4
