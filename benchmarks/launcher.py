@@ -46,22 +46,6 @@ def bind_anew(self: launch.Prepared, named: dict) -> None:
     self._first(0, tuple(map(named.get, self.pointers)))  # no kernel to keep: nothing is learnt
 
 
-def passes(call) -> list[tuple[launch.Pass, tuple]]:
-    """Those that the call runs, each with its tensors."""
-    seen, run = [], launch.Pass._run
-
-    def watched(self: launch.Pass, given: tuple) -> None:
-        seen.append((self, given))
-        run(self, given)
-
-    launch.Pass._run = watched
-    try:
-        call()
-    finally:
-        launch.Pass._run = run
-    return seen
-
-
 @contextlib.contextmanager
 def one_call():
     native.enabled = True
@@ -111,7 +95,7 @@ def main() -> None:
         if reason := native.missing():
             sys.exit(f"no launcher: {reason}")
         train()
-        alone = passes(train)
+        alone = stub_driver.passes(train)
         launches = sum(len(each.launches) for each, _ in alone)
         steps[f"the {launches} launches of that step alone"] = lambda: [each(given) for each, given in alone]
         settings = {"one call": one_call, "Prepared": prepared, "through Triton": through_triton}

@@ -95,3 +95,21 @@ def stub_driver(capability: int = 90) -> Iterator[Stub]:
         yield stub
     finally:
         driver._active = before
+
+
+def passes(call) -> list[tuple]:
+    """The launch.Pass objects that the call runs, each with its tensors."""
+    from drsn_kernels.backends.gpu import launch
+
+    seen, run = [], launch.Pass._run
+
+    def watched(self: launch.Pass, given: tuple) -> None:
+        seen.append((self, given))
+        run(self, given)
+
+    launch.Pass._run = watched
+    try:
+        call()
+    finally:
+        launch.Pass._run = run
+    return seen

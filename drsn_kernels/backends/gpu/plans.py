@@ -119,7 +119,7 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     tile = rows * columns
     held = RAGGED_THREAD if ragged else (SHARED_THREAD if walk.channels_last else THREAD) // itemsize
     warps = min(max(tile // (32 * held), 1), MOST_WARPS)
-    why = "four 16-byte accesses a thread"
+    why = f"{'two' if walk.channels_last else 'four'} 16-byte accesses a thread"
     if ragged:
         why = "an access for each element: rows not aligned to 16 bytes, or elements not adjacent"
     if splits > 1:
@@ -149,17 +149,17 @@ WALKED = 8192
 L2_BYTES = 36 << 20
 # Where there are more samples than multiprocessors and nothing is kept, a sample of more bytes than this is walked even
 # if it fits: whole ones leave an SM to one program of 16 warps, which loads, waits for its gate and stores. At 8 warps
-# of CROWDED_REGISTERS, two samples share an SM: (512, 64, 256) in eval takes 0.87 of the time in float32 and 0.9 in
-# bfloat16. Four samples of half as large tiles in 64 registers were slower than either.
+# of CROWDED_REGISTERS, two samples share an SM: (512, 64, 256) in eval takes 33.0 us in float32 and 14.8 in bfloat16,
+# whole samples 34.3 and 18.1, tiles of half the size in 64 registers 37.2 and 14.9.
 CROWDED_BYTES = 16 << 10
 CROWDED_REGISTERS = 128
 # Channels of a sample that one program takes through the gate.
 ONE_PASS_CHANNELS = 128
 # Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
-# Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Its kernels
-# multiply and add float32 on the CUDA cores. Beyond these sizes cuBLAS's five products and four small launches are
-# estimated to be faster.
+# Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Called, by cuBLAS's
+# five products and a dozen small launches, a training step of (128, 512, 32) in bfloat16 took 93 us and fused 83, a
+# forward pass in eval 32 and 23. That cuBLAS is faster beyond these sizes is an estimate.
 MOST_CHANNELS = 512
 MOST_PRODUCTS = 1 << 28
 # A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, by products of
@@ -188,15 +188,14 @@ WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE
 GATE_WARPS = 4
 GATE_REGISTERS = 255
 # The gradient of a weight is made in tiles of GATE_TILE or WIDE_TILE, but of WEIGHT_TILE where these are WEIGHT_TILES
-# or more: 34 and 23 us for (128, 512), 7 and 13 for (64, 128), where few programs would have all of the work.
+# or more: 37 and 25 us for (128, 512), 7 and 13 for (64, 128), where few programs would have all of the work.
 WEIGHT_TILE = 64
 WEIGHT_TILES = 64
-WEIGHT_REGISTERS = 255
 WEIGHT_STAGES = 2  # at most; 3 take 0.98 of the time, and spill 8 bytes on compute capability 8.0
 # It is a sum over the batch: a program walks it by GATE_STEP samples, or by WIDE_STEP, because 32 spill 16 to 48 bytes.
 # Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each multiprocessor,
 # and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4
-# steps 6 and adding up, by torch, 4.
+# steps 6 and adding up 1.5, by torch 4.
 GATE_STEP = 32
 WIDE_STEP = 16
 GATE_WALK = 128

@@ -65,8 +65,8 @@ def _gate_plan(step: Step) -> GatePlan:
 
 
 def _of_gate(
-    fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, precision: str, registers: int | None = None,
-    stages: int = 8, **values: int,
+    fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, precision: str, stages: int | None = None,
+    **values: int,
 ) -> Prepared:  # fmt: skip
     values |= _gate_values(step) | {
         "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
@@ -75,8 +75,8 @@ def _of_gate(
         "PRECISION": "ieee" if step.sums == torch.float64 else precision,
     }  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, stages=min(plan.stages, stages),
-        registers=registers or plans.GATE_REGISTERS,
+        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, stages=stages or plan.stages,
+        registers=plans.GATE_REGISTERS,
     )  # fmt: skip
 
 
@@ -395,7 +395,7 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
         gate_grad.linear_grad_kernel, step, plan, programs,
         gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct),
         plans.WEIGHT_PRECISION if plan.weights == plans.WEIGHT_TILE else plans.BACKWARD_PRECISION,
-        plans.WEIGHT_REGISTERS, plans.WEIGHT_STAGES,
+        min(plan.stages, plans.WEIGHT_STAGES),
         first=first, second=second, share=plan.share, total=sum(sizes), WALK=plan.step, BW=plan.weights,
     )  # fmt: skip
     total, add = total + linear.cost, None
