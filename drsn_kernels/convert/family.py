@@ -6,7 +6,6 @@ on u by its pooling alone if it gives the same when run on the pooled u, a tenso
 Squeeze-and-excitation is found in the same way: y / u is the factor.
 """
 
-import os
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
@@ -15,8 +14,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ..gates import STRUCTURES
+from .conditions import class_of
 from .plans import GatePlan, Plan, Ref, Step, ThresholdPlan
-from .tracing import Differs, Trace, Unexplained
+from .reasons import Differs, Unexplained
+from .tracing import Trace
 
 
 class Match(NamedTuple):
@@ -81,7 +82,7 @@ def match_module(trace: Trace) -> Match:
         rows, scales = factors_of(u, y), True
         if rows is None:
             raise
-    t = _holding(trace, rows, u)
+    t = _holding(trace, trace.y, rows, u)
     if t is None:
         what = "scales by a factor" if scales else "shrinks by a threshold"
         raise Unexplained(f"it {what} that none of its own operations returns")
@@ -114,8 +115,8 @@ def match_inside(trace: Trace) -> Match | None:
             except Unexplained:
                 continue
             below = value.abs().flatten(2) < rows.unsqueeze(2) * (1 - tolerance(rows.dtype))
-            t = _holding(trace, rows, value) if below.any() else None  # or u - min(u) would count
-            if t is not None and u in _behind(t):
+            t = _holding(trace, y, rows, value) if below.any() else None  # or u - min(u) would count
+            if t is not None and u in behind(t):
                 return Match(u, y, t)
     return None
 
@@ -124,11 +125,11 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(node.meta["seen"], torch.Tensor) and node.meta["seen"].is_floating_point()
 
 
-def _holding(trace: Trace, rows: torch.Tensor, u: torch.Tensor) -> fx.Node | None:
-    """The first call that computed these thresholds."""
-    known = ~rows.isnan()
-    for node in trace.nodes:
-        if _is_float(node):
+def _holding(trace: Trace, y: fx.Node, rows: torch.Tensor, u: torch.Tensor) -> fx.Node | None:
+    """The last call before y that computed these thresholds: what seems to change nothing may do so later."""
+    known, before_y = ~rows.isnan(), behind(y)
+    for node in reversed(trace.nodes):
+        if node in before_y and _is_float(node):
             t = _as_rows(node.meta["seen"], rows, u.dim())
             if t is not None and close(t[known], rows[known]):
                 return node
@@ -144,7 +145,7 @@ def _as_rows(t: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor | N
     return t.reshape(t.shape[:2]).expand_as(rows) if ok else None
 
 
-def _behind(*nodes: fx.Node, given: Collection[fx.Node] = ()) -> set[fx.Node]:
+def behind(*nodes: fx.Node, given: Collection[fx.Node] = ()) -> set[fx.Node]:
     """These nodes and all that they are computed from; what `given` ones are computed from left out."""
     found, todo = set(), [*nodes]
     while todo:
@@ -155,29 +156,17 @@ def _behind(*nodes: fx.Node, given: Collection[fx.Node] = ()) -> set[fx.Node]:
     return found
 
 
-def lines_of(trace: Trace, match: Match) -> str:
-    """The lines of the user's code from u to y, as file:first-last, first-last."""
-    between = [n for n in _behind(match.y) if n is not match.u and match.u in _behind(n)]
-    places = sorted({n.meta["line"] for n in between if n.meta["line"] is not None})
-    files: dict[str, list[list[int]]] = {}
-    for file, line in places:
-        ranges = files.setdefault(file, [])
-        if ranges and line <= ranges[-1][1] + 2:  # a line between may be a comment, or part of a longer call
-            ranges[-1][1] = line
-        else:
-            ranges.append([line, line])
-    here = os.getcwd() + os.sep
-    return "; ".join(
-        file.removeprefix(here) + ":" + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
-        for file, ranges in files.items()
-    )
+class Found(NamedTuple):
+    plan: Plan
+    steps: frozenset[fx.Node]  # the operations that it carries out itself
+    pooled: frozenset[fx.Node] = frozenset()  # those of them that are given x in the trace, and its average by the plan
 
 
-def plans_for(trace: Trace, match: Match) -> Iterator[Plan]:
+def plans_for(trace: Trace, match: Match) -> Iterator[Found]:
     """Plans that give the same threshold on the trace's values, best first."""
     u, t = match.u.meta["seen"], match.t.meta["seen"]
-    behind = _behind(match.t)
-    if match.u not in behind:
+    before_t = behind(match.t)
+    if match.u not in before_t:
         if not match.scales:
             yield _threshold_plan(trace, match, None, {})
         return
@@ -185,7 +174,7 @@ def plans_for(trace: Trace, match: Match) -> Iterator[Plan]:
     for pool, pooled in (("abs", u.abs().mean(spatial)), ("signed", u.mean(spatial))):
         if match.scales and pool == "abs":
             continue
-        averages = {n: n.meta["seen"].dim() for n in behind if n is not match.u and _is_average(n, pooled)}
+        averages = {n: n.meta["seen"].dim() for n in before_t if n is not match.u and _is_average(n, pooled)}
         if match.scales == (pool == "signed") and not trace.effects:
             plan = _gate_plan(trace, match, t, pooled, averages)
             if plan is not None:
@@ -206,9 +195,9 @@ def _is_average(node: fx.Node, pooled: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict[fx.Node, int]) -> Plan | None:
+def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict[fx.Node, int]) -> Found | None:
     """The steps from x (a tensor that is its own average) and `averages` to the threshold."""
-    needed = _behind(match.t, *(node for _, node in trace.effects), given={match.u, *averages})
+    needed = behind(match.t, *(node for _, node in trace.effects), given={match.u, *averages})
     given = [n for n in trace.nodes if n in needed and (n is match.u or n in averages)]
     if pool is None and given:
         raise Unexplained(f"it keeps {trace.effects[0][0]}, which the fused operator does not compute")
@@ -222,7 +211,34 @@ def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict
             index[node] = len(index)
             steps.append(_step(node, index))
     effects = tuple((name, index[node]) for name, node in trace.effects)
-    return ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects, match.scales)
+    plan = ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects, match.scales)
+    run = frozenset(index).difference(given)
+    return Found(plan, run, frozenset(filter(_takes_planes, run)))
+
+
+def _takes_planes(node: fx.Node) -> bool:
+    values = [n.meta["seen"] for n in node.all_input_nodes]
+    return any(isinstance(v, torch.Tensor) and v.dim() > 2 and v.shape[2:].numel() > 1 for v in values)
+
+
+_FORM = {"dtype", "device", "shape", "ndim", "is_cuda", "size", "dim", "type", "numel"}
+
+
+def check_dropped(trace: Trace, match: Match, steps: frozenset[fx.Node]) -> None:
+    """What the fused form leaves out of the forward must have no tensors of the module's: they may change."""
+    for node in behind(match.y, given={match.u}).difference(steps, {match.u}):
+        if node.op == "call_module" and [*node.meta["module"].parameters(), *node.meta["module"].buffers()]:
+            raise Unexplained(f"the tensors of self.{path_of(node)} do not go into its threshold alone")
+        if node.op == "get_attr" and not all(_asks_form(user) for user in node.users):
+            own = node.target.startswith("inner.")
+            if own or id(node.meta["value"]) in trace.watch.tensors:
+                shown = f"self.{node.target.removeprefix('inner.')}" if own else "a tensor that it holds"
+                raise Unexplained(f"{shown} does not go into its threshold alone")
+
+
+def _asks_form(node: fx.Node) -> bool:
+    name = node.args[1] if node.target is getattr else node.target
+    return isinstance(name, str) and name in _FORM
 
 
 def _step(node: fx.Node, index: dict[fx.Node, int]) -> Step:
@@ -254,19 +270,20 @@ _ACTIVATIONS: dict[object, Callable[[], nn.Module]] = {
 }
 
 
-def _gate_plan(trace, match, t, pooled, averages) -> GatePlan | None:
+def _gate_plan(trace, match, t, pooled, averages) -> Found | None:
     rows = _as_rows(t, pooled, match.u.meta["seen"].dim())
     forms = (("channel", pooled), ("sample", pooled.mean(1, keepdim=True)), (None, torch.ones_like(pooled)))
     forms = forms[2:] if match.scales else forms
     for node in trace.nodes:
         alpha = node.meta["seen"]
-        if node in averages or not _is_float(node) or alpha.dim() != 2 or not averages.keys() & _behind(node):
+        if node in averages or not _is_float(node) or alpha.dim() != 2 or not averages.keys() & behind(node):
             continue
         if alpha.shape[0] != pooled.shape[0] or alpha.shape[1] not in (1, pooled.shape[1]):
             continue
         for average, factor in forms:
             if close((alpha * factor).expand_as(rows), rows) and (gate := gate_of(node, averages)) is not None:
-                return GatePlan(gate, average, match.scales)
+                run = frozenset(behind(node, given=averages).difference(averages))
+                return Found(GatePlan(gate, average, match.scales), run)
     return None
 
 
@@ -278,7 +295,7 @@ def gate_of(node: fx.Node, averages: dict[fx.Node, int]) -> str | tuple | None:
     while node is not None and node not in averages:
         if node.op == "call_module":
             chain.append(path_of(node))
-            types.append(type(node.meta["module"]))
+            types.append(class_of(node.meta["module"]))
         elif node.target in _ACTIVATIONS:
             chain.append(_ACTIVATIONS[node.target])
             types.append(_ACTIVATIONS[node.target])

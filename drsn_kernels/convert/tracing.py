@@ -8,30 +8,39 @@ code may branch on it. Sizes stay symbolic: what is found holds for every batch 
 import copy
 import dis
 import inspect
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from .conditions import Conditions
 from .plans import call
+from .reasons import Unexplained, Untraceable, place
+from .watch import Watch, run_forward
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Unexplained(Exception):
-    """Why a module is left alone."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def private_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def private_copy(module: nn.Module, dtype: torch.dtype | None = None, vary: bool = True) -> nn.Module:
     """A copy to try things on: parameters and buffers of its own (floating-point ones in `dtype`), all of them
-    differentiable leaves, and none of the user's hooks. torch's own hooks compute weights (weight_norm) and stay."""
+    differentiable leaves, and none of the user's hooks. torch's own hooks compute weights (weight_norm) and stay.
+
+    vary: with other numbers, positive ones still positive: a scale that happens to be 1, or a bias of 0, would seem to
+    do nothing."""
+    generator = torch.Generator().manual_seed(0)
 
     def ours(t: torch.Tensor) -> torch.Tensor:
-        return t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
+        own = t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
+        if vary and own.is_floating_point():
+            a, b = torch.rand((2, *own.shape), generator=generator, device="cpu").to(own)
+            size = own.abs().mean() if own.numel() else own
+            own = own * (1 + a / 4) + b / 16 * torch.where(size > 0, size, 1)
+        return own
 
     memo: dict[int, Any] = {}
     for m in module.modules():
@@ -44,7 +53,7 @@ def private_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
                 memo[id(value)] = own  # deepcopy refuses a cached tensor that has a graph
     duplicate = copy.deepcopy(module, memo)
     for m in duplicate.modules():
-        for kind in _HOOKS:
+        for kind in HOOKS:
             hooks = m.__dict__[kind]
             for key in [key for key, hook in hooks.items() if not _of_torch(hook)]:
                 del hooks[key]
@@ -59,8 +68,8 @@ def _plain_tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _plain_tensors(value)
+        elif isinstance(value, (list, tuple, dict)):
+            yield from _plain_tensors(value.values() if isinstance(value, dict) else value)
 
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -72,21 +81,13 @@ def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in found.items()}
 
 
-class Untraceable(Unexplained):
-    """Its forward does something that symbolic values do not take part in."""
-
-
-class Differs(Unexplained):
-    """It is the operator in what it returns, but not in every respect or mode."""
-
-
 class _Root(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x):
-        return self.inner.forward(x)
+        return run_forward(self.inner, x)
 
 
 class _Value(fx.Proxy):
@@ -113,9 +114,10 @@ class _Value(fx.Proxy):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, x: torch.Tensor, known: set[nn.Module]) -> None:
+    def __init__(self, x: torch.Tensor, watch: Watch) -> None:
         super().__init__()
-        self.x, self.known, self.calling = x, known, False
+        self.x, self.watch, self.known, self.calling = x, watch, set(watch.inner.modules()), False
+        watch.symbol = lambda path: self.create_proxy("get_attr", f"inner.{path}", (), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -139,14 +141,15 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
-        self.calling = True
+        symbol, self.calling, self.watch.symbol = self.watch.symbol, True, None
+        self.watch.during = node if kind == "call_module" else None
         try:
             value = node.meta["value"] = self._call(kind, target, args, kwargs)
         finally:
-            self.calling = False
+            self.calling, self.watch.symbol, self.watch.during = False, symbol, None
         # what it was when it was made: a later operation may write over it
         node.meta["seen"] = value.clone() if isinstance(value, torch.Tensor) else value
-        node.meta["line"] = _line()
+        node.meta["number"], node.meta["frames"] = len(self.graph.nodes), _frames()
         if kind == "call_module":
             node.meta["module"] = self.root.get_submodule(target)
         return node
@@ -163,14 +166,46 @@ class _Tracer(fx.Tracer):
 def _users_frame() -> FrameType | None:
     """The user's code that runs."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", __package__)):
+    while frame is not None and not _is_users(frame):
         frame = frame.f_back
     return frame
 
 
-def _line() -> tuple[str, int] | None:
-    frame = _users_frame()
-    return frame and (frame.f_code.co_filename, frame.f_lineno)
+def _is_users(frame: FrameType) -> bool:
+    return not frame.f_globals.get("__name__", "").startswith(("torch.", __package__))
+
+
+class Frame(NamedTuple):
+    """A function of the user's that runs, when an operation is made."""
+
+    key: tuple
+    code: CodeType
+    line: int
+    positions: tuple[int, int, int, int] | None  # of the expression: lines and columns as in ast
+    names: dict[str, fx.Node]  # which variable holds which value
+    modules: dict[str, nn.Module]
+    names_nn: bool  # torch.nn is called nn
+
+
+def _frames() -> list[Frame]:
+    """From the forward inwards."""
+    found = []
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not run_forward.__code__:
+        if _is_users(frame):
+            code, values = frame.f_code, frame.f_locals
+            positions = None
+            if hasattr(code, "co_positions"):
+                line, end, column, end_column = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+                positions = line, end, column, end_column
+            # an fx.Attribute, x.shape say, makes its node when it is asked for
+            nodes = {n: vars(v).get("node", vars(v).get("_node")) for n, v in values.items() if isinstance(v, fx.Proxy)}
+            names = {name: node for name, node in nodes.items() if node is not None}
+            modules = {n: v for n, v in values.items() if isinstance(v, nn.Module)}
+            key = id(frame), code
+            found.append(Frame(key, code, frame.f_lineno, positions, names, modules, frame.f_globals.get("nn") is nn))
+        frame = frame.f_back
+    return found[::-1]
 
 
 def _asserted(frame: FrameType | None) -> bool:
@@ -186,16 +221,17 @@ class Trace:
 
     def __init__(self, module: nn.Module, x: torch.Tensor, training: bool) -> None:
         inner = private_copy(module, x.dtype).train(training)
-        before = [(m, {k: (v, _size(v)) for k, v in m.__dict__.items()}) for m in inner.modules()]
+        self.watch = Watch(inner)
         version = x._version
         torch.manual_seed(0)
         try:
-            with torch.no_grad():
-                graph = _Tracer(x, set(inner.modules())).trace(_Root(inner))
-        except TraceError:
-            raise Unexplained("its forward branches on sizes or values of x, or loops over them") from None
+            # without gradients in eval only: else no_grad around some lines would not be seen
+            with torch.set_grad_enabled(training), self.watch:
+                graph = _Tracer(x, self.watch).trace(_Root(inner))
+        except TraceError as error:
+            raise Unexplained(f"its forward branches on sizes or values of x, or loops over them{_where(error)}") from None
         except Exception as error:
-            raise Untraceable(f"its forward cannot be traced: {first_line(error)}") from None
+            raise Untraceable(f"its forward cannot be followed{_where(error)}") from None
         if x._version != version:
             raise Unexplained("its forward writes over x")
         self.nodes = [n for n in graph.nodes if n.op != "output"]
@@ -205,23 +241,27 @@ class Trace:
             raise Unexplained("it does not return one tensor")
         self.y: fx.Node = returned
         self.effects: list[tuple[str, fx.Node]] = []
-        for m, attributes in before:
-            for name, value in m.__dict__.items():
-                was, size = attributes.get(name, (None, 0))
-                if m is inner and isinstance(value, fx.Proxy):
-                    self.effects.append((name, value.node))
-                elif isinstance(value, fx.Proxy) or value is not was or _size(value) != size:
-                    if not isinstance(value, torch.Tensor):  # those are compared when it runs
-                        raise Unexplained(f"its forward changes the attribute {name}")
+        for path, name in self.watch.changes():
+            value = inspect.getattr_static(inner.get_submodule(path), name, None)
+            if not path and isinstance(value, fx.Proxy):
+                self.effects.append((name, value.node))
+            elif not isinstance(value, torch.Tensor):  # those are compared when it runs
+                raise Unexplained(f"its forward changes the attribute {name}")
+
+    def conditions(self, module: nn.Module, runs: set[fx.Node]) -> Conditions:
+        """Under which a plan that makes the calls `runs` itself may stand for the forward."""
+        calls = {n: n.target.removeprefix("inner.") for n in self.nodes if n.op == "call_module"}
+        return self.watch.conditions(module, {n: path for n, path in calls.items() if n in runs}, calls)
 
 
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, (list, dict, set)) else 0
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+def _where(error: Exception) -> str:
+    """The last line of the user's that ran."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        if _is_users(trace.tb_frame):
+            found = f" beyond {place(trace.tb_frame.f_code.co_filename, trace.tb_lineno)}"
+        trace = trace.tb_next
+    return found
 
 
 def takes_one_argument(module: nn.Module) -> bool:

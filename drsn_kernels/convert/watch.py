@@ -1,0 +1,339 @@
+"""What a forward reads and does beside its tensors, watched while it runs on a copy.
+
+A fused form replaces part of a forward. What that part read must be as it was when the fused form runs, and what it
+did, as keeping a threshold in a dict, would be missing. Attributes are watched by classes that the copy's modules get,
+all else by Python's profiler: it sees which code runs, and the code names its globals.
+"""
+
+import collections
+import contextlib
+import copy
+import dis
+import io
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from .conditions import ABSENT, NAMED, PLAIN, Attribute, Child, Conditions, Global, at, class_of, frozen, same
+from .reasons import Unexplained, place
+
+OF_MODULE = frozenset({*dir(nn.Module()), *vars(nn.Module())} - {"training"})
+_TABLES = ("__dict__", "_modules", "_buffers", "_parameters")
+_OF_WATCHED = {"__module__", "__qualname__", "__doc__", "__getattribute__", "_drsn_class"}
+_TRUSTED = {"torch", "numpy", "scipy", "triton", __package__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
+_VOLATILE = {"random", "time", "datetime", "secrets", "uuid", "os", "posix", "numpy.random"}
+_WRAPPERS = {"torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
+_LABELS = {"record_function", "profile"}  # contexts that change nothing
+
+
+def run_forward(inner: nn.Module, x: Any) -> Any:
+    return inner.forward(x)
+
+
+class _Done(NamedTuple):
+    during: Any
+    what: str
+
+
+class _Kept(NamedTuple):
+    """A value that is not the copy's own, before the run."""
+
+    owner: Any
+    name: str
+    value: Any
+    content: Any  # of a container, to be put back
+    exact: Any
+
+    def changed(self, tensors: set[int]) -> bool:
+        now = getattr(self.owner, self.name, ABSENT)
+        return not same(_exactly(now, tensors), self.exact) or (type(now) not in PLAIN and now is not self.value)
+
+    def restore(self) -> None:
+        value, content = self.value, self.content
+        if value is ABSENT:
+            delattr(self.owner, self.name)
+            return
+        setattr(self.owner, self.name, value)
+        if isinstance(value, (dict, set, list, collections.deque)):
+            value.clear()
+            (value.extend if isinstance(value, (list, collections.deque)) else value.update)(content)
+        elif hasattr(value, "__dict__") and not isinstance(value, (*NAMED, torch.Tensor)):
+            value.__dict__.clear()
+            value.__dict__.update(content.__dict__)
+        elif hasattr(value, "__setitem__") and hasattr(value, "__array_interface__"):
+            value[...] = content
+
+
+def _exactly(value: Any, tensors: set[int]) -> Any:
+    try:
+        return frozen(value, tensors)
+    except Unexplained:
+        return value
+
+
+class Watch:
+    """`with watch:` around a run of `inner`, a copy of a module; `during`: the call of a child that runs now, or None
+    for the forward's own code."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self.inner, self.during, self._on = inner, None, False
+        self.tensors: set[int] = set()  # the ids of those that containers held before
+        self.symbol: Callable[[str], Any] | None = None  # what stands for a plain tensor that is an attribute
+        self.root = class_of(inner).__module__.partition(".")[0]
+        self._reads: dict[tuple[str, str], set] = collections.defaultdict(set)
+        self._globals: dict[Global, set] = collections.defaultdict(set)
+        self._done: list[_Done] = []
+        self._codes: set[tuple[types.CodeType, Any]] = set()
+        self._kept: dict[str, _Kept] = {}
+        self._own = {
+            (path, name): _exactly(value, self.tensors)
+            for path, m in inner.named_modules()
+            for name, value in m.__dict__.items()
+            if name not in OF_MODULE
+        }
+        for path, m in inner.named_modules():
+            with contextlib.suppress(TypeError):  # a class that does not let its objects change theirs
+                m.__class__ = self._watched(type(m), path)
+
+    # ---- attributes
+
+    def _watched(self, cls: type, path: str) -> type:
+        def get(module: nn.Module, name: str) -> Any:
+            if name in OF_MODULE:
+                own = cls.__getattribute__(module, name)
+                if name in _TABLES and self._is_users(sys._getframe(1)):  # vars(self)["scale"]
+                    for other in object.__getattribute__(module, "__dict__").keys() - OF_MODULE:
+                        self._read(path, other)
+                return own
+            own = object.__getattribute__(module, "__dict__")
+            try:
+                value = cls.__getattribute__(module, name)
+            except AttributeError:  # nn.Module looks on
+                if name not in own["_parameters"] and name not in own["_buffers"]:
+                    self._read(path, name)
+                raise
+            if isinstance(value, torch.Tensor):
+                stored = name in own or not isinstance(getattr(cls, name, None), property)
+                return self.symbol(f"{path}.{name}" if path else name) if stored and self.symbol else value
+            if isinstance(value, fx.Proxy) or isinstance(getattr(cls, name, None), property):
+                return value  # what a property reads is seen in its turn
+            if name != "training" or path:
+                self._read(path, name)
+            if self._on and name not in own and not isinstance(value, types.MethodType):
+                owner = next((base for base in cls.__mro__ if name in base.__dict__), cls)
+                self._keep(f"{owner.__name__}.{name}", owner, name, value)
+            return value
+
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": get}
+        return type(cls.__name__, (cls,), {**names, "_drsn_class": cls})
+
+    def _read(self, path: str, name: str) -> None:
+        if self._on:
+            self._reads[path, name].add(self.during)
+
+    def _keep(self, shown: str, owner: Any, name: str, value: Any) -> None:
+        if shown not in self._kept and not isinstance(value, (types.FunctionType, type, nn.Module)):
+            content = value
+            with contextlib.suppress(Exception):
+                content = copy.copy(value)
+            self._kept[shown] = _Kept(owner, name, value, content, _exactly(value, self.tensors))
+
+    # ---- Python's profiler
+
+    def __enter__(self) -> "Watch":
+        self._outer = sys.getprofile()
+        self._on = True
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        sys.setprofile(self._outer)
+        self._on = False
+        self.restore()
+
+    def restore(self) -> None:
+        """Globals and what belongs to classes, as they were before the first run."""
+        for shown, kept in self._kept.items():
+            if kept.changed(self.tensors):
+                kept.restore()
+                self._done.append(_Done(None, f"changes {shown}"))
+
+    def _is_users(self, frame: types.FrameType | None) -> bool:
+        if frame is None:
+            return False
+        name = frame.f_globals.get("__name__") or ""
+        return self._is_users_file(name, frame.f_code.co_filename)
+
+    def _is_users_file(self, name: str, file: str | None) -> bool:
+        """The user's code; and that of the library that the module is from, but of no other, which may have caches."""
+        root = name.partition(".")[0]
+        return root not in _TRUSTED and (root == self.root or not {"site-packages", "dist-packages"} & {*(file or "").split("/")})
+
+    def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            name = frame.f_globals.get("__name__") or ""
+            if self._is_users(frame):
+                self._code(frame)
+            elif frame.f_code.co_name in ("__enter__", "__init__"):
+                self._context(frame)
+            elif name.partition(".")[0] in ("logging", "warnings") and self._is_users(frame.f_back):
+                self._note("writes to the log" if name.startswith("logging") else "warns", frame.f_back)
+            elif name in _VOLATILE and self._is_users(frame.f_back):
+                self._note(f"asks {name}.{frame.f_code.co_name}", frame.f_back)
+        elif event == "c_call" and self._is_users(frame):
+            owner, module = getattr(argument, "__self__", None), getattr(argument, "__module__", None)
+            if argument in (print, open, input, exec) or isinstance(owner, io.IOBase):
+                self._note(f"calls {argument.__name__}", frame)
+            elif module in _VOLATILE or isinstance(owner, random.Random):
+                self._note(f"asks {module or 'random'}.{argument.__name__}", frame)
+
+    def _note(self, what: str, frame: types.FrameType) -> None:
+        self._done.append(_Done(self.during, f"{what} ({place(frame.f_code.co_filename, frame.f_lineno)})"))
+
+    def _context(self, frame: types.FrameType) -> None:
+        """torch.autocast, no_grad and their like, around lines of the forward or decorating it."""
+        manager = next(iter(frame.f_locals.values()), None)
+        kind = type(manager)
+        if not kind.__module__.startswith("torch.") or kind.__name__ in _LABELS:
+            return
+        if frame.f_code.co_name == "__init__" and not isinstance(manager, torch.set_grad_enabled):
+            return
+        caller = frame.f_back
+        while caller is not None and caller.f_globals.get("__name__") in _WRAPPERS:
+            caller = caller.f_back
+        if caller is not None and caller.f_code is run_forward.__code__:
+            self._done.append(_Done(self.during, f"runs under torch.{kind.__name__}"))
+        elif self._is_users(caller):
+            self._note(f"runs lines under torch.{kind.__name__}", caller)
+
+    def _code(self, frame: types.FrameType) -> None:
+        """A function of the user's begins: what its code names outside of itself."""
+        code = frame.f_code
+        if (code, self.during) in self._codes:
+            return
+        self._codes.add((code, self.during))
+        for name in code.co_freevars:
+            value = frame.f_locals.get(name, ABSENT)
+            if name != "__class__" and not isinstance(value, (type, types.FunctionType, types.ModuleType)):
+                self._note(f"uses {name}, a variable of the function around it", frame)
+        for how, chain in _names(code):
+            if how == "read":
+                self._name(frame, chain)
+            elif how == "assigns the global" or self._is_users_file(chain[0], None):
+                self._note(f"{how} {'.'.join(chain)}", frame)
+
+    def _name(self, frame: types.FrameType, chain: tuple[str, ...]) -> None:
+        if chain[0] not in frame.f_globals:
+            return  # a builtin
+        space = frame.f_globals.get("__name__")
+        value: Any = sys.modules.get(space)
+        if value is None or vars(value) is not frame.f_globals:
+            if not isinstance(frame.f_globals.get(chain[0]), NAMED):
+                self._note(f"uses {chain[0]}, of code that is in no file", frame)
+            return
+        owners, length = [], 0
+        for name in chain:
+            if isinstance(value, types.ModuleType):
+                open_to_users = length == 0 or self._is_users_file(value.__name__, getattr(value, "__file__", None))
+            elif isinstance(value, type):
+                home = sys.modules.get(value.__module__)
+                open_to_users = self._is_users_file(value.__module__, getattr(home, "__file__", None))
+            else:
+                open_to_users = hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, nn.Module, *NAMED))
+            if not open_to_users:
+                break
+            owners.append(value)
+            value, length = getattr(value, name, ABSENT), length + 1
+        if isinstance(value, types.ModuleType) and value.__name__ == "numpy.random":
+            self._note("asks numpy.random", frame)
+        if isinstance(value, types.ModuleType) or (isinstance(value, type) and value is not ABSENT):
+            return
+        owner = getattr(value, "__self__", None)
+        if isinstance(value, (types.MethodType, types.BuiltinFunctionType)) and length > 1:
+            if isinstance(owner, NAMED) or owner is None:
+                return
+            value, length = owner, length - 1  # TRACKER.update: what counts is the tracker
+        shown = ".".join(chain[:length])
+        if isinstance(value, torch.Tensor):
+            self._note(f"uses the tensor {shown}, which is not the module's", frame)
+            return
+        self._globals[Global(space, chain[:length])].add(self.during)
+        self._keep(shown, owners[length - 1], chain[length - 1], value)
+
+    # ---- what came of it
+
+    def changes(self) -> Iterator[tuple[str, str]]:
+        """Attributes (path, name) that are not what they were."""
+        for path, m in self.inner.named_modules():
+            now = {n: v for n, v in object.__getattribute__(m, "__dict__").items() if n not in OF_MODULE}
+            for name in dict.fromkeys([*now, *(n for p, n in self._own if p == path)]):
+                exact = _exactly(now.get(name, ABSENT), self.tensors)
+                if not same(exact, self._own.get((path, name), ABSENT)):
+                    yield path, name
+            if "_drsn_class" in vars(type(m)):
+                yield from ((path, name) for name in vars(type(m)).keys() - _OF_WATCHED)
+
+    def refuse(self, runs: set) -> None:
+        """What the forward did, in its own code or in a child's call that is none of `runs`, would be missing."""
+        for during, what in self._done:
+            if during is None or during not in runs:
+                raise Unexplained(f"its forward {what}")
+
+    def conditions(self, module: nn.Module, runs: dict[Any, str], calls: dict[Any, str]) -> Conditions:
+        """For a fused form of `module` that makes the calls `runs` of children itself; `calls` are the forward's, each
+        with the child's path."""
+        self.refuse({*runs})
+
+        def counts(during: set) -> bool:
+            return any(d is None or d not in runs for d in during)
+
+        called = tuple(f"{path}." for path in runs.values())
+        attributes, found = [], []
+        for (path, name), during in self._reads.items():
+            own = f"{path}.{name}" if path else name
+            value = getattr(at(module if name != "training" else self.inner, path), name, ABSENT)
+            if counts(during) and not isinstance(value, torch.Tensor):  # tensors are looked up at every call
+                if not (isinstance(value, nn.Module) and any(c.startswith(f"{own}.") for c in called)):
+                    attributes.append(Attribute(path, name, _comparable(value, f"self.{own}")))
+        for name, during in self._globals.items():
+            if counts(during):
+                found.append(name._replace(expected=_comparable(name.now(), ".".join(name.chain))))
+        children = {}
+        for path in dict.fromkeys(path for call, path in calls.items() if call not in runs):
+            for below, child in at(module, path).named_modules(prefix=path):
+                children[below] = Child(below, class_of(child))
+        forward = class_of(module).forward
+        return Conditions(tuple(attributes), tuple(found), tuple(children.values()), forward)
+
+
+def _comparable(value: Any, shown: str) -> Any:
+    try:
+        return frozen(value)
+    except Unexplained as reason:
+        raise Unexplained(f"its forward reads {shown}, which {reason}: changes of it could not be noticed") from None
+
+
+_BETWEEN = {"COPY", "DUP_TOP", "PUSH_NULL", "CACHE", "PRECALL", "RESUME", "EXTENDED_ARG"}
+
+
+def _names(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each global that code names, with the attributes that it asks of it: a.b.c; what it assigns, and what it imports."""
+    chain: list[str] = []
+    for i in dis.get_instructions(code):
+        if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR") and chain:
+            chain.append(i.argval)
+        elif i.opname not in _BETWEEN:
+            if chain:
+                yield "read", tuple(chain)
+            chain = [i.argval] if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") else []
+            if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                yield "assigns the global", (i.argval,)
+            elif i.opname == "IMPORT_NAME":
+                yield "imports", (i.argval,)
+    if chain:
+        yield "read", tuple(chain)
