@@ -120,6 +120,9 @@ def convert(model: nn.Module) -> Report:
     with untouched([model]), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as plain:
         for device in filter(torch.amp.is_autocast_available, devices):
             plain.enter_context(torch.autocast(device, enabled=False))
+        # probes are small: on two busy cores one thread took 5 s for 34 layers, two that wait for each other 24
+        plain.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         bar = plain.enter_context(_bar(sum(1 for module in names if _is_users(module))))
         _examine(model, findings, {}, bar)
     for module, found in findings.items():

@@ -26,7 +26,7 @@ def advise(module: nn.Module, shape: Shape) -> str | None:
     """In one sentence, or None: the operator is not in it."""
     dtype = dtype_for(module, shape)
     try:
-        trace = Trace(module, random(shape(0), module, dtype), False)
+        trace = Trace(private_copy(module, dtype).eval(), random(shape(0), module, dtype))
         match = match_inside(trace)
     except Unexplained:
         return None

@@ -11,9 +11,9 @@ from torch import nn
 from .. import recording
 from ..backends import use_backend
 from .conditions import Conditions, class_of, frozen
-from .family import Match, check_dropped, close, factors_of, match_module, plans_for, rows_of
+from .family import Match, check_dropped, close, factors_of, match_inside, match_module, plans_for, rows_of
 from .plans import Fused, Plan, install
-from .reasons import Differs, Unexplained, Untraceable, first_line
+from .reasons import Amid, Differs, Unexplained, Untraceable, first_line
 from .tracing import HOOKS, Trace, private_copy, state_of, takes_one_argument
 from .watch import OF_MODULE, Watch, run_forward
 
@@ -61,22 +61,21 @@ def examine(module: nn.Module) -> Finding:
     except Unexplained as reason:
         return Finding(why=str(reason))
     found = Finding()
-    for shape, reason in shapes.items():
+    for shape, against in shapes.items():
         try:
-            if reason is not None:
-                raise reason
+            if against is not None:
+                raise against
             fused, difference = _explain(module, shape, dtype_for(module, shape))
             own = _own_difference(module, fused, shape)
-        except Unexplained as problem:
-            if isinstance(problem, Differs) or not found.why:
-                found.why = _IS_OURS if calls and isinstance(problem, Untraceable) else str(problem)
-            found.amid += () if isinstance(problem, Differs) else (shape,)
+        except Unexplained as reason:
+            if isinstance(reason, Differs) or not found.why:
+                found.why = _IS_OURS if calls and isinstance(reason, Untraceable) else str(reason)
+            if isinstance(reason, Amid) or (against is None and not isinstance(reason, Differs)):
+                found.amid += (shape,)
             continue
         found.plans.update({(shape.rank, training): f for training, f in fused.items()})
         found.difference = max(difference, found.difference or 0.0)
         found.own_difference = max(own, found.own_difference or 0.0)
-    if found.plans or len(found.amid) < len(shapes):
-        found.amid = ()
     return found
 
 
@@ -169,7 +168,7 @@ def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
         except Exception as problem:
             error = error or problem
             return None
-        return _against(x, y) or True
+        return _against(trial, x, y) or True
 
     ranks, widths = _ranks(module), _widths(module)
     few = [(rank, channels, size) for rank in ranks for channels in widths for size in _SIZES[rank][:2]]
@@ -189,8 +188,8 @@ def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
     raise Unexplained(f"no probe (N, C, *spatial) runs: {first_line(error)}")
 
 
-def _against(x: torch.Tensor, y: object) -> Unexplained | None:
-    """Why y is neither x soft thresholded nor x scaled, where x's dtype tells."""
+def _against(trial: nn.Module, x: torch.Tensor, y: object) -> Unexplained | None:
+    """Why y is neither x soft thresholded nor x scaled, where x's dtype tells. Amid: the operator is in it."""
     if x.dtype not in (torch.float32, torch.float64):
         return None
     try:
@@ -198,7 +197,12 @@ def _against(x: torch.Tensor, y: object) -> Unexplained | None:
     except Differs:
         return None  # perhaps by rounding
     except Unexplained as reason:
-        return reason if factors_of(x, y) is None else None
+        if factors_of(x, y) is not None:
+            return None
+        try:
+            return Amid(str(reason)) if match_inside(Trace(trial, x)) else reason
+        except Unexplained:
+            return reason
     return None
 
 
@@ -256,7 +260,7 @@ def _explain(module: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[dict[
         mode = "in training " if training else ""
         trace = None
         try:
-            trace = Trace(module, random(shape(0), module, dtype), training)
+            trace = Trace(private_copy(module, dtype).train(training), random(shape(0), module, dtype))
             match = match_module(trace)
             raised, reason = Differs, None
             for plan, steps, pooled in plans_for(trace, match):

@@ -15,6 +15,10 @@ class Differs(Unexplained):
     """It is the operator in what it returns, but not in every respect or mode."""
 
 
+class Amid(Unexplained):
+    """It is not the operator, but has it among other code."""
+
+
 def first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

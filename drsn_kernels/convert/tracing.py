@@ -37,9 +37,10 @@ def private_copy(module: nn.Module, dtype: torch.dtype | None = None, vary: bool
     def ours(t: torch.Tensor) -> torch.Tensor:
         own = t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
         if vary and own.is_floating_point():
-            a, b = torch.rand((2, *own.shape), generator=generator, device="cpu").to(own)
-            size = own.abs().mean() if own.numel() else own
-            own = own * (1 + a / 4) + b / 16 * torch.where(size > 0, size, 1)
+            by = torch.rand(min(own.numel(), 65521), generator=generator, dtype=torch.float32, device="cpu").to(own)
+            by = by.repeat(-(-own.numel() // max(by.numel(), 1)))[: own.numel()].view(own.shape)
+            size = own.abs().amax() if own.numel() else own
+            own.addcmul_(own, by, value=0.25).add_(by.mul_(torch.where((size > 0) & size.isfinite(), size, 1) / 16))
         return own
 
     memo: dict[int, Any] = {}
@@ -217,10 +218,10 @@ def _asserted(frame: FrameType | None) -> bool:
 
 
 class Trace:
-    """One forward pass of a copy of `module`: nodes, input x, output y, and attributes that the pass has set."""
+    """One forward pass of `inner`, a private copy: nodes, input x, output y, and attributes that the pass has set."""
 
-    def __init__(self, module: nn.Module, x: torch.Tensor, training: bool) -> None:
-        inner = private_copy(module, x.dtype).train(training)
+    def __init__(self, inner: nn.Module, x: torch.Tensor) -> None:
+        training = inner.training
         self.watch = Watch(inner)
         version = x._version
         torch.manual_seed(0)

@@ -90,15 +90,11 @@ class Watch:
         self._done: list[_Done] = []
         self._codes: set[tuple[types.CodeType, Any]] = set()
         self._kept: dict[str, _Kept] = {}
-        self._own = {
-            (path, name): _exactly(value, self.tensors)
-            for path, m in inner.named_modules()
-            for name, value in m.__dict__.items()
-            if name not in OF_MODULE
-        }
+        self._own: dict[str, dict[str, Any]] = {}
         for path, m in inner.named_modules():
+            self._own[path] = {n: _exactly(v, self.tensors) for n, v in m.__dict__.items() if n not in OF_MODULE}
             with contextlib.suppress(TypeError):  # a class that does not let its objects change theirs
-                m.__class__ = self._watched(type(m), path)
+                m.__class__ = self._watched(class_of(m), path)
 
     # ---- attributes
 
@@ -271,9 +267,9 @@ class Watch:
         """Attributes (path, name) that are not what they were."""
         for path, m in self.inner.named_modules():
             now = {n: v for n, v in object.__getattribute__(m, "__dict__").items() if n not in OF_MODULE}
-            for name in dict.fromkeys([*now, *(n for p, n in self._own if p == path)]):
-                exact = _exactly(now.get(name, ABSENT), self.tensors)
-                if not same(exact, self._own.get((path, name), ABSENT)):
+            before = self._own[path]
+            for name in now | before:
+                if not same(_exactly(now.get(name, ABSENT), self.tensors), before.get(name, ABSENT)):
                     yield path, name
             if "_drsn_class" in vars(type(m)):
                 yield from ((path, name) for name in vars(type(m)).keys() - _OF_WATCHED)
