@@ -19,6 +19,7 @@ from ._dataset import Dataset, absent, check_counts, existing_folder, files_belo
 
 _NAME = re.compile(r"(?P<label>.+)_(?P<speaker>[^_]+)_(?P<take>\d+)$")
 _FLOOR = 1e-5
+_UNKNOWN = 2**32 - 1  # bytes of samples, in the header of a .wav file that was written to a pipe
 
 
 def mel_filters(mels: int, bins: int, sampling_rate: float) -> torch.Tensor:
@@ -96,7 +97,8 @@ class _WholeFile(io.BytesIO):
 
     def read(self, size: int = -1) -> bytes:
         found = super().read(size)
-        if len(found) < size and size > 4:  # names of chunks have four bytes: after the last one the file may end
+        # A chunk's name has 4 bytes, and where one is looked for the file may end. A pipe's length is unknown.
+        if len(found) < size and size not in (4, _UNKNOWN):
             raise EOFError
         return found
 
