@@ -28,7 +28,9 @@ def write():
                     file.create_dataset(name, data=[[inside.ref]], dtype=h5py.ref_dtype)
                 else:
                     file.create_dataset(name, data=values, compression="gzip" if values.ndim else None)
-                file[name].attrs["MATLAB_class"] = numpy.bytes_(kind)
+                file[name].attrs["MATLAB_class"] = numpy.bytes_(kind.removeprefix("empty "))
+                if kind.startswith("empty "):
+                    file[name].attrs["MATLAB_empty"] = numpy.uint8(1)
         if head:
             with open(path, "r+b") as file:
                 file.write(head.ljust(508) + b"\0\2IM")
@@ -79,6 +81,9 @@ def test_version_7_3_errors_name_the_file(tmp_path, write):
         message = "IR007_0.mat must hold real numbers in one row or column as its drive-end channel X105_DE_time, but"
         with pytest.raises(ValueError, match=message):
             load_cwru(tmp_path, length=100)
+    write(path, {"X105_DE_time": (torch.tensor([0, 1]).numpy(), "empty double")})  # the dimensions stand for values
+    with pytest.raises(ValueError, match="IR007_0.mat is too short: its 0 samples for training and 0 for testing"):
+        load_cwru(tmp_path, length=100)
     write(path, {"X105_FE_time": (numbers, "double"), "X105_BA_time": (numbers, "cell")})
     with pytest.raises(ValueError, match=r"one drive-end channel, \*_DE_time, but holds X105_BA_time, X105_FE_time$"):
         load_cwru(tmp_path, length=100)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def digits(tmp_path):
     """Two words by two speakers in six takes, each recording with a pitch of its own."""
+    pytest.importorskip("scipy.io")
     pitch = 200
     for word in ("one", "two_b"):
         for speaker in ("ann", "bob"):
@@ -66,6 +67,7 @@ def test_speech_holds_speakers_out(digits):
 
 
 def test_speech_long_recordings_and_channels(tmp_path):
+    pytest.importorskip("scipy.io")
     left, right = sound(500, 2000), sound(1500, 2000)
     stereo = [value for pair in zip(left, right, strict=True) for value in pair]
     for take in (0, 5):
@@ -147,6 +149,7 @@ def test_speech_folder_and_argument_errors(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_speech(tmp_path, **arguments)
+    pytest.importorskip("scipy.io")
     write_wav(tmp_path / "a_b_0.wav", sound(200))
     with pytest.raises(ValueError, match="hop_seconds must be at least two samples at 8000 Hz, .*wav, got 0.0001"):
         load_speech(tmp_path, hop_seconds=1e-4)

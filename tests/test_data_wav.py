@@ -10,6 +10,7 @@ from oracle import seeded
 
 from drsn_kernels.data import load_speech
 
+pytest.importorskip("scipy.io")
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPANION = b"\0\5\26\7" * 40  # as macOS writes them
 WAVE = torch.randn(256, generator=seeded()).clamp(-1, 1) / 2
@@ -118,6 +119,14 @@ def test_a_word_that_is_in_one_part_is_said(tmp_path, caplog):
         write_wav(tmp_path / f"{name}.wav", sound(500))
     assert load_speech(tmp_path).notes == ("No samples to train on of c.", "No samples to test of b.")
     assert caplog.messages == ["No samples to train on of c.", "No samples to test of b."]
+
+
+def test_of_many_files_the_first_are_named(tmp_path):
+    for name in ("a_x_0", "a_x_5", *(f"noise{i:02d}" for i in range(45))):
+        write_wav(tmp_path / f"{name}.wav", sound(500))
+    (note,) = load_speech(tmp_path).notes
+    assert note.startswith("Skipped noise00.wav, noise01.wav, ")
+    assert note.endswith(", noise39.wav and 5 more: not named LABEL_SPEAKER_TAKE.wav.")
 
 
 def test_without_scipy_the_extra_is_named(tmp_path, monkeypatch):

@@ -201,6 +201,7 @@ def test_progress_bar(monkeypatch, capsys):
 def speech(tmp_path):
     """Two words, four takes for training and two for testing."""
     pytest.importorskip("matplotlib", reason="the command draws its results")
+    pytest.importorskip("scipy.io", reason="it reads .wav files")
     folder = tmp_path / "speech"
     for hertz, word in ((500, "low"), (1500, "high")):
         for take in range(12):
