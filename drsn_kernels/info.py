@@ -6,7 +6,8 @@ import os
 import platform
 
 OPTIONAL = {"numpy": "demo", "scipy": "demo", "matplotlib": "demo", "tqdm": "demo", "triton": "triton"}
-OPTIONAL |= {"scikit-learn": "train", "onnx": "export", "onnxruntime": "export", "onnxscript": "export", "timm": "timm"}
+OPTIONAL |= {"scikit-learn": "train", "h5py": "train", "onnx": "export", "onnxruntime": "export"}
+OPTIONAL |= {"onnxscript": "export", "timm": "timm"}
 
 
 def _version(name: str) -> str | None:

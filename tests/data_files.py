@@ -20,6 +20,26 @@ def write_wav(path: Path, signal: Sequence[int], rate: int = RATE, width: int = 
     return path
 
 
+PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # codes of formats
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+
+def wav(
+    content: bytes, bits: int, *, code: int = PCM, channels: int = 1, extensible: bool = False, before: bytes = b""
+) -> bytes:
+    """A .wav file of these samples, with either header; `before`: chunks between the header and the samples."""
+    block = channels * bits // 8
+    head = struct.pack("<HHIIHH", EXTENSIBLE if extensible else code, channels, RATE, RATE * block, block, bits)
+    if extensible:
+        guid = struct.pack("<I", code) + bytes.fromhex("00001000800000aa00389b71")
+        head += struct.pack("<HHI", 22, bits, 4) + guid
+    body = b"WAVE" + chunk(b"fmt ", head) + before + chunk(b"data", content)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def sound(hertz: float, samples: int = 400) -> list[int]:
     return (20_000 * torch.sin(2 * torch.pi * hertz / RATE * torch.arange(samples))).round().int().tolist()
 

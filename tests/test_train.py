@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 
@@ -144,7 +145,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="full"):
         files.replace(path, fail)
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path):
@@ -200,6 +201,7 @@ def test_progress_bar(monkeypatch, capsys):
 def speech(tmp_path):
     """Two words, four takes for training and two for testing."""
     pytest.importorskip("matplotlib", reason="the command draws its results")
+    pytest.importorskip("scipy.io", reason="it reads .wav files")
     folder = tmp_path / "speech"
     for hertz, word in ((500, "low"), (1500, "high")):
         for take in range(12):
@@ -239,6 +241,42 @@ def test_command_writes_its_files(tmp_path, speech, capsys):
 
     assert train(*options, "--out", out) == 1  # not over a run that is there
     assert f"--out {out} already holds a run: continue it with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("picture", ["curves", "confusion"])
+def test_results_are_there_whatever_comes_of_a_picture(tmp_path, speech, monkeypatch, capsys, caplog, picture):
+    out = tmp_path / "out"
+
+    def fail(path, *content):
+        assert json.loads((out / "results.json").read_text())["epochs"] == 1
+        raise MemoryError("so many pixels")
+
+    monkeypatch.setattr(files, f"draw_{picture}", fail)
+    assert train("--task", "speech", "--data", speech, "--epochs", 1, "--batch", 4, "--out", out) == 0
+    assert caplog.messages == [f"{out / picture}.png could not be drawn: MemoryError: so many pixels"]
+    drawn = {"curves": "confusion.png", "confusion": "curves.png"}[picture]
+    assert capsys.readouterr().out.endswith(f"config.json, log.csv, results.json, {drawn}, checkpoint.pt\n")
+    assert (out / drawn).exists() and not (out / f"{picture}.png").exists() and not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("classes, named", [(1, 1), (10, 10), (30, 30), (31, 16), (62, 21), (256, 29), (900, 30)])
+def test_the_confusion_matrix_stays_a_picture_of_a_page(tmp_path, monkeypatch, classes, named):
+    """At 150 dots an inch, whatever the classes are many or called; counts only where there is room for them."""
+    pytest.importorskip("matplotlib")
+    real, made = files._figure, []
+    monkeypatch.setattr(files, "_figure", lambda **options: made.append(real(**options)) or made[-1])
+    counts = torch.eye(classes, dtype=torch.int64) * 7
+    names = [f"{i} $of {2**i:d}" if i % 2 else f"{i} \\frac{{$" for i in range(classes)]  # no formulas, some long
+    path = files.draw_confusion(tmp_path / "confusion.png", counts, names)
+    width, height = struct.unpack(">II", path.read_bytes()[16:24])
+    assert width <= 1950 and height <= 1800
+    axes = made[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == (["7"] * classes if classes <= 30 else [])
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        texts = [label.get_text() for label in labels]
+        assert len(texts) == named and all(len(text) <= 27 for text in texts)
+        for text, name in zip(texts, names[:: math.ceil(classes / 30)], strict=True):
+            assert name.startswith(text.removesuffix("..."))
 
 
 KILLED = """

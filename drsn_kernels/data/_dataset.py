@@ -1,11 +1,17 @@
 """What every data source returns: labelled signals or images, split into training and test data that share nothing."""
 
+import logging
 import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+
+# Of macOS's archives and of Synology's disks: companions of files, under the files' own names.
+_COMPANIONS = ("__MACOSX", "@eaDir")
+_log = logging.getLogger("drsn_kernels")
 
 
 @dataclass(frozen=True)
@@ -62,3 +68,41 @@ def existing_folder(folder: str | Path, contents: str) -> Path:
     if not folder.is_dir():
         raise NotADirectoryError(f"folder must be a directory with {contents}, got the file {folder}")
     return folder
+
+
+def files_below(folder: Path, suffix: str) -> list[Path]:
+    """The files with this suffix, in capitals or not, of the folder and its sub-folders, sorted.
+
+    Passed over are hidden files and folders, whose names begin with a dot (._7.wav, .git, .ipynb_checkpoints), and
+    folders of companion files (__MACOSX, @eaDir).
+    """
+
+    def data(path: Path) -> bool:
+        return not any(part.startswith(".") or part in _COMPANIONS for part in path.relative_to(folder).parts)
+
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() == suffix and data(p) and p.is_file())
+
+
+def listed(names: Sequence[str], most: int = 40) -> str:
+    """The names as a sentence has them: of many the first ones and how many more."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def absent(class_names: Sequence[str], train_y: torch.Tensor, test_y: torch.Tensor) -> list[str]:
+    """Notes on classes that training or test data have no sample of."""
+    notes = []
+    for y, what in ((train_y, "train on"), (test_y, "test")):
+        counts = torch.bincount(y, minlength=len(class_names)).tolist()
+        names = [name for name, count in zip(class_names, counts, strict=True) if not count]
+        if names:
+            notes.append(f"No samples to {what} of {listed(names)}.")
+    return notes
+
+
+def logged(notes: Iterable[str]) -> tuple[str, ...]:
+    """The notes of a Dataset, each logged as a warning."""
+    notes = tuple(notes)
+    for note in notes:
+        _log.warning(note)
+    return notes

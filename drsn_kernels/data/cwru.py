@@ -9,14 +9,14 @@ The files do not hold their sampling rate. Faults are published at 12 kHz and at
 A recording lasts 5 to 10.3 s, so one of more than 15 s at 12 kHz is one at 48 kHz, and is decimated.
 """
 
-import logging
 import re
 from pathlib import Path
 
 import torch
 
 from .._extras import require
-from ._dataset import Dataset, check_counts, existing_folder, standardise
+from ._dataset import Dataset, check_counts, existing_folder, files_below, listed, logged, standardise
+from ._matlab import read_matlab
 
 SAMPLING_RATE = 12_000.0
 CLASS_NAMES = tuple(f"{fault}{width}" for fault in ("IR", "B", "OR") for width in ("007", "014", "021"))
@@ -31,7 +31,6 @@ _NUMBERS = {f"{name}_{load}".upper(): first + load for name, first in _FIRST.ite
 _STEMS = {str(number): stem for stem, number in _NUMBERS.items()}
 _DECIMATION = 4  # from 48 kHz
 _LONGEST = round(15 * SAMPLING_RATE)
-_log = logging.getLogger("drsn_kernels")
 
 
 def _stem(path: Path) -> str:
@@ -41,19 +40,15 @@ def _stem(path: Path) -> str:
 
 def _read(path: Path) -> torch.Tensor:
     """The drive-end acceleration of one file, float32 (samples,)."""
-    loadmat, asarray = require("scipy.io", "train").loadmat, require("numpy", "train").asarray
-    try:
-        contents = loadmat(path)
-    except Exception as error:  # scipy raises half a dozen types here, zlib.error and struct.error among them
-        raise ValueError(f"{path} cannot be read as a MATLAB file, so it may be truncated: {error}") from error
+    contents = read_matlab(path)
     channels = sorted(name for name in contents if name.endswith("_DE_time"))
     own = f"X{_NUMBERS.get(_stem(path), 0):03d}_DE_time"
     if own in channels:  # Normal_2.mat holds Normal_1's channels as well
         channels = [own]
     if len(channels) != 1:
-        found = ", ".join(sorted(name for name in contents if not name.startswith("__"))) or "nothing"
+        found = listed(sorted(contents)) or "nothing"
         raise ValueError(f"{path} must hold one drive-end channel, *_DE_time, but holds {found}")
-    values = asarray(contents[channels[0]])
+    values = contents[channels[0]]
     if values.dtype.kind not in "fiu" or values.size != max(values.shape, default=1):
         raise ValueError(
             f"{path} must hold real numbers in one row or column as its drive-end channel {channels[0]}, "
@@ -67,7 +62,7 @@ def _read(path: Path) -> torch.Tensor:
 
 def _select(folder: Path, loads: tuple[int, ...], normal: bool) -> tuple[dict[Path, str], list[str]]:
     """The files to read with the names of their classes, and notes on what is left out."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".mat" and path.is_file())
+    files = files_below(folder, ".mat")
     known = {name.upper(): name for name in (*CLASS_NAMES, *([NORMAL] if normal else []))}
     chosen: dict[Path, str] = {}
     other, seen = [], {}
@@ -88,12 +83,12 @@ def _select(folder: Path, loads: tuple[int, ...], normal: bool) -> tuple[dict[Pa
     if not chosen:
         raise ValueError(
             f"folder must hold CWRU recordings named like IR007_0.mat, OR014@6_2.mat or 105.mat, "
-            f"but {folder} has none among its {len(files)} .mat files"
+            f"but {folder} has none among its {len(files)} .mat files, hidden ones not counted"
         )
     notes = []
     if other:
         notes.append(
-            f"Skipped {', '.join(other)}: not one of {', '.join(known.values())} at load {', '.join(map(str, loads))}."
+            f"Skipped {listed(other)}: not one of {', '.join(known.values())} at load {', '.join(map(str, loads))}."
         )
     missing = [name for name in CLASS_NAMES if name not in chosen.values()]
     if missing:
@@ -129,7 +124,7 @@ def load_cwru(
             outer race's position (@3, @6, @12) is not part of the class. Or named by the recordings' numbers, as the
             source serves them: for loads 0 to 3 the baseline 97 to 100 (48 kHz), and at 12 kHz IR007 105 to 108, B007
             118 to 121, OR007@6 130 to 133, IR014 169 to 172, B014 185 to 188, OR014@6 197 to 200, IR021 209 to 212,
-            B021 222 to 225, OR021@6 234 to 237; other numbers are left out.
+            B021 222 to 225, OR021@6 234 to 237; other numbers are left out. Hidden files are passed over.
         length: samples a window.
         stride: samples from one training window to the next; below `length` they overlap.
         train_fraction: part of each recording that is for training, between 0 and 1.
@@ -141,7 +136,7 @@ def load_cwru(
         decimated is said in notes, which are logged as well.
 
     Raises:
-        ImportError: scipy is missing.
+        ImportError: scipy is missing, or h5py, which reads files that MATLAB saved as version 7.3.
         FileNotFoundError, NotADirectoryError: `folder`.
         ValueError: no such files; a file that cannot be read, has no drive-end channel of real numbers, or is too
             short for a window on both sides of the split (the message names the file); a number out of range.
@@ -181,8 +176,6 @@ def load_cwru(
             "The class normal may be told by its recording chain (another sampling rate, filter and day) rather than "
             "by its condition: do not read its accuracy as fault detection."
         )
-    for note in notes:
-        _log.warning(note)
     joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
     for name in ("train_x", "test_x"):
         joined[name] = standardise(joined[name]).unsqueeze(1)
@@ -193,5 +186,5 @@ def load_cwru(
         description=f"CWRU drive end, {len(chosen)} recordings at {SAMPLING_RATE / 1000:g} kHz: training windows of "
         f"{length} samples from the first {train_fraction:.0%} of each (stride {stride}), test windows "
         "from the rest.",
-        notes=tuple(notes),
+        notes=logged(notes),
     )

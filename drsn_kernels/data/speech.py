@@ -4,8 +4,9 @@ The names are those of the Free Spoken Digit Dataset, LABEL_SPEAKER_TAKE.wav: 7_
 Source of the data: https://github.com/Jakobovski/free-spoken-digit-dataset
 """
 
+import io
 import re
-import wave
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._dataset import Dataset, check_counts, existing_folder, standardise
+from .._extras import require
+from ._dataset import Dataset, absent, check_counts, existing_folder, files_below, listed, logged, standardise
 
 _NAME = re.compile(r"(?P<label>.+)_(?P<speaker>[^_]+)_(?P<take>\d+)$")
-_SAMPLES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes a sample
 _FLOOR = 1e-5
+_UNKNOWN = 2**32 - 1  # bytes of samples, in the header of a .wav file that was written to a pipe
 
 
 def mel_filters(mels: int, bins: int, sampling_rate: float) -> torch.Tensor:
@@ -90,23 +92,32 @@ class LogMel(nn.Module):
         return ((power @ self.filters.T + _FLOOR).log() - self.offset).div(self.scale).transpose(1, 2).unsqueeze(1)
 
 
+class _WholeFile(io.BytesIO):
+    """Content to read from, which must be there: of a truncated file scipy would take what there is."""
+
+    def read(self, size: int = -1) -> bytes:
+        found = super().read(size)
+        # A chunk's name has 4 bytes, and where one is looked for the file may end. A pipe's length is unknown.
+        if len(found) < size and size not in (4, _UNKNOWN):
+            raise EOFError
+        return found
+
+
 def _read(path: Path) -> tuple[torch.Tensor, int]:
     """The waveform of one file, float32 (samples,), channels averaged; and its sampling rate in Hz."""
+    read, content = require("scipy.io.wavfile", "train").read, path.read_bytes()
     try:
-        with wave.open(str(path), "rb") as file:
-            channels, width, rate, frames = file.getparams()[:4]
-            content = file.readframes(frames)
-    except (wave.Error, EOFError, RuntimeError) as error:  # the last two without a text
-        reason = str(error) or "it is truncated or damaged"
-        raise ValueError(f"{path} cannot be read as a PCM .wav file: {reason}") from error
-    if width not in _SAMPLES:
-        raise ValueError(f"{path} must have 8, 16 or 32 bits a sample, but has {8 * width}")
-    if not frames or len(content) != frames * channels * width:
-        raise ValueError(
-            f"{path} must hold {frames} samples by its header, but holds {len(content) // (channels * width)}: "
-            "it is empty, truncated or damaged"
-        )
-    signal = torch.frombuffer(bytearray(content), dtype=_SAMPLES[width]).reshape(frames, channels).float().mean(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scipy's, about chunks that are no sound
+            rate, samples = read(_WholeFile(content))
+    except Exception as error:  # besides ValueError, whose text is one for users, half a dozen of damaged headers
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else "it is empty, truncated or damaged"
+        raise ValueError(f"{path} cannot be read as a .wav file of PCM or float samples: {reason}") from error
+    if not samples.size:
+        raise ValueError(f"{path} holds no samples")
+    signal = torch.from_numpy(samples.astype("float32")).reshape(len(samples), -1).mean(1)
+    if not signal.isfinite().all():
+        raise ValueError(f"{path} holds NaN or Inf")
     return signal, rate
 
 
@@ -118,12 +129,12 @@ def _fit_length(signal: torch.Tensor, length: int) -> torch.Tensor:
     return F.pad(signal, (missing // 2, missing - missing // 2)) * (length / len(signal)) ** 0.5
 
 
-def _select(folder: Path) -> tuple[dict[Path, re.Match], tuple[str, ...]]:
+def _select(folder: Path) -> tuple[dict[Path, re.Match], list[str]]:
     """The files to read with their names' parts, and a note on what is left out."""
     chosen: dict[Path, re.Match] = {}
     seen: dict[str, Path] = {}
     other = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".wav" and path.is_file()):
+    for path in files_below(folder, ".wav"):
         match = _NAME.match(path.stem)
         if match is None:
             other.append(path.name)
@@ -135,9 +146,9 @@ def _select(folder: Path) -> tuple[dict[Path, re.Match], tuple[str, ...]]:
     if not chosen:
         raise ValueError(
             f"folder must hold recordings named LABEL_SPEAKER_TAKE.wav, such as 7_jackson_32.wav, "
-            f"but {folder} has none among its {len(other)} .wav files"
+            f"but {folder} has none among its {len(other)} .wav files, hidden ones not counted"
         )
-    return chosen, (f"Skipped {', '.join(other)}: not named LABEL_SPEAKER_TAKE.wav.",) if other else ()
+    return chosen, [f"Skipped {listed(other)}: not named LABEL_SPEAKER_TAKE.wav."] if other else []
 
 
 def load_speech(
@@ -155,7 +166,9 @@ def load_speech(
     the Free Spoken Digit Dataset's official split), or whole speakers are.
 
     Args:
-        folder: searched with its sub-folders for PCM files LABEL_SPEAKER_TAKE.wav of one sampling rate.
+        folder: searched with its sub-folders for files LABEL_SPEAKER_TAKE.wav of one sampling rate: PCM of 8, 16, 24
+            or 32 bits or float samples, also with the extensible header. Channels are averaged. Hidden files are passed
+            over.
         test_takes: numbers of the takes that are for testing. Without effect where speakers are named.
         test_speakers: speakers all of whose recordings are for testing.
         frames, mels: width and height of the images.
@@ -165,11 +178,13 @@ def load_speech(
     Returns:
         Dataset with x (N, 1, samples), zero mean and unit power each, classes in the order of their names, and
         ``transform``, a :class:`LogMel` fitted to the clean training clips. Noise belongs on x; its SNR then refers to
-        the mean power of the whole clip, silence included.
+        the mean power of the whole clip, silence included. What was left out, and words that are not in both parts,
+        are said in notes, which are logged as well.
 
     Raises:
+        ImportError: scipy is missing.
         FileNotFoundError, NotADirectoryError: `folder`.
-        ValueError: no such files; a file that is truncated, silent, no PCM or of another sampling rate (the message
+        ValueError: no such files; a file that is truncated, silent, compressed or of another sampling rate (the message
             names the file); a speaker who is not there; nothing left to train on or to test; a number out of range.
     """
     check_counts(1, frames=frames, mels=mels)
@@ -221,6 +236,6 @@ def load_speech(
         description=f"{len(class_names)} spoken words by {len(speakers)} speakers at {rate / 1000:g} kHz, clips of "
         f"{frames * hop / rate:g} s as log-mel images of {mels} x {frames}: {len(train_x)} for training, "
         f"{len(test_x)} for testing ({held_out}).",
-        notes=notes,
+        notes=logged([*notes, *absent(class_names, train_y, test_y)]),
         transform=LogMel(rate, hop, mels).fit(train_x),
     )

@@ -21,6 +21,7 @@ from .recipe import RandomNoise, Recipe, least_batch, predict
 from .run import CHECKPOINT, Run, Stopped
 
 CONFIG, RESULTS = "config.json", "results.json"
+_log = logging.getLogger("drsn_kernels")
 DIMS = {"vibration": 1, "speech": 2, "image": 2}  # of what the network sees
 
 
@@ -149,13 +150,13 @@ def _begin(out: Path, config: dict | None, ranks: Ranks) -> None:
         raise error or OSError(f"--out {out} cannot be written by the first process")
 
 
-def _finish(run: Run, settings: dict, out: Path, parameters: int) -> dict:
-    """Write results.json and the plots, by the first process."""
+def _results(run: Run, settings: dict, parameters: int) -> dict:
+    """What results.json holds."""
     data, classes = run.data, len(run.data.class_names)
     predicted = predict(run.model, run.test_x)
     confusion = torch.bincount(data.test_y * classes + predicted, minlength=classes**2).reshape(classes, classes)
     counts = confusion.sum(1).tolist()
-    results = {
+    return {
         "settings": settings,
         "parameters": parameters,
         "processes": run.ranks.world,
@@ -171,10 +172,21 @@ def _finish(run: Run, settings: dict, out: Path, parameters: int) -> dict:
         "seconds": sum(row["seconds"] for row in run.history),
         "samples_per_s": sum(row["samples_per_s"] for row in run.history) / len(run.history),
     }
-    files.draw_curves(out / "curves.png", run.history)
-    files.draw_confusion(out / "confusion.png", confusion, data.class_names)
-    files.write_json(out / RESULTS, results)
-    return results
+
+
+def _draw(out: Path, history: list[dict], confusion: list[list[int]], class_names: tuple[str, ...]) -> list[str]:
+    """The names of the pictures that were drawn. One that fails is a warning: the results are on the disk."""
+    pictures = {
+        "curves.png": lambda path: files.draw_curves(path, history),
+        "confusion.png": lambda path: files.draw_confusion(path, torch.tensor(confusion), class_names),
+    }
+    drawn = []
+    for name, draw in pictures.items():
+        try:
+            drawn.append(draw(out / name).name)
+        except Exception as error:  # of matplotlib, of fonts, of the disk
+            _log.warning("%s could not be drawn: %s: %s", out / name, type(error).__name__, error)
+    return drawn
 
 
 def _train(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -229,11 +241,13 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
             print(f"continuing in epoch {len(run.history) + 1} after {run.step} steps", flush=True)
     run.train()
     if ranks.first:
-        results = _finish(run, settings, options.out, parameters)
+        results = _results(run, settings, parameters)
+        files.write_json(options.out / RESULTS, results)  # before the pictures, whatever comes of them
+        pictures = _draw(options.out, run.history, results["confusion"], data.class_names)
         print(
             f"Test accuracy {100 * results['test_accuracy']:.2f} % after {results['epochs']} epochs and "
-            f"{results['seconds']:.0f} s. Written to {options.out}: {CONFIG}, log.csv, {RESULTS}, curves.png, "
-            "confusion.png, checkpoint.pt"
+            f"{results['seconds']:.0f} s. Written to {options.out}: "
+            f"{', '.join([CONFIG, 'log.csv', RESULTS, *pictures, CHECKPOINT])}"
         )
 
 
@@ -245,7 +259,7 @@ def command(options: argparse.Namespace) -> int:
     """
     ranks = join(options.device)
     if not ranks.first:  # what is left out of the data is said once
-        logging.getLogger("drsn_kernels").setLevel(logging.ERROR)
+        _log.setLevel(logging.ERROR)
     # The sentence once: the other processes come to the same end.
     alike = contextlib.nullcontext() if ranks.first else contextlib.suppress(ImportError, OSError, ValueError)
     try:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -14,16 +15,21 @@ import torch
 from .._extras import require
 
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_acc", "seconds", "samples_per_s")
+READABLE = 30  # classes whose names and counts find room in a picture of a page
+LONGEST_NAME = 24  # characters of a class's name in a picture
 
 
 def replace(path: Path, write: Callable) -> Path:
     """Call write(file), a binary file beside `path`, and put it in the place of `path` when it is on the disk."""
     aside = path.with_name(f".{path.name}.part")
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # where it could not be written or moved
     return path
 
 
@@ -74,19 +80,25 @@ def draw_curves(path: Path, history: Sequence[dict]) -> Path:
 
 
 def draw_confusion(path: Path, confusion: torch.Tensor, class_names: Sequence[str]) -> Path:
-    """Counts (true class, predicted class), coloured by the share of the true class, as a PNG; returns the path."""
-    size = max(4.0, 0.5 * len(class_names) + 2)
+    """Counts (true class, predicted class), coloured by the share of the true class, as a PNG; returns the path.
+
+    The picture is 13 by 12 inches at most. Of more than READABLE classes it has the colours alone, and the names of
+    every second class, every third, and so on.
+    """
+    classes = len(class_names)
+    size = min(max(4.0, 0.5 * classes + 2), 12.0)
     figure = _figure(figsize=(size + 1, size))
     axes = figure.add_subplot()
     shares = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
-    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(class_names))
-    axes.set_xticks(ticks, class_names, rotation=60, ha="right")
-    axes.set_yticks(ticks, class_names)
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    ticks = range(0, classes, math.ceil(classes / READABLE))
+    names = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in class_names]
+    for place, options in ((axes.set_xticks, {"rotation": 60, "ha": "right"}), (axes.set_yticks, {})):
+        place(ticks, names[:: ticks.step], parse_math=False, **options)  # two dollar signs make no formula
     axes.set(title="Test set", xlabel="predicted", ylabel="true")
-    for i, row in enumerate(confusion.tolist()):
-        for j, count in enumerate(row):
-            if count:
-                axes.text(j, i, count, ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.5 else "k")
+    for i, j in confusion.nonzero().tolist() if classes <= READABLE else ():
+        colour = "w" if shares[i, j] > 0.5 else "k"
+        text = axes.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=7, color=colour)
+        text.set_in_layout(False)  # it lies inside the axes: nothing to make room for
     figure.colorbar(image, label="share of the true class")
-    return replace(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    return replace(path, lambda file: figure.savefig(file, dpi=150, format="png", pil_kwargs={"compress_level": 1}))
