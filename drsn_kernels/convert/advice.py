@@ -7,8 +7,6 @@ it. A statement stays where anything else uses what it computes.
 
 import ast
 import copy
-import linecache
-import types
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -19,6 +17,7 @@ from .family import Found, Match, behind, check_dropped, match_inside, path_of, 
 from .plans import GatePlan
 from .probe import Shape, dtype_for, gives, random
 from .reasons import Unexplained, place
+from .sources import function_of
 from .tracing import Trace, private_copy
 
 
@@ -104,7 +103,7 @@ class _Rewriting:
     def __init__(self, trace: Trace, match: Match, work: set[fx.Node], level: int) -> None:
         self.match, self.work, self.level = match, work, level
         self.frame = match.y.meta["frames"][level]
-        self.function = _function(self.frame.code)
+        self.function = function_of(self.frame.code)
         self.module = next((n for n, v in self.frame.modules.items() if v is trace.watch.inner), None)
         self.statements: list[_Statement] = []
         self.block: list[_Statement] = []
@@ -226,18 +225,6 @@ def _with(statement: ast.stmt, expression: ast.AST, call: str) -> str:
             return ast.parse(call, mode="eval").body if hasattr(node, "replaced") else self.generic_visit(node)
 
     return ast.unparse(Put().visit(copied)).replace("\n", " ")
-
-
-def _function(code: types.CodeType) -> ast.FunctionDef | None:
-    try:
-        tree = ast.parse("".join(linecache.getlines(code.co_filename)))
-    except SyntaxError:
-        return None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            if min([node.lineno, *(d.lineno for d in node.decorator_list)]) == code.co_firstlineno:
-                return node
-    return None
 
 
 def _blocks(function: ast.FunctionDef):

@@ -28,17 +28,18 @@ NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 
 
 class _Pickler(pickle.Pickler):
-    """exact: compares identities, within this process; the ids of tensors that were met are added to it."""
+    """exact: compares identities, within this process; all objects that were met are added to it, by their ids."""
 
-    def __init__(self, exact: set[int] | None) -> None:
+    def __init__(self, exact: dict[int, Any] | None) -> None:
         self.buffer, self.exact = io.BytesIO(), exact
         super().__init__(self.buffer, 4)
 
     def persistent_id(self, value: Any) -> Any:
+        if self.exact is not None and type(value) not in PLAIN:
+            self.exact[id(value)] = value
         if isinstance(value, torch.Tensor):
             if self.exact is None:
                 raise Unexplained("holds tensors")
-            self.exact.add(id(value))
             return "tensor", id(value), None if value.is_inference() else value._version
         if isinstance(value, (nn.Module, fx.Proxy)):
             if self.exact is None:
@@ -49,7 +50,7 @@ class _Pickler(pickle.Pickler):
         return None
 
 
-def frozen(value: Any, exact: set[int] | None = None) -> Any:
+def frozen(value: Any, exact: dict[int, Any] | None = None) -> Any:
     """What `value` is now, for a comparison by `same`. Unexplained: it cannot be compared."""
     if type(value) in PLAIN or isinstance(value, NAMED):
         return value

@@ -231,7 +231,7 @@ def check_dropped(trace: Trace, match: Match, steps: frozenset[fx.Node]) -> None
             raise Unexplained(f"the tensors of self.{path_of(node)} do not go into its threshold alone")
         if node.op == "get_attr" and not all(_asks_form(user) for user in node.users):
             own = node.target.startswith("inner.")
-            if own or id(node.meta["value"]) in trace.watch.tensors:
+            if own or id(node.meta["value"]) in trace.watch.outside:
                 shown = f"self.{node.target.removeprefix('inner.')}" if own else "a tensor that it holds"
                 raise Unexplained(f"{shown} does not go into its threshold alone")
 

@@ -140,7 +140,9 @@ def random(shape: tuple[int, ...], module: nn.Module, dtype: torch.dtype, seed: 
 def dtype_for(module: nn.Module, shape: Shape) -> torch.dtype:
     """float64 where the module runs in it: there rounding is told from everything else."""
     with contextlib.suppress(Exception), torch.no_grad():
-        private_copy(module, torch.float64).eval().forward(random(shape(0), module, torch.float64))
+        trial = private_copy(module, torch.float64).eval()
+        with Watch(trial):
+            run_forward(trial, random(shape(0), module, torch.float64))
         return torch.float64
     return _own_dtype(module)
 

@@ -20,7 +20,7 @@ from torch.fx.proxy import TraceError
 
 from .conditions import Conditions
 from .plans import call
-from .reasons import Unexplained, Untraceable, place
+from .reasons import Differs, Unexplained, Untraceable, place
 from .watch import Watch, run_forward
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -242,17 +242,26 @@ class Trace:
             raise Unexplained("it does not return one tensor")
         self.y: fx.Node = returned
         self.effects: list[tuple[str, fx.Node]] = []
+        self.changes: list[tuple[str, str]] = []  # of children
         for path, name in self.watch.changes():
             value = inspect.getattr_static(inner.get_submodule(path), name, None)
             if not path and isinstance(value, fx.Proxy):
                 self.effects.append((name, value.node))
-            elif not isinstance(value, torch.Tensor):  # those are compared when it runs
-                raise Unexplained(f"its forward changes the attribute {name}")
+            elif isinstance(value, torch.Tensor):
+                continue  # those are compared when it runs
+            elif not path:
+                raise Differs(f"its forward changes the attribute {name}")
+            else:
+                self.changes.append((path, name))
 
     def conditions(self, module: nn.Module, runs: set[fx.Node]) -> Conditions:
         """Under which a plan that makes the calls `runs` itself may stand for the forward."""
         calls = {n: n.target.removeprefix("inner.") for n in self.nodes if n.op == "call_module"}
-        return self.watch.conditions(module, {n: path for n, path in calls.items() if n in runs}, calls)
+        run = {n: path for n, path in calls.items() if n in runs}
+        for path, name in self.changes:
+            if not any(f"{path}.".startswith(f"{called}.") for called in run.values()):
+                raise Unexplained(f"its forward changes the attribute {path}.{name}")
+        return self.watch.conditions(module, run, calls, {name for name, _ in self.effects})
 
 
 def _where(error: Exception) -> str:

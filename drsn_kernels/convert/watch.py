@@ -21,12 +21,15 @@ from torch import fx, nn
 
 from .conditions import ABSENT, NAMED, PLAIN, Attribute, Child, Conditions, Global, at, class_of, frozen, same
 from .reasons import Unexplained, place
+from .sources import Write, writes_of
 
 OF_MODULE = frozenset({*dir(nn.Module()), *vars(nn.Module())} - {"training"})
 _TABLES = ("__dict__", "_modules", "_buffers", "_parameters")
 _OF_WATCHED = {"__module__", "__qualname__", "__doc__", "__getattribute__", "_drsn_class"}
 _TRUSTED = {"torch", "numpy", "scipy", "triton", __package__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
 _VOLATILE = {"random", "time", "datetime", "secrets", "uuid", "os", "posix", "numpy.random"}
+_CHANGES = set("append appendleft extend extendleft insert update add setdefault pop popleft popitem clear remove".split())
+_CHANGES |= set("discard sort reverse rotate fill put itemset resize __setitem__ __delitem__ __iadd__ send".split())
 _WRAPPERS = {"torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
 _LABELS = {"record_function", "profile"}  # contexts that change nothing
 
@@ -46,32 +49,38 @@ class _Kept(NamedTuple):
     owner: Any
     name: str
     value: Any
-    content: Any  # of a container, to be put back
     exact: Any
+    contents: list[tuple[Any, Any]]  # the containers in it at any depth, and copies of them
 
-    def changed(self, tensors: set[int]) -> bool:
+    def changed(self, outside: dict[int, Any]) -> bool:
         now = getattr(self.owner, self.name, ABSENT)
-        return not same(_exactly(now, tensors), self.exact) or (type(now) not in PLAIN and now is not self.value)
+        return not same(_exactly(now, outside), self.exact) or (type(now) not in PLAIN and now is not self.value)
 
     def restore(self) -> None:
-        value, content = self.value, self.content
-        if value is ABSENT:
+        if self.value is ABSENT:
             delattr(self.owner, self.name)
-            return
-        setattr(self.owner, self.name, value)
-        if isinstance(value, (dict, set, list, collections.deque)):
-            value.clear()
-            (value.extend if isinstance(value, (list, collections.deque)) else value.update)(content)
-        elif hasattr(value, "__dict__") and not isinstance(value, (*NAMED, torch.Tensor)):
-            value.__dict__.clear()
-            value.__dict__.update(content.__dict__)
-        elif hasattr(value, "__setitem__") and hasattr(value, "__array_interface__"):
-            value[...] = content
+        else:
+            setattr(self.owner, self.name, self.value)
+        for container, before in self.contents:
+            if isinstance(container, (list, collections.deque)):
+                container.clear()
+                container.extend(before)
+            elif isinstance(container, (dict, set)):
+                container.clear()
+                container.update(before)
+            else:  # an array
+                container[...] = before
 
 
-def _exactly(value: Any, tensors: set[int]) -> Any:
+def _contents(reached: dict[int, Any]) -> list[tuple[Any, Any]]:
+    containers = [*reached.values(), *(vars(v) for v in reached.values() if hasattr(v, "__dict__") and not isinstance(v, NAMED))]
+    mutable = (list, dict, set, collections.deque)
+    return [(c, copy.copy(c)) for c in containers if isinstance(c, mutable) or hasattr(c, "__array_interface__")]
+
+
+def _exactly(value: Any, outside: dict[int, Any]) -> Any:
     try:
-        return frozen(value, tensors)
+        return frozen(value, outside)
     except Unexplained:
         return value
 
@@ -82,17 +91,19 @@ class Watch:
 
     def __init__(self, inner: nn.Module) -> None:
         self.inner, self.during, self._on = inner, None, False
-        self.tensors: set[int] = set()  # the ids of those that containers held before
+        self.outside: dict[int, Any] = {}  # by id: what was there before the run, at any depth
         self.symbol: Callable[[str], Any] | None = None  # what stands for a plain tensor that is an attribute
         self.root = class_of(inner).__module__.partition(".")[0]
         self._reads: dict[tuple[str, str], set] = collections.defaultdict(set)
         self._globals: dict[Global, set] = collections.defaultdict(set)
         self._done: list[_Done] = []
+        self._assigned: dict[str, str] = {}  # attributes of the module itself, and where
         self._codes: set[tuple[types.CodeType, Any]] = set()
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, tuple[_Kept, set]] = {}
+        self._writes: dict[types.CodeType, dict[int, list[Write]]] = {}
         self._own: dict[str, dict[str, Any]] = {}
         for path, m in inner.named_modules():
-            self._own[path] = {n: _exactly(v, self.tensors) for n, v in m.__dict__.items() if n not in OF_MODULE}
+            self._own[path] = {n: _exactly(v, self.outside) for n, v in m.__dict__.items() if n not in OF_MODULE}
             with contextlib.suppress(TypeError):  # a class that does not let its objects change theirs
                 m.__class__ = self._watched(class_of(m), path)
 
@@ -133,31 +144,36 @@ class Watch:
             self._reads[path, name].add(self.during)
 
     def _keep(self, shown: str, owner: Any, name: str, value: Any) -> None:
-        if shown not in self._kept and not isinstance(value, (types.FunctionType, type, nn.Module)):
-            content = value
-            with contextlib.suppress(Exception):
-                content = copy.copy(value)
-            self._kept[shown] = _Kept(owner, name, value, content, _exactly(value, self.tensors))
+        if isinstance(value, (types.FunctionType, type, nn.Module)) and value is not ABSENT:
+            return
+        if shown not in self._kept:
+            reached: dict[int, Any] = {}
+            exact = _exactly(value, reached)
+            self.outside.update(reached)
+            self._kept[shown] = _Kept(owner, name, value, exact, _contents(reached)), set()
+        self._kept[shown][1].add(self.during)
 
     # ---- Python's profiler
 
     def __enter__(self) -> "Watch":
-        self._outer = sys.getprofile()
+        self._outer = sys.getprofile(), sys.gettrace()
         self._on = True
+        sys.settrace(lambda frame, event, argument: self._line if self._is_users(frame) else None)
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        sys.setprofile(self._outer)
+        sys.setprofile(self._outer[0])
+        sys.settrace(self._outer[1])
         self._on = False
         self.restore()
 
     def restore(self) -> None:
         """Globals and what belongs to classes, as they were before the first run."""
-        for shown, kept in self._kept.items():
-            if kept.changed(self.tensors):
+        for shown, (kept, during) in self._kept.items():
+            if kept.changed(self.outside):
                 kept.restore()
-                self._done.append(_Done(None, f"changes {shown}"))
+                self._done += [_Done(d, f"changes {shown}") for d in during]
 
     def _is_users(self, frame: types.FrameType | None) -> bool:
         if frame is None:
@@ -183,10 +199,26 @@ class Watch:
                 self._note(f"asks {name}.{frame.f_code.co_name}", frame.f_back)
         elif event == "c_call" and self._is_users(frame):
             owner, module = getattr(argument, "__self__", None), getattr(argument, "__module__", None)
-            if argument in (print, open, input, exec) or isinstance(owner, io.IOBase):
+            if id(owner) in self.outside and argument.__name__ in _CHANGES:
+                self._note(f"changes what it found by {argument.__name__}", frame)
+            elif argument in (print, open, input, exec, setattr, delattr) or isinstance(owner, io.IOBase):
                 self._note(f"calls {argument.__name__}", frame)
             elif module in _VOLATILE or isinstance(owner, random.Random):
                 self._note(f"asks {module or 'random'}.{argument.__name__}", frame)
+
+    def _line(self, frame: types.FrameType, event: str, argument: Any) -> Any:
+        """A line of the user's begins: does it assign to what was there before? The same value as before, perhaps."""
+        code = frame.f_code
+        if event == "line":
+            if code not in self._writes:
+                self._writes[code] = writes_of(code)
+            for write in self._writes[code].get(frame.f_lineno, ()):
+                target = frame.f_locals.get(write.root, frame.f_globals.get(write.root, ABSENT))
+                if target is self.inner and write.attribute:
+                    self._assigned.setdefault(write.attribute, place(code.co_filename, frame.f_lineno))
+                elif target is ABSENT or isinstance(target, (nn.Module, type)) or id(target) in self.outside:
+                    self._note(f"assigns {write.text}", frame)
+        return self._line
 
     def _note(self, what: str, frame: types.FrameType) -> None:
         self._done.append(_Done(self.during, f"{what} ({place(frame.f_code.co_filename, frame.f_lineno)})"))
@@ -217,11 +249,24 @@ class Watch:
             value = frame.f_locals.get(name, ABSENT)
             if name != "__class__" and not isinstance(value, (type, types.FunctionType, types.ModuleType)):
                 self._note(f"uses {name}, a variable of the function around it", frame)
+        for default in self._defaults(frame):
+            self._keep(f"a default of {code.co_name}", types.SimpleNamespace(default=default), "default", default)
         for how, chain in _names(code):
             if how == "read":
                 self._name(frame, chain)
             elif how == "assigns the global" or self._is_users_file(chain[0], None):
                 self._note(f"{how} {'.'.join(chain)}", frame)
+
+    @staticmethod
+    def _defaults(frame: types.FrameType) -> list[Any]:
+        """Containers that are the default of an argument, where the function can be found: a method, a global."""
+        code, first = frame.f_code, next(iter(frame.f_locals.values()), None)
+        spaces = [vars(base) for base in type(first).__mro__] + [frame.f_globals]
+        function = spaces and next((s[code.co_name] for s in spaces if getattr(s.get(code.co_name), "__code__", None) is code), None)
+        if function is None:
+            return []
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        return [value for value in defaults if type(value) not in PLAIN]
 
     def _name(self, frame: types.FrameType, chain: tuple[str, ...]) -> None:
         if chain[0] not in frame.f_globals:
@@ -245,8 +290,9 @@ class Watch:
                 break
             owners.append(value)
             value, length = getattr(value, name, ABSENT), length + 1
-        if isinstance(value, types.ModuleType) and value.__name__ == "numpy.random":
-            self._note("asks numpy.random", frame)
+        if isinstance(value, types.ModuleType) and length < len(chain):
+            if getattr(getattr(value, chain[length], None), "__name__", None) == "numpy.random":
+                self._note("asks numpy.random", frame)
         if isinstance(value, types.ModuleType) or (isinstance(value, type) and value is not ABSENT):
             return
         owner = getattr(value, "__self__", None)
@@ -269,21 +315,25 @@ class Watch:
             now = {n: v for n, v in object.__getattribute__(m, "__dict__").items() if n not in OF_MODULE}
             before = self._own[path]
             for name in now | before:
-                if not same(_exactly(now.get(name, ABSENT), self.tensors), before.get(name, ABSENT)):
+                if not same(_exactly(now.get(name, ABSENT), self.outside), before.get(name, ABSENT)):
                     yield path, name
             if "_drsn_class" in vars(type(m)):
                 yield from ((path, name) for name in vars(type(m)).keys() - _OF_WATCHED)
 
-    def refuse(self, runs: set) -> None:
-        """What the forward did, in its own code or in a child's call that is none of `runs`, would be missing."""
+    def refuse(self, runs: set, sets: set[str]) -> None:
+        """What the forward did, in its own code or in a child's call that is none of `runs`, would be missing, but for
+        the attributes that the fused form `sets` too."""
+        for name, where in self._assigned.items():
+            if name not in sets:
+                raise Unexplained(f"its forward assigns self.{name} ({where})")
         for during, what in self._done:
             if during is None or during not in runs:
                 raise Unexplained(f"its forward {what}")
 
-    def conditions(self, module: nn.Module, runs: dict[Any, str], calls: dict[Any, str]) -> Conditions:
-        """For a fused form of `module` that makes the calls `runs` of children itself; `calls` are the forward's, each
-        with the child's path."""
-        self.refuse({*runs})
+    def conditions(self, module: nn.Module, runs: dict, calls: dict, sets: set[str]) -> Conditions:
+        """For a fused form of `module` that makes the calls `runs` of children itself and `sets` the same attributes;
+        `calls` are the forward's, each with the child's path."""
+        self.refuse({*runs}, sets)
 
         def counts(during: set) -> bool:
             return any(d is None or d not in runs for d in during)
