@@ -235,5 +235,7 @@ def test_the_advice_taken_literally_computes_the_same(form, tmp_path, monkeypatc
             module.zero_grad(set_to_none=True)
         assert outcomes[0].keys() == outcomes[1].keys()
         for name, expected in outcomes[0].items():
-            torch.testing.assert_close(outcomes[1][name], expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                outcomes[1][name], expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
     assert hasattr(own, "last_tau") == hasattr(ours, "last_tau")

@@ -88,12 +88,16 @@ def convert(model: nn.Module) -> Report:
     The object stays the same and gets another class, a subclass of its own: names, aliases, hooks on it and on its
     children, parameters, buffers, optimizers, state_dict keys, isinstance, train and eval, deepcopy and pickle (the
     reader needs drsn_kernels) go on as before, and :func:`revert` gives it its class back. Probing leaves no trace: it
-    needs memory for one module at a time in float64.
+    needs memory for one module at a time in float64. Modules of one class that only their numbers tell apart are
+    examined once.
 
     Parameters, buffers and children are looked up at every call. The module's own forward still runs where a call has
-    more arguments than x or another number of dimensions than was probed, and after a number or flag of the module
-    (``self.eps``) was changed. Do not call convert while another thread runs a model: torch.fx, which traces, reroutes
-    module calls meanwhile.
+    more arguments than x or another number of dimensions than was probed, and for as long as anything else that it
+    reads is not what it was at conversion (attributes of it and of its children, at any depth of dicts, lists and
+    objects; attributes of classes; globals), or a hook listens to a child that the fused form does not call. A forward
+    that does more than to compute (it keeps something in a dict, counts, prints, sets autocast or gradients) is left
+    alone. Do not call convert while another thread runs a model: torch.fx, which traces, reroutes module calls
+    meanwhile.
 
     Args:
         model: any module; also one that is a shrinkage module itself.
@@ -212,7 +216,7 @@ def _notes(names: dict[nn.Module, list[str]]):
     for module, (name, *_) in names.items():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
-            yield f"{what} is TorchScript and stays as it is: convert before torch.jit.script or trace"
+            yield f"{what} is TorchScript and stays as it is: convert before torch.jit.trace"
         elif hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             yield f"{what} is compiled: what was converted in it is compiled again at its next call"
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

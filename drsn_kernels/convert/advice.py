@@ -10,10 +10,9 @@ import copy
 from collections.abc import Collection
 from typing import NamedTuple
 
-import torch
 from torch import fx, nn
 
-from .family import Found, Match, behind, check_dropped, match_inside, path_of, plans_for
+from .family import Found, Match, behind, check_dropped, match_inside, plans_for
 from .plans import GatePlan
 from .probe import Shape, dtype_for, gives, random
 from .reasons import Unexplained, place
@@ -73,12 +72,14 @@ class _Statement(NamedTuple):
         targets = self.node.targets if isinstance(self.node, ast.Assign) else [self.node.target]
         pure = self.nodes or not any(isinstance(n, (ast.Call, ast.Await)) for n in ast.walk(self.node))
         return bool(pure) and all(
-            isinstance(n, (ast.Name, ast.Tuple, ast.List, ast.Starred, ast.Load, ast.Store)) for t in targets for n in ast.walk(t)
+            isinstance(n, (ast.Name, ast.Tuple, ast.List, ast.Starred, ast.Load, ast.Store))
+            for t in targets
+            for n in ast.walk(t)
         )
 
 
 def _change(trace: Trace, match: Match, found: Found | None, kept: set[fx.Node]) -> str | None:
-    """"FILE:LINES to STATEMENT", with the gate's call or, without `found`, with the threshold as it is."""
+    """ "FILE:LINES to STATEMENT", with the gate's call or, without `found`, with the threshold as it is."""
     inside = behind(match.y) - behind(match.u)
     work = inside - (behind(match.t) if found is None else set())
     for level, frame in enumerate(match.y.meta["frames"]):
@@ -115,7 +116,9 @@ class _Rewriting:
             names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
             stores = frozenset(n.id for n in names if isinstance(n.ctx, ast.Store))
             loads = {n.id for n in names if isinstance(n.ctx, ast.Load)}
-            loads |= {node.target.id} if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) else set()
+            loads |= (
+                {node.target.id} if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) else set()
+            )
             self.statements.append(_Statement(node, made, stores, frozenset(loads)))
 
     def _here(self, node: fx.Node) -> bool:
@@ -138,13 +141,20 @@ class _Rewriting:
             call = tau and f"dk.soft_threshold({u}, {tau})"
         else:
             stays = {n for s in self.statements if s not in gone and s is not last for n in s.nodes}
-            call = None if stays & {n for n in found.steps if n.op == "call_module"} or self.module is None else (
-                f"dk.shrink({u}, {self._gate(found.plan)}, average={found.plan.average!r})"
+            call = (
+                None
+                if stays & {n for n in found.steps if n.op == "call_module"} or self.module is None
+                else (f"dk.shrink({u}, {self._gate(found.plan)}, average={found.plan.average!r})")
             )
         if not call:
             return None
         lines = sorted(line for s in (*gone, last) for line in range(s.node.lineno, s.node.end_lineno + 1))
-        taken = {line for s in self.statements if s not in gone and s is not last for line in range(s.node.lineno, s.node.end_lineno + 1)}
+        taken = {
+            line
+            for s in self.statements
+            if s not in gone and s is not last
+            for line in range(s.node.lineno, s.node.end_lineno + 1)
+        }
         return f"{place(self.frame.code.co_filename, _ranges(lines, taken))} to {_with(last.node, expression, call)}"
 
     def _gone(self, last: _Statement, expression: ast.AST, kept: set[fx.Node]) -> list[_Statement]:
@@ -158,7 +168,9 @@ class _Rewriting:
         ]  # fmt: skip
         within = {id(n) for n in ast.walk(expression)}
         outside = frozenset(
-            n.id for n in ast.walk(last.node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in within
+            n.id
+            for n in ast.walk(last.node)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in within
         )
         while True:
             needed = set()

@@ -54,6 +54,8 @@ def frozen(value: Any, exact: dict[int, Any] | None = None) -> Any:
     """What `value` is now, for a comparison by `same`. Unexplained: it cannot be compared."""
     if type(value) in PLAIN or isinstance(value, NAMED):
         return value
+    if type(value) is tuple and all(type(item) in PLAIN for item in value):
+        return value
     if isinstance(value, types.MethodType):
         return value.__func__
     if exact is None and isinstance(value, nn.Module):
@@ -72,7 +74,11 @@ def frozen(value: Any, exact: dict[int, Any] | None = None) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and a == b)
+    if a is b:
+        return True
+    if type(a) is tuple and type(b) is tuple:  # (1,) is not (True,)
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
 
 
 def class_of(module: nn.Module) -> type:
@@ -96,13 +102,28 @@ def _is_still(now: Any, expected: Any) -> bool:
         return False
 
 
-class Attribute(NamedTuple):
-    path: str  # of the module below the converted one; "": itself
-    name: str
-    expected: Any
+class Part(NamedTuple):
+    """The module itself or one below it, and attributes of it that the forward reads."""
+
+    path: tuple[str, ...]
+    kind: type | None  # of a child that the fused form does not call as the forward does: nobody may listen to it
+    reads: tuple[tuple[str, Any], ...]  # what is expected
 
     def holds(self, module: nn.Module) -> bool:
-        return _is_still(getattr(at(module, self.path), self.name, ABSENT), self.expected)
+        for name in self.path:
+            module = module._modules[name]
+        own = module.__dict__
+        if self.kind is not None and (
+            (type(module) is not self.kind and class_of(module) is not self.kind)
+            or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):  # fmt: skip
+            return False
+        for name, expected in self.reads:
+            now = own[name] if name in own else getattr(module, name, ABSENT)
+            if now is not expected and not _is_still(now, expected):
+                return False
+        return True
 
 
 class Global(NamedTuple):
@@ -118,23 +139,6 @@ class Global(NamedTuple):
             value = getattr(value, name, ABSENT)
         return value
 
-    def holds(self, module: nn.Module) -> bool:
-        return _is_still(self.now(), self.expected)
-
-
-class Child(NamedTuple):
-    """One that the fused form does not call as the forward does: nobody may listen to it."""
-
-    path: str
-    kind: type
-
-    def holds(self, module: nn.Module) -> bool:
-        child = at(module, self.path)
-        return class_of(child) is self.kind and not (
-            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
-            or "forward" in child.__dict__
-        )  # fmt: skip
-
 
 _GLOBAL_HOOKS = [  # private, dictionaries that torch fills in place
     getattr(nn_module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
@@ -142,27 +146,28 @@ _GLOBAL_HOOKS = [  # private, dictionaries that torch fills in place
 
 
 class Conditions(NamedTuple):
-    attributes: tuple[Attribute, ...] = ()
+    parts: tuple[Part, ...] = ()
     globals: tuple[Global, ...] = ()
-    children: tuple[Child, ...] = ()
     forward: types.FunctionType | None = None  # the class's
     spatial: tuple[int, ...] | None = None  # the only size that the module takes
 
     def hold(self, module: nn.Module, x: torch.Tensor) -> bool:
         if self.spatial is not None and x.shape[2:] != self.spatial:
             return False
-        # a graph may hold no pickling and no look into a Python module: there torch.compile guards the own forward
-        if torch.compiler.is_compiling() and (self.globals or any(type(a.expected) is Frozen for a in self.attributes)):
-            return False
         if self.forward is not None and module._drsn_class.forward is not self.forward:
             return False
-        if self.children and any(_GLOBAL_HOOKS):
+        if self.parts and any(_GLOBAL_HOOKS):
+            return False
+        if torch.compiler.is_compiling() and not self._in_graphs():
             return False
         try:
-            for conditions in self[:3]:
-                for condition in conditions:
-                    if not condition.holds(module):
-                        return False
-        except AttributeError:  # a child is gone: the module's own forward says so
+            for part in self.parts:
+                if not part.holds(module):
+                    return False
+        except KeyError:  # a child is gone: the module's own forward says so
             return False
-        return True
+        return not self.globals or all(_is_still(g.now(), g.expected) for g in self.globals)
+
+    def _in_graphs(self) -> bool:
+        """A graph may hold no pickling and no look into a Python module; there torch.compile guards the own forward."""
+        return not self.globals and not any(type(expected) is Frozen for p in self.parts for _, expected in p.reads)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..ops import shrink, soft_threshold, squeeze_excite
-from .conditions import Attribute, Conditions, at
+from .conditions import Conditions, Part, at
 
 Sink = Callable[[torch.Tensor], None] | None  # of record_tau
 
@@ -184,10 +184,10 @@ class Converted:
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         # in older pickles the plans stand alone, and the numbers of the module beside them
-        numbers = tuple(Attribute("", name, value) for name, value in self.__dict__.pop("_drsn_constants", ()))
+        numbers = Part((), None, tuple(self.__dict__.pop("_drsn_constants", ())))
         for key, found in self._drsn_plans.items():
             if not isinstance(found, Fused):
-                self._drsn_plans[key] = Fused(found, Conditions(numbers))
+                self._drsn_plans[key] = Fused(found, Conditions((numbers,)))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         make, args, *rest = super().__reduce_ex__(protocol)

@@ -174,7 +174,12 @@ def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
 
     ranks, widths = _ranks(module), _widths(module)
     few = [(rank, channels, size) for rank in ranks for channels in widths for size in _SIZES[rank][:2]]
-    more = [(rank, channels, size) for rank in ranks for channels in widths[:3] for size in _more_sizes(module, rank, channels)]
+    more = [
+        (rank, channels, size)
+        for rank in ranks
+        for channels in widths[:3]
+        for size in _more_sizes(module, rank, channels)
+    ]
     for tries in (few, more):
         for rank, channels, size in tries:
             if any(shape.rank == rank for shape in found):

@@ -18,10 +18,10 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from .conditions import Conditions
+from .conditions import Conditions, class_of
 from .plans import call
 from .reasons import Differs, Unexplained, Untraceable, place
-from .watch import Watch, run_forward
+from .watch import Watch, is_below, run_forward
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -135,6 +135,9 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if self.calling or m not in self.known:  # one that forward makes for the call, as nn.ReLU()(x)
             return forward(*args, **kwargs)
+        if class_of(m) is nn.Sequential and args and _has_planes(args[0]) and not any(m.__dict__[kind] for kind in HOOKS):
+            self.watch.opened.append(self.path_of_module(m).removeprefix("inner."))  # where in it is the pooling?
+            return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr, attr_val, parameter_proxy_cache):
@@ -162,6 +165,11 @@ class _Tracer(fx.Tracer):
         if kind == "output":
             return args[0]
         return call(kind, target, args, kwargs, self.root)
+
+
+def _has_planes(x: Any) -> bool:
+    value = x.node.meta["value"] if isinstance(x, _Value) else None
+    return isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[2:].numel() > 1
 
 
 def _users_frame() -> FrameType | None:
@@ -230,7 +238,9 @@ class Trace:
             with torch.set_grad_enabled(training), self.watch:
                 graph = _Tracer(x, self.watch).trace(_Root(inner))
         except TraceError as error:
-            raise Unexplained(f"its forward branches on sizes or values of x, or loops over them{_where(error)}") from None
+            raise Unexplained(
+                f"its forward branches on sizes or values of x, or loops over them{_where(error)}"
+            ) from None
         except Exception as error:
             raise Untraceable(f"its forward cannot be followed{_where(error)}") from None
         if x._version != version:
@@ -259,7 +269,7 @@ class Trace:
         calls = {n: n.target.removeprefix("inner.") for n in self.nodes if n.op == "call_module"}
         run = {n: path for n, path in calls.items() if n in runs}
         for path, name in self.changes:
-            if not any(f"{path}.".startswith(f"{called}.") for called in run.values()):
+            if not any(is_below(path, called) for called in run.values()):
                 raise Unexplained(f"its forward changes the attribute {path}.{name}")
         return self.watch.conditions(module, run, calls, {name for name, _ in self.effects})
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from .conditions import ABSENT, NAMED, PLAIN, Attribute, Child, Conditions, Global, at, class_of, frozen, same
+from .conditions import ABSENT, NAMED, PLAIN, Conditions, Global, Part, at, class_of, frozen, same
 from .reasons import Unexplained, place
 from .sources import Write, writes_of
 
@@ -28,7 +28,9 @@ _TABLES = ("__dict__", "_modules", "_buffers", "_parameters")
 _OF_WATCHED = {"__module__", "__qualname__", "__doc__", "__getattribute__", "_drsn_class"}
 _TRUSTED = {"torch", "numpy", "scipy", "triton", __package__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
 _VOLATILE = {"random", "time", "datetime", "secrets", "uuid", "os", "posix", "numpy.random"}
-_CHANGES = set("append appendleft extend extendleft insert update add setdefault pop popleft popitem clear remove".split())
+_CHANGES = set(
+    "append appendleft extend extendleft insert update add setdefault pop popleft popitem clear remove".split()
+)
 _CHANGES |= set("discard sort reverse rotate fill put itemset resize __setitem__ __delitem__ __iadd__ send".split())
 _WRAPPERS = {"torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
 _LABELS = {"record_function", "profile"}  # contexts that change nothing
@@ -73,7 +75,10 @@ class _Kept(NamedTuple):
 
 
 def _contents(reached: dict[int, Any]) -> list[tuple[Any, Any]]:
-    containers = [*reached.values(), *(vars(v) for v in reached.values() if hasattr(v, "__dict__") and not isinstance(v, NAMED))]
+    containers = [
+        *reached.values(),
+        *(vars(v) for v in reached.values() if hasattr(v, "__dict__") and not isinstance(v, NAMED)),
+    ]
     mutable = (list, dict, set, collections.deque)
     return [(c, copy.copy(c)) for c in containers if isinstance(c, mutable) or hasattr(c, "__array_interface__")]
 
@@ -92,6 +97,7 @@ class Watch:
     def __init__(self, inner: nn.Module) -> None:
         self.inner, self.during, self._on = inner, None, False
         self.outside: dict[int, Any] = {}  # by id: what was there before the run, at any depth
+        self.opened: list[str] = []  # the paths of children whose own children were watched as the forward's
         self.symbol: Callable[[str], Any] | None = None  # what stands for a plain tensor that is an attribute
         self.root = class_of(inner).__module__.partition(".")[0]
         self._reads: dict[tuple[str, str], set] = collections.defaultdict(set)
@@ -184,7 +190,9 @@ class Watch:
     def _is_users_file(self, name: str, file: str | None) -> bool:
         """The user's code; and that of the library that the module is from, but of no other, which may have caches."""
         root = name.partition(".")[0]
-        return root not in _TRUSTED and (root == self.root or not {"site-packages", "dist-packages"} & {*(file or "").split("/")})
+        return root not in _TRUSTED and (
+            root == self.root or not {"site-packages", "dist-packages"} & {*(file or "").split("/")}
+        )
 
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call":
@@ -262,7 +270,9 @@ class Watch:
         """Containers that are the default of an argument, where the function can be found: a method, a global."""
         code, first = frame.f_code, next(iter(frame.f_locals.values()), None)
         spaces = [vars(base) for base in type(first).__mro__] + [frame.f_globals]
-        function = spaces and next((s[code.co_name] for s in spaces if getattr(s.get(code.co_name), "__code__", None) is code), None)
+        function = spaces and next(
+            (s[code.co_name] for s in spaces if getattr(s.get(code.co_name), "__code__", None) is code), None
+        )
         if function is None:
             return []
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -338,23 +348,29 @@ class Watch:
         def counts(during: set) -> bool:
             return any(d is None or d not in runs for d in during)
 
-        called = tuple(f"{path}." for path in runs.values())
-        attributes, found = [], []
+        dropped = {path for call, path in calls.items() if call not in runs}
+        kinds = {path: class_of(at(module, path)) for path in self.opened}
+        for path in dropped:
+            kinds.update((below, class_of(child)) for below, child in at(module, path).named_modules(prefix=path))
+        reads: dict[str, list] = {path: [] for path in kinds}
         for (path, name), during in self._reads.items():
             own = f"{path}.{name}" if path else name
             value = getattr(at(module if name != "training" else self.inner, path), name, ABSENT)
-            if counts(during) and not isinstance(value, torch.Tensor):  # tensors are looked up at every call
-                if not (isinstance(value, nn.Module) and any(c.startswith(f"{own}.") for c in called)):
-                    attributes.append(Attribute(path, name, _comparable(value, f"self.{own}")))
-        for name, during in self._globals.items():
-            if counts(during):
-                found.append(name._replace(expected=_comparable(name.now(), ".".join(name.chain))))
-        children = {}
-        for path in dict.fromkeys(path for call, path in calls.items() if call not in runs):
-            for below, child in at(module, path).named_modules(prefix=path):
-                children[below] = Child(below, class_of(child))
-        forward = class_of(module).forward
-        return Conditions(tuple(attributes), tuple(found), tuple(children.values()), forward)
+            if isinstance(value, torch.Tensor) or not counts(during):  # tensors are looked up at every call
+                continue
+            if not (isinstance(value, nn.Module) and (own in kinds or any(is_below(c, own) for c in runs.values()))):
+                reads.setdefault(path, []).append((name, _comparable(value, f"self.{own}")))
+        parts = tuple(Part(tuple(filter(None, p.split("."))), kinds.get(p), tuple(r)) for p, r in reads.items())
+        found = tuple(
+            name._replace(expected=_comparable(name.now(), ".".join(name.chain)))
+            for name, during in self._globals.items()
+            if counts(during)
+        )
+        return Conditions(parts, found, class_of(module).forward)
+
+
+def is_below(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.")
 
 
 def _comparable(value: Any, shown: str) -> Any:
