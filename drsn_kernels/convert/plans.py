@@ -184,7 +184,7 @@ class Converted:
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         # in older pickles the plans stand alone, and the numbers of the module beside them
-        numbers = Part((), None, tuple(self.__dict__.pop("_drsn_constants", ())))
+        numbers = Part((), reads=tuple(self.__dict__.pop("_drsn_constants", ())))
         for key, found in self._drsn_plans.items():
             if not isinstance(found, Fused):
                 self._drsn_plans[key] = Fused(found, Conditions((numbers,)))

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from .conditions import Conditions, class_of
+from .conditions import Conditions, class_of, is_own
 from .plans import call
 from .reasons import Differs, Unexplained, Untraceable, place
 from .watch import Watch, is_below, run_forward
@@ -78,7 +78,11 @@ def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     found = {f"buffer {name}": t for name, t in module.named_buffers()}
     for path, m in module.named_modules():
         prefix = f"attribute {path}." if path else "attribute "
-        found.update({prefix + name: t for name, t in m.__dict__.items() if isinstance(t, torch.Tensor)})
+        for name, value in m.__dict__.items():
+            if isinstance(value, (int, float)) and name != "training":
+                found[prefix + name] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+            elif isinstance(value, torch.Tensor):
+                found[prefix + name] = value
     return {name: t.detach().clone() for name, t in found.items()}
 
 
@@ -118,6 +122,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, x: torch.Tensor, watch: Watch) -> None:
         super().__init__()
         self.x, self.watch, self.known, self.calling = x, watch, set(watch.inner.modules()), False
+        self.random, self.draws = torch.get_rng_state(), False
         watch.symbol = lambda path: self.create_proxy("get_attr", f"inner.{path}", (), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -135,8 +140,9 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if self.calling or m not in self.known:  # one that forward makes for the call, as nn.ReLU()(x)
             return forward(*args, **kwargs)
-        if class_of(m) is nn.Sequential and args and _has_planes(args[0]) and not any(m.__dict__[kind] for kind in HOOKS):
-            self.watch.opened.append(self.path_of_module(m).removeprefix("inner."))  # where in it is the pooling?
+        helper = is_own(class_of(m)) and not [*m.parameters(), *m.buffers()]  # a pooling, a soft threshold
+        if (helper or class_of(m) is nn.Sequential) and args and _has_planes(args[0]) and not any(m.__dict__[kind] for kind in HOOKS):
+            self.watch.opened.append(self.path_of_module(m).removeprefix("inner."))  # what in it is the pooling?
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -145,18 +151,26 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        self.look_at_random()
         symbol, self.calling, self.watch.symbol = self.watch.symbol, True, None
         self.watch.during = node if kind == "call_module" else None
         try:
             value = node.meta["value"] = self._call(kind, target, args, kwargs)
         finally:
             self.calling, self.watch.symbol, self.watch.during = False, symbol, None
+        now = torch.get_rng_state()
+        node.meta["draws"], self.random = not now.equal(self.random), now
         # what it was when it was made: a later operation may write over it
         node.meta["seen"] = value.clone() if isinstance(value, torch.Tensor) else value
         node.meta["number"], node.meta["frames"] = len(self.graph.nodes), _frames()
         if kind == "call_module":
             node.meta["module"] = self.root.get_submodule(target)
         return node
+
+    def look_at_random(self) -> None:
+        """The forward's own code may have drawn a number that is in no operation."""
+        if not torch.get_rng_state().equal(self.random):
+            self.draws = True
 
     def _call(self, kind: str, target: Any, args: tuple, kwargs: dict) -> Any:
         args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["value"])
@@ -236,7 +250,9 @@ class Trace:
         try:
             # without gradients in eval only: else no_grad around some lines would not be seen
             with torch.set_grad_enabled(training), self.watch:
-                graph = _Tracer(x, self.watch).trace(_Root(inner))
+                tracer = _Tracer(x, self.watch)
+                graph = tracer.trace(_Root(inner))
+                tracer.look_at_random()
         except TraceError as error:
             raise Unexplained(
                 f"its forward branches on sizes or values of x, or loops over them{_where(error)}"
@@ -245,6 +261,8 @@ class Trace:
             raise Untraceable(f"its forward cannot be followed{_where(error)}") from None
         if x._version != version:
             raise Unexplained("its forward writes over x")
+        if tracer.draws:
+            raise Differs("its forward draws random numbers")
         self.nodes = [n for n in graph.nodes if n.op != "output"]
         self.x = self.nodes[0]
         returned = next(n for n in graph.nodes if n.op == "output").args[0]
@@ -256,7 +274,10 @@ class Trace:
         for path, name in self.watch.changes():
             value = inspect.getattr_static(inner.get_submodule(path), name, None)
             if not path and isinstance(value, fx.Proxy):
-                self.effects.append((name, value.node))
+                node = value.node
+                if not isinstance(node.meta["seen"], (torch.Tensor, bool, int, float)):
+                    raise Differs(f"its forward keeps self.{name}, which the fused form would not")
+                self.effects.append((name, node))
             elif isinstance(value, torch.Tensor):
                 continue  # those are compared when it runs
             elif not path:

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from .conditions import ABSENT, NAMED, PLAIN, Conditions, Global, Part, at, class_of, frozen, same
+from .conditions import (
+    ABSENT, NAMED, PLAIN, Conditions, Global, Part, at, class_attributes, class_of, code_of, frozen, is_own, same,
+)  # fmt: skip
 from .reasons import Unexplained, place
 from .sources import Write, writes_of
 
@@ -27,12 +29,21 @@ OF_MODULE = frozenset({*dir(nn.Module()), *vars(nn.Module())} - {"training"})
 _TABLES = ("__dict__", "_modules", "_buffers", "_parameters")
 _OF_WATCHED = {"__module__", "__qualname__", "__doc__", "__getattribute__", "_drsn_class"}
 _TRUSTED = {"torch", "numpy", "scipy", "triton", __package__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
-_VOLATILE = {"random", "time", "datetime", "secrets", "uuid", "os", "posix", "numpy.random"}
+_VOLATILE = {"random", "time", "datetime", "secrets", "uuid", "os", "posix", "numpy.random", "warnings", "_warnings"}
+# Python code that writes or asks something outside, when the forward calls it
+_OUTSIDE = {"logging", "warnings", "pathlib", "pprint", "shutil", "subprocess", "socket", "tempfile", "csv", "loguru"}
+_OUTSIDE |= {"wandb", "mlflow", "tensorboard", "tensorboardX", "neptune", "comet_ml", "clearml", "aim", "visdom", "rich"}
+_OUTSIDE |= {"tqdm", "matplotlib", "torch.utils.tensorboard"}
+_MODES = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_autocast_cache_enabled", "get_autocast_dtype"}
+_MODES |= {"get_autocast_gpu_dtype", "is_grad_enabled", "is_inference_mode_enabled", "get_default_dtype", "manual_seed"}
+_MODES |= {"set_autocast_enabled", "set_autocast_cpu_enabled", "set_autocast_dtype", "_set_grad_enabled", "globals"}
+_MODES |= {"set_default_dtype", "set_flush_denormal", "set_num_threads", "_set_deterministic_algorithms"}
+_NUMBERS = {"item", "tolist", "numpy", "__array__"}  # of a tensor: no longer followed
 _CHANGES = set(
     "append appendleft extend extendleft insert update add setdefault pop popleft popitem clear remove".split()
 )
 _CHANGES |= set("discard sort reverse rotate fill put itemset resize __setitem__ __delitem__ __iadd__ send".split())
-_WRAPPERS = {"torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
+_WRAPPERS = {"contextlib", "torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
 _LABELS = {"record_function", "profile"}  # contexts that change nothing
 
 
@@ -97,9 +108,12 @@ class Watch:
     def __init__(self, inner: nn.Module) -> None:
         self.inner, self.during, self._on = inner, None, False
         self.outside: dict[int, Any] = {}  # by id: what was there before the run, at any depth
+        self.asks_classes = self.asks_types = False  # its code names type(), isinstance(), __class__
         self.opened: list[str] = []  # the paths of children whose own children were watched as the forward's
         self.symbol: Callable[[str], Any] | None = None  # what stands for a plain tensor that is an attribute
         self.root = class_of(inner).__module__.partition(".")[0]
+        for t in (*inner.parameters(), *inner.buffers()):
+            self.outside[id(t)] = t
         self._reads: dict[tuple[str, str], set] = collections.defaultdict(set)
         self._globals: dict[Global, set] = collections.defaultdict(set)
         self._done: list[_Done] = []
@@ -127,19 +141,16 @@ class Watch:
             try:
                 value = cls.__getattribute__(module, name)
             except AttributeError:  # nn.Module looks on
-                if name not in own["_parameters"] and name not in own["_buffers"]:
-                    self._read(path, name)
+                self._read(path, name)
                 raise
             if isinstance(value, torch.Tensor):
+                self._read(path, name)
                 stored = name in own or not isinstance(getattr(cls, name, None), property)
                 return self.symbol(f"{path}.{name}" if path else name) if stored and self.symbol else value
             if isinstance(value, fx.Proxy) or isinstance(getattr(cls, name, None), property):
                 return value  # what a property reads is seen in its turn
             if name != "training" or path:
                 self._read(path, name)
-            if self._on and name not in own and not isinstance(value, types.MethodType):
-                owner = next((base for base in cls.__mro__ if name in base.__dict__), cls)
-                self._keep(f"{owner.__name__}.{name}", owner, name, value)
             return value
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": get}
@@ -150,7 +161,7 @@ class Watch:
             self._reads[path, name].add(self.during)
 
     def _keep(self, shown: str, owner: Any, name: str, value: Any) -> None:
-        if isinstance(value, (types.FunctionType, type, nn.Module)) and value is not ABSENT:
+        if isinstance(value, (types.FunctionType, nn.Module)):
             return
         if shown not in self._kept:
             reached: dict[int, Any] = {}
@@ -201,14 +212,20 @@ class Watch:
                 self._code(frame)
             elif frame.f_code.co_name in ("__enter__", "__init__"):
                 self._context(frame)
-            elif name.partition(".")[0] in ("logging", "warnings") and self._is_users(frame.f_back):
-                self._note("writes to the log" if name.startswith("logging") else "warns", frame.f_back)
+            elif (name in _OUTSIDE or name.partition(".")[0] in _OUTSIDE) and self._is_users(frame.f_back):
+                self._note(f"calls {name}.{frame.f_code.co_name}", frame.f_back)
+            elif frame.f_code.co_name in _MODES and self._is_users(frame.f_back):
+                self._note(f"calls torch.{frame.f_code.co_name}", frame.f_back)
             elif name in _VOLATILE and self._is_users(frame.f_back):
                 self._note(f"asks {name}.{frame.f_code.co_name}", frame.f_back)
         elif event == "c_call" and self._is_users(frame):
             owner, module = getattr(argument, "__self__", None), getattr(argument, "__module__", None)
             if id(owner) in self.outside and argument.__name__ in _CHANGES:
                 self._note(f"changes what it found by {argument.__name__}", frame)
+            elif isinstance(owner, torch.Tensor) and id(owner) in self.outside and argument.__name__ in _NUMBERS:
+                self._note(f"asks a tensor of its own for numbers by {argument.__name__}", frame)
+            elif argument.__name__ in _MODES and module != "builtins" or argument is globals:
+                self._note(f"calls {argument.__name__}", frame)
             elif argument in (print, open, input, exec, setattr, delattr) or isinstance(owner, io.IOBase):
                 self._note(f"calls {argument.__name__}", frame)
             elif module in _VOLATILE or isinstance(owner, random.Random):
@@ -221,10 +238,10 @@ class Watch:
             if code not in self._writes:
                 self._writes[code] = writes_of(code)
             for write in self._writes[code].get(frame.f_lineno, ()):
-                target = frame.f_locals.get(write.root, frame.f_globals.get(write.root, ABSENT))
+                target = frame.f_locals.get(write.root, ABSENT)  # ABSENT: a global, or no variable
                 if target is self.inner and write.attribute:
                     self._assigned.setdefault(write.attribute, place(code.co_filename, frame.f_lineno))
-                elif target is ABSENT or isinstance(target, (nn.Module, type)) or id(target) in self.outside:
+                elif isinstance(target, (nn.Module, *NAMED)) or id(target) in self.outside:
                     self._note(f"assigns {write.text}", frame)
         return self._line
 
@@ -256,14 +273,27 @@ class Watch:
         for name in code.co_freevars:
             value = frame.f_locals.get(name, ABSENT)
             if name != "__class__" and not isinstance(value, (type, types.FunctionType, types.ModuleType)):
-                self._note(f"uses {name}, a variable of the function around it", frame)
+                if not self._is_local(frame.f_back, name):
+                    self._note(f"uses {name}, a variable of the function around it", frame)
+        if {"type", "__class__"} & {*code.co_names, *code.co_freevars}:
+            self.asks_classes = True
+        self.asks_types |= bool({"type", "isinstance", "__class__", "issubclass"} & {*code.co_names})
         for default in self._defaults(frame):
+            self._note(f"has a default that may change, in {code.co_name}", frame)
             self._keep(f"a default of {code.co_name}", types.SimpleNamespace(default=default), "default", default)
         for how, chain in _names(code):
             if how == "read":
                 self._name(frame, chain)
             elif how == "assigns the global" or self._is_users_file(chain[0], None):
                 self._note(f"{how} {'.'.join(chain)}", frame)
+
+    def _is_local(self, frame: types.FrameType | None, name: str) -> bool:
+        """Of a function that the forward is in now, as x in (x for _ in ...)."""
+        while frame is not None and frame.f_code is not run_forward.__code__:
+            if name in frame.f_code.co_cellvars and self._is_users(frame):
+                return True
+            frame = frame.f_back
+        return False
 
     @staticmethod
     def _defaults(frame: types.FrameType) -> list[Any]:
@@ -276,7 +306,7 @@ class Watch:
         if function is None:
             return []
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        return [value for value in defaults if type(value) not in PLAIN]
+        return [value for value in defaults if type(value) not in PLAIN and not isinstance(value, NAMED)]
 
     def _name(self, frame: types.FrameType, chain: tuple[str, ...]) -> None:
         if chain[0] not in frame.f_globals:
@@ -291,7 +321,7 @@ class Watch:
         for name in chain:
             if isinstance(value, types.ModuleType):
                 open_to_users = length == 0 or self._is_users_file(value.__name__, getattr(value, "__file__", None))
-            elif isinstance(value, type):
+            elif isinstance(value, (type, types.FunctionType)):
                 home = sys.modules.get(value.__module__)
                 open_to_users = self._is_users_file(value.__module__, getattr(home, "__file__", None))
             else:
@@ -303,13 +333,13 @@ class Watch:
         if isinstance(value, types.ModuleType) and length < len(chain):
             if getattr(getattr(value, chain[length], None), "__name__", None) == "numpy.random":
                 self._note("asks numpy.random", frame)
-        if isinstance(value, types.ModuleType) or (isinstance(value, type) and value is not ABSENT):
-            return
         owner = getattr(value, "__self__", None)
-        if isinstance(value, (types.MethodType, types.BuiltinFunctionType)) and length > 1:
-            if isinstance(owner, NAMED) or owner is None:
-                return
-            value, length = owner, length - 1  # TRACKER.update: what counts is the tracker
+        if isinstance(value, (types.MethodType, types.BuiltinFunctionType)) and length > 1 and owner is not None:
+            value, length = owner, length - 1  # TRACKER.update, Settings.get: what counts is the tracker
+        if chain[0] == "os" and chain[1:2] in (("environ",), ("getenv",)):
+            self._note(f"asks {'.'.join(chain[:2])}", frame)
+        if isinstance(value, types.ModuleType) or (isinstance(value, type) and not is_own(value)):
+            return
         shown = ".".join(chain[:length])
         if isinstance(value, torch.Tensor):
             self._note(f"uses the tensor {shown}, which is not the module's", frame)
@@ -348,25 +378,50 @@ class Watch:
         def counts(during: set) -> bool:
             return any(d is None or d not in runs for d in during)
 
-        dropped = {path for call, path in calls.items() if call not in runs}
         kinds = {path: class_of(at(module, path)) for path in self.opened}
-        for path in dropped:
+        for path in {path for call, path in calls.items() if call not in runs}:
             kinds.update((below, class_of(child)) for below, child in at(module, path).named_modules(prefix=path))
-        reads: dict[str, list] = {path: [] for path in kinds}
+        parts: dict[str, dict[str, list]] = {path: collections.defaultdict(list) for path in ("", *kinds)}
         for (path, name), during in self._reads.items():
-            own = f"{path}.{name}" if path else name
-            value = getattr(at(module if name != "training" else self.inner, path), name, ABSENT)
-            if isinstance(value, torch.Tensor) or not counts(during):  # tensors are looked up at every call
+            if not counts(during):
                 continue
-            if not (isinstance(value, nn.Module) and (own in kinds or any(is_below(c, own) for c in runs.values()))):
-                reads.setdefault(path, []).append((name, _comparable(value, f"self.{own}")))
-        parts = tuple(Part(tuple(filter(None, p.split("."))), kinds.get(p), tuple(r)) for p, r in reads.items())
-        found = tuple(
+            owner, own = at(module, path), f"{path}.{name}" if path else name
+            value = getattr(at(self.inner, path) if name == "training" else owner, name, ABSENT)
+            part = parts.setdefault(path, collections.defaultdict(list))
+            if isinstance(value, torch.Tensor):
+                part["tensors"].append((name, value.shape))
+            elif isinstance(value, nn.Module) and name in owner._modules:
+                below = any(is_below(c, own) for c in runs.values())
+                if below and own not in runs.values():
+                    parts.setdefault(own, collections.defaultdict(list))  # a list of them, say
+                if own not in kinds:
+                    part["modules"].append((name, None if below and not self.asks_types else class_of(value)))
+            else:
+                part["reads"].append((name, _comparable(value, f"self.{own}")))
+        found = []
+        for path, about in parts.items():
+            children = (*at(module, path)._modules,)
+            found.append(Part(tuple(filter(None, path.split("."))), kinds.get(path), children, **{k: tuple(v) for k, v in about.items()}))
+        named = tuple(
             name._replace(expected=_comparable(name.now(), ".".join(name.chain)))
             for name, during in self._globals.items()
             if counts(during)
         )
-        return Conditions(parts, found, class_of(module).forward)
+        classes = {class_of(at(module, path)) for path in parts} if self.asks_classes else ()
+        with_values = tuple((cls, frozen(cls)) for cls in classes if any(map(class_attributes, filter(is_own, cls.__mro__))))
+        forward = class_of(module).forward
+        return Conditions(tuple(found), named, with_values, _aliases(module), code_of(forward))
+
+
+def _aliases(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Paths of one module or tensor: the second may be replaced alone, and the fused form goes by the first."""
+    first: dict[int, str] = {}
+    found = []
+    for path, value in (*module.named_modules(remove_duplicate=False), *module.named_parameters(remove_duplicate=False),
+                        *module.named_buffers(remove_duplicate=False)):  # fmt: skip
+        if first.setdefault(id(value), path) != path:
+            found.append((first[id(value)], path))
+    return tuple(found)
 
 
 def is_below(path: str, other: str) -> bool:
