@@ -50,7 +50,7 @@ LEFT = {
     ports.MaxPooled: "does not follow from the mean",
     ports.OnlyInTraining: "in training",
     ports.OnlyInEval: "there is no threshold",
-    ports.StraightThrough: "gradient",
+    ports.StraightThrough: "may change the result",
     ports.Counts: "changes the attribute calls",
     ports.KeepsOutput: "attribute last",
     ports.Moving: "in training the buffer ema",

@@ -35,7 +35,7 @@ def advise(module: nn.Module, shape: Shape) -> str | None:
     try:
         for candidate in plans_for(trace, match):
             if gives(candidate.plan, private_copy(module, dtype).eval(), match):
-                check_dropped(trace, match, candidate.steps)
+                check_dropped(trace, match, candidate)
                 found = candidate
                 break
     except Unexplained:

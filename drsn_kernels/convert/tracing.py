@@ -251,7 +251,8 @@ class Trace:
             # without gradients in eval only: else no_grad around some lines would not be seen
             with torch.set_grad_enabled(training), self.watch:
                 tracer = _Tracer(x, self.watch)
-                graph = tracer.trace(_Root(inner))
+                self.root = _Root(inner)
+                graph = tracer.trace(self.root)
                 tracer.look_at_random()
         except TraceError as error:
             raise Unexplained(
@@ -289,6 +290,9 @@ class Trace:
         """Under which a plan that makes the calls `runs` itself may stand for the forward."""
         calls = {n: n.target.removeprefix("inner.") for n in self.nodes if n.op == "call_module"}
         run = {n: path for n, path in calls.items() if n in runs}
+        for n in self.nodes:
+            if n.meta["draws"] and n not in runs:
+                raise Unexplained("its forward draws random numbers")
         for path, name in self.changes:
             if not any(is_below(path, called) for called in run.values()):
                 raise Unexplained(f"its forward changes the attribute {path}.{name}")

@@ -122,6 +122,9 @@ class Watch:
         self._kept: dict[str, tuple[_Kept, set]] = {}
         self._writes: dict[types.CodeType, dict[int, list[Write]]] = {}
         self._own: dict[str, dict[str, Any]] = {}
+        for base in {base: None for m in inner.modules() for base in class_of(m).__mro__ if is_own(base)}:
+            for name, value in class_attributes(base).items():
+                self._keep(f"{base.__name__}.{name}", base, name, value)
         for path, m in inner.named_modules():
             self._own[path] = {n: _exactly(v, self.outside) for n, v in m.__dict__.items() if n not in OF_MODULE}
             with contextlib.suppress(TypeError):  # a class that does not let its objects change theirs
