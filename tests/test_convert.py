@@ -53,7 +53,7 @@ LEFT = {
     ports.StraightThrough: "may change the result",
     ports.Counts: "changes the attribute calls",
     ports.KeepsOutput: "attribute last",
-    ports.Moving: "in training the buffer ema",
+    ports.Moving: "in training its forward writes over self.ema",
     ports.WritesOverInput: "writes over x",
     ports.InFloat32: "another dtype",
 }

@@ -26,9 +26,11 @@ class Block(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(c, c, 3, 1, 1)
         self.gap = nn.AdaptiveAvgPool1d(1)
-        self.fc = nn.Sequential(nn.Linear(c, c), nn.BatchNorm1d(c), nn.ReLU(inplace=True), nn.Linear(c, c), nn.Sigmoid())
+        layers = nn.Linear(c, c), nn.BatchNorm1d(c), nn.ReLU(inplace=True), nn.Linear(c, c), nn.Sigmoid()
+        self.fc = nn.Sequential(*layers)
         self.one = nn.Sequential(nn.Linear(c, c), nn.ReLU(inplace=True), nn.Linear(c, 1), nn.Sigmoid())
-        self.att = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Conv1d(c, c // 2, 1), nn.ReLU(), nn.Conv1d(c // 2, c, 1), nn.Sigmoid())
+        convolutions = nn.Conv1d(c, c // 2, 1), nn.ReLU(), nn.Conv1d(c // 2, c, 1)
+        self.att = nn.Sequential(nn.AdaptiveAvgPool1d(1), *convolutions, nn.Sigmoid())
         self.fc1, self.bn, self.fc2 = nn.Linear(c, c), nn.BatchNorm1d(c), nn.Linear(c, c)
         self.scale = nn.Parameter(torch.tensor(0.7))
 

@@ -250,7 +250,7 @@ def test_what_cannot_be_watched_leaves_the_module_alone_with_its_name():
 
     cases = {
         "hidden, a variable of the function around it": Closed,
-        "self.t, which holds tensors": made(
+        "a tensor that its forward makes anew": made(
             "Holds", **attribute(lambda: {"t": torch.ones(1)}, lambda self: self.t["t"] * 1)
         ),
         "self.t, which is large": made("Large", **attribute(lambda: list(range(10000)), lambda self: float(self.t[1]))),

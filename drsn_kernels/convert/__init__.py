@@ -1,6 +1,7 @@
 """convert and revert: the fused operators inside models that exist already."""
 
 import contextlib
+import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +125,8 @@ def convert(model: nn.Module) -> Report:
     with untouched([model]), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as plain:
         for device in filter(torch.amp.is_autocast_available, devices):
             plain.enter_context(torch.autocast(device, enabled=False))
+        plain.enter_context(warnings.catch_warnings())  # a warning that is given once is the user's
+        warnings.simplefilter("ignore")
         # probes are small: on two busy cores one thread took 5 s for 34 layers, two that wait for each other 24
         plain.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from .family import Found, Match, behind, check_dropped, match_inside, plans_for
+from .dropped import check_dropped, check_sign
+from .family import Found, Match, behind, match_inside, plans_for
 from .plans import GatePlan
 from .probe import Shape, dtype_for, gives, random
 from .reasons import Unexplained, place
@@ -24,24 +25,16 @@ def advise(module: nn.Module, shape: Shape) -> str | None:
     """In one sentence, or None: the operator is not in it."""
     dtype = dtype_for(module, shape)
     try:
-        trace = Trace(private_copy(module, dtype).eval(), random(shape(0), module, dtype))
-        match = match_inside(trace)
+        trace, match, found = _examined(module, shape, dtype, False)
+        _, trained, found_trained = _examined(module, shape, dtype, True)
     except Unexplained:
         return None
-    if match is None:
+    if [frame.line for frame in match.y.meta["frames"]] != [frame.line for frame in trained.y.meta["frames"]]:
         return None
-    effects, trace.effects = trace.effects, []
-    found = None
-    try:
-        for candidate in plans_for(trace, match):
-            if gives(candidate.plan, private_copy(module, dtype).eval(), match):
-                check_dropped(trace, match, candidate)
-                found = candidate
-                break
-    except Unexplained:
-        pass
-    kept = {node for _, node in effects}
-    if found is not None and isinstance(found.plan, GatePlan):
+    if [f.line for f in match.t.meta["frames"]] != [f.line for f in trained.t.meta["frames"]]:
+        return None
+    kept = {node for _, node in trace.effects}
+    if found is not None and found_trained is not None and found.plan == found_trained.plan:
         change = _change(trace, match, found, kept)
         if change is not None:
             return f"change {change}"
@@ -49,6 +42,27 @@ def advise(module: nn.Module, shape: Shape) -> str | None:
     if change is not None:
         return f"the threshold stays as it is computed; change {change}"
     return f"write dk.soft_threshold(x, tau) for what {_lines(match)} do after they have the threshold tau"
+
+
+def _examined(module: nn.Module, shape: Shape, dtype, training: bool) -> tuple[Trace, Match, Found | None]:
+    """The operator in it, and a gate that can be named, if that is all there is to the threshold."""
+    trace = Trace(private_copy(module, dtype).train(training), random(shape(0), module, dtype))
+    match = match_inside(trace)
+    if match is None:
+        raise Unexplained("it is not in it")
+    check_sign(trace, match)
+    found = None
+    effects, trace.effects = trace.effects, []
+    try:
+        for candidate in plans_for(trace, match):
+            if gives(candidate.plan, private_copy(module, dtype).train(training), match):
+                check_dropped(trace, match, candidate)
+                found = candidate if isinstance(candidate.plan, GatePlan) else None
+                break
+    except Unexplained:
+        pass
+    trace.effects = effects
+    return trace, match, found
 
 
 def _lines(match: Match) -> str:
@@ -85,6 +99,8 @@ def _change(trace: Trace, match: Match, found: Found | None, kept: set[fx.Node])
     for level, frame in enumerate(match.y.meta["frames"]):
         if match.u not in frame.names.values() and match.u not in _names_before(work, level):
             continue
+        if level and len({f.key for n in trace.nodes for f in n.meta["frames"] if f.code is frame.code}) > 1:
+            continue  # a function that is called for something else too
         made = _Rewriting(trace, match, work, level)
         text = made.text(found, kept)
         if text is not None:
@@ -115,7 +131,7 @@ class _Rewriting:
             made = frozenset(n for n in own if node.lineno <= n.meta["frames"][level].line <= node.end_lineno)
             names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
             stores = frozenset(n.id for n in names if isinstance(n.ctx, ast.Store))
-            loads = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+            loads = {n.id for n in names if isinstance(n.ctx, (ast.Load, ast.Del))}
             loads |= (
                 {node.target.id} if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) else set()
             )

@@ -32,7 +32,10 @@ class Code(str):
 @functools.lru_cache(maxsize=4096)
 def code_of(function: types.FunctionType) -> Code:
     code = function.__code__
-    parts = [code.co_code, repr((code.co_names, [c for c in code.co_consts if not isinstance(c, types.CodeType)])).encode()]
+    parts = [
+        code.co_code,
+        repr((code.co_names, [c for c in code.co_consts if not isinstance(c, types.CodeType)])).encode(),
+    ]
     digest = hashlib.sha1(b"".join(parts), usedforsecurity=False).hexdigest()
     return Code(f"{function.__module__}.{function.__qualname__} {digest}")
 
@@ -69,7 +72,11 @@ class _Pickler(pickle.Pickler):
             self.classes.update(dict.fromkeys(base for base in cls.__mro__ if is_own(base)))
             if isinstance(value, type):  # pickle takes no class of a function
                 return f"class {value.__module__}.{value.__qualname__}"
-            if id(value) not in self.met and hasattr(value, "__dict__") and any(_SAYS & {*vars(c)} for c in self.classes):
+            if (
+                id(value) not in self.met
+                and hasattr(value, "__dict__")
+                and any(_SAYS & {*vars(c)} for c in self.classes)
+            ):
                 self.hidden.append(vars(value))
             self.met[id(value)] = value
         return None
@@ -99,11 +106,21 @@ def class_attributes(cls: type) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(cls).items()
-        if not name.startswith(("__", "_abc_")) and not isinstance(value, _OF_CLASS) and not hasattr(type(value), "__get__")
+        if not name.startswith(("__", "_abc_"))
+        and not isinstance(value, _OF_CLASS)
+        and not hasattr(type(value), "__get__")
     }
 
 
-_OF_CLASS = (types.FunctionType, types.BuiltinFunctionType, staticmethod, classmethod, property, torch.Tensor, nn.Module)
+_OF_CLASS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    staticmethod,
+    classmethod,
+    property,
+    torch.Tensor,
+    nn.Module,
+)
 
 
 def frozen(value: Any, exact: dict[int, Any] | None = None) -> Any:
@@ -119,7 +136,13 @@ def frozen(value: Any, exact: dict[int, Any] | None = None) -> Any:
     if isinstance(value, (types.MethodType, types.BuiltinFunctionType)):
         owner, function = getattr(value, "__self__", None), getattr(value, "__func__", None)
         if owner is None or isinstance(owner, (types.ModuleType, nn.Module)):
-            return value if function is None else code_of(function) if isinstance(function, types.FunctionType) else function
+            return (
+                value
+                if function is None
+                else code_of(function)
+                if isinstance(function, types.FunctionType)
+                else function
+            )
         value = (owner, code_of(function) if isinstance(function, types.FunctionType) else value.__name__)
     if exact is None and isinstance(value, nn.Module):
         raise Unexplained("is a module that is not registered")
@@ -167,7 +190,9 @@ class Part(NamedTuple):
     """The module itself or one below it, and attributes of it that the forward reads."""
 
     path: tuple[str, ...]
-    kind: type | None = None  # of a child that the fused form does not call as the forward does: nobody may listen to it
+    kind: type | None = (
+        None  # of a child that the fused form does not call as the forward does: nobody may listen to it
+    )
     children: tuple[str, ...] | None = None  # the names of its own
     reads: tuple[tuple[str, Any], ...] = ()  # what is expected
     tensors: tuple[tuple[str, torch.Size], ...] = ()  # looked up at every call; of this shape
@@ -179,8 +204,8 @@ class Part(NamedTuple):
         own = module.__dict__
         if self.kind is not None and (
             (type(module) is not self.kind and class_of(module) is not self.kind)
-            or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-            or "forward" in own
+            or own["_forward_hooks"] or own["_forward_pre_hooks"]
+            or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
         ):  # fmt: skip
             return False
         if self.children is not None and (*own["_modules"],) != self.children:

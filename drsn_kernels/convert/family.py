@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ..gates import STRUCTURES
 from .conditions import class_of
-from .plans import GatePlan, Plan, Ref, Step, ThresholdPlan, call
-from .reasons import Differs, Unexplained, place
+from .plans import GatePlan, Plan, Ref, Step, ThresholdPlan
+from .reasons import Differs, Unexplained
 from .tracing import Trace
 
 
@@ -102,7 +102,7 @@ def factors_of(u: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
 
 def match_inside(trace: Trace) -> Match | None:
     """The operator written somewhere among other code: from the earliest u to the latest y."""
-    full = [n for n in trace.nodes if _is_float(n) and n.meta["seen"].dim() > 2 and n.meta["seen"][0, 0].numel() > 1]
+    full = [n for n in trace.nodes if is_float(n) and n.meta["seen"].dim() > 2 and n.meta["seen"][0, 0].numel() > 1]
     for i, u in enumerate(full):
         value = u.meta["seen"]
         if any(v.meta["seen"].abs().equal(value) and not v.meta["seen"].equal(value) for v in full[:i]):
@@ -121,7 +121,7 @@ def match_inside(trace: Trace) -> Match | None:
     return None
 
 
-def _is_float(node: fx.Node) -> bool:
+def is_float(node: fx.Node) -> bool:
     return isinstance(node.meta["seen"], torch.Tensor) and node.meta["seen"].is_floating_point()
 
 
@@ -129,7 +129,7 @@ def _holding(trace: Trace, y: fx.Node, rows: torch.Tensor, u: torch.Tensor) -> f
     """The last call before y that computed these thresholds: what seems to change nothing may do so later."""
     known, before_y = ~rows.isnan(), behind(y)
     for node in reversed(trace.nodes):
-        if node in before_y and _is_float(node):
+        if node in before_y and is_float(node):
             t = _as_rows(node.meta["seen"], rows, u.dim())
             if t is not None and close(t[known], rows[known]):
                 return node
@@ -166,6 +166,10 @@ class Found(NamedTuple):
 def plans_for(trace: Trace, match: Match) -> Iterator[Found]:
     """Plans that give the same threshold on the trace's values, best first."""
     u, t = match.u.meta["seen"], match.t.meta["seen"]
+    for name, node in trace.effects:
+        value = node.meta["seen"]
+        if isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[2:].numel() > 1:
+            raise Differs(f"its forward keeps the attribute {name}, which the fused form does not compute")
     before_t = behind(match.t)
     if match.u not in before_t:
         if not match.scales:
@@ -191,7 +195,7 @@ def plans_for(trace: Trace, match: Match) -> Iterator[Found]:
 def _is_average(node: fx.Node, pooled: torch.Tensor) -> bool:
     """The pooled values as (N, C), (N, C, 1), ..."""
     value = node.meta["seen"]
-    return _is_float(node) and value.shape[:2] == pooled.shape and value.shape[2:].numel() == 1 and (
+    return is_float(node) and value.shape[:2] == pooled.shape and value.shape[2:].numel() == 1 and (
         close(value.reshape(pooled.shape), pooled)
     )  # fmt: skip
 
@@ -220,114 +224,6 @@ def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict
 def _takes_planes(node: fx.Node) -> bool:
     values = [n.meta["seen"] for n in node.all_input_nodes]
     return any(isinstance(v, torch.Tensor) and v.dim() > 2 and v.shape[2:].numel() > 1 for v in values)
-
-
-_FORM = {"dtype", "device", "shape", "ndim", "is_cuda", "size", "dim", "type", "numel"}
-# What a fused form may leave out: these give the same for every x, however small, large or long it is.
-_SHAPES = set("view reshape flatten unflatten squeeze unsqueeze expand expand_as contiguous getitem getattr size dim".split())
-_SHAPES |= set("numel shape clone alias tuple mean repeat view_as reshape_as permute transpose add sub mul floordiv".split())
-_SCALING = _SHAPES | set("mul_ imul multiply multiply_ mean".split())
-_POOLING = _SHAPES | set("abs abs_ absolute absolute_ sum truediv div adaptive_avg_pool1d adaptive_avg_pool2d".split())
-_POOLING |= set("adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d norm linalg_vector_norm l1_loss".split())
-_SHELL = _POOLING | set("sign sgn sign_ relu relu_ max maximum min minimum clamp clamp_ clamp_min clamp_min_ where".split())
-_SHELL |= set("clamp_max clamp_max_ clip clip_ fmax fmin neg neg_ negative sub_ isub iadd add_ imul mul_ multiply".split())
-_SHELL |= set("multiply_ rsub gt lt ge le ne eq zeros_like full_like zeros new_zeros softshrink threshold copysign".split())
-_SHELL |= set("to type_as logical_or logical_and or_ and_ masked_fill heaviside sigmoid float bool ones_like".split()) - {"sigmoid"}
-
-_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.Dropout, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-
-
-def check_dropped(trace: Trace, match: Match, found: "Found") -> None:
-    """What the fused form leaves out of the forward must be known to change nothing, whatever x and the numbers are."""
-    pooled = behind(*found.averages, given={match.u}) if found.averages else set()
-    scaled = behind(match.t, given={match.u, *found.averages}) - pooled
-    for node in behind(match.y, given={match.u}).difference(found.steps, {match.u}):
-        if node.op == "get_attr":
-            own = node.target.startswith("inner.")
-            if (own or id(node.meta["value"]) in trace.watch.outside) and not all(map(_asks_form, node.users)):
-                shown = f"self.{path_of(node)}" if own else "a tensor that it holds"
-                raise Unexplained(f"{shown} does not go into its threshold alone")
-        elif node.op == "call_module":
-            module = node.meta["module"]
-            if [*module.parameters(), *module.buffers()]:
-                raise Unexplained(f"the tensors of self.{path_of(node)} do not go into its threshold alone")
-            if not isinstance(module, _LAYERS) and not all(isinstance(m, (nn.Sequential, *_LAYERS)) for m in module.modules()):
-                raise Unexplained(f"what self.{path_of(node)} does besides is not known")
-        elif node.op in ("call_function", "call_method"):
-            names = _POOLING if node in pooled else _SCALING if node in scaled else _SHELL
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
-            if name.strip("_") not in {n.strip("_") for n in names} or not _harmless(name, node):
-                raise Unexplained(f"what it does besides in {_line_of(node)} may change the result")
-
-
-def _harmless(name: str, node: fx.Node) -> bool:
-    """clamp and slices say by their arguments whether they may change anything."""
-    rest = [*node.args[1:], *node.kwargs.values()]
-    if name.startswith(("clamp", "clip")):
-        return all(a is None or isinstance(a, fx.Node) or a == 0 for a in rest)
-    seen = node.args[0].meta["seen"] if node.args and isinstance(node.args[0], fx.Node) else None
-    if name == "getitem" and isinstance(seen, torch.Tensor) and seen.dim() > 2 and seen.shape[2:].numel() > 1:
-        index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
-        return all(i is None or i is ... or i == slice(None) for i in index)
-    return True
-
-
-def check_sign(trace: Trace, match: Match) -> None:
-    """Where a threshold is negative, some forms are no soft thresholding: then it must be known never to be."""
-    if match.scales:
-        return
-    u, t = match.u.meta["seen"], match.t.meta["seen"]
-    other = t * torch.where(torch.arange(t.numel(), device=t.device).view(t.shape) % 2 == 0, -1.5, 0.5)
-    values: dict[fx.Node, object] = {match.u: u, match.t: other}
-    between = behind(match.y) - behind(match.u, match.t)
-    try:
-        with torch.no_grad():
-            for node in trace.nodes:
-                if node in between:
-                    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _again(values.get(n, n.meta["seen"])))
-                    values[node] = call(node.op, node.target, args, kwargs, trace.root)
-        expected = u.sign() * (u.abs() - other.reshape(*other.shape, *[1] * (u.dim() - other.dim()))).relu()
-        same = close(values[match.y], expected)
-    except Exception:
-        same = False
-    if not same and not _never_negative(match.t):
-        raise Unexplained("where its threshold is negative, as it may become, it is no soft thresholding")
-
-
-def _again(value: object) -> object:
-    return value.clone() if isinstance(value, torch.Tensor) else value  # operations in place
-
-
-_POSITIVE = set("sigmoid softplus relu hardsigmoid exp abs softmax relu6 square absolute".split())
-_POSITIVE_LAYERS = (nn.Sigmoid, nn.Softplus, nn.ReLU, nn.Hardsigmoid, nn.Softmax, nn.ReLU6)
-
-
-def _never_negative(node: fx.Node) -> bool:
-    """By the last operations of the way to it."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
-    if node.op == "call_module":
-        last = [*node.meta["module"].modules()][-1]
-        return isinstance(last, _POSITIVE_LAYERS) or (isinstance(last, _LAYERS) and _never_negative(node.args[0]))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if name.strip("_") in _POSITIVE:
-        return True
-    if name.strip("_") in {*_SCALING, "imul", "multiply", "add", "iadd", "sum", "detach", *_POOLING} - {"sub"}:
-        inputs = [n for n in node.all_input_nodes if _is_float(n)]
-        numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        sign = all(a >= 0 for a in numbers) if name.strip("_") in ("mul", "imul", "multiply", "add", "iadd", "truediv", "div") else True
-        return bool(inputs) and sign and all(map(_never_negative, inputs))
-    return False
-
-
-def _line_of(node: fx.Node) -> str:
-    frame = node.meta["frames"][-1]
-    return place(frame.code.co_filename, frame.line)
-
-
-def _asks_form(node: fx.Node) -> bool:
-    name = node.args[1] if node.target is getattr else node.target
-    return isinstance(name, str) and name in _FORM
 
 
 def _step(node: fx.Node, index: dict[fx.Node, int]) -> Step:
@@ -365,7 +261,7 @@ def _gate_plan(trace, match, t, pooled, averages) -> Found | None:
     forms = forms[2:] if match.scales else forms
     for node in trace.nodes:
         alpha = node.meta["seen"]
-        if node in averages or not _is_float(node) or alpha.dim() != 2 or not averages.keys() & behind(node):
+        if node in averages or not is_float(node) or alpha.dim() != 2 or not averages.keys() & behind(node):
             continue
         if alpha.shape[0] != pooled.shape[0] or alpha.shape[1] not in (1, pooled.shape[1]):
             continue

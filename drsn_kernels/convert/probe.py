@@ -11,7 +11,8 @@ from torch import nn
 from .. import recording
 from ..backends import use_backend
 from .conditions import Conditions, class_of, frozen
-from .family import Match, check_dropped, check_sign, close, factors_of, match_inside, match_module, plans_for, rows_of
+from .dropped import check_dropped, check_sign
+from .family import Match, close, factors_of, match_inside, match_module, plans_for, rows_of
 from .plans import Fused, Plan, install
 from .reasons import Amid, Differs, Unexplained, Untraceable, first_line
 from .tracing import HOOKS, Trace, private_copy, state_of, takes_one_argument

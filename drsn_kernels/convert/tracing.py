@@ -132,7 +132,12 @@ class _Tracer(fx.Tracer):
         return (obj[i] for i in range(len(obj)))
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(obj.node.meta["value"]) if _asserted(_users_frame()) else super().to_bool(obj)
+        frame = _users_frame()
+        if not _asserted(frame):
+            return super().to_bool(obj)
+        if isinstance(obj.node.meta["value"], torch.Tensor):
+            self.watch.note("asserts something of values", frame)
+        return bool(obj.node.meta["value"])
 
     def is_leaf_module(self, m: nn.Module, path: str) -> bool:
         return True
@@ -141,7 +146,12 @@ class _Tracer(fx.Tracer):
         if self.calling or m not in self.known:  # one that forward makes for the call, as nn.ReLU()(x)
             return forward(*args, **kwargs)
         helper = is_own(class_of(m)) and not [*m.parameters(), *m.buffers()]  # a pooling, a soft threshold
-        if (helper or class_of(m) is nn.Sequential) and args and _has_planes(args[0]) and not any(m.__dict__[kind] for kind in HOOKS):
+        if (
+            (helper or class_of(m) is nn.Sequential)
+            and args
+            and _has_planes(args[0])
+            and not any(m.__dict__[kind] for kind in HOOKS)
+        ):
             self.watch.opened.append(self.path_of_module(m).removeprefix("inner."))  # what in it is the pooling?
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)

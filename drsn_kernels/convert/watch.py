@@ -7,7 +7,6 @@ all else by Python's profiler: it sees which code runs, and the code names its g
 
 import collections
 import contextlib
-import copy
 import dis
 import io
 import random
@@ -20,8 +19,21 @@ import torch
 from torch import fx, nn
 
 from .conditions import (
-    ABSENT, NAMED, PLAIN, Conditions, Global, Part, at, class_attributes, class_of, code_of, frozen, is_own, same,
+    ABSENT,
+    NAMED,
+    PLAIN,
+    Conditions,
+    Global,
+    Part,
+    at,
+    class_attributes,
+    class_of,
+    code_of,
+    frozen,
+    is_own,
+    same,
 )  # fmt: skip
+from .kept import Kept, contents, exactly
 from .reasons import Unexplained, place
 from .sources import Write, writes_of
 
@@ -31,9 +43,9 @@ _OF_WATCHED = {"__module__", "__qualname__", "__doc__", "__getattribute__", "_dr
 _TRUSTED = {"torch", "numpy", "scipy", "triton", __package__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
 _VOLATILE = {"random", "time", "datetime", "secrets", "uuid", "os", "posix", "numpy.random", "warnings", "_warnings"}
 # Python code that writes or asks something outside, when the forward calls it
-_OUTSIDE = {"logging", "warnings", "pathlib", "pprint", "shutil", "subprocess", "socket", "tempfile", "csv", "loguru"}
-_OUTSIDE |= {"wandb", "mlflow", "tensorboard", "tensorboardX", "neptune", "comet_ml", "clearml", "aim", "visdom", "rich"}
-_OUTSIDE |= {"tqdm", "matplotlib", "torch.utils.tensorboard"}
+_OUTSIDE = {"logging", "warnings", "pathlib", "pprint", "shutil", "subprocess", "socket", "tempfile", "csv"}
+_COMPUTES = {"einops", "timm", "torchvision", "torchaudio", "opt_einsum", "jaxtyping", "typing_extensions", "packaging"}
+_OUTSIDE |= {"torch.utils.tensorboard"}
 _MODES = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_autocast_cache_enabled", "get_autocast_dtype"}
 _MODES |= {"get_autocast_gpu_dtype", "is_grad_enabled", "is_inference_mode_enabled", "get_default_dtype", "manual_seed"}
 _MODES |= {"set_autocast_enabled", "set_autocast_cpu_enabled", "set_autocast_dtype", "_set_grad_enabled", "globals"}
@@ -56,51 +68,6 @@ class _Done(NamedTuple):
     what: str
 
 
-class _Kept(NamedTuple):
-    """A value that is not the copy's own, before the run."""
-
-    owner: Any
-    name: str
-    value: Any
-    exact: Any
-    contents: list[tuple[Any, Any]]  # the containers in it at any depth, and copies of them
-
-    def changed(self, outside: dict[int, Any]) -> bool:
-        now = getattr(self.owner, self.name, ABSENT)
-        return not same(_exactly(now, outside), self.exact) or (type(now) not in PLAIN and now is not self.value)
-
-    def restore(self) -> None:
-        if self.value is ABSENT:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.value)
-        for container, before in self.contents:
-            if isinstance(container, (list, collections.deque)):
-                container.clear()
-                container.extend(before)
-            elif isinstance(container, (dict, set)):
-                container.clear()
-                container.update(before)
-            else:  # an array
-                container[...] = before
-
-
-def _contents(reached: dict[int, Any]) -> list[tuple[Any, Any]]:
-    containers = [
-        *reached.values(),
-        *(vars(v) for v in reached.values() if hasattr(v, "__dict__") and not isinstance(v, NAMED)),
-    ]
-    mutable = (list, dict, set, collections.deque)
-    return [(c, copy.copy(c)) for c in containers if isinstance(c, mutable) or hasattr(c, "__array_interface__")]
-
-
-def _exactly(value: Any, outside: dict[int, Any]) -> Any:
-    try:
-        return frozen(value, outside)
-    except Unexplained:
-        return value
-
-
 class Watch:
     """`with watch:` around a run of `inner`, a copy of a module; `during`: the call of a child that runs now, or None
     for the forward's own code."""
@@ -119,14 +86,15 @@ class Watch:
         self._done: list[_Done] = []
         self._assigned: dict[str, str] = {}  # attributes of the module itself, and where
         self._codes: set[tuple[types.CodeType, Any]] = set()
-        self._kept: dict[str, tuple[_Kept, set]] = {}
+        self._kept: dict[str, tuple[Kept, set]] = {}
         self._writes: dict[types.CodeType, dict[int, list[Write]]] = {}
         self._own: dict[str, dict[str, Any]] = {}
         for base in {base: None for m in inner.modules() for base in class_of(m).__mro__ if is_own(base)}:
-            for name, value in class_attributes(base).items():
+            tensors = {name: value for name, value in vars(base).items() if isinstance(value, torch.Tensor)}
+            for name, value in (class_attributes(base) | tensors).items():
                 self._keep(f"{base.__name__}.{name}", base, name, value)
         for path, m in inner.named_modules():
-            self._own[path] = {n: _exactly(v, self.outside) for n, v in m.__dict__.items() if n not in OF_MODULE}
+            self._own[path] = {n: exactly(v, self.outside) for n, v in m.__dict__.items() if n not in OF_MODULE}
             with contextlib.suppress(TypeError):  # a class that does not let its objects change theirs
                 m.__class__ = self._watched(class_of(m), path)
 
@@ -168,9 +136,9 @@ class Watch:
             return
         if shown not in self._kept:
             reached: dict[int, Any] = {}
-            exact = _exactly(value, reached)
+            exact = exactly(value, reached)
             self.outside.update(reached)
-            self._kept[shown] = _Kept(owner, name, value, exact, _contents(reached)), set()
+            self._kept[shown] = Kept(owner, name, value, exact, contents(reached)), set()
         self._kept[shown][1].add(self.during)
 
     # ---- Python's profiler
@@ -208,6 +176,10 @@ class Watch:
             root == self.root or not {"site-packages", "dist-packages"} & {*(file or "").split("/")}
         )
 
+    def _is_others(self, frame: types.FrameType, name: str) -> bool:
+        """Of a library that is not known to compute only."""
+        return name.partition(".")[0] not in _TRUSTED | _COMPUTES
+
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call":
             name = frame.f_globals.get("__name__") or ""
@@ -215,24 +187,26 @@ class Watch:
                 self._code(frame)
             elif frame.f_code.co_name in ("__enter__", "__init__"):
                 self._context(frame)
+            elif self._is_others(frame, name) and self._is_users(frame.f_back):
+                self.note(f"calls {name}.{frame.f_code.co_name}, which may do more than compute", frame.f_back)
             elif (name in _OUTSIDE or name.partition(".")[0] in _OUTSIDE) and self._is_users(frame.f_back):
-                self._note(f"calls {name}.{frame.f_code.co_name}", frame.f_back)
+                self.note(f"calls {name}.{frame.f_code.co_name}", frame.f_back)
             elif frame.f_code.co_name in _MODES and self._is_users(frame.f_back):
-                self._note(f"calls torch.{frame.f_code.co_name}", frame.f_back)
+                self.note(f"calls torch.{frame.f_code.co_name}", frame.f_back)
             elif name in _VOLATILE and self._is_users(frame.f_back):
-                self._note(f"asks {name}.{frame.f_code.co_name}", frame.f_back)
+                self.note(f"asks {name}.{frame.f_code.co_name}", frame.f_back)
         elif event == "c_call" and self._is_users(frame):
             owner, module = getattr(argument, "__self__", None), getattr(argument, "__module__", None)
             if id(owner) in self.outside and argument.__name__ in _CHANGES:
-                self._note(f"changes what it found by {argument.__name__}", frame)
+                self.note(f"changes what it found by {argument.__name__}", frame)
             elif isinstance(owner, torch.Tensor) and id(owner) in self.outside and argument.__name__ in _NUMBERS:
-                self._note(f"asks a tensor of its own for numbers by {argument.__name__}", frame)
+                self.note(f"asks a tensor of its own for numbers by {argument.__name__}", frame)
             elif argument.__name__ in _MODES and module != "builtins" or argument is globals:
-                self._note(f"calls {argument.__name__}", frame)
+                self.note(f"calls {argument.__name__}", frame)
             elif argument in (print, open, input, exec, setattr, delattr) or isinstance(owner, io.IOBase):
-                self._note(f"calls {argument.__name__}", frame)
+                self.note(f"calls {argument.__name__}", frame)
             elif module in _VOLATILE or isinstance(owner, random.Random):
-                self._note(f"asks {module or 'random'}.{argument.__name__}", frame)
+                self.note(f"asks {module or 'random'}.{argument.__name__}", frame)
 
     def _line(self, frame: types.FrameType, event: str, argument: Any) -> Any:
         """A line of the user's begins: does it assign to what was there before? The same value as before, perhaps."""
@@ -245,10 +219,10 @@ class Watch:
                 if target is self.inner and write.attribute:
                     self._assigned.setdefault(write.attribute, place(code.co_filename, frame.f_lineno))
                 elif isinstance(target, (nn.Module, *NAMED)) or id(target) in self.outside:
-                    self._note(f"assigns {write.text}", frame)
+                    self.note(f"assigns {write.text}", frame)
         return self._line
 
-    def _note(self, what: str, frame: types.FrameType) -> None:
+    def note(self, what: str, frame: types.FrameType) -> None:
         self._done.append(_Done(self.during, f"{what} ({place(frame.f_code.co_filename, frame.f_lineno)})"))
 
     def _context(self, frame: types.FrameType) -> None:
@@ -265,7 +239,7 @@ class Watch:
         if caller is not None and caller.f_code is run_forward.__code__:
             self._done.append(_Done(self.during, f"runs under torch.{kind.__name__}"))
         elif self._is_users(caller):
-            self._note(f"runs lines under torch.{kind.__name__}", caller)
+            self.note(f"runs lines under torch.{kind.__name__}", caller)
 
     def _code(self, frame: types.FrameType) -> None:
         """A function of the user's begins: what its code names outside of itself."""
@@ -277,18 +251,18 @@ class Watch:
             value = frame.f_locals.get(name, ABSENT)
             if name != "__class__" and not isinstance(value, (type, types.FunctionType, types.ModuleType)):
                 if not self._is_local(frame.f_back, name):
-                    self._note(f"uses {name}, a variable of the function around it", frame)
+                    self.note(f"uses {name}, a variable of the function around it", frame)
         if {"type", "__class__"} & {*code.co_names, *code.co_freevars}:
             self.asks_classes = True
         self.asks_types |= bool({"type", "isinstance", "__class__", "issubclass"} & {*code.co_names})
         for default in self._defaults(frame):
-            self._note(f"has a default that may change, in {code.co_name}", frame)
+            self.note(f"has a default that may change, in {code.co_name}", frame)
             self._keep(f"a default of {code.co_name}", types.SimpleNamespace(default=default), "default", default)
         for how, chain in _names(code):
             if how == "read":
                 self._name(frame, chain)
             elif how == "assigns the global" or self._is_users_file(chain[0], None):
-                self._note(f"{how} {'.'.join(chain)}", frame)
+                self.note(f"{how} {'.'.join(chain)}", frame)
 
     def _is_local(self, frame: types.FrameType | None, name: str) -> bool:
         """Of a function that the forward is in now, as x in (x for _ in ...)."""
@@ -318,7 +292,7 @@ class Watch:
         value: Any = sys.modules.get(space)
         if value is None or vars(value) is not frame.f_globals:
             if not isinstance(frame.f_globals.get(chain[0]), NAMED):
-                self._note(f"uses {chain[0]}, of code that is in no file", frame)
+                self.note(f"uses {chain[0]}, of code that is in no file", frame)
             return
         owners, length = [], 0
         for name in chain:
@@ -335,17 +309,17 @@ class Watch:
             value, length = getattr(value, name, ABSENT), length + 1
         if isinstance(value, types.ModuleType) and length < len(chain):
             if getattr(getattr(value, chain[length], None), "__name__", None) == "numpy.random":
-                self._note("asks numpy.random", frame)
+                self.note("asks numpy.random", frame)
         owner = getattr(value, "__self__", None)
         if isinstance(value, (types.MethodType, types.BuiltinFunctionType)) and length > 1 and owner is not None:
             value, length = owner, length - 1  # TRACKER.update, Settings.get: what counts is the tracker
         if chain[0] == "os" and chain[1:2] in (("environ",), ("getenv",)):
-            self._note(f"asks {'.'.join(chain[:2])}", frame)
+            self.note(f"asks {'.'.join(chain[:2])}", frame)
         if isinstance(value, types.ModuleType) or (isinstance(value, type) and not is_own(value)):
             return
         shown = ".".join(chain[:length])
         if isinstance(value, torch.Tensor):
-            self._note(f"uses the tensor {shown}, which is not the module's", frame)
+            self.note(f"uses the tensor {shown}, which is not the module's", frame)
             return
         self._globals[Global(space, chain[:length])].add(self.during)
         self._keep(shown, owners[length - 1], chain[length - 1], value)
@@ -358,7 +332,7 @@ class Watch:
             now = {n: v for n, v in object.__getattribute__(m, "__dict__").items() if n not in OF_MODULE}
             before = self._own[path]
             for name in now | before:
-                if not same(_exactly(now.get(name, ABSENT), self.outside), before.get(name, ABSENT)):
+                if not same(exactly(now.get(name, ABSENT), self.outside), before.get(name, ABSENT)):
                     yield path, name
             if "_drsn_class" in vars(type(m)):
                 yield from ((path, name) for name in vars(type(m)).keys() - _OF_WATCHED)
@@ -395,8 +369,8 @@ class Watch:
                 part["tensors"].append((name, value.shape))
             elif isinstance(value, nn.Module) and name in owner._modules:
                 below = any(is_below(c, own) for c in runs.values())
-                if below and own not in runs.values():
-                    parts.setdefault(own, collections.defaultdict(list))  # a list of them, say
+                if own not in runs.values():
+                    parts.setdefault(own, collections.defaultdict(list))  # a list of modules, say, which may grow
                 if own not in kinds:
                     part["modules"].append((name, None if below and not self.asks_types else class_of(value)))
             else:
@@ -404,14 +378,23 @@ class Watch:
         found = []
         for path, about in parts.items():
             children = (*at(module, path)._modules,)
-            found.append(Part(tuple(filter(None, path.split("."))), kinds.get(path), children, **{k: tuple(v) for k, v in about.items()}))
+            found.append(
+                Part(
+                    tuple(filter(None, path.split("."))),
+                    kinds.get(path),
+                    children,
+                    **{k: tuple(v) for k, v in about.items()},
+                )
+            )
         named = tuple(
             name._replace(expected=_comparable(name.now(), ".".join(name.chain)))
             for name, during in self._globals.items()
             if counts(during)
         )
         classes = {class_of(at(module, path)) for path in parts} if self.asks_classes else ()
-        with_values = tuple((cls, frozen(cls)) for cls in classes if any(map(class_attributes, filter(is_own, cls.__mro__))))
+        with_values = tuple(
+            (cls, frozen(cls)) for cls in classes if any(map(class_attributes, filter(is_own, cls.__mro__)))
+        )
         forward = class_of(module).forward
         return Conditions(tuple(found), named, with_values, _aliases(module), code_of(forward))
 
@@ -442,7 +425,7 @@ _BETWEEN = {"COPY", "DUP_TOP", "PUSH_NULL", "CACHE", "PRECALL", "RESUME", "EXTEN
 
 
 def _names(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each global that code names, with the attributes that it asks of it: a.b.c; what it assigns, and what it imports."""
+    """Each global that code names, with the attributes asked of it: a.b.c; what it assigns, and what it imports."""
     chain: list[str] = []
     for i in dis.get_instructions(code):
         if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR") and chain:
