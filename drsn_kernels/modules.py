@@ -252,7 +252,7 @@ def record_tau(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         plans = module.__dict__.get("_drsn_plans", {})  # of convert
-        if isinstance(module, Shrinkage) or any(not plan.scales for plan in plans.values()):
+        if isinstance(module, Shrinkage) or any(not fused.plan.scales for fused in plans.values()):
             names.setdefault(module, []).append(name)
     if not names:
         raise ValueError(f"record_tau found no drsn_kernels.Shrinkage in {type(model).__name__}, and nothing converted")

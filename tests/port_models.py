@@ -149,6 +149,19 @@ class Careful(SeparateLayers):
         return x.sign() * torch.relu(x.abs() - tau.view(tau.shape + (1,) * (x.ndim - 2)))
 
 
+class EvenLength(nn.Module):
+    """Takes even lengths only, as behind a pooling by two."""
+
+    def __init__(self, c=8):
+        super().__init__()
+        self.fc = fc(c, norm=False)
+
+    def forward(self, x):
+        assert x.shape[2] % 2 == 0, "an even length"
+        a = F.avg_pool1d(x.abs(), 2).mean(2)
+        return torch.sign(x) * torch.relu(x.abs() - (a * self.fc(a)).unsqueeze(2))
+
+
 class Normed(nn.Module):
     def __init__(self, c, norm="layer"):
         super().__init__()

@@ -1,6 +1,8 @@
 """convert and revert: the fused operators inside models that exist already."""
 
 import contextlib
+import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,9 +11,10 @@ from torch import nn
 
 from ..modules import Shrinkage, SqueezeExcite
 from ..untouched import untouched
+from .advice import advise
 from .plans import Converted, converted_class, install, remove
-from .probe import Finding, examine
-from .tracing import first_line
+from .probe import Finding, configuration, examine
+from .reasons import first_line
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,16 @@ def convert(model: nn.Module) -> Report:
     The object stays the same and gets another class, a subclass of its own: names, aliases, hooks on it and on its
     children, parameters, buffers, optimizers, state_dict keys, isinstance, train and eval, deepcopy and pickle (the
     reader needs drsn_kernels) go on as before, and :func:`revert` gives it its class back. Probing leaves no trace: it
-    needs memory for one module at a time in float64.
+    needs memory for one module at a time in float64. Modules of one class that only their numbers tell apart are
+    examined once.
 
     Parameters, buffers and children are looked up at every call. The module's own forward still runs where a call has
-    more arguments than x or another number of dimensions than was probed, and after a number or flag of the module
-    (``self.eps``) was changed. Do not call convert while another thread runs a model: torch.fx, which traces, reroutes
-    module calls meanwhile.
+    more arguments than x or another number of dimensions than was probed, and for as long as anything else that it
+    reads is not what it was at conversion (attributes of it and of its children, at any depth of dicts, lists and
+    objects; attributes of classes; globals), or a hook listens to a child that the fused form does not call. A forward
+    that does more than to compute (it keeps something in a dict, counts, prints, sets autocast or gradients) is left
+    alone. Do not call convert while another thread runs a model: torch.fx, which traces, reroutes module calls
+    meanwhile.
 
     Args:
         model: any module; also one that is a shrinkage module itself.
@@ -118,7 +125,13 @@ def convert(model: nn.Module) -> Report:
     with untouched([model]), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as plain:
         for device in filter(torch.amp.is_autocast_available, devices):
             plain.enter_context(torch.autocast(device, enabled=False))
-        _examine(model, findings)
+        plain.enter_context(warnings.catch_warnings())  # a warning that is given once is the user's
+        warnings.simplefilter("ignore")
+        # probes are small: on two busy cores one thread took 5 s for 34 layers, two that wait for each other 24
+        plain.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        bar = plain.enter_context(_bar(sum(1 for module in names if _is_users(module))))
+        _examine(model, findings, {}, bar)
     for module, found in findings.items():
         if found.plans:
             try:
@@ -129,10 +142,10 @@ def convert(model: nn.Module) -> Report:
     for module, found in findings.items():
         row = partial(Row, tuple(names[module]), type(module).__name__)
         if found.plans:
-            plans = ", ".join(dict.fromkeys(map(str, found.plans.values())))
+            plans = ", ".join(dict.fromkeys(str(fused.plan) for fused in found.plans.values()))
             rows.append(row("converted", plans, found.difference, found.own_difference))
-        elif found.inline:
-            rows.append(row("written inline", found.why))
+        elif found.advice:
+            rows.append(row("written inline", found.advice))
         elif not any(isinstance(m, _OURS) for m in module.modules()):
             rows.append(row("left alone", found.why))
     return Report(tuple(rows), tuple(_notes(names)))
@@ -163,26 +176,50 @@ _OURS = (Converted, Shrinkage, SqueezeExcite)
 _MODELS = f"{__package__.split('.')[0]}.models"  # built on the fused operators
 
 
-def _examine(module: nn.Module, findings: dict[nn.Module, Finding]) -> None:
-    """From the outside in: what is inside a converted module is its gate."""
+def _is_users(module: nn.Module) -> bool:
+    return not isinstance(module, _OURS) and not type(module).__module__.startswith(("torch.", _MODELS))
+
+
+def _bar(modules: int):
+    """Shown from the first second on, on a terminal and where there is tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return contextlib.nullcontext()
+    return tqdm(desc="drsn_kernels.convert", total=modules, unit=" modules", delay=1.0, leave=False, disable=None)
+
+
+def _examine(module: nn.Module, findings: dict[nn.Module, Finding], known: dict[Hashable, Finding], bar) -> None:
+    """From the outside in: what is inside a converted module is its gate. known: by configuration."""
     if module in findings or isinstance(module, _OURS):
         return
-    if not type(module).__module__.startswith(("torch.", _MODELS)):
-        try:
-            findings[module] = examine(module)
-        except Exception as error:  # the user's code runs there, on what it was not written for
-            findings[module] = Finding(why=f"the probe fails: {first_line(error)}")
-        if findings[module].plans:
+    found = None
+    if _is_users(module):
+        key = configuration(module)
+        found = known.get(key) if key is not None else None
+        if found is None:
+            try:
+                found = examine(module)
+            except Exception as error:  # the user's code runs there, on what it was not written for
+                found = Finding(why=f"the probe fails: {first_line(error)}")
+            known[key] = found
+        findings[module] = found
+        if bar is not None:
+            bar.update()
+        if found.plans:
             return
     for child in module.children():
-        _examine(child, findings)
+        _examine(child, findings, known, bar)
+    if found is not None and found.amid:
+        shapes, found.amid = found.amid, ()
+        found.advice = next(filter(None, (advise(module, shape) for shape in shapes)), "")
 
 
 def _notes(names: dict[nn.Module, list[str]]):
     for module, (name, *_) in names.items():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
-            yield f"{what} is TorchScript and stays as it is: convert before torch.jit.script or trace"
+            yield f"{what} is TorchScript and stays as it is: convert before torch.jit.trace"
         elif hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             yield f"{what} is compiled: what was converted in it is compiled again at its next call"
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -6,7 +6,6 @@ on u by its pooling alone if it gives the same when run on the pooled u, a tenso
 Squeeze-and-excitation is found in the same way: y / u is the factor.
 """
 
-import os
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
@@ -15,8 +14,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ..gates import STRUCTURES
+from .conditions import class_of
 from .plans import GatePlan, Plan, Ref, Step, ThresholdPlan
-from .tracing import Differs, Trace, Unexplained
+from .reasons import Differs, Unexplained
+from .tracing import Trace
 
 
 class Match(NamedTuple):
@@ -81,7 +82,7 @@ def match_module(trace: Trace) -> Match:
         rows, scales = factors_of(u, y), True
         if rows is None:
             raise
-    t = _holding(trace, rows, u)
+    t = _holding(trace, trace.y, rows, u)
     if t is None:
         what = "scales by a factor" if scales else "shrinks by a threshold"
         raise Unexplained(f"it {what} that none of its own operations returns")
@@ -101,7 +102,7 @@ def factors_of(u: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
 
 def match_inside(trace: Trace) -> Match | None:
     """The operator written somewhere among other code: from the earliest u to the latest y."""
-    full = [n for n in trace.nodes if _is_float(n) and n.meta["seen"].dim() > 2 and n.meta["seen"][0, 0].numel() > 1]
+    full = [n for n in trace.nodes if is_float(n) and n.meta["seen"].dim() > 2 and n.meta["seen"][0, 0].numel() > 1]
     for i, u in enumerate(full):
         value = u.meta["seen"]
         if any(v.meta["seen"].abs().equal(value) and not v.meta["seen"].equal(value) for v in full[:i]):
@@ -114,21 +115,21 @@ def match_inside(trace: Trace) -> Match | None:
             except Unexplained:
                 continue
             below = value.abs().flatten(2) < rows.unsqueeze(2) * (1 - tolerance(rows.dtype))
-            t = _holding(trace, rows, value) if below.any() else None  # or u - min(u) would count
-            if t is not None and u in _behind(t):
+            t = _holding(trace, y, rows, value) if below.any() else None  # or u - min(u) would count
+            if t is not None and u in behind(t):
                 return Match(u, y, t)
     return None
 
 
-def _is_float(node: fx.Node) -> bool:
+def is_float(node: fx.Node) -> bool:
     return isinstance(node.meta["seen"], torch.Tensor) and node.meta["seen"].is_floating_point()
 
 
-def _holding(trace: Trace, rows: torch.Tensor, u: torch.Tensor) -> fx.Node | None:
-    """The first call that computed these thresholds."""
-    known = ~rows.isnan()
-    for node in trace.nodes:
-        if _is_float(node):
+def _holding(trace: Trace, y: fx.Node, rows: torch.Tensor, u: torch.Tensor) -> fx.Node | None:
+    """The last call before y that computed these thresholds: what seems to change nothing may do so later."""
+    known, before_y = ~rows.isnan(), behind(y)
+    for node in reversed(trace.nodes):
+        if node in before_y and is_float(node):
             t = _as_rows(node.meta["seen"], rows, u.dim())
             if t is not None and close(t[known], rows[known]):
                 return node
@@ -144,7 +145,7 @@ def _as_rows(t: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor | N
     return t.reshape(t.shape[:2]).expand_as(rows) if ok else None
 
 
-def _behind(*nodes: fx.Node, given: Collection[fx.Node] = ()) -> set[fx.Node]:
+def behind(*nodes: fx.Node, given: Collection[fx.Node] = ()) -> set[fx.Node]:
     """These nodes and all that they are computed from; what `given` ones are computed from left out."""
     found, todo = set(), [*nodes]
     while todo:
@@ -155,29 +156,22 @@ def _behind(*nodes: fx.Node, given: Collection[fx.Node] = ()) -> set[fx.Node]:
     return found
 
 
-def lines_of(trace: Trace, match: Match) -> str:
-    """The lines of the user's code from u to y, as file:first-last, first-last."""
-    between = [n for n in _behind(match.y) if n is not match.u and match.u in _behind(n)]
-    places = sorted({n.meta["line"] for n in between if n.meta["line"] is not None})
-    files: dict[str, list[list[int]]] = {}
-    for file, line in places:
-        ranges = files.setdefault(file, [])
-        if ranges and line <= ranges[-1][1] + 2:  # a line between may be a comment, or part of a longer call
-            ranges[-1][1] = line
-        else:
-            ranges.append([line, line])
-    here = os.getcwd() + os.sep
-    return "; ".join(
-        file.removeprefix(here) + ":" + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
-        for file, ranges in files.items()
-    )
+class Found(NamedTuple):
+    plan: Plan
+    steps: frozenset[fx.Node]  # the operations that it carries out itself
+    averages: frozenset[fx.Node]  # what it takes for the average of |x| or x
+    pooled: frozenset[fx.Node] = frozenset()  # those steps that are given x in the trace, and its average by the plan
 
 
-def plans_for(trace: Trace, match: Match) -> Iterator[Plan]:
+def plans_for(trace: Trace, match: Match) -> Iterator[Found]:
     """Plans that give the same threshold on the trace's values, best first."""
     u, t = match.u.meta["seen"], match.t.meta["seen"]
-    behind = _behind(match.t)
-    if match.u not in behind:
+    for name, node in trace.effects:
+        value = node.meta["seen"]
+        if isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[2:].numel() > 1:
+            raise Differs(f"its forward keeps the attribute {name}, which the fused form does not compute")
+    before_t = behind(match.t)
+    if match.u not in before_t:
         if not match.scales:
             yield _threshold_plan(trace, match, None, {})
         return
@@ -185,7 +179,7 @@ def plans_for(trace: Trace, match: Match) -> Iterator[Plan]:
     for pool, pooled in (("abs", u.abs().mean(spatial)), ("signed", u.mean(spatial))):
         if match.scales and pool == "abs":
             continue
-        averages = {n: n.meta["seen"].dim() for n in behind if n is not match.u and _is_average(n, pooled)}
+        averages = {n: n.meta["seen"].dim() for n in before_t if n is not match.u and _is_average(n, pooled)}
         if match.scales == (pool == "signed") and not trace.effects:
             plan = _gate_plan(trace, match, t, pooled, averages)
             if plan is not None:
@@ -201,14 +195,14 @@ def plans_for(trace: Trace, match: Match) -> Iterator[Plan]:
 def _is_average(node: fx.Node, pooled: torch.Tensor) -> bool:
     """The pooled values as (N, C), (N, C, 1), ..."""
     value = node.meta["seen"]
-    return _is_float(node) and value.shape[:2] == pooled.shape and value.shape[2:].numel() == 1 and (
+    return is_float(node) and value.shape[:2] == pooled.shape and value.shape[2:].numel() == 1 and (
         close(value.reshape(pooled.shape), pooled)
     )  # fmt: skip
 
 
-def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict[fx.Node, int]) -> Plan | None:
+def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict[fx.Node, int]) -> Found | None:
     """The steps from x (a tensor that is its own average) and `averages` to the threshold."""
-    needed = _behind(match.t, *(node for _, node in trace.effects), given={match.u, *averages})
+    needed = behind(match.t, *(node for _, node in trace.effects), given={match.u, *averages})
     given = [n for n in trace.nodes if n in needed and (n is match.u or n in averages)]
     if pool is None and given:
         raise Unexplained(f"it keeps {trace.effects[0][0]}, which the fused operator does not compute")
@@ -222,7 +216,14 @@ def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict
             index[node] = len(index)
             steps.append(_step(node, index))
     effects = tuple((name, index[node]) for name, node in trace.effects)
-    return ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects, match.scales)
+    plan = ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects, match.scales)
+    run = frozenset(index).difference(given)
+    return Found(plan, run, frozenset(averages), frozenset(filter(_takes_planes, run)))
+
+
+def _takes_planes(node: fx.Node) -> bool:
+    values = [n.meta["seen"] for n in node.all_input_nodes]
+    return any(isinstance(v, torch.Tensor) and v.dim() > 2 and v.shape[2:].numel() > 1 for v in values)
 
 
 def _step(node: fx.Node, index: dict[fx.Node, int]) -> Step:
@@ -254,19 +255,20 @@ _ACTIVATIONS: dict[object, Callable[[], nn.Module]] = {
 }
 
 
-def _gate_plan(trace, match, t, pooled, averages) -> GatePlan | None:
+def _gate_plan(trace, match, t, pooled, averages) -> Found | None:
     rows = _as_rows(t, pooled, match.u.meta["seen"].dim())
     forms = (("channel", pooled), ("sample", pooled.mean(1, keepdim=True)), (None, torch.ones_like(pooled)))
     forms = forms[2:] if match.scales else forms
     for node in trace.nodes:
         alpha = node.meta["seen"]
-        if node in averages or not _is_float(node) or alpha.dim() != 2 or not averages.keys() & _behind(node):
+        if node in averages or not is_float(node) or alpha.dim() != 2 or not averages.keys() & behind(node):
             continue
         if alpha.shape[0] != pooled.shape[0] or alpha.shape[1] not in (1, pooled.shape[1]):
             continue
         for average, factor in forms:
             if close((alpha * factor).expand_as(rows), rows) and (gate := gate_of(node, averages)) is not None:
-                return GatePlan(gate, average, match.scales)
+                run = frozenset(behind(node, given=averages).difference(averages))
+                return Found(GatePlan(gate, average, match.scales), run, frozenset(averages))
     return None
 
 
@@ -278,7 +280,7 @@ def gate_of(node: fx.Node, averages: dict[fx.Node, int]) -> str | tuple | None:
     while node is not None and node not in averages:
         if node.op == "call_module":
             chain.append(path_of(node))
-            types.append(type(node.meta["module"]))
+            types.append(class_of(node.meta["module"]))
         elif node.target in _ACTIVATIONS:
             chain.append(_ACTIVATIONS[node.target])
             types.append(_ACTIVATIONS[node.target])

@@ -9,7 +9,6 @@ instance by SyncBatchNorm.convert_sync_batchnorm, is the one that is called.
 
 import copyreg
 import functools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from ..ops import shrink, soft_threshold, squeeze_excite
+from .conditions import Conditions, Part, at
 
 Sink = Callable[[torch.Tensor], None] | None  # of record_tau
 
@@ -58,12 +58,6 @@ def call(kind: str, target: Any, args: Sequence, kwargs: dict[str, Any], module:
         return getattr(args[0], target)(*args[1:], **kwargs)
     found = at(module, target)
     return found(*args, **kwargs) if kind == "call_module" else found
-
-
-def at(module: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 @dataclass(frozen=True)
@@ -169,23 +163,36 @@ class ThresholdPlan:
 Plan = GatePlan | ThresholdPlan
 
 
+class Fused(NamedTuple):
+    plan: Plan
+    conditions: Conditions = Conditions()
+
+
 class Converted:
-    """Before the user's class in the bases of a converted module. Plans are looked up by x's rank and the mode; a call
-    that has none (another rank, a second argument) runs the module's own forward, and so does every call after a number
-    or flag of the module was changed, because plans hold the values of old."""
+    """Before the user's class in the bases of a converted module. Fused forms are looked up by x's rank and the mode.
+    A call that has none (another rank, a second argument) runs the module's own forward, and so does every call while
+    anything that it reads is not what it was, or somebody listens to a child that the fused form does not call."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
-            plan = self._drsn_plans.get((args[0].dim(), self.training))
-            if plan is not None and all(getattr(self, name, None) == value for name, value in self._drsn_constants):
-                return plan(self, args[0], self.__dict__.get("_tau_sink"))
+            x = args[0]
+            fused = self._drsn_plans.get((x.dim(), self.training))
+            if fused is not None and fused.conditions.hold(self, x):
+                return fused.plan(self, x, self.__dict__.get("_tau_sink"))
         return super().forward(*args, **kwargs)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        # in older pickles the plans stand alone, and the numbers of the module beside them
+        numbers = Part((), reads=tuple(self.__dict__.pop("_drsn_constants", ())))
+        for key, found in self._drsn_plans.items():
+            if not isinstance(found, Fused):
+                self._drsn_plans[key] = Fused(found, Conditions((numbers,)))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         make, args, *rest = super().__reduce_ex__(protocol)
         if make is copyreg.__newobj__ and args[0] is converted_class(self._drsn_class):
-            ours = {name: self.__dict__[name] for name in ("_drsn_plans", "_drsn_constants")}
-            make, args = _remade, (self._drsn_class, ours, *args[1:])
+            make, args = _remade, (self._drsn_class, {"_drsn_plans": self._drsn_plans}, *args[1:])
         if rest and isinstance(rest[0], dict):  # the state: without a running record_tau, and what is made again
             rest[0] = {k: v for k, v in rest[0].items() if k not in ("_tau_sink", "_drsn_chain")}
         return make, args, *rest
@@ -205,21 +212,12 @@ def _remade(cls: type[nn.Module], ours: dict[str, Any], *args: Any) -> nn.Module
     return module
 
 
-def install(module: nn.Module, plans: dict[tuple[int, bool], Plan]) -> None:
-    set_by_plans = {name for plan in plans.values() for name, _ in getattr(plan, "effects", ())} | {"training"}
-    constants = tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if isinstance(value, _CONSTANT) and not name.startswith("_") and name not in set_by_plans
-    )
+def install(module: nn.Module, plans: dict[tuple[int, bool], Fused]) -> None:
     module.__class__ = converted_class(type(module))  # may raise TypeError: nothing has been changed then
-    module._drsn_plans, module._drsn_constants = plans, constants
-
-
-_CONSTANT = (bool, int, float, complex, str, type(None), types.FunctionType, types.BuiltinFunctionType)
+    module._drsn_plans = plans
 
 
 def remove(module: nn.Module) -> None:
     module.__class__ = module._drsn_class
-    for name in ("_drsn_plans", "_drsn_constants", "_drsn_chain"):
+    for name in ("_drsn_plans", "_drsn_chain"):
         module.__dict__.pop(name, None)

@@ -1,7 +1,8 @@
-"""Examine one module: find what it takes, what it computes, and whether a plan does the same in every respect."""
+"""Examine one module: find what it takes, what it computes, and whether a fused form does the same in every respect."""
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -9,51 +10,98 @@ from torch import nn
 
 from .. import recording
 from ..backends import use_backend
-from .family import Match, close, lines_of, match_inside, match_module, plans_for
-from .plans import GatePlan, Plan, install
-from .tracing import Differs, Trace, Unexplained, Untraceable, first_line, private_copy, state_of, takes_one_argument
+from .conditions import Conditions, class_of, frozen
+from .dropped import check_dropped, check_sign
+from .family import Match, close, factors_of, match_inside, match_module, plans_for, rows_of
+from .plans import Fused, Plan, install
+from .reasons import Amid, Differs, Unexplained, Untraceable, first_line
+from .tracing import HOOKS, Trace, private_copy, state_of, takes_one_argument
+from .watch import OF_MODULE, Watch, run_forward
 
-_SPATIAL = {3: ((23,), (16,)), 4: ((7, 6), (4, 5)), 5: ((4, 3, 5), (2, 3, 2))}
+# Spatial sizes to try: odd ones tell most; the others are for strides and for modules of one size.
+_SIZES: dict[int, list[tuple[int, ...]]] = {
+    3: [(23,), (16,), (32,), (64,), (128,), (256,), (512,), (1024,)],
+    4: [(7, 6), (4, 5), (8, 8), (16, 16), (32, 32), (14, 14), (28, 28), (56, 56), (64, 64), (7, 7)],
+    5: [(4, 3, 5), (2, 3, 2), (4, 4, 4), (8, 8, 8)],
+}
+_BATCHES = (5, 3)
 _ANY_WIDTH = 6  # for modules that take any number of channels
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Probes (N, C, *spatial) that a module was found to take."""
+
+    channels: int
+    sizes: tuple[tuple[int, ...], ...]  # one, where it takes no other
+
+    @property
+    def rank(self) -> int:
+        return 2 + len(self.sizes[0])
+
+    def __call__(self, i: int, batch: int | None = None) -> tuple[int, ...]:
+        return (batch or _BATCHES[i], self.channels, *self.sizes[i % len(self.sizes)])
 
 
 @dataclass
 class Finding:
-    """What examine found: plans, or why there are none."""
+    """What examine found: fused forms, or why there are none."""
 
-    plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
+    plans: dict[tuple[int, bool], Fused] = field(default_factory=dict)
     why: str = ""
-    inline: bool = False
     difference: float | None = None  # in float64, relative, the worst of outputs, gradients and statistics
     own_difference: float | None = None  # of outputs in the module's own dtype
+    amid: tuple[Shape, ...] = ()  # the operator may stand in it amid other code
+    advice: str = ""  # it does: what to change
 
 
 def examine(module: nn.Module) -> Finding:
     try:
         _accept(module)
-        shapes, dtype, calls = _shapes(module)
+        shapes, calls = _shapes(module)
     except Unexplained as reason:
         return Finding(why=str(reason))
-    found, inside = Finding(), True
-    for shape in shapes:
-        rank = len(shape(0))
+    found = Finding()
+    for shape, against in shapes.items():
         try:
-            plans, difference = _explain(module, shape, dtype)
-            own = _own_difference(module, plans, shape)
+            if against is not None:
+                raise against
+            fused, difference = _explain(module, shape, dtype_for(module, shape))
+            own = _own_difference(module, fused, shape)
         except Unexplained as reason:
             if isinstance(reason, Differs) or not found.why:
                 found.why = _IS_OURS if calls and isinstance(reason, Untraceable) else str(reason)
-            inside = inside and not isinstance(reason, Differs)
+            if isinstance(reason, Amid) or (against is None and not isinstance(reason, Differs)):
+                found.amid += (shape,)
             continue
-        found.plans.update({(rank, training): plan for training, plan in plans.items()})
+        found.plans.update({(shape.rank, training): f for training, f in fused.items()})
         found.difference = max(difference, found.difference or 0.0)
         found.own_difference = max(own, found.own_difference or 0.0)
-    if not found.plans and inside:
-        for shape in shapes:
-            advice = _inline(module, shape, dtype)
-            if advice:
-                return Finding(why=advice, inline=True)
     return found
+
+
+def configuration(module: nn.Module) -> Hashable | None:
+    """Equal for modules of one class that nothing but their numbers tells apart: what is found for one holds for all.
+    None where that cannot be told."""
+    found: list = []
+    order: dict[int, int] = {}  # of tensors and modules: aliases
+    try:
+        for path, m in module.named_modules(remove_duplicate=False):
+            found.append((path, class_of(m), order.setdefault(id(m), len(order))))
+            if any(m.__dict__[kind] for kind in HOOKS):
+                return None
+            for table in (m._parameters, m._buffers, m.__dict__):
+                for name, value in table.items():
+                    if isinstance(value, torch.Tensor):
+                        which = order.setdefault(id(value), len(order))
+                        found.append((name, which, value.shape, value.dtype, value.device, value.requires_grad))
+                        if not value.is_floating_point() and name != "num_batches_tracked":
+                            found.append(tuple(value.flatten().tolist()))
+                    elif table is not m.__dict__ or name not in OF_MODULE:
+                        found.append((name, type(value), frozen(value)))
+    except Unexplained:
+        return None
+    return tuple(found)
 
 
 _IS_OURS = "its forward calls the operators of drsn_kernels itself"
@@ -71,14 +119,7 @@ def _accept(module: nn.Module) -> None:
             raise Unexplained("its parameters are on the meta device")
 
 
-class _Shape:
-    """The probe shapes (N, C, *spatial) of a module that was found to take this rank and number of channels."""
-
-    def __init__(self, rank: int, channels: int) -> None:
-        self.rank, self.channels = rank, channels
-
-    def __call__(self, i: int, batch: int | None = None) -> tuple[int, ...]:
-        return (batch or (5, 3)[i], self.channels, *_SPATIAL[self.rank][i])
+# ---- what it takes ---------------------------------------------------------------------------------------------------
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -90,45 +131,97 @@ def _own_dtype(module: nn.Module) -> torch.dtype:
     return next(floats, torch.get_default_dtype())
 
 
-def _random(shape: tuple[int, ...], module: nn.Module, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=_device(module), dtype=dtype)
+def random(shape: tuple[int, ...], module: nn.Module, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """On the module's device, whatever the default device is."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(device=_device(module), dtype=dtype)
 
 
-def _shapes(module: nn.Module) -> tuple[list[_Shape], torch.dtype, list]:
-    """Ranks and widths that its forward takes, the dtype to probe in (float64 where it can), and the calls of our own
-    operators that were seen meanwhile."""
-    error: Exception | None = None
+def dtype_for(module: nn.Module, shape: Shape) -> torch.dtype:
+    """float64 where the module runs in it: there rounding is told from everything else."""
+    with contextlib.suppress(Exception), torch.no_grad():
+        trial = private_copy(module, torch.float64).eval()
+        with Watch(trial):
+            run_forward(trial, random(shape(0), module, torch.float64))
+        return torch.float64
+    return _own_dtype(module)
+
+
+def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
+    """Probes that its forward takes, each with what speaks against the operator by the output alone; and the calls of
+    our own operators that were seen meanwhile."""
     calls: list = []
-    for dtype in dict.fromkeys((torch.float64, _own_dtype(module))):
-        found = []
+    error: Exception | None = None
+    found: dict[Shape, Unexplained | None] = {}
+    dtype = _own_dtype(module)
+    try:
+        trial = private_copy(module).eval()
+    except Exception as problem:
+        raise Unexplained(f"it cannot be copied for a probe: {first_line(problem)}") from None
+    watch = Watch(trial)
+
+    def run(channels: int, size: tuple[int, ...]) -> Unexplained | bool | None:
+        """None: it does not take this."""
+        nonlocal error
+        x = random((_BATCHES[0], channels, *size), module, dtype)
         try:
-            trial = private_copy(module, dtype).eval()
+            with torch.no_grad(), _noting(calls), watch:
+                y = run_forward(trial, x.clone())
         except Exception as problem:
-            raise Unexplained(f"it cannot be copied for a probe: {first_line(problem)}") from None
-        for rank in _SPATIAL:
-            for channels in _widths(module):
-                shape = _Shape(rank, channels)
-                try:
-                    with torch.no_grad(), _noting(calls):
-                        trial.forward(_random(shape(0), module, dtype))
-                except Exception as problem:
-                    error = error or problem
-                    continue
-                found.append(shape)
-                break
+            error = error or problem
+            return None
+        return _against(trial, x, y) or True
+
+    ranks, widths = _ranks(module), _widths(module)
+    few = [(rank, channels, size) for rank in ranks for channels in widths for size in _SIZES[rank][:2]]
+    more = [
+        (rank, channels, size)
+        for rank in ranks
+        for channels in widths[:3]
+        for size in _more_sizes(module, rank, channels)
+    ]
+    for tries in (few, more):
+        for rank, channels, size in tries:
+            if any(shape.rank == rank for shape in found):
+                continue
+            said = run(channels, size)
+            if said is None:
+                continue
+            others = [s for s in (*_SIZES[rank], *_more_sizes(module, rank, channels)) if s != size]
+            other = next((s for s in others if run(channels, s) is not None), None)
+            found[Shape(channels, (size, other) if other else (size,))] = said if said is not True else None
         if found:
-            return found, dtype, calls
+            return found, calls
     raise Unexplained(f"no probe (N, C, *spatial) runs: {first_line(error)}")
 
 
-@contextlib.contextmanager
-def _noting(calls: list) -> Iterator[None]:
-    before, recording.active = recording.active, lambda *args, **kwargs: calls.append(args)
+def _against(trial: nn.Module, x: torch.Tensor, y: object) -> Unexplained | None:
+    """Why y is neither x soft thresholded nor x scaled, where x's dtype tells. Amid: the operator is in it."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return None
     try:
-        yield
-    finally:
-        recording.active = before
+        rows_of(x, y)
+    except Differs:
+        return None  # perhaps by rounding
+    except Unexplained as reason:
+        if factors_of(x, y) is not None:
+            return None
+        try:
+            return Amid(str(reason)) if match_inside(Trace(trial, x)) else reason
+        except Unexplained:
+            return reason
+    return None
+
+
+_SPATIAL_LAYER = re.compile(r"(?:Conv|ConvTranspose|AvgPool|MaxPool|AdaptiveAvgPool|AdaptiveMaxPool)([123])d")
+
+
+def _ranks(module: nn.Module) -> list[int]:
+    """Those first that the layers take: of their probes is the reason that is given."""
+    names = (_SPATIAL_LAYER.fullmatch(base.__name__) for m in module.modules() for base in type(m).__mro__)
+    asked = {2 + int(name[1]) for name in names if name}
+    return sorted(_SIZES, key=lambda rank: (rank not in asked, rank))
 
 
 def _widths(module: nn.Module) -> list[int]:
@@ -144,50 +237,92 @@ def _widths(module: nn.Module) -> list[int]:
     return [*wide[:8], _ANY_WIDTH, 1]
 
 
-def _explain(module: nn.Module, shape: _Shape, dtype: torch.dtype) -> tuple[dict[bool, Plan], float]:
-    """A plan for each mode, with the largest difference that was measured."""
-    plans: dict[bool, Plan] = {}
+def _more_sizes(module: nn.Module, rank: int, channels: int) -> list[tuple[int, ...]]:
+    """Also those that the shapes of its parameters, and the numbers that it holds, may stand for."""
+    dims = rank - 2
+    hints = [tuple(t.shape[-dims:]) for t in (*module.parameters(), *module.buffers()) if t.dim() > dims]
+    numbers = [n for m in module.modules() for n in m.__dict__.values() if type(n) is int]
+    numbers += [n // channels for n in numbers if n % channels == 0]
+    hints += [(n,) * dims for n in numbers]
+    return [*(h for h in dict.fromkeys(hints) if all(1 < n <= 1024 for n in h))][:12] + _SIZES[rank][2:]
+
+
+@contextlib.contextmanager
+def _noting(calls: list) -> Iterator[None]:
+    before, recording.active = recording.active, lambda *args, **kwargs: calls.append(args)
+    try:
+        yield
+    finally:
+        recording.active = before
+
+
+# ---- what it computes ------------------------------------------------------------------------------------------------
+
+
+def _explain(module: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[dict[bool, Fused], float]:
+    """A fused form for each mode, with the largest difference that was measured."""
+    found: dict[bool, Fused] = {}
     worst = 0.0
     for training in (False, True):
-        raised: type[Unexplained] = Differs if plans else Unexplained
+        raised: type[Unexplained] = Differs if found else Unexplained
         mode = "in training " if training else ""
+        trace = None
         try:
-            trace = Trace(module, _random(shape(0), module, dtype), training)
+            trace = Trace(private_copy(module, dtype).train(training), random(shape(0), module, dtype))
             match = match_module(trace)
             raised, reason = Differs, None
-            for plan in plans_for(trace, match):
-                if not _gives(plan, private_copy(module, dtype).train(training), match):
+            check_sign(trace, match)
+            for candidate in plans_for(trace, match):
+                plan = candidate.plan
+                if not gives(plan, private_copy(module, dtype).train(training), match):
                     continue
                 try:
+                    check_dropped(trace, match, candidate)
+                    conditions = trace.conditions(module, candidate.steps - candidate.pooled)
+                    if len(shape.sizes) == 1:
+                        conditions = conditions._replace(spatial=shape.sizes[0])
                     worst = max(worst, _difference(module, plan, shape, dtype, training))
                 except Unexplained as problem:
                     reason = reason or problem
                     continue
-                plans[training] = plan
+                found[training] = Fused(plan, conditions)
                 break
-            if training not in plans:
+            if training not in found:
                 raise reason or Unexplained(match.underived)
         except Unexplained as problem:
             kind = type(problem) if raised is Unexplained else raised
             raise kind(f"{mode}{problem}") from None
-    return plans, worst
+        finally:
+            if trace is not None:
+                trace.watch.restore()
+    return found, worst
 
 
-def _probes(module: nn.Module, shape: _Shape, dtype: torch.dtype, training: bool) -> Iterator[torch.Tensor]:
+def gives(plan: Plan, module: nn.Module, match: Match) -> bool:
+    """Whether it gives y from u on the values of the trace, whose mode the copy `module` is in."""
+    with torch.no_grad(), use_backend("torch"):
+        torch.manual_seed(0)
+        try:
+            return close(plan(module, match.u.meta["seen"]), match.y.meta["seen"])
+        except Exception:  # code that does not run on a pooled x is no gate
+            return False
+
+
+def _probes(module: nn.Module, shape: Shape, dtype: torch.dtype, training: bool) -> Iterator[torch.Tensor]:
     """Two sizes, three scales, half of x zero; one sample where batch statistics are not at stake."""
-    yield _random(shape(1), module, dtype, 1)
-    yield _random(shape(0), module, dtype, 2) * 1e-3
-    yield (_random(shape(0), module, dtype, 3) * 1e3).relu()
+    yield random(shape(1), module, dtype, 1)
+    yield random(shape(0), module, dtype, 2) * 1e-3
+    yield (random(shape(0), module, dtype, 3) * 1e3).relu()
     if not training:
-        yield _random(shape(1, batch=1), module, dtype, 4)
+        yield random(shape(1, batch=1), module, dtype, 4)
 
 
-def _difference(module: nn.Module, plan: Plan, shape: _Shape, dtype: torch.dtype, training: bool) -> float:
+def _difference(module: nn.Module, plan: Plan, shape: Shape, dtype: torch.dtype, training: bool) -> float:
     worst = 0.0
     for x in _probes(module, shape, dtype, training):
         own = _outcome(private_copy(module, dtype), x, training)
         copy = private_copy(module, dtype)
-        install(copy, {(x.dim(), training): plan})
+        install(copy, {(x.dim(), training): Fused(plan)})
         with use_backend("torch"):
             ours = _outcome(copy, x, training)
         if own.keys() != ours.keys():
@@ -221,7 +356,7 @@ def _outcome(module: nn.Module, x: torch.Tensor, training: bool) -> dict[str, to
     torch.manual_seed(1)
     try:
         y = module(x)
-        grad = _random(tuple(y.shape), module, y.dtype, 5)
+        grad = random(tuple(y.shape), module, y.dtype, 5)
         leaves = {"gradient of x": x, **{_OF_PARAMETER + k: p for k, p in module.named_parameters()}}
         wanted = {k: t for k, t in leaves.items() if t.requires_grad}
         got = torch.autograd.grad(y, list(wanted.values()), grad, allow_unused=True) if y.requires_grad else ()
@@ -231,59 +366,20 @@ def _outcome(module: nn.Module, x: torch.Tensor, training: bool) -> dict[str, to
     return {"output": y.detach(), **gradients, **state_of(module)}
 
 
-def _own_difference(module: nn.Module, plans: dict[bool, Plan], shape: _Shape) -> float:
+def _own_difference(module: nn.Module, fused: dict[bool, Fused], shape: Shape) -> float:
     """The fused form as it will run, in the module's dtype: it must run, and how far its output is off the module's."""
     worst = 0.0
     dtype = _own_dtype(module)
-    for training, plan in plans.items():
-        x = _random(shape(0), module, dtype, 6)
-        own = _outcome(private_copy(module), x, training)["output"]
-        copy = private_copy(module)
-        install(copy, {(x.dim(), training): plan})
+    for training, form in fused.items():
+        x = random(shape(0), module, dtype, 6)
+        own = _outcome(private_copy(module, vary=False), x, training)["output"]
+        copy = private_copy(module, vary=False)
+        install(copy, {(x.dim(), training): form._replace(conditions=Conditions())})
         ours = _outcome(copy, x, training)["output"]
         if ours.dtype != own.dtype:
             raise Unexplained(f"its output is {own.dtype} where the fused form's is {ours.dtype}")
-        worst = max(worst, _largest(own - ours) / (_largest(own) or 1.0))
+        apart = _largest(own - ours) / (_largest(own) or 1.0)
+        if not apart <= (1e-3 if dtype.itemsize > 2 else 0.1):  # a number that was read from a tensor, say
+            raise Differs(f"its output is {apart:.1g} (relative) off the fused form's")
+        worst = max(worst, apart)
     return worst
-
-
-# ---- inline code -----------------------------------------------------------------------------------------------------
-
-
-def _inline(module: nn.Module, shape: _Shape, dtype: torch.dtype) -> str | None:
-    """Where a module computes the operator amid other code: the lines, and the call to put there."""
-    try:
-        trace = Trace(module, _random(shape(0), module, dtype), False)
-        match = match_inside(trace)
-        if match is None:
-            return None
-        trace.effects = []
-        call = "dk.soft_threshold(x, tau)"
-        for plan in plans_for(trace, match):
-            if _gives(plan, private_copy(module, dtype).eval(), match):
-                call = _call(plan)
-                break
-    except Unexplained:
-        return None
-    return f"change {lines_of(trace, match)} to {call}"
-
-
-def _gives(plan: Plan, module: nn.Module, match: Match) -> bool:
-    """Whether it gives y from u on the values of the trace, whose mode the copy `module` is in."""
-    with torch.no_grad(), use_backend("torch"):
-        torch.manual_seed(0)
-        try:
-            return close(plan(module, match.u.meta["seen"]), match.y.meta["seen"])
-        except Exception:  # code that does not run on a pooled x is no gate
-            return False
-
-
-def _call(plan: Plan) -> str:
-    if isinstance(plan, GatePlan) and isinstance(plan.gate, str):
-        return f"dk.shrink(x, self.{plan.gate}, average={plan.average!r})"
-    if isinstance(plan, GatePlan):
-        layers = ", ".join(f"self.{part}" if isinstance(part, str) else f"nn.{part.__name__}()" for part in plan.gate)
-        return f"dk.shrink(x, nn.Sequential({layers}), average={plan.average!r})"
-    if plan.pool == "abs":
-        return "dk.shrink(x, gate, average=None) with a function gate(A), A (N, C) the mean of |x|, for the threshold"
-    return "dk.soft_threshold(x, tau)"

@@ -1,0 +1,48 @@
+"""The user's functions as syntax trees."""
+
+import ast
+import functools
+import linecache
+import types
+from typing import NamedTuple
+
+
+@functools.lru_cache(maxsize=64)
+def _tree(file: str, lines: tuple[str, ...]) -> ast.Module | None:
+    try:
+        return ast.parse("".join(lines))
+    except SyntaxError:
+        return None
+
+
+def function_of(code: types.CodeType) -> ast.FunctionDef | None:
+    """None for lambdas, and where there is no source."""
+    tree = _tree(code.co_filename, tuple(linecache.getlines(code.co_filename)))
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            if min([node.lineno, *(d.lineno for d in node.decorator_list)]) == code.co_firstlineno:
+                return node
+    return None
+
+
+class Write(NamedTuple):
+    """root.a.b = ..., root[i] = ..., del root.a: an assignment that may go beyond the function."""
+
+    root: str | None  # None: no variable, a call say
+    attribute: str | None  # of root.attribute = ...
+    text: str
+
+
+def writes_of(code: types.CodeType) -> dict[int, list[Write]]:
+    """By line."""
+    found: dict[int, list[Write]] = {}
+    for node in ast.walk(function_of(code) or ast.Module([], [])):
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            root: ast.expr = node
+            while isinstance(root, (ast.Attribute, ast.Subscript)):
+                root = root.value
+            direct = isinstance(node, ast.Attribute) and node.value is root
+            name = root.id if isinstance(root, ast.Name) else None
+            write = Write(name, node.attr if direct else None, ast.unparse(node))
+            found.setdefault(node.lineno, []).append(write)
+    return found
