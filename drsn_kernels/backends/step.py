@@ -42,14 +42,13 @@ class GateShape(NamedTuple):
 class Kept(NamedTuple):
     """What a backward pass of a fused gate needs: 3 bits an element, and tensors of the gate's size."""
 
-    bits: torch.Tensor | None  # planes kept, sign, nonzero, as Backend.unpacked makes layout.thresholded's of them
+    bits: torch.Tensor | None  # planes and the gate's state; Backend.unpacked makes layout.thresholded's of them
     pooled: torch.Tensor | None  # A (N, C)
-    state: torch.Tensor | None  # Backend.gate_state; None where it lies with the planes
-    mean: torch.Tensor | None  # (H,), running; None where they are of the batch, and in state
+    mean: torch.Tensor | None  # (H,), running; None where they are of the batch, and in bits
     var: torch.Tensor | None
 
 
-_NOTHING_KEPT = Kept(None, None, None, None, None)
+NOTHING_KEPT = Kept(None, None, None, None)
 
 
 class Want(NamedTuple):
@@ -84,6 +83,12 @@ class Step(NamedTuple):
     @property
     def sums(self) -> torch.dtype:
         return accumulate_dtype(self.dtype)
+
+    @property
+    def state(self) -> int:
+        """Numbers in the gate's state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,)."""
+        gate = self.gate
+        return self.layout.n * (gate.hidden + gate.outputs) + (2 * gate.hidden if gate.batch_stats else 0)
 
 
 # ---- cost and plan ---------------------------------------------------------------------------------------------------
@@ -202,38 +207,18 @@ class Backend:
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
         """y, tau where step.want.tau, and what a backward pass needs where step.keep (else nothing)."""
-        layout, gate = step.layout, step.gate
-        y = self.like(x, layout) if out is None else out
-        tau = None
-        if step.want.tau:
-            tau = self.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c)
-        kept = _NOTHING_KEPT
-        if step.keep:
-            mean, var = (None, None) if gate.batch_stats else (parts.mean, parts.var)
-            pooled, state = self.sums(layout, step.dtype, step.device), self.gate_state(step)
-            kept = Kept(self.planes(3, layout, step.device), pooled, state, mean, var)
-        self.gated_forward_into(y, tau, kept, step, x, parts, residual)
-        return y, tau, kept
+        raise NotImplementedError
 
     def gated_backward(
         self, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None,
         want: tuple[bool, ...],
     ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
         """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted."""
-        layout = step.layout
-        dx = self.empty(layout.shape, layout.strides, step.dtype, step.device) if want[0] else None
-        tau_grad = None if tau_grad is None else tau_grad.contiguous()
-        return dx, *self.gated_backward_into(dx, step, parts, kept, g, tau_grad, want[1:])
+        raise NotImplementedError
 
     def unpacked(self, step: Step, kept: Kept) -> Kept:
         """kept with its planes as layout.thresholded has them, for differentiable code over them."""
         return kept
-
-    def gate_state(self, step: Step) -> torch.Tensor:
-        """One tensor for u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other."""
-        gate = step.gate
-        size = step.layout.n * (gate.hidden + gate.outputs) + (2 * gate.hidden if gate.batch_stats else 0)
-        return self.empty((size,), (1,), step.sums, step.device)
 
     # ---- fresh memory
 
@@ -256,13 +241,6 @@ class Backend:
         raise NotImplementedError
 
     def grad_into(self, dx, dtau, layout, dtype, planes, g, dA, rule) -> None:
-        raise NotImplementedError
-
-    def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:
-        raise NotImplementedError
-
-    def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want) -> tuple:
-        """The gradients of w1, b1, gamma, beta, w2, b2; want: which."""
         raise NotImplementedError
 
     # ---- their costs (cost.py), for tensors of these strides

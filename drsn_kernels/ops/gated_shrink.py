@@ -8,10 +8,13 @@ Kept for it: the three bit planes, A, u, alpha, and the statistics that normalis
 although no caller sees it: a second derivative reaches x through A, and an output is a tensor that autograd follows.
 """
 
+from typing import NamedTuple
+
 import torch
 
+from .. import backends, gates, recording
 from ..backends.eager import eager
-from ..backends.step import Kept
+from ..backends.step import Backend, Kept, Step
 from ..gates import StandardGate
 from ..layout import thresholded
 from ..reference import threshold
@@ -39,8 +42,8 @@ class GatedShrink(torch.autograd.Function):
         residual_grad, want = g if want_residual else None, (want_x, *want_parameters)
         if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
             return None, residual_grad, *[None] * 10
-        bits, pooled, state, mean, var, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
-        kept, step = Kept(bits, pooled, state, mean, var), ctx.step
+        bits, pooled, mean, var, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
+        kept, step = Kept(bits, pooled, mean, var), ctx.step
         gate = step.gate
         parts = StandardGate(w1, b1, gamma, beta, w2, b2, mean, var, None, gate.eps, 0.0, gate.batch_stats)
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
@@ -53,7 +56,86 @@ class GatedShrink(torch.autograd.Function):
         return dx, residual_grad, *grads, None, None, None, None
 
 
-apply_gated = direct_apply(GatedShrink)
+_apply = direct_apply(GatedShrink)
+
+
+def run_gated(
+    x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate, step: Step, backend: Backend, gate, overwrite: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, tau or None), gate and step computed together."""
+    told = recording.active
+    if told is not None:
+        told(step, x, backend, gate=gate)
+    if step.keep:
+        y, _, *tau = _apply(x, residual, *parts[:6], parts, step, backend, overwrite)
+        tau = tau[0] if tau else None
+    else:
+        out = x if overwrite else None
+        y, tau, _ = backend.gated_forward(step, x, parts, residual=residual, out=out)
+        if overwrite:
+            overwritten(x)
+    if parts.batch_stats:
+        overwritten(parts.mean, parts.var, parts.batches)
+    return y, tau
+
+
+def overwritten(*tensors: torch.Tensor) -> None:
+    """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+# ---- calls that have been checked ------------------------------------------------------------------------------------
+
+
+class Checked(NamedTuple):
+    """What came of the checks of a call: all that is like it needs none."""
+
+    step: Step
+    backend: Backend
+    guard: "gates.TensorGuards"  # of x, the residual and the gate's tensors
+
+
+_checked: dict[tuple, Checked] = {}
+
+
+def look_up(
+    x: torch.Tensor, residual: torch.Tensor | None, gate, average: str | None, return_tau: bool
+) -> tuple[tuple | None, Checked | None, StandardGate | None]:  # fmt: skip
+    """The key of a call with soft thresholds and not in place, what is known of such calls, and the gate's parts.
+
+    All that the checks look at is read anew: the gate by gates.read, numbers and geometry by the key, and tensors by the
+    guard, of which the key has enough that calls in turn do not drive each other out.
+    """
+    read = gates.read(gate)
+    if read.__class__ is str:
+        return None, None, None
+    parts, norm = read
+    try:
+        key = (
+            x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), average, return_tau,
+            parts[0].shape, parts[0].requires_grad, parts[9:], norm, backends.choice.backend,
+            None if residual is None else (residual.stride(), residual.requires_grad),
+        )  # fmt: skip
+        known = _checked.get(key)
+    except (RuntimeError, TypeError):  # a sparse or nested tensor has no strides, a list no hash: the checks say so
+        return None, None, None
+    if known is not None:
+        tensors = gates.tensors_of(parts, norm)
+        if known.guard.check(x, *tensors) if residual is None else known.guard.check(x, residual, *tensors):
+            return key, known, parts
+    return key, None, parts
+
+
+def remember(
+    key: tuple, step: Step, backend: Backend, x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate
+) -> None:
+    """Calls like this one need no checks."""
+    if gates.TensorGuards is None:
+        return
+    if len(_checked) >= 4096:
+        _checked.clear()
+    tensors = (t for t in (x, residual, *parts[:9]) if t is not None)
+    _checked[key] = Checked(step, backend, gates.guard_of(*tensors))
 
 
 def _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want):

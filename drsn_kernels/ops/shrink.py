@@ -38,7 +38,7 @@ from .dispatch import (
     not_eager,
     will_run,
 )  # fmt: skip
-from .gated_shrink import apply_gated
+from .gated_shrink import look_up, overwritten, remember, run_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 
@@ -218,6 +218,12 @@ def shrink(
         tau = alpha * {"channel": A, "sample": A.mean(1, keepdim=True), None: 1}[average]
         y = x.sign() * (x.abs() - tau.view(*tau.shape, 1, ...)).relu() + residual
     """
+    why, key = not_eager(x, residual), None
+    if why is None and not inplace and threshold == "soft" and type(slope) is float and slope == 0:
+        key, known, parts = look_up(x, residual, gate, average, return_tau)
+        if known is not None:
+            y, tau = run_gated(x, residual, parts, known.step, known.backend, gate, False)
+            return (y, tau) if return_tau else y
     checks.features(x, rank=3)
     checks.average(average)
     rule = checks.rule(threshold, slope)
@@ -229,7 +235,6 @@ def shrink(
         if residual is not None and residual is not x and _share_memory(x, residual):
             residual = residual.clone()  # x would be overwritten before it is added
 
-    why = not_eager(x, residual)
     if why is not None or not x.numel():
         recording.elsewhere("shrink", x, why, gate=gate)
         pooled = traced_abs_mean(x, keep=False)
@@ -249,7 +254,9 @@ def shrink(
             fused = None  # added afterwards: its gradient is g, for which nothing need be kept
         gate_shape = GateShape.of(parts)
         step = _step(x, average, rule, gate_shape.outputs, gate_shape, fused, keep, return_tau)
-        y, tau = _gated(x, step, parts, backend, gate, fused, overwrite)
+        if key is not None and fused is residual:
+            remember(key, step, backend, x, residual, parts)
+        y, tau = run_gated(x, fused, parts, step, backend, gate, overwrite)
         return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
     layout, pool, handle = layout_of(x), None, x
     if grads and x.requires_grad:
@@ -276,7 +283,8 @@ def shrink(
     else:
         tau = reference.threshold(alpha, pooled, average)
         y, _ = backend.map(x, layout, tau, rule=rule, residual=fused, out=x if overwrite else None)
-        _overwritten(x if overwrite else None)
+        if overwrite:
+            overwritten(x)
         if return_tau and average is None:
             tau = tau.clone()  # the gate's own tensor otherwise
     return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
@@ -288,13 +296,6 @@ def _finish(x, y, tau, residual, overwrite, by_copy, return_tau):
     if by_copy:
         y = x.copy_(y)
     return (y, tau) if return_tau else y
-
-
-def _overwritten(*tensors: torch.Tensor | None) -> None:
-    """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
-    for t in tensors:
-        if t is not None and not t.is_inference():
-            torch.autograd.graph.increment_version(t)
 
 
 def _fusable(gate, x: torch.Tensor, backend: Backend) -> StandardGate | str:
@@ -322,23 +323,6 @@ def _step(x, average, rule, outputs, gate, residual, keep, return_tau) -> Step:
             Want(x=wants, tau=return_tau),
         )  # fmt: skip
     return step
-
-
-def _gated(x, step: Step, parts: StandardGate, backend: Backend, gate, residual, overwrite):
-    """(y, tau or None), gate and step computed together."""
-    told = recording.active
-    if told is not None:
-        told(step, x, backend, gate=gate)
-    if step.keep:
-        y, _, *tau = apply_gated(x, residual, *parts.parameters, parts, step, backend, overwrite)
-        tau = tau[0] if tau else None
-    else:
-        out = x if overwrite else None
-        y, tau, _ = backend.gated_forward(step, x, parts, residual=residual, out=out)
-        _overwritten(out)
-    if parts.batch_stats:
-        _overwritten(parts.mean, parts.var, parts.batches)
-    return y, tau
 
 
 def _compose(x, pooled, alpha, average, residual, inplace, return_tau, rule):

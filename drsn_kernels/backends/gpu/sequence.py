@@ -24,7 +24,7 @@ import torch
 from ...gates import StandardGate
 from ...reference import SOFT
 from .. import cost
-from ..step import Backend, Cost, Kept, Plan, Step
+from ..step import NOTHING_KEPT, Backend, Cost, Kept, Plan, Step
 from . import gate, gate_grad, one_pass, plans, stream
 from .gate import Sizes
 from .launch import Pass, Prepared, Room, multiprocessors, tile_values
@@ -118,10 +118,10 @@ class Keeping(NamedTuple):
     @classmethod
     def of(cls, step: Step, room: Room) -> "Keeping":
         """The planes, int32 (3, words), come first; where nothing is kept there are none."""
-        layout, (hidden, outputs, _, batch_stats, *_) = step.layout, step.gate
+        layout = step.layout
         planes = room.take_bytes(3 * layout.words * 4 if step.keep else 0)
         pooled = room.take(layout.n * layout.c)
-        return cls(room, planes, pooled, room.take(layout.n * (hidden + outputs) + 2 * hidden * batch_stats))
+        return cls(room, planes, pooled, room.take(step.state))
 
 
 def unpacked(step: Step, kept: Kept) -> Kept:
@@ -255,10 +255,10 @@ def forward(
     kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
     ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
     if kept is None:
-        return y, tau, Kept(None, None, None, None, None)
+        return y, tau, NOTHING_KEPT
     pooled = kept.as_strided((layout.n, layout.c), (layout.c, 1), ahead.keeping.pooled.start)
     mean, var = (None, None) if step.gate.batch_stats else (parts.mean, parts.var)
-    return y, tau, Kept(kept.view(torch.int32), pooled, None, mean, var)
+    return y, tau, Kept(kept.view(torch.int32), pooled, mean, var)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""The shrinkage step with the standard gate on the cpu backend: prepared for a step, then called with tensors only.
+
+A pass forward allocates y, A, which is an output of its autograd node, and `kept`, which holds all else that a backward
+pass needs: the gate's state, then the bit planes. Where nothing is kept, A and the state are the extension's own.
+"""
+
+import functools
+
+import torch
+
+from ..gates import StandardGate
+from ..layout import Layout
+from .cpu_extension import _cpu
+from .cpu_memory import _INNER_BYTES, _OUTPUT_BYTES, DTYPES, _empty
+from .cpu_plan import batch_plan
+from .step import NOTHING_KEPT, Kept, Step
+
+_AVERAGES = {"channel": 0, "sample": 1, None: 2}  # Average in csrc/common/args.h
+
+
+@functools.lru_cache(maxsize=4096)
+def walk(layout: Layout, dtype: torch.dtype):
+    """The kernels for tensors of this layout and dtype, which parse them once."""
+    return _cpu.Walk(dtype=DTYPES[dtype], shape=layout.shape, strides=layout.strides)
+
+
+class Gated:
+    def __init__(self, step: Step):
+        layout, gate, item = step.layout, step.gate, step.sums.itemsize
+        self.step = step
+        self._gate = _cpu.Gate(
+            walk=walk(layout, step.dtype), average=_AVERAGES[step.average], hidden=gate.hidden, outputs=gate.outputs,
+            norm=gate.norm, batch_stats=gate.batch_stats, eps=gate.eps, momentum=gate.momentum,
+            block=batch_plan(step).block, keep=step.keep,
+        )  # fmt: skip
+        self._kept = kept_numbers(step)
+        self._tau_columns = 1 if step.one_tau else layout.c
+        # all tensors of a pass are below what is kept mapped: torch's own allocation is 1 us less than `_empty`
+        largest = max(self._kept * item, gate.hidden * max(layout.c, gate.outputs) * item)
+        self._small = layout.numel * step.dtype.itemsize < _OUTPUT_BYTES and largest < _INNER_BYTES
+
+    def _like(self, x: torch.Tensor) -> torch.Tensor:
+        layout = self.step.layout
+        if self._small and x.stride() == layout.strides:
+            return torch.empty_like(x)
+        return _empty(layout.shape, layout.strides, self.step.dtype, x.device)
+
+    def _sums(self, columns: int, w1: torch.Tensor) -> torch.Tensor:
+        """(N, columns) in w1's dtype, that of sums."""
+        n = self.step.layout.n
+        return w1.new_empty(n, columns) if self._small else _empty((n, columns), (columns, 1), w1.dtype, w1.device)
+
+    def forward(
+        self, x: torch.Tensor, parts: StandardGate, residual: torch.Tensor | None, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:
+        """y, tau where it is wanted, and Kept: its bits are all of `kept`."""
+        step = self.step
+        w1, b1, gamma, beta, w2, b2, mean, var, batches, *_ = parts
+        y = self._like(x) if out is None else out
+        tau = self._sums(self._tau_columns, w1) if step.want.tau else None
+        pooled = bits = None
+        if step.keep:
+            pooled = self._sums(step.layout.c, w1)
+            bits = w1.new_empty(self._kept) if self._small else _empty((self._kept,), (1,), w1.dtype, w1.device)
+        self._gate.forward(x, y, residual, tau, pooled, bits, w1, b1, gamma, beta, w2, b2, mean, var, batches)
+        if bits is None:
+            return y, tau, NOTHING_KEPT
+        if step.gate.batch_stats:
+            mean = var = None
+        return y, tau, Kept(bits, pooled, mean, var)
+
+    def backward(
+        self, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None, want: tuple[bool, ...]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: those that are wanted.
+
+        Each gradient is a tensor of its own: six views of one take longer than six allocations.
+        """
+        w1, b1, gamma, beta, w2, b2, *_ = parts
+        dx = self._like(g) if want[0] else None
+        grads = self._gradients(parts[:6], want)
+        bits, pooled, mean, var = kept
+        tau_grad = None if tau_grad is None else tau_grad.contiguous()
+        self._gate.backward(g, dx, tau_grad, pooled, bits, w1, gamma, beta, w2, mean, var, *grads)
+        return dx, *grads
+
+    def _gradients(self, parameters, want):
+        small = self._small
+        return [
+            None if p is None or not wanted
+            else torch.empty_like(p) if small
+            else _empty(tuple(p.shape), p.stride(), p.dtype, p.device)
+            for p, wanted in zip(parameters, want[1:], strict=True)
+        ]  # fmt: skip
+
+
+prepared = functools.lru_cache(maxsize=4096)(Gated)
+
+
+def kept_numbers(step: Step) -> int:
+    """Of `kept`, in the dtype of sums: the state, and behind it the planes kept, sign and nonzero."""
+    return step.state + -(-3 * step.layout.words * 4 // step.sums.itemsize)
+
+
+def unpacked(step: Step, kept: Kept) -> Kept:
+    """With the planes as int32 (3, words), for those who read them without these kernels."""
+    words, start = step.layout.words, step.state * step.sums.itemsize // 4
+    return kept._replace(bits=kept.bits.view(torch.int32)[start : start + 3 * words].view(3, words))
