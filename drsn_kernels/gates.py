@@ -76,13 +76,13 @@ def looks_standard(gate) -> bool:
     return any(len(children) == len(types) and all(map(isinstance, children, types)) for types in STRUCTURES)
 
 
-def standard_gate(gate, x: torch.Tensor) -> StandardGate | str:
-    """The parts of a standard gate for x (N, C, ...), or why its modules must be called.
+def standard_gate(gate, x: torch.Tensor, found=None) -> StandardGate | str:
+    """The parts of a standard gate for x (N, C, ...), or why its modules must be called. found: read(gate).
 
     Asked at every call: hooks, children, parameters and a parameter's `.data` may change between any two of them, and
     nothing tells. So all is read anew: modules by plain attributes, tensors by the guard that an equal gate left here.
     """
-    found = read(gate)
+    found = read(gate) if found is None else found
     if isinstance(found, str):
         return found
     parts, norm = found

@@ -28,6 +28,7 @@ _NO_PLANES = Planes(None, None, None, None)
 class Cpu(Backend):
     name = "cpu"
     fuses_gates = True
+    own_from = _INNER_BYTES
     empty = staticmethod(_empty)
 
     def unsupported(self, x):
@@ -57,11 +58,6 @@ class Cpu(Backend):
             else "one thread, because torch before 2.10 does not offer its thread pool; a newer torch does"
         )
         return f"available: {_cpu.isa()} (of {', '.join(_cpu.available_isas())}), {threads}"
-
-    def like(self, x, layout):
-        if x.nbytes < _INNER_BYTES and x.stride() == layout.strides:
-            return torch.empty_like(x)  # 1 us less than `empty`
-        return _empty(layout.shape, layout.strides, x.dtype, x.device)
 
     # ---- kernels
 

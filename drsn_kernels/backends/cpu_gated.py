@@ -78,20 +78,18 @@ class Gated:
         """
         w1, b1, gamma, beta, w2, b2, *_ = parts
         dx = self._like(g) if want[0] else None
-        grads = self._gradients(parts[:6], want)
+        new = torch.empty_like if self._small else _empty_like
+        grads = [
+            new(p) if wanted and p is not None else None for p, wanted in zip(parts[:6], want[1:], strict=True)
+        ]  # fmt: skip
         bits, pooled, mean, var = kept
         tau_grad = None if tau_grad is None else tau_grad.contiguous()
         self._gate.backward(g, dx, tau_grad, pooled, bits, w1, gamma, beta, w2, mean, var, *grads)
         return dx, *grads
 
-    def _gradients(self, parameters, want):
-        small = self._small
-        return [
-            None if p is None or not wanted
-            else torch.empty_like(p) if small
-            else _empty(tuple(p.shape), p.stride(), p.dtype, p.device)
-            for p, wanted in zip(parameters, want[1:], strict=True)
-        ]  # fmt: skip
+
+def _empty_like(p: torch.Tensor) -> torch.Tensor:
+    return _empty(tuple(p.shape), p.stride(), p.dtype, p.device)
 
 
 prepared = functools.lru_cache(maxsize=4096)(Gated)

@@ -38,8 +38,8 @@ class GatedShrink(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, pooled_grad=None, tau_grad=None):
-        want_x, want_residual, *want_parameters = ctx.needs_input_grad[:8]
-        residual_grad, want = g if want_residual else None, (want_x, *want_parameters)
+        needed = ctx.needs_input_grad
+        residual_grad, want = g if needed[1] else None, needed[:1] + needed[2:8]
         if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
             return None, residual_grad, *[None] * 10
         bits, pooled, mean, var, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
@@ -47,16 +47,17 @@ class GatedShrink(torch.autograd.Function):
         gate = step.gate
         parts = StandardGate(w1, b1, gamma, beta, w2, b2, mean, var, None, gate.eps, 0.0, gate.batch_stats)
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
-            dx, *grads = ctx.backend.gated_backward(step, parts, kept, g, tau_grad, want)
+            grads = ctx.backend.gated_backward(step, parts, kept, g, tau_grad, want)
         else:
             kept = ctx.backend.unpacked(step, kept)
-            dx, *grads = _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want)
-        if not all(want_parameters):
-            grads = [grad if wanted else None for grad, wanted in zip(grads, want_parameters, strict=True)]
-        return dx, residual_grad, *grads, None, None, None, None
+            grads = _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want)
+        if not all(want):
+            grads = [grad if wanted else None for grad, wanted in zip(grads, want, strict=True)]
+        return grads[0], residual_grad, *grads[1:], None, None, None, None
 
 
 _apply = direct_apply(GatedShrink)
+_increment_version = torch.autograd.graph.increment_version
 
 
 def run_gated(
@@ -67,8 +68,8 @@ def run_gated(
     if told is not None:
         told(step, x, backend, gate=gate)
     if step.keep:
-        y, _, *tau = _apply(x, residual, *parts[:6], parts, step, backend, overwrite)
-        tau = tau[0] if tau else None
+        out = _apply(x, residual, *parts[:6], parts, step, backend, overwrite)
+        y, tau = out[0], out[2] if step.want.tau else None
     else:
         out = x if overwrite else None
         y, tau, _ = backend.gated_forward(step, x, parts, residual=residual, out=out)
@@ -81,7 +82,9 @@ def run_gated(
 
 def overwritten(*tensors: torch.Tensor) -> None:
     """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    for t in tensors:
+        if not t.is_inference():
+            _increment_version(t)
 
 
 # ---- calls that have been checked ------------------------------------------------------------------------------------
@@ -99,17 +102,14 @@ _checked: dict[tuple, Checked] = {}
 
 
 def look_up(
-    x: torch.Tensor, residual: torch.Tensor | None, gate, average: str | None, return_tau: bool
-) -> tuple[tuple | None, Checked | None, StandardGate | None]:  # fmt: skip
-    """The key of a call with soft thresholds and not in place, what is known of such calls, and the gate's parts.
+    x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate, norm: gates.Norm | None, average: str | None,
+    return_tau: bool,
+) -> tuple[tuple | None, Checked | None]:  # fmt: skip
+    """The key of a call with soft thresholds and not in place, and what is known of such calls. parts, norm: as just read.
 
-    All that the checks look at is read anew: the gate by gates.read, numbers and geometry by the key, and tensors by the
-    guard, of which the key has enough that calls in turn do not drive each other out.
+    All that the checks look at is looked at anew: numbers and geometry are in the key, tensors are compared by the guard.
+    Of these the key has as much as keeps models that take turns from driving each other out.
     """
-    read = gates.read(gate)
-    if read.__class__ is str:
-        return None, None, None
-    parts, norm = read
     try:
         key = (
             x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), average, return_tau,
@@ -118,12 +118,12 @@ def look_up(
         )  # fmt: skip
         known = _checked.get(key)
     except (RuntimeError, TypeError):  # a sparse or nested tensor has no strides, a list no hash: the checks say so
-        return None, None, None
+        return None, None
     if known is not None:
         tensors = gates.tensors_of(parts, norm)
         if known.guard.check(x, *tensors) if residual is None else known.guard.check(x, residual, *tensors):
-            return key, known, parts
-    return key, None, parts
+            return key, known
+    return key, None
 
 
 def remember(

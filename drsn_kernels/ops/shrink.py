@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 
-from .. import backends, recording, reference
+from .. import backends, gates, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Backend, GateShape, Step, Want
-from ..gates import StandardGate, standard_gate
+from ..gates import StandardGate
 from ..layout import Planes, layout_of, thresholded
 from ..reference import SOFT, Rule
 from . import checks
@@ -218,12 +218,14 @@ def shrink(
         tau = alpha * {"channel": A, "sample": A.mean(1, keepdim=True), None: 1}[average]
         y = x.sign() * (x.abs() - tau.view(*tau.shape, 1, ...)).relu() + residual
     """
-    why, key = not_eager(x, residual), None
+    why, read, key = not_eager(x, residual), None, None
     if why is None and not inplace and threshold == "soft" and type(slope) is float and slope == 0:
-        key, known, parts = look_up(x, residual, gate, average, return_tau)
-        if known is not None:
-            y, tau = run_gated(x, residual, parts, known.step, known.backend, gate, False)
-            return (y, tau) if return_tau else y
+        read = gates.read(gate)
+        if read.__class__ is tuple:
+            key, known = look_up(x, residual, *read, average, return_tau)
+            if known is not None:
+                y, tau = run_gated(x, residual, read[0], known.step, known.backend, gate, False)
+                return (y, tau) if return_tau else y
     checks.features(x, rank=3)
     checks.average(average)
     rule = checks.rule(threshold, slope)
@@ -247,7 +249,7 @@ def shrink(
     # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
     by_copy = inplace and grads and x._is_view()
     overwrite = inplace and not by_copy
-    parts = _fusable(gate, x, backend) if rule == SOFT else "the fused gate has soft thresholds only"
+    parts = _fusable(gate, x, backend, read) if rule == SOFT else "the fused gate has soft thresholds only"
     if not isinstance(parts, str):
         keep = grads and (x.requires_grad or _any_requires_grad(*parts[:6]))
         if fused is not None and fused.requires_grad and grads and not keep:
@@ -298,11 +300,11 @@ def _finish(x, y, tau, residual, overwrite, by_copy, return_tau):
     return (y, tau) if return_tau else y
 
 
-def _fusable(gate, x: torch.Tensor, backend: Backend) -> StandardGate | str:
-    """The parts of a standard gate that this backend computes itself, or why the gate is called."""
+def _fusable(gate, x: torch.Tensor, backend: Backend, read) -> StandardGate | str:
+    """The parts of a standard gate that this backend computes itself, or why the gate is called. read: gates.read's."""
     if not backend.fuses_gates:
         return f"the {backend.name} backend calls every gate"
-    parts = standard_gate(gate, x)
+    parts = gates.standard_gate(gate, x, read)
     return parts if isinstance(parts, str) else backend.gate_unsupported(x, parts) or parts
 
 

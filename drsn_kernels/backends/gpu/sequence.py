@@ -251,7 +251,7 @@ def forward(
     layout = step.layout
     y = torch.empty_like(x) if out is None else out  # with the layout's strides
     ahead = prepare_forward(step, y.stride())
-    tau = backend.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c) if step.want.tau else None
+    tau = backend.sums(x, layout, 1 if step.one_tau else layout.c) if step.want.tau else None
     kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
     ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
     if kept is None:
