@@ -81,14 +81,8 @@ class Cpu(Backend):
 
     # ---- the standard gate, computed together with the step
 
-    def gated_forward(self, step, x, parts, *, residual=None, out=None):
-        return cpu_gated.prepared(step).forward(x, parts, residual, out)
-
-    def gated_backward(self, step, parts, kept, g, tau_grad, want):
-        return cpu_gated.prepared(step).backward(parts, kept, g, tau_grad, want)
-
-    def unpacked(self, step, kept):
-        return cpu_gated.unpacked(step, kept)
+    def gated(self, step):
+        return cpu_gated.prepared(self, step)
 
     # ---- costs and plans: bytes of tensors; what the extension allocates for the gate is not in
 

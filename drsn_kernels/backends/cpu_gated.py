@@ -8,12 +8,12 @@ import functools
 
 import torch
 
-from ..gates import StandardGate
 from ..layout import Layout
+from . import step as steps
 from .cpu_extension import _cpu
 from .cpu_memory import _INNER_BYTES, _OUTPUT_BYTES, DTYPES, _empty
 from .cpu_plan import batch_plan
-from .step import NOTHING_KEPT, Kept, Step
+from .step import NOTHING_KEPT, Backend, Kept, Step
 
 _AVERAGES = {"channel": 0, "sample": 1, None: 2}  # Average in csrc/common/args.h
 
@@ -24,19 +24,20 @@ def walk(layout: Layout, dtype: torch.dtype):
     return _cpu.Walk(dtype=DTYPES[dtype], shape=layout.shape, strides=layout.strides)
 
 
-class Gated:
-    def __init__(self, step: Step):
+class Gated(steps.Gated):
+    def __init__(self, backend: Backend, step: Step):
+        super().__init__(backend, step)
         layout, gate, item = step.layout, step.gate, step.sums.itemsize
-        self.step = step
         self._gate = _cpu.Gate(
             walk=walk(layout, step.dtype), average=_AVERAGES[step.average], hidden=gate.hidden, outputs=gate.outputs,
             norm=gate.norm, batch_stats=gate.batch_stats, eps=gate.eps, momentum=gate.momentum,
             block=batch_plan(step).block, keep=step.keep,
         )  # fmt: skip
-        self._kept = kept_numbers(step)
+        # `kept` in the dtype of sums: the state, and behind it the planes kept, sign and nonzero
+        self._kept = step.state + -(-3 * layout.words * 4 // item)
         self._tau_columns = 1 if step.one_tau else layout.c
-        # all tensors of a pass are below what is kept mapped: torch's own allocation is 1 us less than `_empty`
-        largest = max(self._kept * item, gate.hidden * max(layout.c, gate.outputs) * item)
+        # where none of a pass's tensors is so large that its memory is kept mapped, torch makes them sooner than _empty
+        largest = max(self._kept, layout.n * layout.c, gate.hidden * max(layout.c, gate.outputs)) * item
         self._small = layout.numel * step.dtype.itemsize < _OUTPUT_BYTES and largest < _INNER_BYTES
 
     def _like(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,10 +51,7 @@ class Gated:
         n = self.step.layout.n
         return w1.new_empty(n, columns) if self._small else _empty((n, columns), (columns, 1), w1.dtype, w1.device)
 
-    def forward(
-        self, x: torch.Tensor, parts: StandardGate, residual: torch.Tensor | None, out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:
-        """y, tau where it is wanted, and Kept: its bits are all of `kept`."""
+    def forward(self, x, parts, residual=None, out=None):
         step = self.step
         w1, b1, gamma, beta, w2, b2, mean, var, batches, *_ = parts
         y = self._like(x) if out is None else out
@@ -69,23 +67,20 @@ class Gated:
             mean = var = None
         return y, tau, Kept(bits, pooled, mean, var)
 
-    def backward(
-        self, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None, want: tuple[bool, ...]
-    ) -> tuple[torch.Tensor | None, ...]:
-        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: those that are wanted.
-
-        Each gradient is a tensor of its own: six views of one take longer than six allocations.
-        """
-        w1, b1, gamma, beta, w2, b2, *_ = parts
+    def backward(self, saved, g, tau_grad, want):
+        """Each gradient is a tensor of its own: six views of one tensor would take longer."""
+        bits, pooled, mean, var, w1, _, gamma, beta, w2, _ = saved
         dx = self._like(g) if want[0] else None
         new = torch.empty_like if self._small else _empty_like
-        grads = [
-            new(p) if wanted and p is not None else None for p, wanted in zip(parts[:6], want[1:], strict=True)
-        ]  # fmt: skip
-        bits, pooled, mean, var = kept
+        wanted = zip(saved[4:], want[1:], strict=True)
+        grads = [new(p) if wants and p is not None else None for p, wants in wanted]
         tau_grad = None if tau_grad is None else tau_grad.contiguous()
         self._gate.backward(g, dx, tau_grad, pooled, bits, w1, gamma, beta, w2, mean, var, *grads)
         return dx, *grads
+
+    def unpacked(self, kept):
+        words, start = self.step.layout.words, self.step.state * self.step.sums.itemsize // 4
+        return kept._replace(bits=kept.bits.view(torch.int32)[start : start + 3 * words].view(3, words))
 
 
 def _empty_like(p: torch.Tensor) -> torch.Tensor:
@@ -93,14 +88,3 @@ def _empty_like(p: torch.Tensor) -> torch.Tensor:
 
 
 prepared = functools.lru_cache(maxsize=4096)(Gated)
-
-
-def kept_numbers(step: Step) -> int:
-    """Of `kept`, in the dtype of sums: the state, and behind it the planes kept, sign and nonzero."""
-    return step.state + -(-3 * step.layout.words * 4 // step.sums.itemsize)
-
-
-def unpacked(step: Step, kept: Kept) -> Kept:
-    """With the planes as int32 (3, words), for those who read them without these kernels."""
-    words, start = step.layout.words, step.state * step.sums.itemsize // 4
-    return kept._replace(bits=kept.bits.view(torch.int32)[start : start + 3 * words].view(3, words))

@@ -43,7 +43,7 @@ class GateShape(NamedTuple):
 class Kept(NamedTuple):
     """What a backward pass of a fused gate needs: 3 bits an element, and tensors of the gate's size."""
 
-    bits: torch.Tensor | None  # planes and the gate's state; Backend.unpacked makes layout.thresholded's of them
+    bits: torch.Tensor | None  # planes and the gate's state; Gated.unpacked makes layout.thresholded's of them
     pooled: torch.Tensor | None  # A (N, C)
     mean: torch.Tensor | None  # (H,), running; None where they are of the batch, and in bits
     var: torch.Tensor | None
@@ -133,6 +133,31 @@ class Plan:
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
+class Gated:
+    """The step with the standard gate on a backend: all that does not depend on tensors is worked out once."""
+
+    def __init__(self, backend: "Backend", step: Step):
+        self.backend, self.step = backend, step
+
+    def forward(
+        self, x: torch.Tensor, parts: StandardGate, residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
+        """y, tau where step.want.tau, and what a backward pass needs where step.keep (else nothing)."""
+        raise NotImplementedError
+
+    def backward(
+        self, saved: tuple[torch.Tensor | None, ...], g: torch.Tensor, tau_grad: torch.Tensor | None,
+        want: tuple[bool, ...],
+    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted. saved: Kept, and these."""
+        raise NotImplementedError
+
+    def unpacked(self, kept: Kept) -> Kept:
+        """kept with its planes as layout.thresholded has them, for differentiable code over them."""
+        raise NotImplementedError
+
+
 class Backend:
     """Who computes eager calls. A subclass has a name, the first two methods, the three kernels and their costs."""
 
@@ -207,23 +232,9 @@ class Backend:
         """Why this gate is called instead; None where it is fused."""
         return None if self.fuses_gates else f"the {self.name} backend calls every gate"
 
-    def gated_forward(
-        self, step: Step, x: torch.Tensor, parts: StandardGate, *, residual: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
-        """y, tau where step.want.tau, and what a backward pass needs where step.keep (else nothing)."""
+    def gated(self, step: Step) -> "Gated":
+        """The passes of a step with the standard gate, prepared."""
         raise NotImplementedError
-
-    def gated_backward(
-        self, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None,
-        want: tuple[bool, ...],
-    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted."""
-        raise NotImplementedError
-
-    def unpacked(self, step: Step, kept: Kept) -> Kept:
-        """kept with its planes as layout.thresholded has them, for differentiable code over them."""
-        return kept
 
     # ---- fresh memory
 

@@ -224,7 +224,7 @@ def shrink(
         if read.__class__ is tuple:
             key, known = look_up(x, residual, *read, average, return_tau)
             if known is not None:
-                y, tau = run_gated(x, residual, read[0], known.step, known.backend, gate, False)
+                y, tau = run_gated(x, residual, read[0], known.gated, gate, False)
                 return (y, tau) if return_tau else y
     checks.features(x, rank=3)
     checks.average(average)
@@ -256,9 +256,10 @@ def shrink(
             fused = None  # added afterwards: its gradient is g, for which nothing need be kept
         gate_shape = GateShape.of(parts)
         step = _step(x, average, rule, gate_shape.outputs, gate_shape, fused, keep, return_tau)
+        gated = backend.gated(step)
         if key is not None and fused is residual:
-            remember(key, step, backend, x, residual, parts)
-        y, tau = run_gated(x, fused, parts, step, backend, gate, overwrite)
+            remember(key, gated, x, residual, parts)
+        y, tau = run_gated(x, fused, parts, gated, gate, overwrite)
         return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
     layout, pool, handle = layout_of(x), None, x
     if grads and x.requires_grad:
