@@ -145,7 +145,7 @@ def _read(gate) -> tuple[StandardGate, Norm | None] | str:
     return parts, (own["track_running_stats"], own["num_features"])
 
 
-# The same by the extension, a sixth of the time; None where it finds anything unusual, and Python says what.
+# The same by the extension in half the time; None where it finds anything unusual, and Python says what.
 _reader = GateReader and GateReader(
     sequential=nn.Sequential, structures=STRUCTURES, global_hooks=_GLOBAL_HOOKS, parts=StandardGate
 )
@@ -196,7 +196,7 @@ def _unfit(parts: StandardGate, tensors: tuple, norm: tuple | None, x: torch.Ten
 
 
 def guard_of(*tensors: torch.Tensor) -> "TensorGuards":
-    """Whose check() says of others whether they are like these: type, dtype, device, sizes, strides and more, in C++."""
+    """Whose check() says whether others are like these: type, dtype, device, sizes, strides and more, in C++."""
     return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 

@@ -14,7 +14,7 @@ from drsn_kernels import layout as layouts
 from drsn_kernels.backends import gpu
 from drsn_kernels.backends.eager import eager
 from drsn_kernels.backends.gpu.backend import Gpu
-from drsn_kernels.backends.step import GateShape, Step, Want
+from drsn_kernels.backends.step import GateShape, Step, Want, checked
 from drsn_kernels.gates import standard_gate
 from drsn_kernels.layout import Planes
 from drsn_kernels.reference import SOFT, Rule, threshold
@@ -313,6 +313,14 @@ def test_one_pass_walks_large_samples_where_they_would_have_a_multiprocessor_eac
     with plans.using(CROWDED_BYTES=1 << 30):
         assert taken(512) == whole
     assert taken(512) == small_tiles
+
+
+def test_calls_are_checked_anew_for_other_constants():
+    checked["a call"] = None
+    with plans.using(THREAD=32):
+        assert not checked
+        checked["another"] = None
+    assert not checked
 
 
 def test_a_called_gate_is_planned_by_its_streams():

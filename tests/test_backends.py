@@ -294,3 +294,28 @@ def test_arguments_of_the_extension_that_do_not_fit(arguments, error, message):
         walk.reduce(**arguments)
     with pytest.raises(TypeError, match="keyword arguments only"):
         walk.reduce(0)
+
+
+@native
+def test_arguments_of_a_gate_of_the_extension_that_do_not_fit():
+    walk, x = cpu._cpu.Walk(dtype=0, shape=(2, 2, 2), strides=(4, 2, 1)), torch.ones(2, 2, 2)
+    gate = cpu._cpu.Gate(
+        walk=walk, average=0, hidden=2, outputs=2, norm=False, batch_stats=False, eps=0.0, momentum=0.0, block=0,
+        keep=True,
+    )  # fmt: skip
+    assert gate.state_bytes == (2 * 2 + 2 * 2) * 4 and gate.kept_bytes == gate.state_bytes + 3 * walk.words * 4
+    for call, count in ((gate.forward, 15), (gate.backward, 17)):
+        with pytest.raises(TypeError, match=f"takes {count} positional arguments: "):
+            call(x)
+        with pytest.raises(TypeError, match="takes"):
+            call(*[x] * count, more=1)
+        with pytest.raises(ValueError, match=r"got one of shape \(2, 2, 2\) on meta"):
+            call(x.to("meta"), *[None] * (count - 1))
+        with pytest.raises(ValueError, match="a tensor of rank 3"):
+            call(x[0], *[None] * (count - 1))
+    with pytest.raises(TypeError, match="the cpu kernels need the argument y"):
+        gate.forward(x, *[None] * 14)
+    with pytest.raises(TypeError, match="the cpu kernels need the argument kept"):
+        gate.forward(x, x, None, None, torch.ones(2, 2), *[None] * 10)
+    with pytest.raises(TypeError, match="the cpu kernels need the argument g"):
+        gate.backward(*[None] * 17)

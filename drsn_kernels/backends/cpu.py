@@ -62,8 +62,11 @@ class Cpu(Backend):
     # ---- kernels
 
     def reduce_into(self, out, planes, x, layout, kind, times):
-        bits, _, sign, nonzero = planes or _NO_PLANES
-        walk(layout, x.dtype).reduce(kind=kind, x=x, times=times, out=out, planes=bits, sign=sign, nonzero=nonzero)
+        if planes is None:
+            walk(layout, x.dtype).reduce(kind=kind, x=x, times=times, out=out)
+        else:
+            bits, _, sign, nonzero = planes
+            walk(layout, x.dtype).reduce(kind=kind, x=x, out=out, planes=bits, sign=sign, nonzero=nonzero)
 
     def map_into(self, y, planes, x, layout, t, kind, rule, residual, shift):
         bits, kept, sign, nonzero = planes or _NO_PLANES

@@ -150,12 +150,16 @@ class Gated:
         self, saved: tuple[torch.Tensor | None, ...], g: torch.Tensor, tau_grad: torch.Tensor | None,
         want: tuple[bool, ...],
     ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted. saved: Kept, and these."""
+        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted. saved: Kept, and they."""
         raise NotImplementedError
 
     def unpacked(self, kept: Kept) -> Kept:
         """kept with its planes as layout.thresholded has them, for differentiable code over them."""
         raise NotImplementedError
+
+
+# What is known of calls that have been checked, by ops/gated_shrink.py. Emptied where a backend's limits change.
+checked: dict[tuple, Any] = {}
 
 
 class Backend:
@@ -240,11 +244,10 @@ class Backend:
 
     def sums(self, x: torch.Tensor, layout: Layout, columns: int | None = None) -> torch.Tensor:
         """(N, C), or (N, columns), in the dtype of sums, where x is."""
-        n, c = layout.n, layout.c if columns is None else columns
-        dtype = accumulate_dtype(x.dtype)
-        if x.dtype is dtype and n * c * 8 < self.own_from:
+        n, c, dtype = layout.n, layout.c if columns is None else columns, x.dtype
+        if dtype is torch.float32 and n * c * 4 < self.own_from:
             return x.new_empty(n, c)  # 0.5 us less
-        return self.empty((n, c), (c, 1), dtype, x.device)
+        return self.empty((n, c), (c, 1), accumulate_dtype(dtype), x.device)
 
     def planes(self, count: int, layout: Layout, device: torch.device) -> torch.Tensor:
         return self.empty((count, layout.words), (layout.words, 1), torch.int32, device)

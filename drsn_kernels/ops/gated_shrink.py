@@ -14,7 +14,7 @@ import torch
 
 from .. import backends, gates, recording
 from ..backends.eager import eager
-from ..backends.step import Gated, Kept
+from ..backends.step import Gated, Kept, checked
 from ..gates import StandardGate
 from ..layout import thresholded
 from ..reference import threshold
@@ -92,17 +92,15 @@ class Checked(NamedTuple):
     guard: "gates.TensorGuards"  # of x, the residual and the gate's tensors
 
 
-_checked: dict[tuple, Checked] = {}
-
-
 def look_up(
     x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate, norm: gates.Norm | None, average: str | None,
     return_tau: bool,
 ) -> tuple[tuple | None, Checked | None]:  # fmt: skip
-    """The key of a call with soft thresholds and not in place, and what is known of such calls. parts, norm: as just read.
+    """The key of a call with soft thresholds and not in place, and what is known of such calls.
 
-    All that the checks look at is looked at anew: numbers and geometry are in the key, tensors are compared by the guard.
-    Of these the key has as much as keeps models that take turns from driving each other out.
+    parts, norm: as gates.read has just found them. All that the checks look at is looked at anew: numbers and geometry
+    are in the key, tensors are compared by the guard. Of these the key has as much as keeps models that take turns from
+    driving each other out.
     """
     try:
         key = (
@@ -110,7 +108,7 @@ def look_up(
             parts[0].shape, parts[0].requires_grad, parts[9:], norm, backends.choice.backend,
             None if residual is None else (residual.stride(), residual.requires_grad),
         )  # fmt: skip
-        known = _checked.get(key)
+        known = checked.get(key)
     except (RuntimeError, TypeError):  # a sparse or nested tensor has no strides, a list no hash: the checks say so
         return None, None
     if known is not None:
@@ -124,12 +122,12 @@ def remember(
     key: tuple, gated: Gated, x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate
 ) -> None:  # fmt: skip
     """Calls like this one need no checks."""
-    if gates.TensorGuards is None:
+    tensors = [t for t in (x, residual, *parts[:9]) if t is not None]
+    if gates.TensorGuards is None or len({id(t) for t in tensors}) < len(tensors):  # a guard refuses a tensor twice
         return
-    if len(_checked) >= 4096:
-        _checked.clear()
-    tensors = (t for t in (x, residual, *parts[:9]) if t is not None)
-    _checked[key] = Checked(gated, gates.guard_of(*tensors))
+    if len(checked) >= 4096:
+        checked.clear()
+    checked[key] = Checked(gated, gates.guard_of(*tensors))
 
 
 def _differentiable(gated, saved, g, pooled_grad, tau_grad, want):
