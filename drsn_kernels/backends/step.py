@@ -150,7 +150,7 @@ class Gated:
         self, saved: tuple[torch.Tensor | None, ...], g: torch.Tensor, tau_grad: torch.Tensor | None,
         want: tuple[bool, ...],
     ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted. saved: Kept, and they."""
+        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those wanted. saved: Kept, and these."""
         raise NotImplementedError
 
     def unpacked(self, kept: Kept) -> Kept:
