@@ -33,8 +33,8 @@ class Gated(steps.Gated):
             norm=gate.norm, batch_stats=gate.batch_stats, eps=gate.eps, momentum=gate.momentum,
             block=batch_plan(step).block, keep=step.keep,
         )  # fmt: skip
-        # `kept` in the dtype of sums: the state, and behind it the planes kept, sign and nonzero
-        self._kept = step.state + -(-3 * layout.words * 4 // item)
+        # in numbers of the dtype of sums: the state, and behind it the planes kept, sign and nonzero
+        self._kept = -(-self._gate.kept_bytes // item)
         self._tau_columns = 1 if step.one_tau else layout.c
         # where none of a pass's tensors is so large that its memory is kept mapped, torch makes them sooner than _empty
         largest = max(self._kept, layout.n * layout.c, gate.hidden * max(layout.c, gate.outputs)) * item
