@@ -77,9 +77,10 @@ class Shrinkage(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         sink = self.__dict__.get("_tau_sink")
+        gate = self._modules.get("fc")  # self.fc goes through nn.Module.__getattr__
         y = shrink(
-            x, self.fc, average=self.average, residual=residual, threshold=self.threshold, slope=self.slope,
-            return_tau=sink is not None,
+            x, self.fc if gate is None else gate, average=self.average, residual=residual, threshold=self.threshold,
+            slope=self.slope, return_tau=sink is not None,
         )  # fmt: skip
         if sink is None:
             return y

@@ -9,7 +9,6 @@ import ptx
 import steps
 import torch
 
-from drsn_kernels.backends.gpu.backend import Gpu
 from drsn_kernels.backends.gpu.lowering import TARGETS, lowering
 from drsn_kernels.gates import StandardGate
 
@@ -34,7 +33,7 @@ def launched(n, c, h, o, norm, training, average, dtype) -> None:
     parts = StandardGate(
         new((h, c)), new(h), gamma, beta, new((o, h)), new(o), mean, var, batches, 1e-5, 0.1, step.gate.batch_stats
     )
-    pooled, state, tau = new((n, c)), Gpu().gate_state(step), new((n, 1 if step.one_tau else c))
+    pooled, state, tau = new((n, c)), new((step.state,)), new((n, 1 if step.one_tau else c))
     gate_passes.forward(step, parts, pooled[None], pooled, state, tau)
     gate_passes.backward(step, parts, pooled, state, new((1, n, c)), tau)
 

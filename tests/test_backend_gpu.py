@@ -14,7 +14,7 @@ from drsn_kernels import layout as layouts
 from drsn_kernels.backends import gpu
 from drsn_kernels.backends.eager import eager
 from drsn_kernels.backends.gpu.backend import Gpu
-from drsn_kernels.backends.step import GateShape, Step, Want
+from drsn_kernels.backends.step import GateShape, Step, Want, checked
 from drsn_kernels.gates import standard_gate
 from drsn_kernels.layout import Planes
 from drsn_kernels.reference import SOFT, Rule, threshold
@@ -233,18 +233,17 @@ def check_gated(x, residual, g, module, average, name):
             )  # fmt: skip
 
     with torch.no_grad():
-        out, found_tau, kept = ours.gated_forward(
-            step, x, parts._replace(mean=running[0], var=running[1], batches=running[2]), residual=residual
-        )
+        passes = ours.gated(step)
+        fresh = parts._replace(mean=running[0], var=running[1], batches=running[2])
+        out, found_tau, kept = passes.forward(x, fresh, residual)
         if name is not None:
             taken = sequence.prepare_forward(step, out.stride())
             assert ("launches" if taken.one is None else "twice" if taken.one.plan.loop else "on chip") == name
-        later = parts._replace(mean=kept.mean, var=kept.var, batches=None)
-        dx, *grads = ours.gated_backward(step, later, kept, g, tau_grad, (True,) * 7)
+        dx, *grads = passes.backward((*kept, *parts[:6]), g, tau_grad, (True,) * 7)
     close(out, y.detach().to(x.dtype))
     close(found_tau, tau.detach())
     wanted_planes = torchs.map(x, layout, found_tau, keep=3)[1]
-    same_planes(layouts.thresholded(ours.unpacked(step, kept).bits, nonzero=True), wanted_planes, layout)
+    same_planes(layouts.thresholded(passes.unpacked(kept).bits, nonzero=True), wanted_planes, layout)
     close(dx, wanted[0].to(x.dtype))
     grads = [grad for grad, p in zip(grads, parameters, strict=True) if p is not None]
     if acc is torch.float64:  # in float32 a norm over 4 samples cancels: test_triton.py has the oracle for it
@@ -261,8 +260,8 @@ def check_gated(x, residual, g, module, average, name):
             again = parts
         quiet = step._replace(keep=False, want=Want(), residual=None)
         start = x.clone()
-        y, tau, kept = ours.gated_forward(quiet, start, again, out=start)
-        assert y is start and tau is None and kept == (None,) * 5
+        y, tau, kept = ours.gated(quiet).forward(start, again, None, start)
+        assert y is start and tau is None and kept == (None,) * 4
         close(start, torchs.map(x, layout, found_tau)[0])
 
 
@@ -314,6 +313,14 @@ def test_one_pass_walks_large_samples_where_they_would_have_a_multiprocessor_eac
     with plans.using(CROWDED_BYTES=1 << 30):
         assert taken(512) == whole
     assert taken(512) == small_tiles
+
+
+def test_calls_are_checked_anew_for_other_constants():
+    checked["a call"] = None
+    with plans.using(THREAD=32):
+        assert not checked
+        checked["another"] = None
+    assert not checked
 
 
 def test_a_called_gate_is_planned_by_its_streams():

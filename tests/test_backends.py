@@ -8,7 +8,7 @@ import torch
 from oracle import AVERAGES, DTYPES, LAYOUTS, standard_gate, varied, wide
 
 from drsn_kernels import gates
-from drsn_kernels.backends import BACKENDS, cpu
+from drsn_kernels.backends import BACKENDS, cpu, cpu_gated
 from drsn_kernels.backends.cpu_plan import BatchPlan
 from drsn_kernels.backends.eager import Eager
 from drsn_kernels.backends.step import Backend, GateShape, Step, Want
@@ -203,9 +203,10 @@ def test_the_gated_step(on, kind, average, dtype, monkeypatch):
     """Each stage against PyTorch on what the stage before it gave; the gate's own gradients against autograd."""
     if not on.fuses_gates:
         pytest.skip("calls every gate")
+    monkeypatch.setattr(cpu_gated, "prepared", cpu_gated.Gated)
     for i, (shape, hidden, outputs) in enumerate(GATES):
         block = BatchPlan("", 0 if kind == "batch norm" else i % 4, "")  # samples a block of the cpu backend
-        monkeypatch.setattr(cpu, "batch_plan", lambda step, block=block: block)
+        monkeypatch.setattr(cpu_gated, "batch_plan", lambda step, block=block: block)
         x, residual, g = (lying(t, (i + k) % 3) for k, t in enumerate(varied(shape, dtype) for _ in range(3)))
         residual = residual if outputs > 1 else None
         gate = standard_gate(shape[1], hidden, outputs, kind).to(wide(dtype))
@@ -214,7 +215,8 @@ def test_the_gated_step(on, kind, average, dtype, monkeypatch):
         if (why := on.gate_unsupported(x, parts)) is not None:
             assert on.name != "cpu", why
             continue
-        y, tau, kept = on.gated_forward(step, x, parts, residual=residual)
+        passes = on.gated(step)
+        y, tau, kept = passes.forward(x, parts, residual)
 
         pooled = eager.reduce(x, step.layout)[0].requires_grad_()
         expected = threshold(parts.alpha(pooled), pooled, average)
@@ -222,15 +224,14 @@ def test_the_gated_step(on, kind, average, dtype, monkeypatch):
         torch.testing.assert_close(tau, expected.detach(), rtol=2e-4, atol=2e-5)
         right, planes = eager.map(x, step.layout, tau, residual=residual, keep=3)
         same_values(y, right)
-        same_planes(Planes(on.unpacked(step, kept).bits, 0, 1, 2), planes, step.layout)
+        same_planes(Planes(passes.unpacked(kept).bits, 0, 1, 2), planes, step.layout)
         with torch.no_grad():
             called(pooled)
         for ours, buffer in zip(gate.buffers(), called.buffers(), strict=True):
             torch.testing.assert_close(ours, buffer, rtol=1e-4, atol=1e-5)
 
-        parts = parts._replace(mean=kept.mean, var=kept.var, batches=None)
         tau_g = torch.randn_like(tau)
-        dx, *grads = on.gated_backward(step, parts, kept, g, tau_g, (True,) * 7)
+        dx, *grads = passes.backward((*kept, *parts[:6]), g, tau_g, (True,) * 7)
         dtau = eager.grad(step.layout, dtype, planes, g, want_dx=False, want_dtau=True)[1]
         wanted = [pooled, *(p for p in parts[:6] if p is not None)]
         dA, *exact = torch.autograd.grad(expected, wanted, dtau.sum_to_size(tau.shape) + tau_g)
@@ -241,7 +242,7 @@ def test_the_gated_step(on, kind, average, dtype, monkeypatch):
         near(dx, eager.grad(step.layout, dtype, planes, g, dA=dA)[0], 1.0, dtype)
         if kind != "batch norm":  # without what is kept for backward
             light, parts = gated(x, gate, average, residual, keep=False, tau=False)
-            again, tau, kept = on.gated_forward(light, x, parts, residual=residual, out=torch.empty_like(x))
+            again, tau, kept = on.gated(light).forward(x, parts, residual, torch.empty_like(x))
             assert torch.equal(again, y) and tau is None and all(t is None for t in kept)
 
 
@@ -250,10 +251,11 @@ def test_only_wanted_gradients_of_a_gate(on_each):
         pytest.skip("calls every gate")
     x, gate = varied((8, 4, 33)), standard_gate(4, 3, 4, "norm")
     step, parts = gated(x, gate, "channel", None)
-    kept = on_each.gated_forward(step, x, parts)[2]
-    everything = on_each.gated_backward(step, parts, kept, x, None, (True,) * 7)
+    passes = on_each.gated(step)
+    saved = (*passes.forward(x, parts)[2], *parts[:6])
+    everything = passes.backward(saved, x, None, (True,) * 7)
     for i in range(7):
-        some = on_each.gated_backward(step, parts, kept, x, None, tuple(k == i for k in range(7)))
+        some = passes.backward(saved, x, None, tuple(k == i for k in range(7)))
         assert some[i] is not None
         # without dx the launches may be others, and sums come in another order
         torch.testing.assert_close(some[i], everything[i], rtol=1e-5, atol=1e-6)
@@ -292,3 +294,28 @@ def test_arguments_of_the_extension_that_do_not_fit(arguments, error, message):
         walk.reduce(**arguments)
     with pytest.raises(TypeError, match="keyword arguments only"):
         walk.reduce(0)
+
+
+@native
+def test_arguments_of_a_gate_of_the_extension_that_do_not_fit():
+    walk, x = cpu._cpu.Walk(dtype=0, shape=(2, 2, 2), strides=(4, 2, 1)), torch.ones(2, 2, 2)
+    gate = cpu._cpu.Gate(
+        walk=walk, average=0, hidden=2, outputs=2, norm=False, batch_stats=False, eps=0.0, momentum=0.0, block=0,
+        keep=True,
+    )  # fmt: skip
+    assert gate.state_bytes == (2 * 2 + 2 * 2) * 4 and gate.kept_bytes == gate.state_bytes + 3 * walk.words * 4
+    for call, count in ((gate.forward, 15), (gate.backward, 17)):
+        with pytest.raises(TypeError, match=f"takes {count} positional arguments: "):
+            call(x)
+        with pytest.raises(TypeError, match="takes"):
+            call(*[x] * count, more=1)
+        with pytest.raises(ValueError, match=r"got one of shape \(2, 2, 2\) on meta"):
+            call(x.to("meta"), *[None] * (count - 1))
+        with pytest.raises(ValueError, match="a tensor of rank 3"):
+            call(x[0], *[None] * (count - 1))
+    with pytest.raises(TypeError, match="the cpu kernels need the argument y"):
+        gate.forward(x, *[None] * 14)
+    with pytest.raises(TypeError, match="the cpu kernels need the argument kept"):
+        gate.forward(x, x, None, None, torch.ones(2, 2), *[None] * 10)
+    with pytest.raises(TypeError, match="the cpu kernels need the argument g"):
+        gate.backward(*[None] * 17)

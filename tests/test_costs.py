@@ -9,9 +9,9 @@ from oracle import AVERAGES
 from test_autograd_memory import Saved
 
 import drsn_kernels as dk
-from drsn_kernels.backends import cost, cpu, gpu
+from drsn_kernels.backends import cost, cpu, cpu_gated, gpu
 from drsn_kernels.backends.step import Cost
-from drsn_kernels.ops import dispatch
+from drsn_kernels.ops import dispatch, gated_shrink
 from drsn_kernels.reference import Rule
 
 pytestmark = pytest.mark.unpoisoned  # poison would be operations of its own
@@ -44,9 +44,11 @@ class Measured:
     def __call__(self):
         with self.monkeypatch.context() as patch, Counting() as mode:
             patch.setattr(dispatch, "_dispatch_modes", lambda: 0)  # or the operators would step aside for the mode
+            self.mode = mode
             if self.backend == "cpu":
-                walk = cpu._walk
-                patch.setattr(cpu, "_walk", lambda *of: Counted(walk(*of), mode.kernels))
+                patch.setattr(gated_shrink, "checked", {})  # passes that count are not for others
+                patch.setattr(cpu, "walk", lambda *of: Counted(cpu_gated.walk(*of), self))
+                patch.setattr(cpu_gated, "prepared", self.passes)
             elif self.backend == "triton":
                 from drsn_kernels.backends.gpu import launch
 
@@ -54,18 +56,24 @@ class Measured:
             yield mode
 
 
-class Counted:
-    """The C++ kernels of one layout, each call noted by its name."""
+    def passes(self, *of) -> cpu_gated.Gated:
+        gated = cpu_gated.Gated(*of)
+        gated._gate = Counted(gated._gate, self, "gated_")
+        return gated
 
-    def __init__(self, walk, kernels: list[str]):
-        self.walk, self.kernels = walk, kernels
+
+class Counted:
+    """C++ kernels, each call noted by its name with whoever measures then."""
+
+    def __init__(self, kernels, measured: Measured, prefix: str = ""):
+        self.kernels, self.measured, self.prefix = kernels, measured, prefix
 
     def __getattr__(self, name: str):
-        kernel = getattr(self.walk, name)
+        kernel = getattr(self.kernels, name)
 
-        def run(**arguments):
-            self.kernels.append(name)
-            return kernel(**arguments)
+        def run(*tensors, **arguments):
+            self.measured.mode.kernels.append(self.prefix + name)
+            return kernel(*tensors, **arguments)
 
         return run
 

@@ -299,7 +299,7 @@ class Ending:
         ("abs_mean", dk.abs_mean),
         ("soft_threshold", lambda x: dk.soft_threshold(x, 0.5)),
         ("shrink", lambda x: dk.shrink(x, torch.sigmoid)),
-        ("shrink", dk.Shrinkage(6)),
+        ("gated_shrink", dk.Shrinkage(6)),
         ("squeeze_excite", lambda x: dk.squeeze_excite(x, torch.sigmoid)),
     ],
     ids=["abs_mean", "soft_threshold", "shrink", "a fused gate", "squeeze_excite"],

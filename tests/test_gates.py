@@ -12,6 +12,7 @@ import drsn_kernels as dk
 from drsn_kernels import gates
 from drsn_kernels.backends import BACKENDS, cpu
 from drsn_kernels.gates import StandardGate, standard_gate
+from drsn_kernels.ops import gated_shrink
 
 
 class Renamed(nn.ReLU):
@@ -60,13 +61,38 @@ OTHERS = {
 }
 
 
+@pytest.fixture(params=["extension", "python"])
+def reader(request, monkeypatch) -> str:
+    """Who reads a gate."""
+    if request.param == "python":
+        monkeypatch.setattr(gates, "_reader", None)
+    elif gates._reader is None:
+        pytest.skip("no compiled extension")
+    return request.param
+
+
 @pytest.mark.parametrize("change", OTHERS)
-def test_other_gates_are_called(change):
+def test_other_gates_are_called(change, reader):
     reason = standard_gate(changed(OTHERS[change]), torch.randn(3, 4, 9))
     assert isinstance(reason, str) and reason
 
 
-def test_the_standard_gate_is_recognised():
+@pytest.mark.skipif(gates._reader is None, reason="no compiled extension")
+@pytest.mark.parametrize("change", [*OTHERS, "batch norm", "norm", "plain", "no gate"])
+def test_the_extension_reads_a_gate_as_python_does(change):
+    gate = torch.relu
+    if change != "no gate":
+        gate = changed(OTHERS[change]) if change in OTHERS else gate_of(4, change, "channel")
+    ours, pythons = gates._reader.read(gate), gates._read(gate)
+    if ours is None:  # it leaves the reason to Python, and what is None
+        assert isinstance(pythons, str) or any(part is None for part in pythons[0])
+    else:
+        (ours, norm), (parts, expected) = ours, pythons
+        assert type(ours) is StandardGate and norm == expected
+        assert all(a is b or a == b for a, b in zip(ours, parts, strict=True))
+
+
+def test_the_standard_gate_is_recognised(reader):
     x = torch.randn(3, 4, 9)
     assert isinstance(standard_gate(gate_of(4, "norm", "channel"), x), StandardGate)
     assert standard_gate(gate_of(4, "plain", "sample"), x).gamma is None
@@ -235,6 +261,64 @@ def test_a_change_after_a_call_is_seen_by_the_next(change, guarded, monkeypatch)
     finally:
         if handle is not None:
             handle.remove()
+
+
+def looked_up(gate, x, residual=None):
+    """What is known of a call on these."""
+    read = gates.read(gate)
+    return None if isinstance(read, str) else gated_shrink.look_up(x, residual, *read, "channel", False)[1]
+
+
+@pytest.fixture
+def remembering(monkeypatch):
+    """Calls are looked up, and this test's are the first."""
+    if cpu._cpu is None or gates.TensorGuards is None:
+        pytest.skip("no compiled CPU kernels, or a torch without guards")
+    monkeypatch.setattr(gated_shrink, "checked", {})
+    with dk.use_backend("cpu", strict=True):
+        yield
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_a_change_after_a_checked_call_is_seen_by_the_next(change, remembering):
+    gate, x = gate_of(4, "norm", "channel"), torch.randn(3, 4, 9)
+    for _ in range(2):
+        dk.shrink(x, gate)
+    assert looked_up(gate, x).gated.step.gate is not None
+    handle = None
+    if change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+    LATER[change](gate)
+    try:
+        assert looked_up(gate, x) is None
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_another_call_is_checked_anew(remembering):
+    gate, x = gate_of(4, "norm", "channel"), torch.randn(3, 4, 8)
+    r = torch.randn(3, 4, 8)
+    dk.shrink(x, gate, residual=r)
+    assert looked_up(gate, x, r) and looked_up(gate, x.clone(), r.clone())
+    others = {
+        "no residual": (x, None), "a gradient of x": (x.clone().requires_grad_(), r), "dtype of x": (x.double(), r),
+        "gradient of the residual": (x, r.clone().requires_grad_()), "dtype of the residual": (x, r.double()),
+        "shape of the residual": (x, r[:1]), "strides of x": (x.mT.contiguous().mT, r), "batch": (x[:2], r[:2]),
+        "strides of the residual": (x, r.mT.contiguous().mT), "a subclass": (x.as_subclass(Named), r),
+        "a residual that is none": (x, r.as_subclass(Named)), "sparse": (x.to_sparse(), r), "device": (x.to("meta"), r),
+    }  # fmt: skip
+    for name, (a, b) in others.items():
+        assert looked_up(gate, a, b) is None, name
+    known = dict(gated_shrink.checked)
+    dk.shrink(x, gate, residual=x)  # a guard would refuse it every time
+    assert gated_shrink.checked == known
+    with torch.no_grad():
+        assert looked_up(gate, x, r) is None
+    with dk.use_backend("torch"):
+        assert looked_up(gate, x, r) is None
+    gate[3].weight.requires_grad_(False)
+    assert looked_up(gate, x, r) is None
 
 
 def test_numbers_and_tensors_are_those_of_this_call():

@@ -28,7 +28,6 @@ if gpu.missing() is None:
     import gate_passes
 
     from drsn_kernels.backends.gpu import plans, sequence
-    from drsn_kernels.backends.gpu.backend import Gpu
 
 KINDS = ["plain", "norm", "batch norm"]
 
@@ -60,7 +59,7 @@ class Run:
         def new(size):
             return torch.full(size, float("nan"), dtype=dtype)  # what is not written shows
 
-        state, tau = Gpu().gate_state(step).fill_(float("nan")), new((n, 1 if step.one_tau else c))
+        state, tau = new((step.state,)).fill_(float("nan")), new((n, 1 if step.one_tau else c))
         pooled = self.partial[0].clone() if self.parts == 1 else new((n, c))
         with torch.no_grad():
             gate_passes.forward(step, parts, pooled[None] if self.parts == 1 else self.partial, pooled, state, tau)

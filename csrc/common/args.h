@@ -88,6 +88,17 @@ struct GateArgs {
   int64_t* batches = nullptr;
   void *pooled = nullptr, *hidden = nullptr, *alpha = nullptr;  // A (N, C), u (N, H), alpha (N, O)
   void *mean = nullptr, *var = nullptr;  // (H,): what normalises u; written where they are of the batch
+
+  // The state, one after the other in `state`: hidden, alpha and, of the batch, mean and var. item: bytes of a number.
+  void lay_out(void* state, int64_t item) {
+    char* const start = static_cast<char*>(state);
+    hidden = start;
+    alpha = start + n * h * item;
+    if (!batch_stats) return;
+    mean = start + n * (h + o) * item;
+    var = start + (n * (h + o) + h) * item;
+  }
+  int64_t state() const { return n * (h + o) + (batch_stats ? 2 * h : 0); }  // numbers in it
 };
 
 }  // namespace drsn

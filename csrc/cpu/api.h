@@ -34,6 +34,8 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 
+extern const Kernels* kernels;  // of the instruction set in use
+
 // torch's own thread pool, through its stable C ABI (torch_parallel_for, libtorch_cpu 2.10 and later). Null: serial.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody, void* context);

@@ -1,5 +1,6 @@
 // The extension drsn_kernels._cpu: tensors in, by their Python attributes; nothing of torch's C++ in it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -10,8 +11,10 @@
 #include <utility>
 
 #include "../common/shape.h"
+#include "../host/read_gate.h"
 #include "api.h"
 #include "arena.h"
+#include "bound_gate.h"
 #include "dlpack.h"
 #include "named.h"
 
@@ -43,7 +46,11 @@ const Kernels* best_kernels() {
   return &kernels_portable;
 }
 
+}  // namespace
+
 const Kernels* kernels = best_kernels();
+
+namespace {
 
 Arena& arena() {  // never destroyed: tensors may outlive the interpreter
   static Arena* const one = new Arena;
@@ -90,27 +97,11 @@ py::capsule empty(int dtype, const py::tuple& shape, const py::tuple& strides) {
 
 // ---- the kernels: methods of a walk, their arguments by name ---------------------------------------------------------
 
-// A dtype and a layout, parsed once for all calls on tensors that have them.
-struct BoundWalk {
-  DType dtype;
-  Shape shape;
-  int64_t plane;  // bytes
-
-  BoundWalk(int dtype, const py::tuple& sizes, const py::tuple& strides)
-      : dtype(DType(dtype)), shape(sizes, strides), plane(plane_bytes(shape.walk)) {}
-  int64_t numbers() const { return dtype == DType::f64 ? 8 : 4; }  // bytes of one in sums, thresholds and the gate
-};
-
 namespace names {
 const Name kind("kind"), inside("inside"), offset("offset");
 const Name x("x"), times("times"), out("out"), y("y"), t("t"), residual("residual"), shift("shift");
 const Name planes("planes"), kept("kept"), sign("sign"), nonzero("nonzero");
-const Name g("g"), dA("dA"), dx("dx"), dtau("dtau"), tau("tau"), tau_grad("tau_grad");
-const Name average("average"), hidden("hidden"), outputs("outputs"), batch_stats("batch_stats"), eps("eps");
-const Name momentum("momentum"), block("block"), pooled("pooled"), state("state");
-const Name w1("w1"), b1("b1"), gamma("gamma"), beta("beta"), w2("w2"), b2("b2");
-const Name mean("mean"), var("var"), batches("batches");
-const Name dw1("dw1"), db1("db1"), dgamma("dgamma"), dbeta("dbeta"), dw2("dw2"), db2("db2");
+const Name g("g"), dA("dA"), dx("dx"), dtau("dtau");
 }  // namespace names
 
 // The address of a tensor that a caller hands in, and of one that is made for the call; null where there is none.
@@ -139,9 +130,8 @@ template <class T> T* plane(const BoundWalk& w, Named& call, T* planes, const Na
 
 // A null pointer would end the process. Tensors without elements have no address either.
 void require(const BoundWalk& w, std::initializer_list<std::pair<const void*, const Name*>> arguments) {
-  const Walk& walk = w.shape.walk;
   for (const auto& [address, name] : arguments)
-    if (!address && walk.n * walk.c * walk.l)
+    if (!address && !w.empty())
       throw py::type_error("the cpu kernels need the argument " + py::cast<std::string>(name->text));
 }
 
@@ -212,92 +202,6 @@ void grad(const BoundWalk& w, Named& call) {
   kernels->grad(a);
 }
 
-// state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
-GateArgs gate(const BoundWalk& w, Named& call) {
-  GateArgs a;
-  a.n = w.shape.walk.n;
-  a.c = w.shape.walk.c;
-  a.average = Average(call.choice(names::average, {"channel", "sample"}, int(Average::none)));
-  a.h = call.integer(names::hidden, 0);
-  a.o = call.integer(names::outputs, 0);
-  a.batch_stats = call.integer(names::batch_stats, 0);
-  a.eps = call.number(names::eps, 0);
-  a.momentum = call.number(names::momentum, 0);
-  a.w1 = given(call, names::w1);
-  a.b1 = given(call, names::b1);
-  a.gamma = given(call, names::gamma);
-  a.beta = given(call, names::beta);
-  a.w2 = given(call, names::w2);
-  a.b2 = given(call, names::b2);
-  a.running_mean = given(call, names::mean);
-  a.running_var = given(call, names::var);
-  a.batches = given<int64_t>(call, names::batches);
-  a.norm = a.gamma != nullptr;
-  a.pooled = made(call, names::pooled);
-  char* const state = made<char>(call, names::state);
-  require(w, {{a.w1, &names::w1}, {a.b1, &names::b1}, {a.w2, &names::w2}, {a.b2, &names::b2}});
-  require(w, {{a.pooled, &names::pooled}, {state, &names::state}});
-  a.hidden = state;
-  a.alpha = state + a.n * a.h * w.numbers();
-  a.mean = a.batch_stats ? state + a.n * (a.h + a.o) * w.numbers() : a.running_mean;
-  a.var = a.batch_stats ? state + (a.n * (a.h + a.o) + a.h) * w.numbers() : a.running_var;
-  return a;
-}
-
-void gated_forward(const BoundWalk& w, Named& call) {
-  GatedForwardArgs a;
-  ReduceArgs& reduce = a.reduce;
-  MapArgs& map = a.map;
-  reduce.dtype = map.dtype = w.dtype;
-  reduce.walk = map.walk = w.shape.walk;
-  reduce.x = map.x = given(w, call, names::x, map.xs);
-  reduce.xs = map.xs;
-  map.y = given(w, call, names::y, map.ys);
-  map.residual = given(w, call, names::residual, map.rs);
-  map.t = made(call, names::tau);
-  uint8_t* const planes = given<uint8_t>(call, names::planes);
-  map.kept = plane(w, call, planes, names::kept);
-  map.sign = plane(w, call, planes, names::sign);
-  map.nonzero = plane(w, call, planes, names::nonzero);
-  a.block = call.integer(names::block, 0);
-  a.gate = gate(w, call);
-  const bool one_tau = a.gate.o == 1 && a.gate.average != Average::channel;
-  map.t_n = one_tau ? 1 : a.gate.c;
-  map.t_c = one_tau ? 0 : 1;
-  reduce.out = a.gate.pooled;
-  call.finish();
-  require(w, {{reduce.x, &names::x}, {map.y, &names::y}});
-  py::gil_scoped_release release;
-  kernels->gated_forward(a);
-}
-
-void gated_backward(const BoundWalk& w, Named& call) {
-  GatedBackwardArgs a;
-  GradArgs both;
-  both.dtype = w.dtype;
-  both.walk = w.shape.walk;
-  both.g = given(w, call, names::g, both.gs);
-  const uint8_t* const planes = given<uint8_t>(call, names::planes);
-  both.kept = plane(w, call, planes, names::kept);
-  both.sign = plane(w, call, planes, names::sign);
-  both.nonzero = plane(w, call, planes, names::nonzero);
-  a.dtau = a.dx = both;
-  a.dx.dx = made(call, names::dx);
-  a.dx.ds = w.shape.dense;
-  a.tau_grad = given(call, names::tau_grad);
-  a.gate = gate(w, call);
-  a.dw1 = made(call, names::dw1);
-  a.db1 = made(call, names::db1);
-  a.dgamma = made(call, names::dgamma);
-  a.dbeta = made(call, names::dbeta);
-  a.dw2 = made(call, names::dw2);
-  a.db2 = made(call, names::db2);
-  call.finish();
-  require(w, {{both.g, &names::g}, {planes, &names::planes}});
-  py::gil_scoped_release release;
-  kernels->gated_backward(a);
-}
-
 py::tuple available() {
   py::list names;
   names.append(kernels_portable.name);
@@ -331,11 +235,28 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<BoundWalk> walk(m, "Walk", "The kernels for tensors of one dtype, shape and dense strides.");
   walk.def(py::init<int, const py::tuple&, const py::tuple&>(), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
   walk.def_property_readonly("words", [](const BoundWalk& w) { return w.plane / 4; }, "32-bit words in one plane.");
-  add_method<BoundWalk, reduce>(walk, "reduce", "out (N, C) = mean |x|, mean x, or the sum of x * times; planes sign, nonzero.");
-  add_method<BoundWalk, map>(walk, "map", "y = x thresholded at t, or x * t; and the planes kept, sign and nonzero.");
-  add_method<BoundWalk, grad>(walk, "grad", "dx = kept g + s dA / L and dtau = -sum s kept g, each where it is given.");
-  add_method<BoundWalk, gated_forward>(walk, "gated_forward", "The step with the standard gate: y, and what its gradient needs.");
-  add_method<BoundWalk, gated_backward>(walk, "gated_backward", "dx and the gradients of the gate's parameters.");
+  add_named<BoundWalk, reduce>(walk, "reduce", "out (N, C) = mean |x|, mean x, or the sum of x * times; planes sign, nonzero.");
+  add_named<BoundWalk, map>(walk, "map", "y = x thresholded at t, or x * t; and the planes kept, sign and nonzero.");
+  add_named<BoundWalk, grad>(walk, "grad", "dx = kept g + s dA / L and dtau = -sum s kept g, each where it is given.");
+  py::class_<BoundGate> gate(m, "Gate", "The step with the standard gate, for tensors of one dtype, shape and dense strides.");
+  gate.def(py::init<const BoundWalk&, int, int64_t, int64_t, bool, bool, double, double, int64_t, bool>(), py::kw_only(),
+           py::arg("walk"), py::arg("average"), py::arg("hidden"), py::arg("outputs"), py::arg("norm"),
+           py::arg("batch_stats"), py::arg("eps"), py::arg("momentum"), py::arg("block"), py::arg("keep"));
+  gate.def_property_readonly("kept_bytes", &BoundGate::kept_bytes, "Of the tensor `kept`: the state, then the planes.");
+  gate.def_property_readonly("state_bytes", &BoundGate::state_bytes, "Of it, those before the planes.");
+  add_ordered<BoundGate, gated_forward, kForward>(gate, "forward", "y, and what its gradient needs.");
+  add_ordered<BoundGate, gated_backward, kBackward>(gate, "backward", "dx and the gradients of the gate's parameters.");
+  py::class_<GateReader> reader(m, "GateReader", "Reads the parts of a standard gate, for drsn_kernels.gates.");
+  reader.def(py::init<py::type, const std::vector<std::vector<py::type>>&, std::vector<py::dict>, py::type>(), py::kw_only(),
+             py::arg("sequential"), py::arg("structures"), py::arg("global_hooks"), py::arg("parts"));
+  add_method<GateReader>(
+      reader, "read", "(parts, norm's other numbers), or None where the gate is not a standard one.",
+      [](PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject*) {
+        return guarded([&] {
+          if (positional != 1) throw py::type_error("read takes a gate");
+          return py::cast<const GateReader*>(py::handle(self))->read(values[0]);
+        });
+      });
   m.def("set_parallel_for", [](uintptr_t p) { parallel_for = reinterpret_cast<ParallelFor>(p); },
         "The address of torch_parallel_for, or 0 for serial kernels.");
   m.def("has_parallel_for", [] { return parallel_for != nullptr; });

@@ -37,7 +37,13 @@ MapArgs part(MapArgs a, int64_t first, int64_t count) {
   return a;
 }
 
-template <class S> void forward_as(const GatedForwardArgs& args) {
+template <class S> void forward_as(GatedForwardArgs args) {
+  const bool kept = args.gate.pooled;  // A and the state are otherwise this call's own
+  Scratch<S> pooled(kept ? 0 : args.gate.n * args.gate.c), state(kept ? 0 : args.gate.state());
+  if (!kept) {
+    args.gate.pooled = args.reduce.out = pooled.data;
+    args.gate.lay_out(state.data, sizeof(S));
+  }
   const Gate<S> gate(args.gate);
   const int64_t n = gate.n, h = gate.h;
   Scratch<S> v(n * h), own(args.map.t ? 0 : n * gate.c);

@@ -1,13 +1,12 @@
 """The `cpu` backend: the C++ kernels of csrc/cpu on tensors of any strides, torch's own thread pool."""
 
-import functools
-
 import torch
 
-from ..layout import Layout, Planes, is_dense
-from . import cost
+from ..layout import Planes, is_dense
+from . import cost, cpu_gated
 from .cpu_extension import MISSING, _cpu
-from .cpu_memory import _INNER_BYTES, DTYPES, _empty, _empty_like, empty_cache
+from .cpu_gated import walk
+from .cpu_memory import _INNER_BYTES, _empty, empty_cache
 from .cpu_plan import batch_plan, gated_cost
 from .step import Backend, Cost, Plan
 
@@ -23,18 +22,13 @@ _MOST_PRODUCTS = {"avx512": 1 << 29, "avx2": 1 << 24, "portable": 1 << 20}
 _STAGED = "x is not dense: its elements are gathered, 512 at a time, into a buffer"
 
 
-@functools.lru_cache(maxsize=4096)
-def _walk(layout: Layout, dtype: torch.dtype):
-    """The kernels for tensors of this layout and dtype, which parse them once."""
-    return _cpu.Walk(dtype=DTYPES[dtype], shape=layout.shape, strides=layout.strides)
-
-
 _NO_PLANES = Planes(None, None, None, None)
 
 
 class Cpu(Backend):
     name = "cpu"
     fuses_gates = True
+    own_from = _INNER_BYTES
     empty = staticmethod(_empty)
 
     def unsupported(self, x):
@@ -65,58 +59,33 @@ class Cpu(Backend):
         )
         return f"available: {_cpu.isa()} (of {', '.join(_cpu.available_isas())}), {threads}"
 
-    def like(self, x, layout):
-        if x.nbytes < _INNER_BYTES and x.stride() == layout.strides:
-            return torch.empty_like(x)  # 1 us less than `empty`
-        return _empty(layout.shape, layout.strides, x.dtype, x.device)
-
     # ---- kernels
 
     def reduce_into(self, out, planes, x, layout, kind, times):
-        bits, _, sign, nonzero = planes or _NO_PLANES
-        _walk(layout, x.dtype).reduce(kind=kind, x=x, times=times, out=out, planes=bits, sign=sign, nonzero=nonzero)
+        if planes is None:
+            walk(layout, x.dtype).reduce(kind=kind, x=x, times=times, out=out)
+        else:
+            bits, _, sign, nonzero = planes
+            walk(layout, x.dtype).reduce(kind=kind, x=x, out=out, planes=bits, sign=sign, nonzero=nonzero)
 
     def map_into(self, y, planes, x, layout, t, kind, rule, residual, shift):
         bits, kept, sign, nonzero = planes or _NO_PLANES
-        _walk(layout, x.dtype).map(
+        walk(layout, x.dtype).map(
             kind=kind, x=x, y=y, t=t, inside=rule.inside, offset=rule.offset, residual=residual, shift=shift,
             planes=bits, kept=kept, sign=sign, nonzero=nonzero,
         )  # fmt: skip
 
     def grad_into(self, dx, dtau, layout, dtype, planes, g, dA, rule):
         bits, kept, sign, nonzero = planes
-        _walk(layout, dtype).grad(
+        walk(layout, dtype).grad(
             g=g, dA=dA, dx=dx, dtau=dtau, planes=bits, kept=kept, sign=sign, nonzero=nonzero,
             inside=rule.inside, offset=rule.offset,
         )  # fmt: skip
 
-    def gated_forward_into(self, y, tau, kept, step, x, parts, residual):
-        pooled, state = kept.pooled, kept.state
-        if not step.keep:
-            pooled, state = self.sums(step.layout, step.dtype, step.device), self.gate_state(step)
-        _walk(step.layout, step.dtype).gated_forward(
-            x=x, y=y, residual=residual, tau=tau, planes=kept.bits, kept=0, sign=1, nonzero=2,
-            block=batch_plan(step).block, average=step.average, hidden=step.gate.hidden, outputs=step.gate.outputs,
-            batch_stats=parts.batch_stats, eps=parts.eps, momentum=parts.momentum,
-            w1=parts.w1, b1=parts.b1, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
-            mean=parts.mean, var=parts.var, batches=parts.batches, pooled=pooled, state=state,
-        )  # fmt: skip
+    # ---- the standard gate, computed together with the step
 
-    def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want):
-        gate = step.gate
-        small = gate.hidden * max(step.layout.c, gate.outputs) * parts.w1.itemsize < _INNER_BYTES
-        fresh = torch.empty_like if small else _empty_like
-        grads = [fresh(p) if wanted and p is not None else None for p, wanted in zip(parts[:6], want, strict=True)]
-        dw1, db1, dgamma, dbeta, dw2, db2 = grads
-        _walk(step.layout, step.dtype).gated_backward(
-            g=g, planes=kept.bits, kept=0, sign=1, nonzero=2, dx=dx, tau_grad=tau_grad,
-            average=step.average, hidden=step.gate.hidden, outputs=step.gate.outputs,
-            batch_stats=parts.batch_stats, eps=parts.eps,
-            w1=parts.w1, b1=parts.b1, gamma=parts.gamma, beta=parts.beta, w2=parts.w2, b2=parts.b2,
-            mean=kept.mean, var=kept.var, pooled=kept.pooled, state=kept.state,
-            dw1=dw1, db1=db1, dgamma=dgamma, dbeta=dbeta, dw2=dw2, db2=db2,
-        )  # fmt: skip
-        return tuple(grads)
+    def gated(self, step):
+        return cpu_gated.prepared(self, step)
 
     # ---- costs and plans: bytes of tensors; what the extension allocates for the gate is not in
 

@@ -42,10 +42,6 @@ def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
-def _empty_like(p: torch.Tensor) -> torch.Tensor:
-    return _empty(tuple(p.shape), p.stride(), p.dtype, p.device)
-
-
 def empty_cache() -> None:
     """Give the memory of freed outputs back to the system (the environment variable DRSN_CACHE_MIB limits it)."""
     _cpu.set_cache_limit(0)

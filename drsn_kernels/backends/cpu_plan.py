@@ -52,8 +52,7 @@ def gated_cost(step: Step) -> tuple[Cost, Cost]:
         read=reads * full + weights,
         written=full + (planes if step.keep else 0) + state + tau + 2 * of_batch,
         kernels=("gated_forward",),
-        workspace=0 if step.keep else state + of_batch,
-        saved=planes + state + (statistics if gate.norm else 0) if step.keep else 0,
+        saved=-(-planes // item) * item + state + (statistics if gate.norm else 0) if step.keep else 0,
     )
     if not step.keep:
         return forward, Cost()

@@ -11,6 +11,7 @@ together with them:
 They take thresholds and dA as tensors (N, C) and know no gate. Outputs are allocated here, once for every backend.
 """
 
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -42,14 +43,13 @@ class GateShape(NamedTuple):
 class Kept(NamedTuple):
     """What a backward pass of a fused gate needs: 3 bits an element, and tensors of the gate's size."""
 
-    bits: torch.Tensor | None  # planes kept, sign, nonzero, as Backend.unpacked makes layout.thresholded's of them
+    bits: torch.Tensor | None  # planes and the gate's state; Gated.unpacked makes layout.thresholded's of them
     pooled: torch.Tensor | None  # A (N, C)
-    state: torch.Tensor | None  # Backend.gate_state; None where it lies with the planes
-    mean: torch.Tensor | None  # (H,), running; None where they are of the batch, and in state
+    mean: torch.Tensor | None  # (H,), running; None where they are of the batch, and in bits
     var: torch.Tensor | None
 
 
-_NOTHING_KEPT = Kept(None, None, None, None, None)
+NOTHING_KEPT = Kept(None, None, None, None)
 
 
 class Want(NamedTuple):
@@ -84,6 +84,12 @@ class Step(NamedTuple):
     @property
     def sums(self) -> torch.dtype:
         return accumulate_dtype(self.dtype)
+
+    @property
+    def state(self) -> int:
+        """Numbers in the gate's state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,)."""
+        gate = self.gate
+        return self.layout.n * (gate.hidden + gate.outputs) + (2 * gate.hidden if gate.batch_stats else 0)
 
 
 # ---- cost and plan ---------------------------------------------------------------------------------------------------
@@ -127,11 +133,41 @@ class Plan:
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
+class Gated:
+    """The step with the standard gate on a backend: all that does not depend on tensors is worked out once."""
+
+    def __init__(self, backend: "Backend", step: Step):
+        self.backend, self.step = backend, step
+
+    def forward(
+        self, x: torch.Tensor, parts: StandardGate, residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
+        """y, tau where step.want.tau, and what a backward pass needs where step.keep (else nothing)."""
+        raise NotImplementedError
+
+    def backward(
+        self, saved: tuple[torch.Tensor | None, ...], g: torch.Tensor, tau_grad: torch.Tensor | None,
+        want: tuple[bool, ...],
+    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those wanted. saved: Kept, and these."""
+        raise NotImplementedError
+
+    def unpacked(self, kept: Kept) -> Kept:
+        """kept with its planes as layout.thresholded has them, for differentiable code over them."""
+        raise NotImplementedError
+
+
+# What is known of calls that have been checked, by ops/gated_shrink.py. Emptied where a backend's limits change.
+checked: dict[tuple, Any] = {}
+
+
 class Backend:
     """Who computes eager calls. A subclass has a name, the first two methods, the three kernels and their costs."""
 
     name: str
     fuses_gates = False  # has the part on the standard gate, below
+    own_from = sys.maxsize  # bytes from which fresh tensors are `empty`'s: of fewer, torch's are made sooner
 
     def unsupported(self, x: torch.Tensor) -> str | None:
         """Why this backend has no kernels for x; None where it has."""
@@ -146,7 +182,7 @@ class Backend:
 
     def like(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """A fresh tensor with x's shape and dtype and the layout's strides; x may be a gradient, and lie otherwise."""
-        if x.stride() == layout.strides:
+        if x.nbytes < self.own_from and x.stride() == layout.strides:
             return torch.empty_like(x)  # 0.6 us less than `empty`
         return self.empty(layout.shape, layout.strides, x.dtype, x.device)
 
@@ -157,7 +193,7 @@ class Backend:
         keep: bool = False,
     ) -> tuple[torch.Tensor, Planes | None]:  # fmt: skip
         """A (N, C). kind: "magnitude", mean |x|; "value", mean x; "product", sum x * times. keep: the planes too."""
-        out = self.sums(layout, x.dtype, x.device)
+        out = self.sums(x, layout)
         planes = averaged(self.planes(2, layout, x.device)) if keep else None
         self.reduce_into(out, planes, x, layout, kind, times)
         return out, planes
@@ -182,9 +218,12 @@ class Backend:
         dA: torch.Tensor | None = None, want_dx: bool = True, want_dtau: bool = False, rule: Rule = SOFT,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
         """dx and dtau (N, C), each if wanted. g may be absent (abs_mean alone), and so may dA (N, C)."""
-        device = (g if g is not None else dA).device
-        dx = self.empty(layout.shape, layout.strides, dtype, device) if want_dx else None
-        dtau = self.sums(layout, dtype, device) if want_dtau else None
+        dx = None
+        if want_dx and g is None:
+            dx = self.empty(layout.shape, layout.strides, dtype, dA.device)
+        elif want_dx:
+            dx = self.like(g, layout)
+        dtau = self.sums(g, layout) if want_dtau else None
         self.grad_into(dx, dtau, layout, dtype, planes, g, None if dA is None else dA.contiguous(), rule)
         return dx, dtau
 
@@ -197,52 +236,18 @@ class Backend:
         """Why this gate is called instead; None where it is fused."""
         return None if self.fuses_gates else f"the {self.name} backend calls every gate"
 
-    def gated_forward(
-        self, step: Step, x: torch.Tensor, parts: StandardGate, *, residual: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
-        """y, tau where step.want.tau, and what a backward pass needs where step.keep (else nothing)."""
-        layout, gate = step.layout, step.gate
-        y = self.like(x, layout) if out is None else out
-        tau = None
-        if step.want.tau:
-            tau = self.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c)
-        kept = _NOTHING_KEPT
-        if step.keep:
-            mean, var = (None, None) if gate.batch_stats else (parts.mean, parts.var)
-            pooled, state = self.sums(layout, step.dtype, step.device), self.gate_state(step)
-            kept = Kept(self.planes(3, layout, step.device), pooled, state, mean, var)
-        self.gated_forward_into(y, tau, kept, step, x, parts, residual)
-        return y, tau, kept
-
-    def gated_backward(
-        self, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None,
-        want: tuple[bool, ...],
-    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-        """dx, and the gradients of w1, b1, gamma, beta, w2, b2: at least those that are wanted."""
-        layout = step.layout
-        dx = self.empty(layout.shape, layout.strides, step.dtype, step.device) if want[0] else None
-        tau_grad = None if tau_grad is None else tau_grad.contiguous()
-        return dx, *self.gated_backward_into(dx, step, parts, kept, g, tau_grad, want[1:])
-
-    def unpacked(self, step: Step, kept: Kept) -> Kept:
-        """kept with its planes as layout.thresholded has them, for differentiable code over them."""
-        return kept
-
-    def gate_state(self, step: Step) -> torch.Tensor:
-        """One tensor for u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other."""
-        gate = step.gate
-        size = step.layout.n * (gate.hidden + gate.outputs) + (2 * gate.hidden if gate.batch_stats else 0)
-        return self.empty((size,), (1,), step.sums, step.device)
+    def gated(self, step: Step) -> "Gated":
+        """The passes of a step with the standard gate, prepared."""
+        raise NotImplementedError
 
     # ---- fresh memory
 
-    def sums(
-        self, layout: Layout, dtype: torch.dtype, device: torch.device, columns: int | None = None
-    ) -> torch.Tensor:
-        """(N, C), or (N, columns), in the dtype of sums."""
-        c = layout.c if columns is None else columns
-        return self.empty((layout.n, c), (c, 1), accumulate_dtype(dtype), device)
+    def sums(self, x: torch.Tensor, layout: Layout, columns: int | None = None) -> torch.Tensor:
+        """(N, C), or (N, columns), in the dtype of sums, where x is."""
+        n, c, dtype = layout.n, layout.c if columns is None else columns, x.dtype
+        if dtype is torch.float32 and n * c * 4 < self.own_from:
+            return x.new_empty(n, c)  # 0.5 us less
+        return self.empty((n, c), (c, 1), accumulate_dtype(dtype), x.device)
 
     def planes(self, count: int, layout: Layout, device: torch.device) -> torch.Tensor:
         return self.empty((count, layout.words), (layout.words, 1), torch.int32, device)
@@ -256,13 +261,6 @@ class Backend:
         raise NotImplementedError
 
     def grad_into(self, dx, dtau, layout, dtype, planes, g, dA, rule) -> None:
-        raise NotImplementedError
-
-    def gated_forward_into(self, y, tau, kept, step, x, parts, residual) -> None:
-        raise NotImplementedError
-
-    def gated_backward_into(self, dx, step, parts, kept, g, tau_grad, want) -> tuple:
-        """The gradients of w1, b1, gamma, beta, w2, b2; want: which."""
         raise NotImplementedError
 
     # ---- their costs (cost.py), for tensors of these strides

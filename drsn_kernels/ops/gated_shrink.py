@@ -8,10 +8,13 @@ Kept for it: the three bit planes, A, u, alpha, and the statistics that normalis
 although no caller sees it: a second derivative reaches x through A, and an output is a tensor that autograd follows.
 """
 
+from typing import NamedTuple
+
 import torch
 
+from .. import backends, gates, recording
 from ..backends.eager import eager
-from ..backends.step import Kept
+from ..backends.step import Gated, Kept, checked
 from ..gates import StandardGate
 from ..layout import thresholded
 from ..reference import threshold
@@ -22,49 +25,124 @@ class GatedShrink(torch.autograd.Function):
     """(x, residual, w1, b1, gamma, beta, w2, b2) -> (y, A), or (y, A, tau)."""
 
     @staticmethod
-    def forward(ctx, x, residual, w1, b1, gamma, beta, w2, b2, parts, step, backend, inplace):
+    def forward(ctx, x, residual, w1, b1, gamma, beta, w2, b2, parts, gated, inplace):
         ctx.set_materialize_grads(False)
-        y, tau, kept = backend.gated_forward(step, x, parts, residual=residual, out=x if inplace else None)
+        y, tau, kept = gated.forward(x, parts, residual, x if inplace else None)
         if kept.mean is not None:  # running statistics: a training step in between would overwrite them
             kept = kept._replace(mean=kept.mean.clone(), var=kept.var.clone())
         ctx.save_for_backward(*kept, w1, b1, gamma, beta, w2, b2)
-        ctx.step, ctx.backend = step, backend  # not parts: the tensors of a node live in saved_tensors only
+        ctx.gated = gated  # not parts: the tensors of a node live in saved_tensors only
         if inplace:
             ctx.mark_dirty(x)
-        return (y, kept.pooled, tau) if step.want.tau else (y, kept.pooled)
+        return (y, kept.pooled) if tau is None else (y, kept.pooled, tau)
 
     @staticmethod
     def backward(ctx, g, pooled_grad=None, tau_grad=None):
-        want_x, want_residual, *want_parameters = ctx.needs_input_grad[:8]
-        residual_grad, want = g if want_residual else None, (want_x, *want_parameters)
+        needed = ctx.needs_input_grad
+        residual_grad, want = g if needed[1] else None, needed[:1] + needed[2:8]
         if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
-            return None, residual_grad, *[None] * 10
-        bits, pooled, state, mean, var, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
-        kept, step = Kept(bits, pooled, state, mean, var), ctx.step
-        gate = step.gate
-        parts = StandardGate(w1, b1, gamma, beta, w2, b2, mean, var, None, gate.eps, 0.0, gate.batch_stats)
+            return None, residual_grad, *[None] * 9
+        saved, gated = ctx.saved_tensors, ctx.gated
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
-            dx, *grads = ctx.backend.gated_backward(step, parts, kept, g, tau_grad, want)
+            grads = gated.backward(saved, g, tau_grad, want)
         else:
-            kept = ctx.backend.unpacked(step, kept)
-            dx, *grads = _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want)
-        if not all(want_parameters):
-            grads = [grad if wanted else None for grad, wanted in zip(grads, want_parameters, strict=True)]
-        return dx, residual_grad, *grads, None, None, None, None
+            grads = _differentiable(gated, saved, g, pooled_grad, tau_grad, want)
+        if not all(want):
+            grads = [grad if wanted else None for grad, wanted in zip(grads, want, strict=True)]
+        return grads[0], residual_grad, *grads[1:], None, None, None
 
 
-apply_gated = direct_apply(GatedShrink)
+_apply = direct_apply(GatedShrink)
+_increment_version = torch.autograd.graph.increment_version
 
 
-def _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want):
+def run_gated(
+    x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate, gated: Gated, gate, overwrite: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, tau or None), gate and step computed together."""
+    step, told = gated.step, recording.active
+    if told is not None:
+        told(step, x, gated.backend, gate=gate)
+    if step.keep:
+        out = _apply(x, residual, *parts[:6], parts, gated, overwrite)
+        y, tau = out[0], out[2] if step.want.tau else None
+    else:
+        y, tau, _ = gated.forward(x, parts, residual, x if overwrite else None)
+        if overwrite:
+            overwritten(x)
+    if parts.batch_stats:
+        overwritten(parts.mean, parts.var, parts.batches)
+    return y, tau
+
+
+def overwritten(*tensors: torch.Tensor) -> None:
+    """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
+    for t in tensors:
+        if not t.is_inference():
+            _increment_version(t)
+
+
+# ---- calls that have been checked ------------------------------------------------------------------------------------
+
+
+class Checked(NamedTuple):
+    """What came of the checks of a call: all that is like it needs none."""
+
+    gated: Gated
+    guard: "gates.TensorGuards"  # of x, the residual and the gate's tensors
+
+
+def look_up(
+    x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate, norm: gates.Norm | None, average: str | None,
+    return_tau: bool,
+) -> tuple[tuple | None, Checked | None]:  # fmt: skip
+    """The key of a call with soft thresholds and not in place, and what is known of such calls.
+
+    parts, norm: as gates.read has just found them. All that the checks look at is looked at anew: numbers and geometry
+    are in the key, tensors are compared by the guard. Of these the key has as much as keeps models that take turns from
+    driving each other out.
+    """
+    try:
+        key = (
+            x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), average, return_tau,
+            parts[0].shape, parts[0].requires_grad, parts[9:], norm, backends.choice.backend,
+            None if residual is None else (residual.stride(), residual.requires_grad),
+        )  # fmt: skip
+        known = checked.get(key)
+    except (RuntimeError, TypeError):  # a sparse or nested tensor has no strides, a list no hash: the checks say so
+        return None, None
+    if known is not None:
+        tensors = gates.tensors_of(parts, norm)
+        if known.guard.check(x, *tensors) if residual is None else known.guard.check(x, residual, *tensors):
+            return key, known
+    return key, None
+
+
+def remember(
+    key: tuple, gated: Gated, x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate
+) -> None:  # fmt: skip
+    """Calls like this one need no checks."""
+    tensors = [t for t in (x, residual, *parts[:9]) if t is not None]
+    if gates.TensorGuards is None or len({id(t) for t in tensors}) < len(tensors):  # a guard refuses a tensor twice
+        return
+    if len(checked) >= 4096:
+        checked.clear()
+    checked[key] = Checked(gated, gates.guard_of(*tensors))
+
+
+def _differentiable(gated, saved, g, pooled_grad, tau_grad, want):
     """The same gradients as ordinary PyTorch over the planes, A and the parameters: for all higher derivatives."""
-    planes, pooled, dtau = thresholded(kept.bits, nonzero=True), kept.pooled, None
+    step, kept = gated.step, Kept(*saved[:4])
+    parts = StandardGate(
+        *saved[4:], kept.mean, kept.var, None, step.gate.eps, step.gate.momentum, step.gate.batch_stats
+    )  # fmt: skip
+    planes, pooled, dtau = thresholded(gated.unpacked(kept).bits, nonzero=True), kept.pooled, None
     if g is not None:
         _, dtau = eager.grad(step.layout, step.dtype, planes, g, want_dx=False, want_dtau=True)
-    recording = torch.is_grad_enabled()
+    recorded = torch.is_grad_enabled()
     # the fused gate computes in float32 under autocast too
     with torch.enable_grad(), torch.autocast(pooled.device.type, enabled=False):
-        if not recording or not pooled.requires_grad:
+        if not recorded or not pooled.requires_grad:
             pooled = pooled.detach().requires_grad_()
         tau = threshold(parts.alpha(pooled), pooled, step.average)
         total = None if dtau is None else dtau.sum_to_size(tau.shape)
@@ -74,7 +152,7 @@ def _differentiable(step, parts, kept, g, pooled_grad, tau_grad, want):
         if total is None:
             found = [None] * len(wanted)
         else:
-            found = torch.autograd.grad(tau, wanted, total, create_graph=recording, allow_unused=True)
+            found = torch.autograd.grad(tau, wanted, total, create_graph=recorded, allow_unused=True)
     from_gate, *grads = found
     if pooled_grad is not None:
         from_gate = pooled_grad if from_gate is None else from_gate + pooled_grad

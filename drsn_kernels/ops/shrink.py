@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 
-from .. import backends, recording, reference
+from .. import backends, gates, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Backend, GateShape, Step, Want
-from ..gates import StandardGate, standard_gate
+from ..gates import StandardGate
 from ..layout import Planes, layout_of, thresholded
 from ..reference import SOFT, Rule
 from . import checks
@@ -38,7 +38,7 @@ from .dispatch import (
     not_eager,
     will_run,
 )  # fmt: skip
-from .gated_shrink import apply_gated
+from .gated_shrink import look_up, overwritten, remember, run_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 
@@ -218,6 +218,14 @@ def shrink(
         tau = alpha * {"channel": A, "sample": A.mean(1, keepdim=True), None: 1}[average]
         y = x.sign() * (x.abs() - tau.view(*tau.shape, 1, ...)).relu() + residual
     """
+    why, read, key = not_eager(x, residual), None, None
+    if why is None and not inplace and threshold == "soft" and type(slope) is float and slope == 0:
+        read = gates.read(gate)
+        if read.__class__ is tuple:
+            key, known = look_up(x, residual, *read, average, return_tau)
+            if known is not None:
+                y, tau = run_gated(x, residual, read[0], known.gated, gate, False)
+                return (y, tau) if return_tau else y
     checks.features(x, rank=3)
     checks.average(average)
     rule = checks.rule(threshold, slope)
@@ -229,7 +237,6 @@ def shrink(
         if residual is not None and residual is not x and _share_memory(x, residual):
             residual = residual.clone()  # x would be overwritten before it is added
 
-    why = not_eager(x, residual)
     if why is not None or not x.numel():
         recording.elsewhere("shrink", x, why, gate=gate)
         pooled = traced_abs_mean(x, keep=False)
@@ -242,14 +249,17 @@ def shrink(
     # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
     by_copy = inplace and grads and x._is_view()
     overwrite = inplace and not by_copy
-    parts = _fusable(gate, x, backend) if rule == SOFT else "the fused gate has soft thresholds only"
+    parts = _fusable(gate, x, backend, read) if rule == SOFT else "the fused gate has soft thresholds only"
     if not isinstance(parts, str):
         keep = grads and (x.requires_grad or _any_requires_grad(*parts[:6]))
         if fused is not None and fused.requires_grad and grads and not keep:
             fused = None  # added afterwards: its gradient is g, for which nothing need be kept
         gate_shape = GateShape.of(parts)
         step = _step(x, average, rule, gate_shape.outputs, gate_shape, fused, keep, return_tau)
-        y, tau = _gated(x, step, parts, backend, gate, fused, overwrite)
+        gated = backend.gated(step)
+        if key is not None and fused is residual:
+            remember(key, gated, x, residual, parts)
+        y, tau = run_gated(x, fused, parts, gated, gate, overwrite)
         return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
     layout, pool, handle = layout_of(x), None, x
     if grads and x.requires_grad:
@@ -276,7 +286,8 @@ def shrink(
     else:
         tau = reference.threshold(alpha, pooled, average)
         y, _ = backend.map(x, layout, tau, rule=rule, residual=fused, out=x if overwrite else None)
-        _overwritten(x if overwrite else None)
+        if overwrite:
+            overwritten(x)
         if return_tau and average is None:
             tau = tau.clone()  # the gate's own tensor otherwise
     return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
@@ -290,18 +301,11 @@ def _finish(x, y, tau, residual, overwrite, by_copy, return_tau):
     return (y, tau) if return_tau else y
 
 
-def _overwritten(*tensors: torch.Tensor | None) -> None:
-    """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
-    for t in tensors:
-        if t is not None and not t.is_inference():
-            torch.autograd.graph.increment_version(t)
-
-
-def _fusable(gate, x: torch.Tensor, backend: Backend) -> StandardGate | str:
-    """The parts of a standard gate that this backend computes itself, or why the gate is called."""
+def _fusable(gate, x: torch.Tensor, backend: Backend, read) -> StandardGate | str:
+    """The parts of a standard gate that this backend computes itself, or why the gate is called. read: gates.read's."""
     if not backend.fuses_gates:
         return f"the {backend.name} backend calls every gate"
-    parts = standard_gate(gate, x)
+    parts = gates.standard_gate(gate, x, read)
     return parts if isinstance(parts, str) else backend.gate_unsupported(x, parts) or parts
 
 
@@ -322,23 +326,6 @@ def _step(x, average, rule, outputs, gate, residual, keep, return_tau) -> Step:
             Want(x=wants, tau=return_tau),
         )  # fmt: skip
     return step
-
-
-def _gated(x, step: Step, parts: StandardGate, backend: Backend, gate, residual, overwrite):
-    """(y, tau or None), gate and step computed together."""
-    told = recording.active
-    if told is not None:
-        told(step, x, backend, gate=gate)
-    if step.keep:
-        y, _, *tau = apply_gated(x, residual, *parts.parameters, parts, step, backend, overwrite)
-        tau = tau[0] if tau else None
-    else:
-        out = x if overwrite else None
-        y, tau, _ = backend.gated_forward(step, x, parts, residual=residual, out=out)
-        _overwritten(out)
-    if parts.batch_stats:
-        _overwritten(parts.mean, parts.var, parts.batches)
-    return y, tau
 
 
 def _compose(x, pooled, alpha, average, residual, inplace, return_tau, rule):

@@ -6,7 +6,7 @@ import torch
 
 from ...gates import StandardGate
 from .. import cost
-from ..step import Backend, Cost, Kept, Plan, Step, Strides
+from ..step import Backend, Cost, Plan, Step, Strides
 from . import describe, native, plans, unsupported
 
 
@@ -57,15 +57,8 @@ class Gpu(Backend):
             return f"{n} samples x {c} channels x {hidden} hidden units are more than {plans.MOST_PRODUCTS} products"
         return None
 
-    def gated_forward(self, step, x, parts, *, residual=None, out=None):
-        return self._sequence.forward(self, step, x, parts, residual, out)
-
-    def gated_backward(self, step, parts, kept, g, tau_grad, want):
-        """All of the gradients, whichever are wanted: they are made by one launch."""
-        return self._sequence.backward(self, step, parts, kept, g, tau_grad, want[0])
-
-    def unpacked(self, step: Step, kept: Kept) -> Kept:
-        return self._sequence.unpacked(step, kept)
+    def gated(self, step):
+        return self._sequence.Gated(self, step)
 
     # ---- costs and plans
 

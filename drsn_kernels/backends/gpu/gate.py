@@ -12,7 +12,7 @@ units of a sample. Every launch shares the batch among all programs: a program m
 tiles contribute to statistics and sums is merged by whoever reads it; where that is much, for many units or tiles, by a
 launch of its own (merge_kernel). No atomics: the same bits from run to run.
 
-`state` is Backend.gate_state: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
+`state` is Step.state numbers: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
 Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from the larger
 of C and H, never from N. C and H come divided by ALIGN, as strides do in tiles.py: 16-byte accesses where rows are
 multiples of 16 bytes, without a specialisation for the size. Rows of x that were split come as partial sums (parts, N,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from ..step import Cost
+from ..step import Cost, checked
 from .walk import Walk
 
 # Bytes of x that a thread holds: four 16-byte loads in flight. With two, half as many elements share what a row takes:
@@ -346,5 +346,6 @@ def using(**constants: Any) -> Iterator[None]:
 
 
 def _forget() -> None:
+    checked.clear()
     for found in _caches:
         found.cache_clear()

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...gates import StandardGate
 from ...reference import SOFT
 from .. import cost
-from ..step import Backend, Cost, Kept, Plan, Step
+from .. import step as steps
+from ..step import NOTHING_KEPT, Cost, Kept, Plan, Step
 from . import gate, gate_grad, one_pass, plans, stream
 from .gate import Sizes
 from .launch import Pass, Prepared, Room, multiprocessors, tile_values
@@ -118,16 +118,10 @@ class Keeping(NamedTuple):
     @classmethod
     def of(cls, step: Step, room: Room) -> "Keeping":
         """The planes, int32 (3, words), come first; where nothing is kept there are none."""
-        layout, (hidden, outputs, _, batch_stats, *_) = step.layout, step.gate
+        layout = step.layout
         planes = room.take_bytes(3 * layout.words * 4 if step.keep else 0)
         pooled = room.take(layout.n * layout.c)
-        return cls(room, planes, pooled, room.take(layout.n * (hidden + outputs) + 2 * hidden * batch_stats))
-
-
-def unpacked(step: Step, kept: Kept) -> Kept:
-    """With the planes as int32 (3, words): for those who read them without these kernels."""
-    words = step.layout.words
-    return kept._replace(bits=kept.bits[: 3 * words].view(3, words))
+        return cls(room, planes, pooled, room.take(step.state))
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -241,24 +235,6 @@ def _prepare_gate(step: Step, parts: int) -> Gate:
         gate.alpha_cost(step, plan.groups), plans.FORWARD_PRECISION,
     )  # fmt: skip
     return Gate(hidden, merge, alpha, hidden.cost + (Cost() if merge is None else merge.cost) + alpha.cost)
-
-
-def forward(
-    backend: Backend, step: Step, x: torch.Tensor, parts: StandardGate, residual: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, Kept]:  # fmt: skip
-    """y, tau where it is wanted, and Kept: its bits, int32, are all of `kept`, of which pooled is a view."""
-    layout = step.layout
-    y = torch.empty_like(x) if out is None else out  # with the layout's strides
-    ahead = prepare_forward(step, y.stride())
-    tau = backend.sums(layout, step.dtype, step.device, 1 if step.one_tau else layout.c) if step.want.tau else None
-    kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
-    ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
-    if kept is None:
-        return y, tau, Kept(None, None, None, None, None)
-    pooled = kept.as_strided((layout.n, layout.c), (layout.c, 1), ahead.keeping.pooled.start)
-    mean, var = (None, None) if step.gate.batch_stats else (parts.mean, parts.var)
-    return y, tau, Kept(kept.view(torch.int32), pooled, None, mean, var)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -410,21 +386,38 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     return GateGrad(hidden, merge, linear, add, dA, sizes, total)
 
 
-def backward(
-    backend: Backend, step: Step, parts: StandardGate, kept: Kept, g: torch.Tensor, tau_grad: torch.Tensor | None,
-    want_dx: bool,
-) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """dx, if wanted, and the gradients of w1, b1, gamma, beta, w2, b2: all of them, made by one launch."""
-    layout = step.layout
-    dx = backend.empty(layout.shape, layout.strides, step.dtype, step.device) if want_dx else None
-    tau_grad = None if tau_grad is None else tau_grad.contiguous()
-    back = prepare_backward(step, g.stride(), want_dx)
-    grads = back.gate.new(parts.w1)
-    back.run((
-        g, dx, tau_grad, kept.bits, back.scratch.new(parts.w1), grads, parts.w1, parts.gamma, parts.beta, parts.w2,
-        kept.mean, kept.var,
-    ))  # fmt: skip
-    return dx, *back.gate.views(step, grads)
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+class Gated(steps.Gated):
+    def forward(self, x, parts, residual=None, out=None):
+        """Kept: its bits, int32, are all of `kept`, of which pooled is a view."""
+        step, layout = self.step, self.step.layout
+        y = torch.empty_like(x) if out is None else out  # with the layout's strides
+        ahead = prepare_forward(step, y.stride())
+        tau = self.backend.sums(x, layout, 1 if step.one_tau else layout.c) if step.want.tau else None
+        kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
+        ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
+        if kept is None:
+            return y, tau, NOTHING_KEPT
+        pooled = kept.as_strided((layout.n, layout.c), (layout.c, 1), ahead.keeping.pooled.start)
+        mean, var = (None, None) if step.gate.batch_stats else (parts.mean, parts.var)
+        return y, tau, Kept(kept.view(torch.int32), pooled, mean, var)
+
+    def backward(self, saved, g, tau_grad, want):
+        """All of the parameters' gradients, whichever are wanted: they are made by one launch."""
+        step, layout = self.step, self.step.layout
+        bits, _, mean, var, w1, _, gamma, beta, w2, _ = saved
+        dx = self.backend.empty(layout.shape, layout.strides, step.dtype, step.device) if want[0] else None
+        tau_grad = None if tau_grad is None else tau_grad.contiguous()
+        back = prepare_backward(step, g.stride(), want[0])
+        grads = back.gate.new(w1)
+        back.run((g, dx, tau_grad, bits, back.scratch.new(w1), grads, w1, gamma, beta, w2, mean, var))
+        return dx, *back.gate.views(step, grads)
+
+    def unpacked(self, kept):
+        words = self.step.layout.words
+        return kept._replace(bits=kept.bits[: 3 * words].view(3, words))
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
