@@ -19,7 +19,18 @@ from pathlib import Path
 
 import ptx
 import torch
-from lowered_cases import CASES, F32, FIRST_STEPS, SIZES, Case, feature_map, tile_elements, tile_steps
+from lowered_cases import (
+    CASES,
+    F32,
+    FIRST_STEPS,
+    INSTRUCTIONS,
+    SAMPLE,
+    SIZES,
+    Case,
+    feature_map,
+    tile_elements,
+    tile_steps,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drsn_kernels as dk
@@ -102,7 +113,9 @@ def describe(recorded, case: Case) -> dict:
         "shared": launch.shared,
         "shared_limit": limits[launch.target].shared_program,
         "occupancy": launch.occupancy,
-        "instructions": _an_element(launch, tile_elements(recorded)) if launch.target == CUDA[1] else None,
+        "instructions": _an_element(launch, tile_elements(recorded))
+        if launch.target == CUDA[1] and case.name in INSTRUCTIONS
+        else None,
         "widths": launch.widths,
         # straight-line code, and a turn of a loop
         "moved": {kind: [launch.moved(kind), launch.moved(kind, loop=True)] for kind in ("ld", "st")},
@@ -146,26 +159,26 @@ def compilations(target: str) -> dict[str, list[int]]:
     return counts
 
 
-def lower(target: str, part: int = 0, parts: int = 1) -> dict:
-    """Every case for one GPU, by name; or every `parts`th of them."""
+def lower(target: str, sample: bool, part: int = 0, parts: int = 1) -> dict:
+    """Every case for one GPU, by name, or those of SAMPLE; or every `parts`th of them."""
     from drsn_kernels.backends.gpu.lowering import lowering
 
     torch.manual_seed(0)
     # nothing is asserted for AMD, so some of the cases will do
     cases = [case for case in CASES if target in CUDA or (case.dtype == F32 and case.shape in AMD_SHAPES)]
-    cases = cases[part::parts]
+    cases = [case for case in cases if not sample or case.name in SAMPLE][part::parts]
     with lowering(target) as launches, dk.use_backend("triton", strict=True):
         return {case.name: run_case(case, launches) for case in cases}
 
 
-def collect(targets: tuple[str, ...] = TARGETS) -> dict:
+def collect(targets: tuple[str, ...] = TARGETS, sample: bool = False) -> dict:
     import triton
     from triton import knobs
 
     # processes: compiling holds the interpreter lock
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         counts = pool.submit(compilations, CUDA[1])
-        halves = {target: [pool.submit(lower, target, part, 2) for part in range(2)] for target in targets}
+        halves = {target: [pool.submit(lower, target, sample, part, 2) for part in range(2)] for target in targets}
         cases = {target: both[0].result() | both[1].result() for target, both in halves.items()}
         return {
             "triton": triton.__version__,
@@ -247,10 +260,11 @@ def _widths(launch: dict, kind: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--sample", action="store_true", help="only the cases that make test takes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results for the tests")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table as Markdown")
     options = parser.parse_args()
-    results = collect(tuple(options.targets))
+    results = collect(tuple(options.targets), options.sample)
     if options.json:
         options.json.write_text(json.dumps(results), encoding="utf-8")
     if options.table:

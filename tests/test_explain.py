@@ -164,8 +164,8 @@ assert [launch.num_warps for launch in launches] == [planned.warps for planned i
 
 
 @pytest.mark.skipif(not gpu.INSTALLED, reason="Triton is not installed")
-def test_under_lowering(tmp_path):
-    done = child("-c", LOWERED, cache=tmp_path)
+def test_under_lowering(tmp_path, triton_cache):
+    done = child("-c", LOWERED, cwd=tmp_path, cache=triton_cache)
     assert done.returncode == 0, done.stderr
 
 

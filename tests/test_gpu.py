@@ -19,9 +19,8 @@ ON_GPU = [
 
 
 def _where() -> list:
-    small = [(3, 6, 7)]
     return [
-        *(pytest.param("cpu", shape, id=f"cpu-{shape}") for shape in small),
+        pytest.param("cpu", (3, 6, 7), id="cpu-(3, 6, 7)", marks=pytest.mark.sampled(4)),  # interpreted
         *(pytest.param("cuda", shape, id=f"cuda-{shape}", marks=pytest.mark.gpu) for shape in ON_GPU),
     ]
 

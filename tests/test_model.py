@@ -134,9 +134,9 @@ print("\\n".join(model.launches_table(steps)))
 
 
 @needs_triton
-def test_a_step_is_the_sum_of_its_launches(tmp_path):
+def test_a_step_is_the_sum_of_its_launches(tmp_path, triton_cache):
     path = str(repository.ROOT / "tests")
-    done = child("-c", ONE_STEP, cache=tmp_path, PYTHONPATH=path)
+    done = child("-c", ONE_STEP, cwd=tmp_path, cache=triton_cache, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     first, *tables = done.stdout.splitlines()
     train, _, evaluated = json.loads(first)
