@@ -133,11 +133,11 @@ def test_nothing_spills_and_a_program_fits(lowered, case, target):
         assert launch["occupancy"] >= 1, launch
 
 
-@pytest.mark.parametrize("name", lowered_cases.INSTRUCTIONS)
-def test_few_instructions_an_element(on_hopper, name):
-    run = on_hopper["cases"]["cuda:90"][name]
+@pytest.mark.parametrize("case", [case for case in CASES if case.values[0].name in lowered_cases.INSTRUCTIONS])
+def test_few_instructions_an_element(lowered, case):
+    run = lowered["cases"]["cuda:90"][case.name]
     found = [launch["instructions"] for launch in run["forward"] + run["backward"]]
-    budget = lowered_cases.INSTRUCTIONS[name]
+    budget = lowered_cases.INSTRUCTIONS[case.name]
     assert [one is None for one in found] == [most is None for most in budget]  # a number: straight-line code
     assert all(most is None or one <= most for one, most in zip(found, budget, strict=True)), found
 
