@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.sample:
-        found = lower(SAMPLE, every=2) | one_passes(sample=True)
+        found = lower(SAMPLE, every=3) | one_passes(sample=True)
     elif options.one_pass:
         found = one_passes(sample=False)
     else:

@@ -125,8 +125,8 @@ import json, sys, repository
 from benchmarks import model
 from benchmarks.cases import Case
 steps = [
-    model.step(Case("shrink_train", "C", (64, 128, 32), "both", sys.argv[1])),
-    model.step(Case("shrink_eval", "C", (64, 16, 256), "forward", "fp32")),
+    model.step(Case("shrink_train", "C", (128, 16, 128), "both", sys.argv[1])),
+    model.step(Case("shrink_eval", "C", (128, 16, 128), "forward", "fp32")),
 ]
 each = [[one.case.id, one.us, [(k.kernel, k.bytes, k.us) for k in one.launches], one.products] for one in steps]
 print(json.dumps(each))
@@ -144,9 +144,9 @@ def test_a_step_is_the_sum_of_its_launches(tmp_path, triton_cache, dtype):
     first, *tables = done.stdout.splitlines()
     train, evaluated = json.loads(first)
     name, us, launches, products = train
-    assert name == Case("shrink_train", "C", (64, 128, 32), "both", dtype).id and products == 0
+    assert name == Case("shrink_train", "C", (128, 16, 128), "both", dtype).id and products == 0
     assert us == pytest.approx(model.GRAPH + model.GAP * (len(launches) - 1) + sum(one[2] for one in launches))
-    full = {"fp32": 4, "bf16": 2}[dtype] * 64 * 128 * 32
+    full = {"fp32": 4, "bf16": 2}[dtype] * 128 * 16 * 128
     assert [kernel for kernel, *_ in launches].count("grad_kernel") == 2
     assert 2 * full < dict((kernel, moved) for kernel, moved, _ in launches)["map_kernel"] < 2.3 * full
     assert [kernel for kernel, *_ in evaluated[2]] == ["forward_kernel"]

@@ -311,9 +311,7 @@ def test_a_malformed_environment_variable_is_one_sentence(monkeypatch, name, val
 REMOVED = f'{VARIABLE} DRSN_BACKEND names "cuda", which is no longer a backend: on a GPU "triton" has the kernels'
 
 
-@pytest.mark.parametrize(
-    "name, value, message", [("DRSN_BACKEND", "cuda", REMOVED), BAD_SETTINGS[-1]], ids=["DRSN_BACKEND", "DRSN_CACHE_MIB"]
-)
+@pytest.mark.parametrize("name, value, message", [("DRSN_BACKEND", "cuda", REMOVED), BAD_SETTINGS[-1]])
 def test_and_comes_at_import(name, value, message):
     done = python("import drsn_kernels", **{name: value})
     assert done.returncode == 1 and done.stderr.rstrip().split("\n")[-1] == f"ValueError: {message}"

@@ -34,7 +34,7 @@ def compiled(session_folder: Path, cache: Path, name: str, *arguments: str) -> d
 
 @pytest.fixture(scope="session")
 def on_hopper(session_folder, triton_cache) -> dict:
-    return compiled(session_folder, triton_cache, "on_hopper", "--targets", "cuda:90", "--sample")
+    return compiled(session_folder, triton_cache, "on_hopper", "--sample")
 
 
 @pytest.fixture(scope="session")
@@ -195,9 +195,17 @@ except KeyError:
 assert "CPU tensors under" in gpu.unsupported(x)
 """
 
+EXPLAINED = """
+with lowering("cuda:90") as launches, dk.use_backend("triton", strict=True), torch.no_grad():
+    (call,) = dk.explain(dk.Shrinkage(16).eval(), x, strict=True)
+assert [launch.kernel for launch in launches] == list(call.forward.kernels) == ["forward_kernel"]
+assert [launch.programs for launch in launches] == [planned.programs for planned in call.plan.launches]
+assert [launch.num_warps for launch in launches] == [planned.warps for planned in call.plan.launches]
+"""
 
-def test_lowering_nests_and_restores(tmp_path, triton_cache):
-    done = child("-c", NESTED, cwd=tmp_path, cache=triton_cache)
+
+def test_lowering_nests_restores_and_is_explained(tmp_path, triton_cache):
+    done = child("-c", NESTED + EXPLAINED, cwd=tmp_path, cache=triton_cache)
     assert done.returncode == 0, done.stderr
 
 
