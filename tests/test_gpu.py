@@ -72,6 +72,8 @@ def test_shrink(device, shape, kind, dtype, layout):
 @pytest.mark.parametrize("kind", ["any gate", "plain", "norm", "batch norm"])
 @pytest.mark.parametrize("device, shape", _where()[:1] + [pytest.param("cuda", (5, 6, 20), marks=pytest.mark.gpu)])
 def test_gradients_of_every_order(device, shape, kind, average):
+    if device == "cpu" and kind != "any gate":
+        pytest.skip("test_triton.py has the standard gate's, interpreted")
     gate = smooth_gate(shape[1], 1 if average == "sample" else None) if kind == "any gate" else None
     gate = (gate or gate_of(shape[1], kind, average)).double().to(device)
     x = torch.randn(shape[0], shape[1], 5, dtype=torch.float64, device=device, requires_grad=True)

@@ -167,6 +167,7 @@ def cpu_kernels(kernels):
         pytest.skip("no threads of ours")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("sizes", SHAPES | LONG)

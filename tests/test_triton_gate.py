@@ -124,7 +124,7 @@ def test_every_width(width, kind, one, n):
     Run(n, channels, hidden, 1 if one else channels, kind, "channel").check()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("own", [True, False], ids=["", "tau is not returned"])
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("average", AVERAGES)
@@ -161,8 +161,8 @@ def test_statistics_merged_by_a_launch_of_their_own(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_is_shared_out(kind, monkeypatch):
     monkeypatch.setattr(plans, "GATE_WALK", 64)
-    run = Run(300, 18, 40, 18, kind, "channel")
-    assert sequence._gate_plan(run.step).shares == 5
+    run = Run(140, 18, 40, 18, kind, "channel")
+    assert sequence._gate_plan(run.step).shares == 3
     run.check()
 
 
