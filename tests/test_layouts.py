@@ -96,6 +96,7 @@ OPERATORS = {
 
 @native
 @pytest.mark.unpoisoned
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 @pytest.mark.parametrize("g_layout", ["contiguous", "channels_last", "sliced", "expanded space"])
 @pytest.mark.parametrize("op", OPERATORS)
