@@ -111,7 +111,7 @@ here.send(y)  # moves it to shared memory
 del y
 for _ in range(3):
     dk.soft_threshold(torch.randn(8, 64, 1024), 0.1)
-assert here.poll(60) and here.recv() == total
+assert here.poll(600) and here.recv() == total
 worker.join()
 """
     run = python(code)
