@@ -32,6 +32,8 @@ CONSTRAINTS ?= constraints.txt
 JOBS ?= auto
 TESTS := $(BIN)/pytest tests -n $(JOBS)
 FUZZ ?=
+# Packages are installed without byte code, and a hundred Pythons that the tests start would each compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all test-all-only info bench experiments pictures lint gpu clean
 

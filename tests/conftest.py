@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +198,21 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     group.close()
 
 
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of xdist's workers, empty at the start of a session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if base.name.startswith("popen-") else base
+
+
+@pytest.fixture(scope="session")
+def triton_cache(session_folder: Path) -> Path:
+    """Triton's disk cache of this session: what one process has compiled, the next one loads."""
+    folder = session_folder / "triton"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 # ---- poisoned memory -------------------------------------------------------------------------------------------------
 
 _clean_empty = torch.empty
@@ -287,14 +303,34 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
 
 
+def _sample(items: list[pytest.Item]) -> None:
+    """All but one case in n are slow. Where n is given by `sampled` and parameters are crossed, so many fewer that each
+    value of a parameter is left in a case.
+
+    By name: the same cases in every process.
+    """
+
+    def rest(item: pytest.Item) -> int:
+        rates = [value.sample for value in item.callspec.params.values() if isinstance(value, Variant)]
+        rates += [mark.args[0] for mark in item.iter_markers("sampled")]
+        return zlib.crc32(item.name.encode()) % max(rates, default=1)
+
+    seen = set()
+    for item in sorted(items, key=rest):
+        values = set()
+        if item.get_closest_marker("sampled") and len(item.callspec.params) > 1:
+            of = item.path, item.originalname, item.get_closest_marker("gpu") is None
+            given = item.callspec.params.items()
+            values = {(*of, name, str(value)) for name, value in given if not isinstance(value, Variant)}
+        if rest(item) and values <= seen:
+            item.add_marker(pytest.mark.slow)
+        else:
+            seen |= values
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        rates = [value.sample for value in parameters if isinstance(value, Variant)]
-        rates += [mark.args[0] for mark in item.iter_markers("sampled")]
-        if zlib.crc32(item.name.encode()) % max(rates, default=1):  # by name: the same cases in every process
-            item.add_marker(pytest.mark.slow)
+    _sample([item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("slow")])
     items.sort(key=lambda item: item.path.stem != "test_triton_lowering")  # a minute in one process, so it starts first
     if torch.cuda.is_available():
         return

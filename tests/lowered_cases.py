@@ -291,6 +291,47 @@ CASES += [
     gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32, merge=True)),
 ]
 
+# Machine instructions an element on 9.0, at most: reduce, map with three planes, grad (dtau), grad (dx). A little above
+# what Triton 3.7.1 makes, and half or less of what comparisons, selects and sums over 32 lanes took.
+INSTRUCTIONS = {
+    "shrink 8x16x1024 bfloat16": (5, 12, 8, 11.5),
+    "shrink 8x16x1024 float16": (6, 12, 8, 11.5),
+    "shrink 8x16x1024 float32": (7.5, 23, 15, 19.5),
+    "shrink 4x64x28x28 bfloat16 channels_last": (None, 28, None, 22),
+    "shrink 4x64x28x28 float32 channels_last": (None, 43, None, 37),
+    "shrink 8x64x49 bfloat16": (31, 66, 53, 60),
+    "shrink 8x64x49 float32": (31, 66, 53, 60),
+}
+
+# What make test compiles, the rest is make test-all's: every kernel and plan, both layouts, rows that are aligned, that
+# are not, and that take a loop.
+SAMPLE = {
+    "shrink 8x16x1024 bfloat16",
+    "shrink 8x16x1024 float16",
+    "shrink 8x16x1024 float32",
+    "shrink 4x64x28x28 bfloat16 channels_last",
+    "shrink 8x64x49 float32",
+    "shrink 4x8x9600 float32",
+    "shrink 8x16x1024 bfloat16 residual",
+    "shrink 8x16x1000 float32 no_grad",
+    "abs_mean 8x16x1000 float32",
+    "soft_threshold 4x64x28x28 bfloat16 channels_last",
+    "soft_threshold 8x16x1000 float32 hard",
+    "soft_threshold 4x64x28x28 float32 channels_last leaky",
+    "squeeze_excite 8x16x1024 float32 residual",
+    "squeeze_excite 4x64x28x28 bfloat16 channels_last",
+    "Shrinkage 8x16x1024 float32 eval",
+    "Shrinkage 8x16x1024 float32 no BatchNorm",
+    "Shrinkage 8x16x1024 float32 BatchNorm",
+    "Shrinkage 512x64x16x16 float32 channels_last no BatchNorm",
+    "Shrinkage 512x64x256 bfloat16 no BatchNorm",
+    "Shrinkage 128x64x512 bfloat16 no BatchNorm, twice",
+    "Shrinkage 512x64x256 float32 eval, many samples",
+    "Shrinkage 16x64x1024 float32 no BatchNorm, few samples",
+    "Shrinkage 40x512x7x7 float32 channels_last BatchNorm",
+}
+assert {case.name for case in CASES} > SAMPLE
+
 # Sizes that one compilation is for: a training step on the first of them compiles, on the others nothing does.
 # A gate without BatchNorm has two plans, of one launch and of several, and the batch size has a say in which it is.
 BATCHES = (1, 2, 3, 16, 33, 64)

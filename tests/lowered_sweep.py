@@ -1,10 +1,11 @@
 """What the sweep's alternatives become on compute capability 9.0, compiled without a GPU: run by test_sweep.py.
 
-    python tests/lowered_sweep.py --json FILE [--part I --parts N] [--sample] [--one-pass]
+    python tests/lowered_sweep.py --json FILE [--part I --parts N | --sample | --one-pass]
 
 Triton must compile, not interpret, so this is a process of its own, without TRITON_INTERPRET=1. Each alternative's call
 is made on CPU tensors; FILE gets {case: {alternative: [[kernel, registers, bytes spilled a thread], ...]}}. With
---one-pass it is what Shrinkage in eval takes in one launch, on the benchmarks' shapes in every dtype and layout.
+--one-pass it is what Shrinkage in eval takes in one launch, on the benchmarks' shapes in every dtype and layout; with
+--sample some of both.
 """
 
 import argparse
@@ -36,13 +37,14 @@ SAMPLE = [
 ]
 
 
-def lower(cases: list[Case]) -> dict[str, dict[str, list]]:
+def lower(cases: list[Case], every: int = 1) -> dict[str, dict[str, list]]:
+    """Of the cases' alternatives one in so many, the first among them: as planned."""
     found: dict[str, dict[str, list]] = {}
     known: dict[int, list] = {}  # Triton keeps what it has compiled
     with lowering("cuda:90") as launches, dk.use_backend("triton", strict=True):
         for case in cases:
             on, found[case.id] = subject(case, "cpu"), {}
-            for name, _, call, twin in sweep.distinct(on, case):
+            for name, _, call, twin in list(sweep.distinct(on, case))[::every]:
                 if twin:
                     continue
                 launches.clear()
@@ -87,15 +89,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1)
-    parser.add_argument("--sample", action="store_true", help="only some of the cases")
+    parser.add_argument("--sample", action="store_true")
     parser.add_argument("--one-pass", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.one_pass:
-        options.json.write_text(json.dumps(one_passes(options.sample)), encoding="utf-8")
-        return
-    cases = SAMPLE if options.sample else list(dict.fromkeys(unit.case for unit in sweep.units()))
-    options.json.write_text(json.dumps(lower(cases[options.part :: options.parts])), encoding="utf-8")
+    if options.sample:
+        found = lower(SAMPLE, every=3) | one_passes(sample=True)
+    elif options.one_pass:
+        found = one_passes(sample=False)
+    else:
+        cases = list(dict.fromkeys(unit.case for unit in sweep.units()))
+        found = lower(cases[options.part :: options.parts])
+    options.json.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ def amdgcn_resources(text: str) -> Resources:
     return Resources(field("vgpr_count"), field("private_segment_fixed_size"))
 
 
+@functools.cache
 def cubin_resources(cubin: bytes) -> Resources:
     """Registers and stack of a cubin that holds one kernel, by the cuobjdump in Triton's wheel."""
     from triton import knobs

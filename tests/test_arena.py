@@ -111,7 +111,7 @@ here.send(y)  # moves it to shared memory
 del y
 for _ in range(3):
     dk.soft_threshold(torch.randn(8, 64, 1024), 0.1)
-assert here.poll(60) and here.recv() == total
+assert here.poll(600) and here.recv() == total
 worker.join()
 """
     run = python(code)
@@ -165,16 +165,6 @@ if child == 0:
 sys.exit(os.waitpid(child, 0)[1] != 0)
 """
     assert python(code).returncode == 0
-
-
-@pytest.mark.parametrize("mib, kept", [("0", 0), ("1", 0), ("64", 2 << 20)])
-def test_the_limit_comes_from_the_environment(mib, kept):
-    code = (
-        "import torch, drsn_kernels as dk; from drsn_kernels.backends import cpu;"
-        "dk.soft_threshold(torch.randn(8, 64, 1024), 0.5); print(cpu._cpu.cached_bytes())"
-    )
-    run = python(code, DRSN_CACHE_MIB=mib)
-    assert int(run.stdout) == kept, run.stderr
 
 
 def test_the_storage_of_a_large_output_cannot_be_resized(x):

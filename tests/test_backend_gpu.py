@@ -49,8 +49,8 @@ def fresh_plans():
 def sizes(request, monkeypatch):
     """Tiles so small that rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "split":
-        monkeypatch.setattr(plans, "TILE", 64)
-        monkeypatch.setattr(plans, "PIECE", 64)
+        for name, value in (("TILE", 128), ("WHOLE", 2), ("PART", 1), ("PIECE", 360)):
+            monkeypatch.setattr(plans, name, value)
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):
             monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
@@ -76,8 +76,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, to
 
 
 def made(where: str, dtype: torch.dtype, count: int, sizes: str) -> list[torch.Tensor]:
-    """Of the layout still after the conversion; rows of 600 elements where they are to be split."""
-    spatial = (24, 25) if sizes == "split" else (6, 7)
+    """Of the layout still after the conversion; rows of 368 elements where they are to be split."""
+    spatial = (16, 23) if sizes == "split" else (6, 7)
     out = []
     for _ in range(count):
         x = LAYOUTS[where](2, 5, *spatial)
@@ -102,7 +102,7 @@ def test_reduce(sizes, kind, dtype, where):
         same_planes(planes, wanted, layout)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)
@@ -136,7 +136,7 @@ def test_map_scales(sizes, shifted, dtype, where):
         close(ours.map(x, layout, t, **arguments)[0], torchs.map(x, layout, t, **arguments)[0])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)

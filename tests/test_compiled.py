@@ -91,6 +91,7 @@ def same(found: list, expected: list) -> None:
 # ---- graphs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("threshold, slope", [("soft", 0.0), ("soft", 0.25), ("hard", 0.1)])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("average", AVERAGES)
@@ -223,6 +224,7 @@ def penalty(run: Callable, x: torch.Tensor) -> torch.Tensor:
     return dx.pow(3).sum()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("slope", [0.0, 0.25])
 @pytest.mark.parametrize("average", AVERAGES)
 def test_second_derivatives_of_a_compiled_call(average, slope):

@@ -64,8 +64,7 @@ def test_one_graph_for_every_batch_and_length(backend, training):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("backend, training", [("auto", False), ("cpu", True)])
+@pytest.mark.parametrize("backend, training", [pytest.param("auto", False, marks=pytest.mark.slow), ("cpu", True)])
 def test_automatic_dynamic_shapes_take_two_graphs(backend, training):
     """The default of torch.compile: a graph for the first batch size, and one for all others."""
     model = network(dims=2).train(training)
@@ -116,9 +115,8 @@ def onnxruntime():
     return pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install drsn_kernels[export]")
 
 
-@pytest.mark.sampled(5)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("dims, attention", [(1, "cs"), (2, "cw")])
+@pytest.mark.parametrize("dims, attention", [(1, "cs"), pytest.param(2, "cw", marks=pytest.mark.slow)])
 def test_onnxruntime_gives_the_same_numbers(onnxruntime, dims, attention):
     """float32, any batch and length; nothing in the file but ONNX's own operators."""
     model = network(dims, attention).float()
@@ -142,10 +140,13 @@ def test_onnxruntime_gives_the_same_numbers(onnxruntime, dims, attention):
 FORK = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "backend, method",
-    [pytest.param("cpu", "fork", marks=FORK), pytest.param("torch", "fork", marks=FORK), ("cpu", "spawn")],
+    [
+        pytest.param("cpu", "fork", marks=FORK),
+        pytest.param("torch", "fork", marks=[FORK, pytest.mark.slow]),
+        pytest.param("cpu", "spawn", marks=pytest.mark.slow),
+    ],
 )
 def test_operators_in_the_workers_of_a_data_loader(method, backend):
     data = Shrunk(backend)

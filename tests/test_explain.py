@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
-from triton_child import child
 
 import drsn_kernels as dk
 from drsn_kernels import recording
@@ -149,24 +148,6 @@ def test_triton_says_why_a_slower_plan_is_taken(monkeypatch):
     assert short.plan.why.startswith("the gate stands between reduce and map")
     assert any_gate.plan.not_taken == (("gate fused", "the gate is not an nn.Sequential"),)
     assert any_gate.plan.launches[0].plan.why.startswith("an access for each element")
-
-
-LOWERED = """
-import torch, drsn_kernels as dk
-from drsn_kernels.backends.gpu.lowering import lowering
-x = torch.randn(8, 16, 1024)
-with lowering("cuda:90") as launches, dk.use_backend("triton", strict=True), torch.no_grad():
-    (call,) = dk.explain(dk.Shrinkage(16).eval(), x, strict=True)
-assert [launch.kernel for launch in launches] == list(call.forward.kernels) == ["forward_kernel"]
-assert [launch.programs for launch in launches] == [planned.programs for planned in call.plan.launches]
-assert [launch.num_warps for launch in launches] == [planned.warps for planned in call.plan.launches]
-"""
-
-
-@pytest.mark.skipif(not gpu.INSTALLED, reason="Triton is not installed")
-def test_under_lowering(tmp_path):
-    done = child("-c", LOWERED, cache=tmp_path)
-    assert done.returncode == 0, done.stderr
 
 
 # ---- where no kernel runs --------------------------------------------------------------------------------------------

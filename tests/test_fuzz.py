@@ -141,7 +141,7 @@ def compare_gated(kernels, case: dict, monkeypatch) -> None:
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=SHARED, derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=SHARED, derandomize=True)
 @given(case=cases())
 def test_random_cases(kernels, case):
     compare(kernels, case)
@@ -154,7 +154,7 @@ def test_many_random_cases(kernels, case):
     compare(kernels, case)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=SHARED, derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=SHARED, derandomize=True)
 @given(case=gated_cases())
 def test_random_standard_gates(kernels, case, monkeypatch):
     compare_gated(kernels, case, monkeypatch)
@@ -168,7 +168,7 @@ def test_many_random_standard_gates(kernels, case, monkeypatch):
 
 
 @pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
-@settings(max_examples=50, deadline=None, suppress_health_check=SHARED, derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=SHARED, derandomize=True)
 @given(case=cases())
 def test_instruction_sets_agree(case):
     """y, dx without a sum in it, and the planes do not depend on the instruction set at all."""

@@ -28,10 +28,8 @@ compiled = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
-    cache = ROOT / "build" / "launcher-triton-cache"  # git ignores build/; compiling anew takes 20 seconds
-    cache.mkdir(parents=True, exist_ok=True)
-    done = child(CHILD, cache=cache, DRSN_LAUNCHER="1")
+def found(tmp_path_factory, triton_cache) -> dict:
+    done = child(CHILD, cwd=tmp_path_factory.mktemp("launcher"), cache=triton_cache, DRSN_LAUNCHER="1")
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout)
 
@@ -317,7 +315,7 @@ def test_it_is_clean_under_sanitizers(tmp_path):
         for name in ("libasan.so", "libubsan.so")
     ]
     done = child(
-        CHILD, cache=tmp_path, DRSN_LAUNCHER="1", DRSN_TEST_LAUNCHER=str(next(build.glob("_launch*.so"))),
+        CHILD, cwd=tmp_path, cache=tmp_path, DRSN_LAUNCHER="1", DRSN_TEST_LAUNCHER=str(next(build.glob("_launch*.so"))),
         LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="halt_on_error=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-8000:]

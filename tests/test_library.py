@@ -60,7 +60,7 @@ ARGUMENTS = {
 OF_NOTHING = ("abs_mean", "abs_mean, no planes", "abs_mean_grad", "shrink_grad")  # with NaN, also in the 2nd derivative
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("case", CHECKED)
 def test_opcheck(arguments, case):

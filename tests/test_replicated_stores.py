@@ -13,8 +13,8 @@ SCRIPT = Path(__file__).resolve().parent / "replicated_stores.py"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    done = child(str(SCRIPT), cache=tmp_path_factory.mktemp("replicated"))
+def found(tmp_path_factory, triton_cache) -> dict:
+    done = child(str(SCRIPT), cwd=tmp_path_factory.mktemp("replicated"), cache=triton_cache)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout)
 

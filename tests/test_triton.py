@@ -138,6 +138,7 @@ def test_fused_gate(plan, kind, average, channels_last):
     compare(x, residual, gate_of(6, kind, average), average, g, fused=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("plan", ["on chip", "launches"], indirect=True)
@@ -146,6 +147,7 @@ def test_fused_gate_in_other_dtypes(plan, kind, dtype):
     compare(x, None, gate_of(17, kind, "channel", 2).to(wide(dtype)), "channel", g, fused=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("one", [False, True], ids=["channels", "one"])
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("plan", ["twice", "launches"], indirect=True)
@@ -155,6 +157,7 @@ def test_fused_gate_with_one_alpha_or_many_for_every_average(plan, average, one)
     compare(x, None, gate, average, g, fused=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("plan", ["on chip", "launches"], indirect=True)
 def test_fused_gate_in_any_layout(plan, layout):

@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return child("-m", "drsn_kernels", "warmup", *arguments, cache=folder, **env)
+    return child("-m", "drsn_kernels", "warmup", *arguments, cwd=folder, cache=folder, **env)
 
 
 def kernels(done: subprocess.CompletedProcess) -> list[list[str]]:
@@ -124,7 +124,7 @@ assert knobs.compilation.listener is None
 @pytest.mark.slow
 @needs_triton
 def test_the_model_stays_as_it_was(folder):
-    done = child("-c", KEEPS, cache=folder)
+    done = child("-c", KEEPS, cwd=folder, cache=folder)
     assert done.returncode == 0, done.stderr
 
 
@@ -158,11 +158,11 @@ assert len(launches) > len(compiled) and more == [], more
 
 @needs_triton
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_after_a_warmup_a_first_step_compiles_nothing(folder, dtype):
+def test_after_a_warmup_a_first_step_compiles_nothing(folder, triton_cache, dtype):
     body = "\nclass Body(Block):\n    def forward(self, x):\n        return super().forward(x)['y']\n"
     (folder / "networks.py").write_text(NETWORKS + body)
     code = FIRST_STEP.replace("{dtype}", f"torch.{dtype}").replace("{autocast}", str(dtype != "float32"))
-    done = child("-c", code, cache=folder)
+    done = child("-c", code, cwd=folder, cache=triton_cache)
     assert done.returncode == 0, done.stderr
 
 

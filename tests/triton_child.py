@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 
-def child(*arguments: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run Python in the folder `cache`, which is Triton's disk cache too."""
+def child(*arguments: str, cwd: Path, cache: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run Python in a folder, with Triton's disk cache in another: the fixture triton_cache, unless what is compiled is
+    the question."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, cwd=cache)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, cwd=cwd)
