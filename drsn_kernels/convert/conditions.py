@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import os
 import pickle
 import sys
 import types
@@ -93,12 +94,26 @@ class _Pickler(pickle.Pickler):
 
 
 _SAYS = {"__getstate__", "__reduce__", "__reduce_ex__"}
-_SHIPPED = {"builtins", "torch", "numpy", "scipy", *sys.stdlib_module_names} - {"__main__"}
+_LIBRARIES = {"builtins", "torch", "numpy", "scipy", "triton", __package__.partition(".")[0]}
+_STANDARD = os.path.dirname(os.__file__) + os.sep
+
+
+def is_shipped(name: str, file: str | None) -> bool:
+    """Whether a Python module is Python's own, or of a library whose code does not change and keeps nothing for a user.
+    A user's test.py or code.py is not: Python has modules of these names, elsewhere."""
+    root = name.partition(".")[0]
+    if root in _LIBRARIES:
+        return True
+    return (
+        root in sys.stdlib_module_names
+        and root != "__main__"
+        and (file or _STANDARD).startswith((_STANDARD, "<frozen"))
+    )
 
 
 def is_own(cls: type) -> bool:
-    """Whether a class is neither Python's nor of the libraries whose classes do not change."""
-    return cls.__module__.partition(".")[0] not in _SHIPPED
+    """Whether a class may have attributes that a user changes."""
+    return not is_shipped(cls.__module__, getattr(sys.modules.get(cls.__module__), "__file__", None))
 
 
 def class_attributes(cls: type) -> dict[str, Any]:
@@ -199,27 +214,29 @@ class Part(NamedTuple):
     modules: tuple[tuple[str, type | None], ...] = ()  # called by the fused form; of this class where the forward asks
 
     def holds(self, module: nn.Module) -> bool:
-        for name in self.path:
+        path, kind, children, reads, tensors, modules = self  # once: this runs in every call
+        for name in path:
             module = module._modules[name]
         own = module.__dict__
-        if self.kind is not None and (
-            (type(module) is not self.kind and class_of(module) is not self.kind)
+        below = own["_modules"]
+        if kind is not None and (
+            (type(module) is not kind and class_of(module) is not kind)
             or own["_forward_hooks"] or own["_forward_pre_hooks"]
             or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
         ):  # fmt: skip
             return False
-        if self.children is not None and (*own["_modules"],) != self.children:
+        if children is not None and (*below,) != children:
             return False
-        for name, expected in self.reads:
+        for name, expected in reads:
             now = own[name] if name in own else getattr(module, name, ABSENT)
             if now is not expected and not _is_still(now, expected):
                 return False
-        for name, shape in self.tensors:
+        for name, shape in tensors:
             now = getattr(module, name, None)
             if not isinstance(now, torch.Tensor) or now.shape != shape:
                 return False
-        for name, kind in self.modules:
-            now = own["_modules"].get(name)
+        for name, kind in modules:
+            now = below.get(name)
             if now is None or (kind is not None and class_of(now) is not kind):
                 return False
         return True
