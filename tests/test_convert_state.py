@@ -469,10 +469,16 @@ def test_whatever_the_default_device_and_dtype():
 
 def test_made_under_inference_mode_or_on_meta():
     with torch.inference_mode():
-        module = Base().eval()
+        module = Hooked().eval()
+        expected = module(X)
     assert dk.convert(module).converted
-    with torch.inference_mode():
-        assert runs_fused(module, X)
+    for context in (torch.inference_mode(), torch.no_grad()):
+        with context:
+            torch.testing.assert_close(module(X), expected)
+            assert runs_fused(module, X) and [call.op for call in dk.explain(module, X)] == ["shrink"]
+            with dk.record_tau(module) as taus:
+                module(X)
+            assert [*taus] == [""]
     (row,) = dk.convert(Base().to("meta")).left_alone
     assert "meta" in row.detail
 

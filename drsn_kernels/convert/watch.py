@@ -320,7 +320,9 @@ class Watch:
             value, length = owner, length - 1  # TRACKER.update, Settings.get: what counts is the tracker
         if chain[0] == "os" and chain[1:2] in (("environ",), ("getenv",)):
             self.note(f"asks {'.'.join(chain[:2])}", frame)
-        if isinstance(value, types.ModuleType) or (isinstance(value, type) and not is_own(value)):
+        if isinstance(value, types.ModuleType):
+            return
+        if isinstance(value, type) and value is not ABSENT and not is_own(value):
             return
         shown = ".".join(chain[:length])
         if isinstance(value, torch.Tensor):
