@@ -1,5 +1,6 @@
 """The conditions under which a fused form may run in place of a forward: what that forward reads is as it was."""
 
+import abc
 import functools
 import hashlib
 import io
@@ -18,6 +19,27 @@ from .reasons import Unexplained
 _MOST_BYTES = 16 << 10  # of one value, pickled: about 20 us a call
 
 
+def subclass(cls: type, first: type, names: dict[str, Any]) -> type:
+    """A class below `cls`, of which nobody is told: registries of the user's stay as they are."""
+    meta = type(cls) if type(cls) in (type, abc.ABCMeta) else type.__new__
+    bases = (first, cls)
+    names = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        **names,
+        "_drsn_class": cls,
+    }
+    return meta(cls.__name__, bases, names) if meta is not type.__new__ else meta(type(cls), cls.__name__, bases, names)
+
+
+class Quiet:
+    """Before a class in the bases: keeps its __init_subclass__ from being called."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
 class ABSENT:
     """In place of a value: there is none."""
 
@@ -31,14 +53,22 @@ class Code(str):
 
 
 @functools.lru_cache(maxsize=4096)
-def code_of(function: types.FunctionType) -> Code:
-    code = function.__code__
-    parts = [
-        code.co_code,
-        repr((code.co_names, [c for c in code.co_consts if not isinstance(c, types.CodeType)])).encode(),
-    ]
-    digest = hashlib.sha1(b"".join(parts), usedforsecurity=False).hexdigest()
-    return Code(f"{function.__module__}.{function.__qualname__} {digest}")
+def _digest(code: types.CodeType) -> str:
+    constants = [_digest(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return hashlib.sha1(code.co_code + repr((code.co_names, constants)).encode(), usedforsecurity=False).hexdigest()
+
+
+def code_of(function: types.FunctionType, within: tuple[types.FunctionType, ...] = ()) -> Code:
+    """With the defaults of its arguments and the variables of functions around it. Unexplained: not to be compared."""
+    more = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+    for cell in function.__closure__ or ():
+        value = cell.cell_contents
+        if isinstance(value, types.FunctionType):
+            more += [code_of(value, (*within, function))] if value not in within and value is not function else []
+        elif not isinstance(value, type):  # as __class__ of super()
+            more.append(frozen(value))
+    given = repr([frozen(value) for value in more]) if more else ""
+    return Code(f"{function.__module__}.{function.__qualname__} {_digest(function.__code__)} {given}")
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -208,7 +238,7 @@ class Part(NamedTuple):
     kind: type | None = (
         None  # of a child that the fused form does not call as the forward does: nobody may listen to it
     )
-    children: tuple[str, ...] | None = None  # the names of its own
+    children: tuple[str, ...] | None = None  # the names of its modules, parameters and buffers
     reads: tuple[tuple[str, Any], ...] = ()  # what is expected
     tensors: tuple[tuple[str, torch.Size], ...] = ()  # looked up at every call; of this shape
     modules: tuple[tuple[str, type | None], ...] = ()  # called by the fused form; of this class where the forward asks
@@ -225,7 +255,7 @@ class Part(NamedTuple):
             or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
         ):  # fmt: skip
             return False
-        if children is not None and (*below,) != children:
+        if children is not None and (*below, *own["_parameters"], *own["_buffers"]) != children:
             return False
         for name, expected in reads:
             now = own[name] if name in own else getattr(module, name, ABSENT)

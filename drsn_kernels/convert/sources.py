@@ -38,7 +38,13 @@ class Write(NamedTuple):
 def writes_of(code: types.CodeType) -> dict[int, list[Write]]:
     """By line."""
     found: dict[int, list[Write]] = {}
-    for node in ast.walk(function_of(code) or ast.Module([], [])):
+    tree = function_of(code) or ast.Module([], [])
+    heads = {
+        node.lineno for node in ast.walk(tree) if isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and getattr(node, "lineno", None) in heads:
+            continue  # if self.keeps: self.kept = ... in one line: whether it is carried out, the line does not tell
         if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
             root: ast.expr = node
             while isinstance(root, (ast.Attribute, ast.Subscript)):

@@ -7,6 +7,7 @@ all else by Python's profiler: it sees which code runs, and the code names its g
 
 import collections
 import contextlib
+import dis
 import io
 import os
 import random
@@ -25,6 +26,7 @@ from .conditions import (
     Conditions,
     Global,
     Part,
+    Quiet,
     at,
     class_attributes,
     class_of,
@@ -33,14 +35,14 @@ from .conditions import (
     is_own,
     is_shipped,
     same,
+    subclass,
 )
 from .kept import Kept, contents, exactly
 from .reasons import Unexplained, place
-from .sources import Write, names_in, writes_of
+from .sources import Write, function_of, names_in, writes_of
 
 OF_MODULE = frozenset({*dir(nn.Module()), *vars(nn.Module())} - {"training"})
 _TABLES = ("__dict__", "_modules", "_buffers", "_parameters")
-_OF_WATCHED = {"__module__", "__qualname__", "__doc__", "__getattribute__", "_drsn_class"}
 
 
 def _words(text: str) -> frozenset[str]:
@@ -55,7 +57,8 @@ _COMPUTING = _words("einops timm torchvision torchaudio opt_einsum jaxtyping typ
 _MODES = _words(
     """is_autocast_enabled is_autocast_cpu_enabled is_autocast_cache_enabled get_autocast_dtype get_autocast_gpu_dtype
     is_grad_enabled is_inference_mode_enabled get_default_dtype manual_seed set_autocast_enabled set_autocast_dtype
-    set_autocast_cpu_enabled _set_grad_enabled set_default_dtype set_flush_denormal set_num_threads globals"""
+    set_autocast_cpu_enabled _set_grad_enabled set_default_dtype set_flush_denormal set_num_threads globals
+    is_tracing is_scripting is_in_onnx_export is_compiling is_exporting is_dynamo_compiling"""
 )
 _NUMBERS = _words("item tolist numpy __array__")  # of a tensor: no longer followed
 # Methods of containers that change them.
@@ -97,6 +100,7 @@ class Watch:
         self._kept: dict[str, tuple[Kept, set]] = {}
         self._writes: dict[types.CodeType, dict[int, list[Write]]] = {}
         self._own: dict[str, dict[str, Any]] = {}
+        self._of_watched: dict[str, set[str]] = {}  # what a class of the copy's has from the start
         for base in {base: None for m in inner.modules() for base in class_of(m).__mro__ if is_own(base)}:
             tensors = {name: value for name, value in vars(base).items() if isinstance(value, torch.Tensor)}
             for name, value in (class_attributes(base) | tensors).items():
@@ -104,7 +108,7 @@ class Watch:
         for path, m in inner.named_modules():
             self._own[path] = {n: exactly(v, self.outside) for n, v in m.__dict__.items() if n not in OF_MODULE}
             with contextlib.suppress(TypeError):  # a class that does not let its objects change theirs
-                m.__class__ = self._watched(class_of(m), path)
+                object.__setattr__(m, "__class__", self._watched(class_of(m), path))
 
     # ---- attributes
 
@@ -132,8 +136,9 @@ class Watch:
                 self._read(path, name)
             return value
 
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": get}
-        return type(cls.__name__, (cls,), {**names, "_drsn_class": cls})
+        made = subclass(cls, Quiet, {"__getattribute__": get})
+        self._of_watched[path] = {*vars(made)}
+        return made
 
     def _read(self, path: str, name: str) -> None:
         if self._on:
@@ -263,6 +268,9 @@ class Watch:
         for default in self._defaults(frame):
             self.note(f"has a default that may change, in {code.co_name}", frame)
             self._keep(f"a default of {code.co_name}", types.SimpleNamespace(default=default), "default", default)
+        if function_of(code) is None and code.co_name[0] != "<":
+            if any(i.opname in ("STORE_ATTR", "STORE_SUBSCR") for i in dis.get_instructions(code)):
+                self.note("assigns something, in code without a source", frame)
         for how, chain in names_in(code):
             if how == "read":
                 self._name(frame, chain)
@@ -342,7 +350,9 @@ class Watch:
                 if not same(exactly(now.get(name, ABSENT), self.outside), before.get(name, ABSENT)):
                     yield path, name
             if "_drsn_class" in vars(type(m)):
-                yield from ((path, name) for name in vars(type(m)).keys() - _OF_WATCHED)
+                yield from (
+                    (path, name) for name in vars(type(m)).keys() - self._of_watched.get(path, {*vars(type(m))})
+                )
 
     def refuse(self, runs: set, sets: set[str]) -> None:
         """What the forward did, in its own code or in a child's call that is none of `runs`, would be missing, but for
@@ -384,7 +394,8 @@ class Watch:
                 part["reads"].append((name, _comparable(value, f"self.{own}")))
         found = []
         for path, about in parts.items():
-            names, children = tuple(filter(None, path.split("."))), (*at(module, path)._modules,)
+            names, owner = tuple(filter(None, path.split("."))), at(module, path)
+            children = (*owner._modules, *owner._parameters, *owner._buffers)
             found.append(Part(names, kinds.get(path), children, **{kind: tuple(of) for kind, of in about.items()}))
         named = tuple(
             name._replace(expected=_comparable(name.now(), ".".join(name.chain)))
