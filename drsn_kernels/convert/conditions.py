@@ -21,16 +21,9 @@ _MOST_BYTES = 16 << 10  # of one value, pickled: about 20 us a call
 
 def subclass(cls: type, first: type, names: dict[str, Any]) -> type:
     """A class below `cls`, of which nobody is told: registries of the user's stay as they are."""
-    meta = type(cls) if type(cls) in (type, abc.ABCMeta) else type.__new__
-    bases = (first, cls)
-    names = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        **names,
-        "_drsn_class": cls,
-    }
-    return meta(cls.__name__, bases, names) if meta is not type.__new__ else meta(type(cls), cls.__name__, bases, names)
+    meta, of_user = type(cls), {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    arguments = cls.__name__, (first, cls), {**of_user, **names, "_drsn_class": cls}
+    return meta(*arguments) if meta in (type, abc.ABCMeta) else type.__new__(meta, *arguments)
 
 
 class Quiet:

@@ -69,15 +69,8 @@ def check_dropped(trace: Trace, match: Match, found: Found) -> None:
             ):
                 raise Unexplained(f"what self.{path_of(node)} does besides is not known")
         elif node.op in ("call_function", "call_method"):
-            names = (
-                _POOLED
-                if node in found.pooled
-                else _POOLING
-                if node in pooled
-                else _SCALING
-                if node in scaled
-                else _SHELL
-            )
+            names = _SCALING if node in scaled else _SHELL
+            names = _POOLED if node in found.pooled else _POOLING if node in pooled else names
             if _name(node) not in names or not _harmless(_name(node), node):
                 raise Unexplained(f"what it does besides in {_line_of(node)} may change the result")
 
@@ -93,7 +86,7 @@ def _harmless(name: str, node: fx.Node) -> bool:
         "type_as",
         "type",
         "float",
-    ):  # of a mask, or to what x has; else the result has another dtype than x
+    ):  # of a mask, or to what x has: else the result may have another dtype
         given = any(isinstance(a, fx.Node) for a in rest)
         return given or (isinstance(seen, torch.Tensor) and seen.dtype == torch.bool)
     if name == "getitem" and isinstance(seen, torch.Tensor) and seen.dim() > 2 and seen.shape[2:].numel() > 1:
