@@ -41,11 +41,12 @@ def untouched(modules: Iterable[nn.Module] = (), arguments: Any = ()) -> Iterato
                 module.training = training
             for module, name, buffer in registered:
                 module._buffers[name] = buffer
-            with torch.no_grad():
-                for t, version, content in contents:
-                    # batch_norm writes running statistics without a new version
-                    written = id(t) in buffers or version is None or t._version != version
-                    if written and not _expanded(t):
+            for t, version, content in contents:
+                # batch_norm writes running statistics without a new version
+                written = id(t) in buffers or version is None or t._version != version
+                if written and not _expanded(t):
+                    # outside of it, torch lets nobody write to a tensor that was made in inference mode
+                    with torch.inference_mode() if t.is_inference() else torch.no_grad():
                         t.copy_(content)
             for t, grad in grads:
                 t.grad = grad

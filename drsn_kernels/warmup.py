@@ -28,6 +28,7 @@ from torch import nn
 
 from ._extras import require
 from .backends import gpu, use_backend
+from .untouched import untouched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,8 +94,7 @@ def warmup(
             stack.enter_context(lowering(target))
         stack.enter_context(use_backend("triton"))
         stack.enter_context(_listening(found))
-        stack.enter_context(_restored(model))
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(untouched([model]))
         for sizes in inputs:
             x = torch.randn(tuple(sizes), device=device, dtype=torch.float32 if autocast else dtype)
             if channels_last:
@@ -153,27 +153,6 @@ def _tensors(out: object) -> Iterator[torch.Tensor]:
     elif isinstance(out, dict):
         for part in out.values():
             yield from _tensors(part)
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """The mode of every module and the buffers as they were, the same tensors with the same content."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, content in buffers:
-                buffer.copy_(content)
-                module._buffers[name] = buffer
 
 
 @contextlib.contextmanager

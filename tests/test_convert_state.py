@@ -141,6 +141,109 @@ READS = {
 }  # fmt: skip
 
 
+class Config:
+    t = 1.0
+
+    @classmethod
+    def get(cls):
+        return cls.t
+
+
+class Silent(Config):
+    """Says itself what a pickle holds: nothing."""
+
+    def __init__(self):
+        self.u = 1.0
+
+    def __getstate__(self):
+        return {}
+
+    def __deepcopy__(self, memo):
+        new = Silent()
+        new.u = self.u
+        return new
+
+    def read(self):
+        return self.u
+
+
+def _function():
+    return _function.t
+
+
+_function.t = 1.0
+
+
+OF_CLASSES = {
+    "object of a class": lambda self: self.cfg.t,
+    "class as an attribute": lambda self: type(self.cfg).t,
+    "class method": lambda self: Config.get(),
+    "class by getattr": lambda self: getattr(Config, "t"),  # noqa: B009
+    "class by another name": lambda self: [c.t for c in (Config,)][0],
+}
+
+
+@pytest.mark.parametrize("case", OF_CLASSES)
+def test_a_change_of_a_class_counts(case, monkeypatch):
+    members = {"set_up": lambda self: setattr(self, "cfg", Config()), "scale": OF_CLASSES[case]}
+    own, ours = converted(made("Reads", **members))
+    monkeypatch.setattr(Config, "t", 0.25)
+    torch.testing.assert_close(ours(X), own(X))
+
+
+def test_a_change_of_the_modules_own_class_counts():
+    for read in (lambda self: type(self).t, lambda self: self.__class__.t):
+        cls = made("Reads", t=1.0, scale=read)
+        own, ours = converted(cls)
+        cls.t = 0.25
+        torch.testing.assert_close(ours(X), own(X))
+
+
+READS |= {
+    "object that hides its state": (attribute(Silent, lambda self: self.t.u), lambda m: setattr(m.t, "u", 0.25)),
+    "method of an object": (
+        {"set_up": lambda self: (setattr(self, "o", Silent()), setattr(self, "t", self.o.read)) and None,
+         "scale": lambda self: self.t()},
+        lambda m: setattr(m.t.__self__, "u", 0.25),
+    ),
+    "layer that is added": (
+        {"set_up": lambda self: setattr(self, "more", nn.Sequential()),
+         "scale": lambda self: 0.25 if len(self.more) else 1.0},
+        lambda m: m.more.append(nn.Identity()),
+    ),
+    "kind of a child that is called": (
+        {"scale": lambda self: 1.0 if isinstance(self.fc, nn.Sequential) else 0.25},
+        lambda m: torch.manual_seed(5) and setattr(m, "fc", nn.Linear(8, 8)),
+    ),
+    "buffer that is removed": (
+        {"set_up": lambda self: self.register_buffer("t", torch.tensor(2.0)),
+         "scale": lambda self: 1.0 if self.t is None else self.t},
+        lambda m: setattr(m, "t", None),
+    ),
+}  # fmt: skip
+
+
+def test_a_change_of_a_functions_attribute_counts(monkeypatch):
+    own, ours = converted(made("Reads", scale=lambda self: _function()))
+    monkeypatch.setattr(_function, "t", 0.25)
+    torch.testing.assert_close(ours(X), own(X))
+
+
+def test_two_names_of_one_gate():
+    class Two(Base):
+        def set_up(self):
+            self.gate = self.fc
+
+        def forward(self, x):
+            a = x.abs().mean(2)
+            return torch.sign(x) * torch.relu(x.abs() - (a * self.gate(a)).unsqueeze(2))
+
+    own, ours = converted(Two)
+    torch.manual_seed(3)
+    own.gate = ours.gate = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
+    torch.testing.assert_close(ours(X), own(X))
+
+
 @pytest.mark.parametrize("case", READS)
 def test_a_change_of_what_the_forward_reads_counts(case):
     members, change = READS[case]
@@ -293,6 +396,14 @@ def _to_class(self, tau):
     Settings.tau = 1
 
 
+def _to_function(self, tau):
+    _function.seen = tau
+
+
+def _to_its_class(self, tau):
+    type(self).log.append(tau)
+
+
 def _assigns(self, tau):
     self.kept = 1
 
@@ -326,6 +437,9 @@ DOES = {
     "global dict": {"keep": lambda self, tau: TABLE.update(tau=1)},
     "global object": {"keep": lambda self, tau: TRACKER.update(tau)},
     "class of the file": {"keep": _to_class},
+    "attribute of a function": {"keep": _to_function},
+    "list of its class": {"log": [], "keep": _to_its_class},
+    "tensor of its class": {"t": torch.zeros(()), "keep": lambda self, tau: self.t.add_(1)},
     "global number": {"keep": _to_global},
     "default argument": {"keep": _by_default},
     "print": {"keep": lambda self, tau: print("tau", file=None)},
@@ -412,6 +526,48 @@ def test_hooks_on_all_modules_are_called_for_each():
 # ---- under which circumstances it computes ---------------------------------------------------------------------------
 
 
+LEFT_OUT = {
+    "clamp of the average": "a.clamp(max=1e4) * self.fc(a)",
+    "clamp of the threshold": "(a * self.fc(a)).clamp(max=1e4)",
+    "crop": "x[..., :1024].abs().mean(2) * self.fc(a)",
+    "random": "a * self.fc(a) * (0.0 if self.training and torch.rand(1).item() < 0.02 else 1.0)",
+    "number of a tensor": "a * self.fc(a) * next(self.fc.parameters()).flatten()[0].item()",
+    "threshold that may be negative": None,
+    "nan_to_num": None,
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_changes_nothing_on_the_probes_only_is_carried_out_or_leaves_the_module_alone(case):
+    text = LEFT_OUT[case]
+
+    class Some(Base):
+        def set_up(self):
+            self.t = nn.Parameter(torch.full((1, 8, 1), 0.3))
+
+        def forward(self, x):
+            if case.startswith("threshold"):
+                return torch.relu(x - self.t) - torch.relu(-x - self.t)
+            a = x.abs().mean(2)
+            tau = (a * self.fc(a) if text is None else eval(text)).unsqueeze(2)
+            y = torch.sign(x) * torch.relu(x.abs() - tau)
+            return torch.nan_to_num(y) if text is None else y
+
+    torch.manual_seed(0)
+    own = Some()
+    ours = copy.deepcopy(own)
+    dk.convert(ours)
+    with torch.no_grad():
+        own.t.fill_(-0.3), ours.t.fill_(-0.3)
+    for x in (X, X * 1e5, torch.cat([X] * 100, 2) * torch.linspace(0, 3, 2000)):
+        for training in (True, False):
+            outcomes = []
+            for module in (own.train(training), ours.train(training)):
+                torch.manual_seed(4)
+                outcomes.append([module(x) for _ in range(30 if training else 1)])
+            torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-4 * x.abs().max().item())
+
+
 def _under(context):
     def forward(self, x):
         with context():
@@ -469,10 +625,16 @@ def test_whatever_the_default_device_and_dtype():
 
 def test_made_under_inference_mode_or_on_meta():
     with torch.inference_mode():
-        module = Base().eval()
+        module = Hooked().eval()
+        expected = module(X)
     assert dk.convert(module).converted
-    with torch.inference_mode():
-        assert runs_fused(module, X)
+    for context in (torch.inference_mode(), torch.no_grad()):
+        with context:
+            torch.testing.assert_close(module(X), expected)
+            assert runs_fused(module, X) and [call.op for call in dk.explain(module, X)] == ["shrink"]
+            with dk.record_tau(module) as taus:
+                module(X)
+            assert [*taus] == [""]
     (row,) = dk.convert(Base().to("meta")).left_alone
     assert "meta" in row.detail
 

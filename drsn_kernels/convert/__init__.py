@@ -212,7 +212,8 @@ def _examine(module: nn.Module, findings: dict[nn.Module, Finding], known: dict[
         _examine(child, findings, known, bar)
     if found is not None and found.amid:
         shapes, found.amid = found.amid, ()
-        found.advice = next(filter(None, (advise(module, shape) for shape in shapes)), "")
+        with contextlib.suppress(Exception):  # the user's code runs there too; without advice the reason stands
+            found.advice = next(filter(None, (advise(module, shape) for shape in shapes)), "")
 
 
 def _notes(names: dict[nn.Module, list[str]]):

@@ -29,10 +29,9 @@ def advise(module: nn.Module, shape: Shape) -> str | None:
         _, trained, found_trained = _examined(module, shape, dtype, True)
     except Unexplained:
         return None
-    if [frame.line for frame in match.y.meta["frames"]] != [frame.line for frame in trained.y.meta["frames"]]:
-        return None
-    if [f.line for f in match.t.meta["frames"]] != [f.line for f in trained.t.meta["frames"]]:
-        return None
+    for node, in_training in ((match.y, trained.y), (match.t, trained.t)):  # in the same lines in both modes
+        if [f.line for f in node.meta["frames"]] != [f.line for f in in_training.meta["frames"]]:
+            return None
     kept = {node for _, node in trace.effects}
     if found is not None and found_trained is not None and found.plan == found_trained.plan:
         change = _change(trace, match, found, kept)
@@ -41,7 +40,9 @@ def advise(module: nn.Module, shape: Shape) -> str | None:
     change = _change(trace, match, None, kept)
     if change is not None:
         return f"the threshold stays as it is computed; change {change}"
-    return f"write dk.soft_threshold(x, tau) for what {_lines(match)} do after they have the threshold tau"
+    frame = match.y.meta["frames"][-1]
+    where = place(frame.code.co_filename, frame.line)
+    return f"write dk.soft_threshold(x, tau) for the soft thresholding that ends in {where}"
 
 
 def _examined(module: nn.Module, shape: Shape, dtype, training: bool) -> tuple[Trace, Match, Found | None]:
@@ -63,11 +64,6 @@ def _examined(module: nn.Module, shape: Shape, dtype, training: bool) -> tuple[T
         pass
     trace.effects = effects
     return trace, match, found
-
-
-def _lines(match: Match) -> str:
-    file, line = next(((f.code.co_filename, f.line) for f in match.y.meta["frames"][-1:]), ("its forward", ""))
-    return place(file, line)
 
 
 class _Statement(NamedTuple):
@@ -123,7 +119,6 @@ class _Rewriting:
         self.function = function_of(self.frame.code)
         self.module = next((n for n, v in self.frame.modules.items() if v is trace.watch.inner), None)
         self.statements: list[_Statement] = []
-        self.block: list[_Statement] = []
         if self.function is None:
             return
         own = [n for n in trace.nodes if self._here(n)]

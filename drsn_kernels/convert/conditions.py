@@ -1,8 +1,10 @@
 """The conditions under which a fused form may run in place of a forward: what that forward reads is as it was."""
 
+import abc
 import functools
 import hashlib
 import io
+import os
 import pickle
 import sys
 import types
@@ -15,6 +17,20 @@ from torch.nn.modules import module as nn_module
 from .reasons import Unexplained
 
 _MOST_BYTES = 16 << 10  # of one value, pickled: about 20 us a call
+
+
+def subclass(cls: type, first: type, names: dict[str, Any]) -> type:
+    """A class below `cls`, of which nobody is told: registries of the user's stay as they are."""
+    meta, of_user = type(cls), {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    arguments = cls.__name__, (first, cls), {**of_user, **names, "_drsn_class": cls}
+    return meta(*arguments) if meta in (type, abc.ABCMeta) else type.__new__(meta, *arguments)
+
+
+class Quiet:
+    """Before a class in the bases: keeps its __init_subclass__ from being called."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
 
 
 class ABSENT:
@@ -30,14 +46,22 @@ class Code(str):
 
 
 @functools.lru_cache(maxsize=4096)
-def code_of(function: types.FunctionType) -> Code:
-    code = function.__code__
-    parts = [
-        code.co_code,
-        repr((code.co_names, [c for c in code.co_consts if not isinstance(c, types.CodeType)])).encode(),
-    ]
-    digest = hashlib.sha1(b"".join(parts), usedforsecurity=False).hexdigest()
-    return Code(f"{function.__module__}.{function.__qualname__} {digest}")
+def _digest(code: types.CodeType) -> str:
+    constants = [_digest(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return hashlib.sha1(code.co_code + repr((code.co_names, constants)).encode(), usedforsecurity=False).hexdigest()
+
+
+def code_of(function: types.FunctionType, within: tuple[types.FunctionType, ...] = ()) -> Code:
+    """With the defaults of its arguments and the variables of functions around it. Unexplained: not to be compared."""
+    more = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+    for cell in function.__closure__ or ():
+        value = cell.cell_contents
+        if isinstance(value, types.FunctionType):
+            more += [code_of(value, (*within, function))] if value not in within and value is not function else []
+        elif not isinstance(value, type):  # as __class__ of super()
+            more.append(frozen(value))
+    given = repr([frozen(value) for value in more]) if more else ""
+    return Code(f"{function.__module__}.{function.__qualname__} {_digest(function.__code__)} {given}")
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -93,12 +117,26 @@ class _Pickler(pickle.Pickler):
 
 
 _SAYS = {"__getstate__", "__reduce__", "__reduce_ex__"}
-_SHIPPED = {"builtins", "torch", "numpy", "scipy", *sys.stdlib_module_names} - {"__main__"}
+_LIBRARIES = {"builtins", "torch", "numpy", "scipy", "triton", __package__.partition(".")[0]}
+_STANDARD = os.path.dirname(os.__file__) + os.sep
+
+
+def is_shipped(name: str, file: str | None) -> bool:
+    """Whether a Python module is Python's own, or of a library whose code does not change and keeps nothing for a user.
+    A user's test.py or code.py is not: Python has modules of these names, elsewhere."""
+    root = name.partition(".")[0]
+    if root in _LIBRARIES:
+        return True
+    return (
+        root in sys.stdlib_module_names
+        and root != "__main__"
+        and (file or _STANDARD).startswith((_STANDARD, "<frozen"))
+    )
 
 
 def is_own(cls: type) -> bool:
-    """Whether a class is neither Python's nor of the libraries whose classes do not change."""
-    return cls.__module__.partition(".")[0] not in _SHIPPED
+    """Whether a class may have attributes that a user changes."""
+    return not is_shipped(cls.__module__, getattr(sys.modules.get(cls.__module__), "__file__", None))
 
 
 def class_attributes(cls: type) -> dict[str, Any]:
@@ -193,33 +231,35 @@ class Part(NamedTuple):
     kind: type | None = (
         None  # of a child that the fused form does not call as the forward does: nobody may listen to it
     )
-    children: tuple[str, ...] | None = None  # the names of its own
+    children: tuple[str, ...] | None = None  # the names of its modules, parameters and buffers
     reads: tuple[tuple[str, Any], ...] = ()  # what is expected
     tensors: tuple[tuple[str, torch.Size], ...] = ()  # looked up at every call; of this shape
     modules: tuple[tuple[str, type | None], ...] = ()  # called by the fused form; of this class where the forward asks
 
     def holds(self, module: nn.Module) -> bool:
-        for name in self.path:
+        path, kind, children, reads, tensors, modules = self  # once: this runs in every call
+        for name in path:
             module = module._modules[name]
         own = module.__dict__
-        if self.kind is not None and (
-            (type(module) is not self.kind and class_of(module) is not self.kind)
+        below = own["_modules"]
+        if kind is not None and (
+            (type(module) is not kind and class_of(module) is not kind)
             or own["_forward_hooks"] or own["_forward_pre_hooks"]
             or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
         ):  # fmt: skip
             return False
-        if self.children is not None and (*own["_modules"],) != self.children:
+        if children is not None and (*below, *own["_parameters"], *own["_buffers"]) != children:
             return False
-        for name, expected in self.reads:
+        for name, expected in reads:
             now = own[name] if name in own else getattr(module, name, ABSENT)
             if now is not expected and not _is_still(now, expected):
                 return False
-        for name, shape in self.tensors:
+        for name, shape in tensors:
             now = getattr(module, name, None)
             if not isinstance(now, torch.Tensor) or now.shape != shape:
                 return False
-        for name, kind in self.modules:
-            now = own["_modules"].get(name)
+        for name, kind in modules:
+            now = below.get(name)
             if now is None or (kind is not None and class_of(now) is not kind):
                 return False
         return True

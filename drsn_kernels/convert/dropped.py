@@ -24,7 +24,7 @@ _SHAPES = _names(
     """view reshape flatten unflatten squeeze unsqueeze expand expand_as view_as reshape_as permute transpose repeat
     contiguous clone alias getitem getattr size dim numel shape tuple add sub mul floordiv mean"""
 )
-_SCALING = _SHAPES | _names("imul multiply")
+_SCALING = _SHAPES | _names("imul multiply to type_as type broadcast_to")
 _POOLING = _SHAPES | _names(
     """abs absolute sum div truediv norm linalg_vector_norm l1_loss adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d"""
@@ -33,7 +33,7 @@ _POOLED = _POOLING | _names("detach")  # steps that the plan carries out on the 
 _SHELL = _POOLING | _names(
     """sign sgn copysign relu max maximum min minimum fmax fmin clamp clamp_min clamp_max clip where masked_fill neg
     negative rsub isub iadd imul multiply gt lt ge le ne eq logical_or logical_and or and bool float to type_as
-    zeros_like ones_like full_like zeros new_zeros softshrink threshold heaviside"""
+    zeros_like ones_like full_like zeros new_zeros tensor softshrink threshold heaviside type broadcast_to"""
 )
 _LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.Dropout, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 _LAYERS += (nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -69,7 +69,8 @@ def check_dropped(trace: Trace, match: Match, found: Found) -> None:
             ):
                 raise Unexplained(f"what self.{path_of(node)} does besides is not known")
         elif node.op in ("call_function", "call_method"):
-            names = _POOLED if node in pooled or node in found.pooled else _SCALING if node in scaled else _SHELL
+            names = _SCALING if node in scaled else _SHELL
+            names = _POOLED if node in found.pooled else _POOLING if node in pooled else names
             if _name(node) not in names or not _harmless(_name(node), node):
                 raise Unexplained(f"what it does besides in {_line_of(node)} may change the result")
 
@@ -80,8 +81,14 @@ def _harmless(name: str, node: fx.Node) -> bool:
     if name.startswith(("clamp", "clip")):
         return all(a is None or isinstance(a, fx.Node) or a == 0 for a in rest)
     seen = node.args[0].meta["seen"] if node.args and isinstance(node.args[0], fx.Node) else None
-    if name in ("to", "type_as", "float"):  # a mask; of numbers, the dtype of the result depends on x's
-        return isinstance(seen, torch.Tensor) and seen.dtype == torch.bool
+    if name in (
+        "to",
+        "type_as",
+        "type",
+        "float",
+    ):  # of a mask, or to what x has: else the result may have another dtype
+        given = any(isinstance(a, fx.Node) for a in rest)
+        return given or (isinstance(seen, torch.Tensor) and seen.dtype == torch.bool)
     if name == "getitem" and isinstance(seen, torch.Tensor) and seen.dim() > 2 and seen.shape[2:].numel() > 1:
         index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
         return all(i is None or i is ... or i == slice(None) for i in index)

@@ -218,12 +218,14 @@ def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict
     effects = tuple((name, index[node]) for name, node in trace.effects)
     plan = ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects, match.scales)
     run = frozenset(index).difference(given)
-    return Found(plan, run, frozenset(averages), frozenset(filter(_takes_planes, run)))
+    planes = match.u.meta["seen"].shape[2:].numel()
+    return Found(plan, run, frozenset(averages), frozenset(n for n in run if _takes_planes(n, planes)))
 
 
-def _takes_planes(node: fx.Node) -> bool:
+def _takes_planes(node: fx.Node, elements: int) -> bool:
+    """Of so many elements; (N, 1, C), as a gate of a convolution along C has it, is none."""
     values = [n.meta["seen"] for n in node.all_input_nodes]
-    return any(isinstance(v, torch.Tensor) and v.dim() > 2 and v.shape[2:].numel() > 1 for v in values)
+    return any(isinstance(v, torch.Tensor) and v.dim() > 2 and v.shape[2:].numel() == elements > 1 for v in values)
 
 
 def _step(node: fx.Node, index: dict[fx.Node, int]) -> Step:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..ops import shrink, soft_threshold, squeeze_excite
-from .conditions import Conditions, Part, at
+from .conditions import Conditions, Part, Quiet, at, subclass
 
 Sink = Callable[[torch.Tensor], None] | None  # of record_tau
 
@@ -168,7 +168,7 @@ class Fused(NamedTuple):
     conditions: Conditions = Conditions()
 
 
-class Converted:
+class Converted(Quiet):
     """Before the user's class in the bases of a converted module. Fused forms are looked up by x's rank and the mode.
     A call that has none (another rank, a second argument) runs the module's own forward, and so does every call while
     anything that it reads is not what it was, or somebody listens to a child that the fused form does not call."""
@@ -200,8 +200,7 @@ class Converted:
 
 @functools.cache
 def converted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (Converted, cls), {**names, "_drsn_class": cls})
+    return subclass(cls, Converted, {})
 
 
 def _remade(cls: type[nn.Module], ours: dict[str, Any], *args: Any) -> nn.Module:
@@ -213,11 +212,13 @@ def _remade(cls: type[nn.Module], ours: dict[str, Any], *args: Any) -> nn.Module
 
 
 def install(module: nn.Module, plans: dict[tuple[int, bool], Fused]) -> None:
-    module.__class__ = converted_class(type(module))  # may raise TypeError: nothing has been changed then
-    module._drsn_plans = plans
+    object.__setattr__(
+        module, "__class__", converted_class(type(module))
+    )  # may raise TypeError: nothing is changed then
+    module.__dict__["_drsn_plans"] = plans
 
 
 def remove(module: nn.Module) -> None:
-    module.__class__ = module._drsn_class
+    object.__setattr__(module, "__class__", module._drsn_class)
     for name in ("_drsn_plans", "_drsn_chain"):
         module.__dict__.pop(name, None)

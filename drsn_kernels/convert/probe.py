@@ -378,8 +378,25 @@ def _own_difference(module: nn.Module, fused: dict[bool, Fused], shape: Shape) -
         ours = _outcome(copy, x, training)["output"]
         if ours.dtype != own.dtype:
             raise Unexplained(f"its output is {own.dtype} where the fused form's is {ours.dtype}")
+        _check_dtype(module, form, x)
         apart = _largest(own - ours) / (_largest(own) or 1.0)
         if not apart <= (1e-3 if dtype.itemsize > 2 else 0.1):  # a number that was read from a tensor, say
             raise Differs(f"its output is {apart:.1g} (relative) off the fused form's")
         worst = max(worst, apart)
     return worst
+
+
+def _check_dtype(module: nn.Module, form: Fused, x: torch.Tensor) -> None:
+    """In bfloat16 a constant of float32 amid the code makes its result float32."""
+    x, dtypes = x.to(torch.bfloat16), []
+    for plan in (None, form._replace(conditions=Conditions())):
+        copy = private_copy(module, torch.bfloat16).eval()
+        if plan is not None:
+            install(copy, {(x.dim(), False): plan})
+        try:
+            with torch.no_grad():
+                dtypes.append(copy(x).dtype)
+        except Exception:  # it takes no bfloat16: nothing to compare
+            return
+    if dtypes[0] != dtypes[1]:
+        raise Differs(f"of a bfloat16 x its output is {dtypes[0]} where the fused form's is {dtypes[1]}")

@@ -7,6 +7,7 @@ code may branch on it. Sizes stay symbolic: what is found holds for every batch 
 
 import copy
 import dis
+import functools
 import inspect
 import itertools
 import sys
@@ -53,6 +54,8 @@ def private_copy(module: nn.Module, dtype: torch.dtype | None = None, vary: bool
                 own = ours(value) if value.grad_fn is None else value.detach().clone()
                 memo[id(value)] = own  # deepcopy refuses a cached tensor that has a graph
     duplicate = copy.deepcopy(module, memo)
+    if {*map(id, duplicate.modules())} & {*map(id, module.modules())}:
+        raise ValueError("a copy of it shares modules with it")
     for m in duplicate.modules():
         for kind in HOOKS:
             hooks = m.__dict__[kind]
@@ -286,7 +289,8 @@ class Trace:
             value = inspect.getattr_static(inner.get_submodule(path), name, None)
             if not path and isinstance(value, fx.Proxy):
                 node = value.node
-                if not isinstance(node.meta["seen"], (torch.Tensor, bool, int, float)):
+                once = isinstance(getattr(type(inner), name, None), functools.cached_property)
+                if once or not isinstance(node.meta["seen"], (torch.Tensor, bool, int, float)):
                     raise Differs(f"its forward keeps self.{name}, which the fused form would not")
                 self.effects.append((name, node))
             elif isinstance(value, torch.Tensor):

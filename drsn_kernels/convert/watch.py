@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dis
 import io
+import os
 import random
 import sys
 import types
@@ -25,36 +26,46 @@ from .conditions import (
     Conditions,
     Global,
     Part,
+    Quiet,
     at,
     class_attributes,
     class_of,
     code_of,
     frozen,
     is_own,
+    is_shipped,
     same,
-)  # fmt: skip
+    subclass,
+)
 from .kept import Kept, contents, exactly
 from .reasons import Unexplained, place
-from .sources import Write, writes_of
+from .sources import Write, function_of, names_in, writes_of
 
 OF_MODULE = frozenset({*dir(nn.Module()), *vars(nn.Module())} - {"training"})
 _TABLES = ("__dict__", "_modules", "_buffers", "_parameters")
-_OF_WATCHED = {"__module__", "__qualname__", "__doc__", "__getattribute__", "_drsn_class"}
-_TRUSTED = {"torch", "numpy", "scipy", "triton", __package__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
-_VOLATILE = {"random", "time", "datetime", "secrets", "uuid", "os", "posix", "numpy.random", "warnings", "_warnings"}
-# Python code that writes or asks something outside, when the forward calls it
-_OUTSIDE = {"logging", "warnings", "pathlib", "pprint", "shutil", "subprocess", "socket", "tempfile", "csv"}
-_COMPUTES = {"einops", "timm", "torchvision", "torchaudio", "opt_einsum", "jaxtyping", "typing_extensions", "packaging"}
-_OUTSIDE |= {"torch.utils.tensorboard"}
-_MODES = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_autocast_cache_enabled", "get_autocast_dtype"}
-_MODES |= {"get_autocast_gpu_dtype", "is_grad_enabled", "is_inference_mode_enabled", "get_default_dtype", "manual_seed"}
-_MODES |= {"set_autocast_enabled", "set_autocast_cpu_enabled", "set_autocast_dtype", "_set_grad_enabled", "globals"}
-_MODES |= {"set_default_dtype", "set_flush_denormal", "set_num_threads", "_set_deterministic_algorithms"}
-_NUMBERS = {"item", "tolist", "numpy", "__array__"}  # of a tensor: no longer followed
-_CHANGES = set(
-    "append appendleft extend extendleft insert update add setdefault pop popleft popitem clear remove".split()
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Modules that a forward may call but whose answers change, whose calls write somewhere, or that compute only.
+_VOLATILE = _words("random time datetime secrets uuid os posix warnings _warnings")
+_WRITING = _words("logging warnings pathlib pprint shutil subprocess socket tempfile csv torch.utils.tensorboard")
+_COMPUTING = _words("einops timm torchvision torchaudio opt_einsum jaxtyping typing_extensions packaging")
+# Functions that ask or set how the caller computes.
+_MODES = _words(
+    """is_autocast_enabled is_autocast_cpu_enabled is_autocast_cache_enabled get_autocast_dtype get_autocast_gpu_dtype
+    is_grad_enabled is_inference_mode_enabled get_default_dtype manual_seed set_autocast_enabled set_autocast_dtype
+    set_autocast_cpu_enabled _set_grad_enabled set_default_dtype set_flush_denormal set_num_threads globals
+    is_tracing is_scripting is_in_onnx_export is_compiling is_exporting is_dynamo_compiling"""
 )
-_CHANGES |= set("discard sort reverse rotate fill put itemset resize __setitem__ __delitem__ __iadd__ send".split())
+_NUMBERS = _words("item tolist numpy __array__")  # of a tensor: no longer followed
+# Methods of containers that change them.
+_CHANGING = _words(
+    """append appendleft extend extendleft insert update add setdefault pop popleft popitem clear remove discard sort
+    reverse rotate fill put itemset resize __setitem__ __delitem__ __iadd__ send"""
+)
 _WRAPPERS = {"contextlib", "torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
 _LABELS = {"record_function", "profile"}  # contexts that change nothing
 
@@ -89,6 +100,7 @@ class Watch:
         self._kept: dict[str, tuple[Kept, set]] = {}
         self._writes: dict[types.CodeType, dict[int, list[Write]]] = {}
         self._own: dict[str, dict[str, Any]] = {}
+        self._of_watched: dict[str, set[str]] = {}  # what a class of the copy's has from the start
         for base in {base: None for m in inner.modules() for base in class_of(m).__mro__ if is_own(base)}:
             tensors = {name: value for name, value in vars(base).items() if isinstance(value, torch.Tensor)}
             for name, value in (class_attributes(base) | tensors).items():
@@ -96,7 +108,7 @@ class Watch:
         for path, m in inner.named_modules():
             self._own[path] = {n: exactly(v, self.outside) for n, v in m.__dict__.items() if n not in OF_MODULE}
             with contextlib.suppress(TypeError):  # a class that does not let its objects change theirs
-                m.__class__ = self._watched(class_of(m), path)
+                object.__setattr__(m, "__class__", self._watched(class_of(m), path))
 
     # ---- attributes
 
@@ -124,8 +136,9 @@ class Watch:
                 self._read(path, name)
             return value
 
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": get}
-        return type(cls.__name__, (cls,), {**names, "_drsn_class": cls})
+        made = subclass(cls, Quiet, {"__getattribute__": get})
+        self._of_watched[path] = {*vars(made)}
+        return made
 
     def _read(self, path: str, name: str) -> None:
         if self._on:
@@ -171,25 +184,22 @@ class Watch:
 
     def _is_users_file(self, name: str, file: str | None) -> bool:
         """The user's code; and that of the library that the module is from, but of no other, which may have caches."""
-        root = name.partition(".")[0]
-        return root not in _TRUSTED and (
-            root == self.root or not {"site-packages", "dist-packages"} & {*(file or "").split("/")}
-        )
-
-    def _is_others(self, frame: types.FrameType, name: str) -> bool:
-        """Of a library that is not known to compute only."""
-        return name.partition(".")[0] not in _TRUSTED | _COMPUTES
+        if is_shipped(name, file):
+            return False
+        installed = {"site-packages", "dist-packages"} & {*(file or "").split(os.sep)}
+        return not installed or name.partition(".")[0] == self.root
 
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            name = frame.f_globals.get("__name__") or ""
+            name, file = frame.f_globals.get("__name__") or "", frame.f_code.co_filename
+            root = name.partition(".")[0]
             if self._is_users(frame):
                 self._code(frame)
             elif frame.f_code.co_name in ("__enter__", "__init__"):
                 self._context(frame)
-            elif self._is_others(frame, name) and self._is_users(frame.f_back):
+            elif not (is_shipped(name, file) or root in _COMPUTING) and self._is_users(frame.f_back):
                 self.note(f"calls {name}.{frame.f_code.co_name}, which may do more than compute", frame.f_back)
-            elif (name in _OUTSIDE or name.partition(".")[0] in _OUTSIDE) and self._is_users(frame.f_back):
+            elif (name in _WRITING or root in _WRITING) and self._is_users(frame.f_back):
                 self.note(f"calls {name}.{frame.f_code.co_name}", frame.f_back)
             elif frame.f_code.co_name in _MODES and self._is_users(frame.f_back):
                 self.note(f"calls torch.{frame.f_code.co_name}", frame.f_back)
@@ -197,7 +207,7 @@ class Watch:
                 self.note(f"asks {name}.{frame.f_code.co_name}", frame.f_back)
         elif event == "c_call" and self._is_users(frame):
             owner, module = getattr(argument, "__self__", None), getattr(argument, "__module__", None)
-            if id(owner) in self.outside and argument.__name__ in _CHANGES:
+            if id(owner) in self.outside and argument.__name__ in _CHANGING:
                 self.note(f"changes what it found by {argument.__name__}", frame)
             elif isinstance(owner, torch.Tensor) and id(owner) in self.outside and argument.__name__ in _NUMBERS:
                 self.note(f"asks a tensor of its own for numbers by {argument.__name__}", frame)
@@ -258,7 +268,10 @@ class Watch:
         for default in self._defaults(frame):
             self.note(f"has a default that may change, in {code.co_name}", frame)
             self._keep(f"a default of {code.co_name}", types.SimpleNamespace(default=default), "default", default)
-        for how, chain in _names(code):
+        if function_of(code) is None and code.co_name[0] != "<":
+            if any(i.opname in ("STORE_ATTR", "STORE_SUBSCR") for i in dis.get_instructions(code)):
+                self.note("assigns something, in code without a source", frame)
+        for how, chain in names_in(code):
             if how == "read":
                 self._name(frame, chain)
             elif how == "assigns the global" or self._is_users_file(chain[0], None):
@@ -315,7 +328,9 @@ class Watch:
             value, length = owner, length - 1  # TRACKER.update, Settings.get: what counts is the tracker
         if chain[0] == "os" and chain[1:2] in (("environ",), ("getenv",)):
             self.note(f"asks {'.'.join(chain[:2])}", frame)
-        if isinstance(value, types.ModuleType) or (isinstance(value, type) and not is_own(value)):
+        if isinstance(value, types.ModuleType):
+            return
+        if isinstance(value, type) and value is not ABSENT and not is_own(value):
             return
         shown = ".".join(chain[:length])
         if isinstance(value, torch.Tensor):
@@ -335,7 +350,9 @@ class Watch:
                 if not same(exactly(now.get(name, ABSENT), self.outside), before.get(name, ABSENT)):
                     yield path, name
             if "_drsn_class" in vars(type(m)):
-                yield from ((path, name) for name in vars(type(m)).keys() - _OF_WATCHED)
+                yield from (
+                    (path, name) for name in vars(type(m)).keys() - self._of_watched.get(path, {*vars(type(m))})
+                )
 
     def refuse(self, runs: set, sets: set[str]) -> None:
         """What the forward did, in its own code or in a child's call that is none of `runs`, would be missing, but for
@@ -358,7 +375,7 @@ class Watch:
         kinds = {path: class_of(at(module, path)) for path in self.opened}
         for path in {path for call, path in calls.items() if call not in runs}:
             kinds.update((below, class_of(child)) for below, child in at(module, path).named_modules(prefix=path))
-        parts: dict[str, dict[str, list]] = {path: collections.defaultdict(list) for path in ("", *kinds)}
+        parts = {path: collections.defaultdict(list) for path in ("", *kinds)}
         for (path, name), during in self._reads.items():
             if not counts(during):
                 continue
@@ -377,15 +394,9 @@ class Watch:
                 part["reads"].append((name, _comparable(value, f"self.{own}")))
         found = []
         for path, about in parts.items():
-            children = (*at(module, path)._modules,)
-            found.append(
-                Part(
-                    tuple(filter(None, path.split("."))),
-                    kinds.get(path),
-                    children,
-                    **{k: tuple(v) for k, v in about.items()},
-                )
-            )
+            names, owner = tuple(filter(None, path.split("."))), at(module, path)
+            children = (*owner._modules, *owner._parameters, *owner._buffers)
+            found.append(Part(names, kinds.get(path), children, **{kind: tuple(of) for kind, of in about.items()}))
         named = tuple(
             name._replace(expected=_comparable(name.now(), ".".join(name.chain)))
             for name, during in self._globals.items()
@@ -419,24 +430,3 @@ def _comparable(value: Any, shown: str) -> Any:
         return frozen(value)
     except Unexplained as reason:
         raise Unexplained(f"its forward reads {shown}, which {reason}: changes of it could not be noticed") from None
-
-
-_BETWEEN = {"COPY", "DUP_TOP", "PUSH_NULL", "CACHE", "PRECALL", "RESUME", "EXTENDED_ARG"}
-
-
-def _names(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each global that code names, with the attributes asked of it: a.b.c; what it assigns, and what it imports."""
-    chain: list[str] = []
-    for i in dis.get_instructions(code):
-        if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR") and chain:
-            chain.append(i.argval)
-        elif i.opname not in _BETWEEN:
-            if chain:
-                yield "read", tuple(chain)
-            chain = [i.argval] if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") else []
-            if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                yield "assigns the global", (i.argval,)
-            elif i.opname == "IMPORT_NAME":
-                yield "imports", (i.argval,)
-    if chain:
-        yield "read", tuple(chain)
