@@ -1,4 +1,4 @@
-"""The shrinkage step around a called gate on the cpu backend, for small tensors: prepared once, called with tensors only.
+"""The shrinkage step around a called gate on the cpu backend: prepared once for small tensors.
 
 Large tensors take the way of every operator (step.py), which keeps the memory of freed ones; beside their elements its
 microseconds do not count.

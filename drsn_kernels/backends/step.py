@@ -192,7 +192,8 @@ class Called:
         return self.backend.grad(self.layout, self.dtype, planes, g, dA=dA, rule=self.rule)[0]
 
 
-# What is known of calls that have been checked, by ops/shrink.py and ops/gated_shrink.py. Emptied where a backend's limits change.
+# What is known of calls that have been checked (ops/shrink.py, ops/gated_shrink.py). Emptied where a backend's limits
+# change.
 checked: dict[tuple, Any] = {}
 
 

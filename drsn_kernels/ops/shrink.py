@@ -12,13 +12,12 @@ Two autograd nodes with the gate between them, and no add of two gradients the s
     Pool.backward      reads g again: dx = kept * g + s * dA / L, the only full write
 
 Apply takes A from Pool, so Pool runs after Apply and after the gate, with g and dA at hand. x itself is no input of
-Apply's: it is found at Pool. In place it is one, as an alias that Pool returns, because a node may overwrite inputs only.
+Apply's: it is found at Pool. In place it is one, as an alias that Pool returns: a node may overwrite its inputs only.
 Kept for it by Apply, which knows tau: three planes, alpha and A, 3 bits an element and two (N, C) tensors.
 """
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -61,7 +60,7 @@ class Pool(torch.autograd.Function):
     def forward(ctx, x, call, inplace):
         pooled = call.pool(x)
         ctx.call, ctx.handed = call, {}
-        ctx.source = ctx.bits = ctx.apply_node = None
+        ctx.source = ctx.planes = ctx.apply_node = None
         ctx.set_materialize_grads(False)
         if not inplace:
             return pooled
@@ -84,14 +83,14 @@ class Pool(torch.autograd.Function):
         if alias_grad is not None:
             dx = alias_grad if dx is None else dx + alias_grad
         if not keeps_graph():
-            ctx.bits = ctx.source = None
+            ctx.planes = ctx.source = None
         return dx, None, None
 
 
 def _planes(pool: Pool) -> Planes:
     """For a loss on A alone."""
-    if pool.bits is not None:
-        return thresholded(pool.bits, nonzero=True)
+    if pool.planes is not None:
+        return thresholded(pool.planes, nonzero=True)
     if pool.source is not None:
         x, version = pool.source
         if x._version != version:
@@ -128,7 +127,7 @@ class Apply(torch.autograd.Function):
             if hooks_on_saved_tensors():  # they decide where planes live: nothing is held beside them
                 pool.apply_node = weakref.ref(ctx)
             else:
-                pool.bits = bits
+                pool.planes = bits
         ctx.call, ctx.pool = call, pool
         if inplace:
             ctx.mark_dirty(x)
@@ -152,7 +151,7 @@ class Apply(torch.autograd.Function):
             if will_run(pool):
                 pool.handed[current_backward()] = g, bits, here
             elif not keeps_graph():
-                pool.bits = None
+                pool.planes = None
         alpha_grad, pooled_grad = reference.threshold_grad(
             dtau, tau_grad, alpha, pooled, call.average, want_alpha, want_pooled
         )
@@ -262,7 +261,10 @@ def shrink(
 
 
 def _look_up(x, residual, average, threshold, slope) -> tuple[tuple | None, Called | None]:
-    """The key of a call with a gate that is called, of all that the checks look at, and what is known of such calls."""
+    """The key of a call with a gate that is called, not in place, and what is known of such calls.
+
+    All that the checks look at is in the key, but for the gate.
+    """
     try:
         lies = None if residual is None else (residual.shape, residual.dtype, residual.device)
         key = x.shape, x.stride(), x.dtype, x.device, average, threshold, slope, backends.choice.backend, lies
@@ -318,7 +320,7 @@ def _called(x, gate, call, residual, inplace, return_tau):
     if why is not None:
         recording.elsewhere("shrink", x, why, gate=gate)
         if pool is not None:  # there will be no Apply, and in place x is overwritten
-            pool.bits, pool.source = call.shrink(x, pooled, keep=3)[1], None
+            pool.planes, pool.source = call.shrink(x, pooled, keep=3)[1], None
         x = x if handle is None else handle
         return _compose(x, pooled, alpha, call.average, residual, inplace, return_tau, call.rule)
     needed = grads and (x.requires_grad or alpha.requires_grad)
