@@ -150,8 +150,8 @@ def guarded(kernels, monkeypatch):
         return make
 
     plain = torch.empty
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, guard(getattr(torch, name)))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
     yield
     assert guards and all((g == 0xA5).all() for g in guards)
 

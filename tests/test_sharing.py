@@ -119,6 +119,17 @@ def test_gradients_of_the_gate_alone_leave_nothing_behind(kernels):
     assert node.pool.handed == {}  # Pool did not run: g must not stay with it
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["detached", "a leaf of its own"])
+def test_a_gate_may_detach_its_input_in_place(kernels, again):
+    """Then nothing leads from y to the node that pools, and x has its gradient from the threshold alone."""
+    x, g = leaf(), torch.randn(4, 8, 70, dtype=torch.float64)
+    y = dk.shrink(x, lambda A: A.detach_().requires_grad_(again).sigmoid())
+    A = x.detach().abs().mean(2)
+    want = dk.soft_threshold(x, A.sigmoid() * A)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(want, x, g))
+
+
 @pytest.mark.unpoisoned
 def test_the_default_device_does_not_matter(kernels):
     x, tau = torch.randn(4, 8, 700), torch.rand(4, 8)

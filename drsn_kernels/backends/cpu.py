@@ -3,12 +3,12 @@
 import torch
 
 from ..layout import Planes, is_dense
-from . import cost, cpu_gated
+from . import cost, cpu_called, cpu_gated
 from .cpu_extension import MISSING, _cpu
 from .cpu_gated import walk
 from .cpu_memory import _INNER_BYTES, _empty, empty_cache
 from .cpu_plan import batch_plan, gated_cost
-from .step import Backend, Cost, Plan
+from .step import Backend, Called, Cost, Plan
 
 __all__ = ["MISSING", "Cpu", "empty_cache"]
 
@@ -81,6 +81,10 @@ class Cpu(Backend):
             g=g, dA=dA, dx=dx, dtau=dtau, planes=bits, kept=kept, sign=sign, nonzero=nonzero,
             inside=rule.inside, offset=rule.offset,
         )  # fmt: skip
+
+    def called(self, layout, dtype, rule, average):
+        kind = cpu_called.Called if cpu_called.Called.takes(layout, dtype) else Called
+        return kind(self, layout, dtype, rule, average)
 
     # ---- the standard gate, computed together with the step
 

@@ -158,7 +158,42 @@ class Gated:
         raise NotImplementedError
 
 
-# What is known of calls that have been checked, by ops/gated_shrink.py. Emptied where a backend's limits change.
+class Called:
+    """The step around a gate that is called, on a backend. One that prepares its passes has a subclass.
+
+    bits: the planes kept, sign and, where A wants a gradient, nonzero (layout.thresholded).
+    """
+
+    def __init__(self, backend: "Backend", layout: Layout, dtype: torch.dtype, rule: Rule, average: str | None):
+        self.backend, self.layout, self.dtype, self.rule, self.average = backend, layout, dtype, rule, average
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """A (N, C)."""
+        return self.backend.reduce(x, self.layout)[0]
+
+    def shrink(
+        self, x: torch.Tensor, tau: torch.Tensor, residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None, keep: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """y and bits; out, keep: as Backend.map has them."""
+        y, planes = self.backend.map(x, self.layout, tau, rule=self.rule, residual=residual, out=out, keep=keep)
+        return y, None if planes is None else planes.bits
+
+    def dtau(self, bits: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """(N, C)."""
+        planes = thresholded(bits, nonzero=False)
+        return self.backend.grad(
+            self.layout, self.dtype, planes, g, want_dx=False, want_dtau=True, rule=self.rule
+        )[1]  # fmt: skip
+
+    def dx(self, bits: torch.Tensor, g: torch.Tensor | None, dA: torch.Tensor | None) -> torch.Tensor:
+        """Of g, of dA (N, C), which needs the plane nonzero, or of both."""
+        planes = thresholded(bits, nonzero=dA is not None)
+        return self.backend.grad(self.layout, self.dtype, planes, g, dA=dA, rule=self.rule)[0]
+
+
+# What is known of calls that have been checked (ops/shrink.py, ops/gated_shrink.py). Emptied where a backend's limits
+# change.
 checked: dict[tuple, Any] = {}
 
 
@@ -226,6 +261,9 @@ class Backend:
         dtau = self.sums(g, layout) if want_dtau else None
         self.grad_into(dx, dtau, layout, dtype, planes, g, None if dA is None else dA.contiguous(), rule)
         return dx, dtau
+
+    def called(self, layout: Layout, dtype: torch.dtype, rule: Rule, average: str | None) -> Called:
+        return Called(self, layout, dtype, rule, average)
 
     def plan(self, step: Step) -> Plan:
         raise NotImplementedError

@@ -75,6 +75,11 @@ def is_eager_grad(*gradients: torch.Tensor | None) -> bool:
     return True
 
 
+def is_plain_grad(g: torch.Tensor) -> bool:
+    """The same of one more gradient, in a backward pass that has been found eager."""
+    return type(g) in _PLAIN and not g.is_neg() and not _is_legacy_batched(g)
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     """function.apply less the part in which torch looks for functorch transforms: not_eager has looked already."""
     return super(torch.autograd.Function, function).apply

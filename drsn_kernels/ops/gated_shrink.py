@@ -125,9 +125,13 @@ def remember(
     tensors = [t for t in (x, residual, *parts[:9]) if t is not None]
     if gates.TensorGuards is None or len({id(t) for t in tensors}) < len(tensors):  # a guard refuses a tensor twice
         return
+    keep_checked(key, Checked(gated, gates.guard_of(*tensors)))
+
+
+def keep_checked(key: tuple, known: NamedTuple) -> None:
     if len(checked) >= 4096:
         checked.clear()
-    checked[key] = Checked(gated, gates.guard_of(*tensors))
+    checked[key] = known
 
 
 def _differentiable(gated, saved, g, pooled_grad, tau_grad, want):

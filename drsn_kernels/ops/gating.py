@@ -38,5 +38,8 @@ def call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Te
         alpha = gate(pooled.to(dtype))
     else:
         alpha = gate(pooled)
+    if alpha.__class__ is torch.Tensor and alpha.shape == pooled.shape and alpha.dtype is pooled.dtype:
+        if alpha.device == pooled.device:
+            return alpha
     checks.gate_output(alpha, x)
     return alpha if alpha.dtype == pooled.dtype else alpha.to(pooled.dtype)

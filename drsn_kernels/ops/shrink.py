@@ -11,19 +11,19 @@ Two autograd nodes with the gate between them, and no add of two gradients the s
     the gate's own backward: dA
     Pool.backward      reads g again: dx = kept * g + s * dA / L, the only full write
 
-x -> Pool -> alias of x -> Apply is why it works: Pool runs after Apply and after the gate, with g and dA at hand.
+Apply takes A from Pool, so Pool runs after Apply and after the gate, with g and dA at hand. x itself is no input of
+Apply's: it is found at Pool. In place it is one, as an alias that Pool returns: a node may overwrite its inputs only.
 Kept for it by Apply, which knows tau: three planes, alpha and A, 3 bits an element and two (N, C) tensors.
 """
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from .. import backends, gates, recording, reference
 from ..backends.eager import eager
-from ..backends.step import Backend, GateShape, Step, Want
+from ..backends.step import Backend, Called, GateShape, Step, Want, checked
 from ..gates import StandardGate
 from ..layout import Planes, layout_of, thresholded
 from ..reference import SOFT, Rule
@@ -34,70 +34,68 @@ from .dispatch import (
     direct_apply,
     hooks_on_saved_tensors,
     is_eager_grad,
+    is_plain_grad,
     keeps_graph,
     not_eager,
     will_run,
 )  # fmt: skip
-from .gated_shrink import look_up, overwritten, remember, run_gated
+from .gated_shrink import keep_checked, look_up, overwritten, remember, run_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 
 
-class Handed(NamedTuple):
-    """From Apply.backward to Pool.backward, in place of a gradient of the alias."""
-
-    g: torch.Tensor | None
-    planes: Planes
-    rule: Rule
-
-
 class Pool(torch.autograd.Function):
-    """x -> (A, alias of x).
+    """x -> A, and in place an alias of x.
 
-    The alias makes this node run after Apply, which hands over g and the planes that it has unpacked (saved tensors may
-    be asked for only once under checkpointing). `handed` is keyed by the backward pass: threads and hooks may run
-    several through one node at a time. A gradient that reaches the alias itself comes from elsewhere (an in-place x
-    that the gate or a residual uses too): it is whole already, and added.
+    `handed` is what Apply.backward leaves instead of a gradient of x: g, the planes that it has unpacked (saved tensors
+    may be asked for only once under checkpointing) and the backend of this pass. It is keyed by the backward pass:
+    threads and hooks may run several through one node at a time. A gradient that reaches the alias itself comes from
+    elsewhere (an in-place x that the gate or a residual uses too): it is whole already, and added.
 
     Where only A has a loss, Apply does not run, and may be gone: the planes are then those that it left here, or are
     made from x while there is no Apply yet.
     """
 
     @staticmethod
-    def forward(ctx, x, layout, backend, inplace):
-        pooled, _ = backend.reduce(x, layout)
-        ctx.backend, ctx.layout, ctx.dtype, ctx.handed = backend, layout, x.dtype, {}
-        ctx.source, ctx.planes, ctx.apply_node = None, None, None
+    def forward(ctx, x, call, inplace):
+        pooled = call.pool(x)
+        ctx.call, ctx.handed = call, {}
+        ctx.source = ctx.planes = ctx.apply_node = None
         ctx.set_materialize_grads(False)
-        if inplace:
-            ctx.mark_dirty(x)
+        if not inplace:
+            return pooled
+        ctx.mark_dirty(x)
         return pooled, x
 
     @staticmethod
-    def backward(ctx, dA, alias_grad):
+    def backward(ctx, dA, alias_grad=None):
+        call, dx = ctx.call, None
         handed = ctx.handed.pop(current_backward(), None)
-        g, planes, rule = handed or (None, None, SOFT)
-        dx = None
-        if g is not None or dA is not None:
-            planes = _planes(ctx) if planes is None else planes
-            backend = ctx.backend if is_eager_grad(g, dA) else eager
-            dx, _ = backend.grad(ctx.layout, ctx.dtype, planes, g, dA=dA, rule=rule)
+        if handed is not None:
+            g, bits, here = handed
+            if here is call and dA is not None and not is_plain_grad(dA):
+                here = _differentiable(call)
+            if g is not None or dA is not None:
+                dx = here.dx(bits, g, dA)
+        elif dA is not None:
+            backend = call.backend if is_eager_grad(dA) else eager
+            dx, _ = backend.grad(call.layout, call.dtype, _planes(ctx), None, dA=dA)
         if alias_grad is not None:
             dx = alias_grad if dx is None else dx + alias_grad
         if not keeps_graph():
             ctx.planes = ctx.source = None
-        return dx, None, None, None
+        return dx, None, None
 
 
 def _planes(pool: Pool) -> Planes:
     """For a loss on A alone."""
     if pool.planes is not None:
-        return pool.planes
+        return thresholded(pool.planes, nonzero=True)
     if pool.source is not None:
         x, version = pool.source
         if x._version != version:
             raise RuntimeError("x was modified by an inplace operation, and the gradient of the gate's input needs it")
-        return pool.backend.reduce(x, pool.layout, keep=True)[1]
+        return pool.call.backend.reduce(x, pool.call.layout, keep=True)[1]
     apply = None if pool.apply_node is None else pool.apply_node()
     if apply is not None:
         return thresholded(apply.saved_tensors[0], nonzero=True)
@@ -107,57 +105,62 @@ def _planes(pool: Pool) -> Planes:
 
 
 class Apply(torch.autograd.Function):
-    """(x, alpha, A, residual) -> y, or (y, tau). `pool` is the node whose alias x is, if there is one."""
+    """(x, alpha, A, residual) -> y, or (y, tau). `pool` is the node that A comes from, if there is one.
+
+    x is None unless it is overwritten or nothing pools: it is then the tensor that Pool has seen.
+    """
 
     @staticmethod
-    def forward(ctx, x, alpha, pooled, residual, step, backend, pool, inplace):
+    def forward(ctx, x, alpha, pooled, residual, call, pool, return_tau, inplace):
         ctx.set_materialize_grads(False)
-        tau = reference.threshold(alpha, pooled, step.average)
-        if step.want.tau and step.average is None:
+        if x is None:
+            x = pool.source[0]
+        tau = reference.threshold(alpha, pooled, call.average)
+        if return_tau and call.average is None:
             tau = tau.clone()  # an output that is an input would be a view of the gate's tensor
         keep = 3 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
-        y, planes = backend.map(
-            x, step.layout, tau, rule=step.rule, residual=residual, out=x if inplace else None, keep=keep
-        )
+        y, bits = call.shrink(x, tau, residual, x if inplace else None, keep)
         if keep:
-            ctx.save_for_backward(planes.bits, alpha, pooled)
+            ctx.save_for_backward(bits, alpha, pooled)
         if pool is not None:
             pool.source = None
             if hooks_on_saved_tensors():  # they decide where planes live: nothing is held beside them
                 pool.apply_node = weakref.ref(ctx)
             else:
-                pool.planes = planes
-        ctx.step, ctx.backend, ctx.pool = step, backend, pool
+                pool.planes = bits
+        ctx.call, ctx.pool = call, pool
         if inplace:
             ctx.mark_dirty(x)
-        return (y, tau) if step.want.tau else y
+        return (y, tau) if return_tau else y
 
     @staticmethod
     def backward(ctx, g, tau_grad=None):
         want_x, want_alpha, want_pooled, want_residual = ctx.needs_input_grad[:4]
-        residual_grad = g if want_residual else None
+        call, pool, residual_grad = ctx.call, ctx.pool, g if want_residual else None
         if not (want_x or want_alpha or want_pooled) or (g is None and tau_grad is None):
             return None, None, None, residual_grad, None, None, None, None
-        step = ctx.step
         bits, alpha, pooled = ctx.saved_tensors
-        planes = thresholded(bits, nonzero=ctx.pool is not None)
+        here = call if is_eager_grad(g) else _differentiable(call)
         x_grad = dtau = None
-        here = want_x and ctx.pool is None  # nothing pools: the masked gradient is written here
-        want_dtau = want_alpha or want_pooled
-        if g is not None and (here or want_dtau):
-            backend = ctx.backend if is_eager_grad(g) else eager
-            x_grad, dtau = backend.grad(
-                step.layout, step.dtype, planes, g, want_dx=here, want_dtau=want_dtau, rule=step.rule
-            )
-        if ctx.pool is not None:
-            if want_x and will_run(ctx.pool):
-                ctx.pool.handed[current_backward()] = Handed(g, planes, step.rule)  # and no gradient of the alias
+        if g is not None:
+            if want_alpha or want_pooled:
+                dtau = here.dtau(bits, g)
+            if want_x and pool is None:  # nothing pools: the masked gradient is written here
+                x_grad = here.dx(bits, g, None)
+        if pool is not None:
+            if will_run(pool):
+                pool.handed[current_backward()] = g, bits, here
             elif not keeps_graph():
-                ctx.pool.planes = None
+                pool.planes = None
         alpha_grad, pooled_grad = reference.threshold_grad(
-            dtau, tau_grad, alpha, pooled, step.average, want_alpha, want_pooled
+            dtau, tau_grad, alpha, pooled, call.average, want_alpha, want_pooled
         )
         return x_grad, alpha_grad, pooled_grad, residual_grad, None, None, None, None
+
+
+def _differentiable(call: Called) -> Called:
+    """The same in ordinary PyTorch, for higher derivatives."""
+    return eager.called(call.layout, call.dtype, call.rule, call.average)
 
 
 _pool, _apply = direct_apply(Pool), direct_apply(Apply)
@@ -218,14 +221,19 @@ def shrink(
         tau = alpha * {"channel": A, "sample": A.mean(1, keepdim=True), None: 1}[average]
         y = x.sign() * (x.abs() - tau.view(*tau.shape, 1, ...)).relu() + residual
     """
-    why, read, key = not_eager(x, residual), None, None
-    if why is None and not inplace and threshold == "soft" and type(slope) is float and slope == 0:
-        read = gates.read(gate)
+    why, read, key, like = not_eager(x, residual), None, None, None
+    if why is None and not inplace and type(slope) is float:
+        if threshold == "soft" and slope == 0:
+            read = gates.read(gate)
         if read.__class__ is tuple:
             key, known = look_up(x, residual, *read, average, return_tau)
             if known is not None:
                 y, tau = run_gated(x, residual, read[0], known.gated, gate, False)
                 return (y, tau) if return_tau else y
+        else:
+            like, call = _look_up(x, residual, average, threshold, slope)
+            if call is not None and callable(gate):
+                return _called(x, gate, call, residual, False, return_tau)
     checks.features(x, rank=3)
     checks.average(average)
     rule = checks.rule(threshold, slope)
@@ -242,55 +250,100 @@ def shrink(
         pooled = traced_abs_mean(x, keep=False)
         return _compose(x, pooled, call_gate(gate, pooled, x), average, residual, inplace, return_tau, rule)
 
-    # A residual of another dtype is added afterwards: the sum's dtype may not be x's.
-    fused = residual if residual is None or residual.dtype == x.dtype else None
     backend = backends.select(x)
-    grads = torch.is_grad_enabled()
-    # autograd allows a node that overwrites a view one output and no siblings: a view is computed aside and copied
-    by_copy = inplace and grads and x._is_view()
-    overwrite = inplace and not by_copy
-    parts = _fusable(gate, x, backend, read) if rule == SOFT else "the fused gate has soft thresholds only"
+    parts = _fusable(gate, x, backend, rule, read)
     if not isinstance(parts, str):
-        keep = grads and (x.requires_grad or _any_requires_grad(*parts[:6]))
-        if fused is not None and fused.requires_grad and grads and not keep:
-            fused = None  # added afterwards: its gradient is g, for which nothing need be kept
-        gate_shape = GateShape.of(parts)
-        step = _step(x, average, rule, gate_shape.outputs, gate_shape, fused, keep, return_tau)
-        gated = backend.gated(step)
-        if key is not None and fused is residual:
-            remember(key, gated, x, residual, parts)
-        y, tau = run_gated(x, fused, parts, gated, gate, overwrite)
-        return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
-    layout, pool, handle = layout_of(x), None, x
+        return _fused(x, gate, parts, backend, average, residual, inplace, return_tau, key)
+    call = backend.called(layout_of(x), x.dtype, rule, average)
+    if like is not None and backend is not eager:  # a fallback is told of at every call
+        keep_checked(like, call)
+    return _called(x, gate, call, residual, inplace, return_tau)
+
+
+def _look_up(x, residual, average, threshold, slope) -> tuple[tuple | None, Called | None]:
+    """The key of a call with a gate that is called, not in place, and what is known of such calls.
+
+    All that the checks look at is in the key, but for the gate.
+    """
+    try:
+        lies = None if residual is None else (residual.shape, residual.dtype, residual.device)
+        key = x.shape, x.stride(), x.dtype, x.device, average, threshold, slope, backends.choice.backend, lies
+        return key, checked.get(key)
+    except (RuntimeError, TypeError):  # a sparse or nested tensor has no strides, a list no hash: the checks say so
+        return None, None
+
+
+def _where(x: torch.Tensor, inplace: bool) -> tuple[bool, bool]:
+    """In place, whether x is overwritten, or y is computed aside and copied.
+
+    autograd allows a node that overwrites a view one output and no siblings.
+    """
+    by_copy = inplace and torch.is_grad_enabled() and x._is_view()
+    return inplace and not by_copy, by_copy
+
+
+def _fused(x, gate, parts, backend, average, residual, inplace, return_tau, key):
+    """A standard gate, computed together with the step. key: look_up's."""
+    fused, grads, (overwrite, by_copy) = _same_dtype(residual, x), torch.is_grad_enabled(), _where(x, inplace)
+    keep = grads and (x.requires_grad or _any_requires_grad(*parts[:6]))
+    if fused is not None and fused.requires_grad and grads and not keep:
+        fused = None  # added afterwards: its gradient is g, for which nothing need be kept
+    gate_shape = GateShape.of(parts)
+    step = _step(x, average, SOFT, gate_shape.outputs, gate_shape, fused, keep, return_tau)
+    gated = backend.gated(step)
+    if key is not None and fused is residual:
+        remember(key, gated, x, residual, parts)
+    y, tau = run_gated(x, fused, parts, gated, gate, overwrite)
+    return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
+
+
+def _called(x, gate, call, residual, inplace, return_tau):
+    """Any gate, between two nodes."""
+    fused, grads, pool, handle = _same_dtype(residual, x), torch.is_grad_enabled(), None, x
+    overwrite, by_copy = _where(x, inplace) if inplace else (False, False)
     if grads and x.requires_grad:
-        pooled, handle = _pool(x, layout, backend, overwrite)
-        pool, source = pooled.grad_fn, x.detach() if overwrite else x  # overwritten, x is the node's own output
+        if overwrite:
+            pooled, handle = _pool(x, call, True)
+            source = x.detach()  # x is the node's own output
+        else:
+            pooled, source, handle = _pool(x, call, False), x, None
+        pool = pooled.grad_fn
         pool.source = source, source._version
     else:
-        pooled, _ = backend.reduce(x, layout)
+        pooled = call.pool(x)
     alpha = call_gate(gate, pooled, x)
-    why = not_eager(alpha)
+    why = None if type(alpha) is torch.Tensor and not alpha.is_neg() else not_eager(alpha)
     if why is not None:  # a gate of tensor subclasses
-        recording.elsewhere("shrink", x, f"of what the gate returned, {why}", gate=gate)
+        why = f"of what the gate returned, {why}"
+    elif handle is None and pooled.grad_fn is None:  # nothing leads from Apply to Pool
+        why = "the gate detaches its input in place"
+    if why is not None:
+        recording.elsewhere("shrink", x, why, gate=gate)
         if pool is not None:  # there will be no Apply, and in place x is overwritten
-            pool.planes, pool.source = backend.reduce(x, layout, keep=True)[1], None
-        return _compose(handle, pooled, alpha, average, residual, inplace, return_tau, rule)
+            pool.planes, pool.source = call.shrink(x, pooled, keep=3)[1], None
+        x = x if handle is None else handle
+        return _compose(x, pooled, alpha, call.average, residual, inplace, return_tau, call.rule)
     needed = grads and (x.requires_grad or alpha.requires_grad)
-    step = _step(x, average, rule, alpha.shape[1], None, fused, needed, return_tau)
     told = recording.active
     if told is not None:
-        told(step, x, backend, gate=gate, not_fused=parts)
+        step = _step(x, call.average, call.rule, alpha.shape[1], None, fused, needed, return_tau)
+        told(step, x, call.backend, gate=gate, not_fused=_fusable(gate, x, call.backend, call.rule))
     if needed or (grads and fused is not None and fused.requires_grad):
-        out = _apply(handle, alpha, pooled, fused, step, backend, pool, overwrite)
+        out = _apply(handle, alpha, pooled, fused, call, pool, return_tau, overwrite)
         y, tau = out if return_tau else (out, None)
     else:
-        tau = reference.threshold(alpha, pooled, average)
-        y, _ = backend.map(x, layout, tau, rule=rule, residual=fused, out=x if overwrite else None)
+        tau = reference.threshold(alpha, pooled, call.average)
+        y, _ = call.shrink(x, tau, fused, x if overwrite else None)
         if overwrite:
             overwritten(x)
-        if return_tau and average is None:
+        if return_tau and call.average is None:
             tau = tau.clone()  # the gate's own tensor otherwise
     return _finish(x, y, tau, residual if residual is not fused else None, overwrite, by_copy, return_tau)
+
+
+def _same_dtype(residual, x):
+    """A residual of another dtype is added afterwards: the sum's dtype may not be x's."""
+    return residual if residual is None or residual.dtype == x.dtype else None
 
 
 def _finish(x, y, tau, residual, overwrite, by_copy, return_tau):
@@ -301,8 +354,10 @@ def _finish(x, y, tau, residual, overwrite, by_copy, return_tau):
     return (y, tau) if return_tau else y
 
 
-def _fusable(gate, x: torch.Tensor, backend: Backend, read) -> StandardGate | str:
+def _fusable(gate, x: torch.Tensor, backend: Backend, rule: Rule, read=None) -> StandardGate | str:
     """The parts of a standard gate that this backend computes itself, or why the gate is called. read: gates.read's."""
+    if rule != SOFT:
+        return "the fused gate has soft thresholds only"
     if not backend.fuses_gates:
         return f"the {backend.name} backend calls every gate"
     parts = gates.standard_gate(gate, x, read)
