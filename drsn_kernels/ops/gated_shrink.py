@@ -109,7 +109,7 @@ def look_up(
             None if residual is None else (residual.stride(), residual.requires_grad),
         )  # fmt: skip
         known = checked.get(key)
-    except (RuntimeError, TypeError):  # a sparse or nested tensor has no strides, a list no hash: the checks say so
+    except (AttributeError, RuntimeError, TypeError):  # None, a sparse tensor, a list: the checks say so
         return None, None
     if known is not None:
         tensors = gates.tensors_of(parts, norm)

@@ -269,7 +269,7 @@ def _look_up(x, residual, average, threshold, slope) -> tuple[tuple | None, Call
         lies = None if residual is None else (residual.shape, residual.dtype, residual.device)
         key = x.shape, x.stride(), x.dtype, x.device, average, threshold, slope, backends.choice.backend, lies
         return key, checked.get(key)
-    except (RuntimeError, TypeError):  # a sparse or nested tensor has no strides, a list no hash: the checks say so
+    except (AttributeError, RuntimeError, TypeError):  # None, a sparse tensor, a list: the checks say so
         return None, None
 
 
