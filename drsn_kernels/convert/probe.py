@@ -174,16 +174,17 @@ def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
         return _against(trial, x, y) or True
 
     ranks, widths = _ranks(module), _widths(module)
-    few = [(rank, channels, size) for rank in ranks for channels in widths for size in _SIZES[rank][:2]]
-    more = [
+    large = sum(p.numel() for p in module.parameters()) > 1 << 20  # a network or a block: one rank will do
+    few = ((rank, channels, size) for rank in ranks for channels in widths for size in _SIZES[rank][:2])
+    more = (
         (rank, channels, size)
         for rank in ranks
         for channels in widths[:3]
         for size in _more_sizes(module, rank, channels)
-    ]
+    )
     for tries in (few, more):
         for rank, channels, size in tries:
-            if any(shape.rank == rank for shape in found):
+            if any(shape.rank == rank or large for shape in found):
                 continue
             said = run(channels, size)
             if said is None:

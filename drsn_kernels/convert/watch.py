@@ -67,6 +67,7 @@ _CHANGING = _words(
     reverse rotate fill put itemset resize __setitem__ __delitem__ __iadd__ send"""
 )
 _WRAPPERS = {"contextlib", "torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
+_USERS = "the user's"
 _LABELS = {"record_function", "profile"}  # contexts that change nothing
 
 
@@ -98,6 +99,7 @@ class Watch:
         self._assigned: dict[str, str] = {}  # attributes of the module itself, and where
         self._codes: set[tuple[types.CodeType, Any]] = set()
         self._kept: dict[str, tuple[Kept, set]] = {}
+        self._kinds: dict[types.CodeType, str] = {}
         self._writes: dict[types.CodeType, dict[int, list[Write]]] = {}
         self._own: dict[str, dict[str, Any]] = {}
         self._of_watched: dict[str, set[str]] = {}  # what a class of the copy's has from the start
@@ -159,7 +161,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         self._outer = sys.getprofile(), sys.gettrace()
         self._on = True
-        sys.settrace(lambda frame, event, argument: self._line if self._is_users(frame) else None)
+        sys.settrace(lambda frame, event, argument: self._line if self._kind_of(frame) == _USERS else None)
         sys.setprofile(self._event)
         return self
 
@@ -189,23 +191,40 @@ class Watch:
         installed = {"site-packages", "dist-packages"} & {*(file or "").split(os.sep)}
         return not installed or name.partition(".")[0] == self.root
 
+    def _kind(self, frame: types.FrameType) -> str:
+        """Of the code that runs: most of it is torch's, of which nothing is to be seen."""
+        name, code = frame.f_globals.get("__name__") or "", frame.f_code
+        root = name.partition(".")[0]
+        if self._is_users(frame):
+            return _USERS
+        if code.co_name in ("__enter__", "__init__"):
+            return "context"
+        if not (is_shipped(name, code.co_filename) or root in _COMPUTING):
+            return f"calls {name}.{code.co_name}, which may do more than compute"
+        if name in _WRITING or root in _WRITING:
+            return f"calls {name}.{code.co_name}"
+        if code.co_name in _MODES:
+            return f"calls torch.{code.co_name}"
+        return f"asks {name}.{code.co_name}" if name in _VOLATILE else ""
+
+    def _kind_of(self, frame: types.FrameType) -> str:
+        kind = self._kinds.get(frame.f_code)
+        if kind is None:
+            kind = self._kinds[frame.f_code] = self._kind(frame)
+        return kind
+
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        kind = self._kind_of(frame)  # asked a million times for a network
+        if not kind:
+            return
         if event == "call":
-            name, file = frame.f_globals.get("__name__") or "", frame.f_code.co_filename
-            root = name.partition(".")[0]
-            if self._is_users(frame):
+            if kind == _USERS:
                 self._code(frame)
-            elif frame.f_code.co_name in ("__enter__", "__init__"):
+            elif kind == "context":
                 self._context(frame)
-            elif not (is_shipped(name, file) or root in _COMPUTING) and self._is_users(frame.f_back):
-                self.note(f"calls {name}.{frame.f_code.co_name}, which may do more than compute", frame.f_back)
-            elif (name in _WRITING or root in _WRITING) and self._is_users(frame.f_back):
-                self.note(f"calls {name}.{frame.f_code.co_name}", frame.f_back)
-            elif frame.f_code.co_name in _MODES and self._is_users(frame.f_back):
-                self.note(f"calls torch.{frame.f_code.co_name}", frame.f_back)
-            elif name in _VOLATILE and self._is_users(frame.f_back):
-                self.note(f"asks {name}.{frame.f_code.co_name}", frame.f_back)
-        elif event == "c_call" and self._is_users(frame):
+            elif self._is_users(frame.f_back):
+                self.note(kind, frame.f_back)
+        elif event == "c_call" and kind == _USERS:
             owner, module = getattr(argument, "__self__", None), getattr(argument, "__module__", None)
             if id(owner) in self.outside and argument.__name__ in _CHANGING:
                 self.note(f"changes what it found by {argument.__name__}", frame)
