@@ -47,7 +47,9 @@ class Code(str):
 
 @functools.lru_cache(maxsize=4096)
 def _digest(code: types.CodeType) -> str:
+    """The same in every process: a set has an order of its own in each."""
     constants = [_digest(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in constants]
     return hashlib.sha1(code.co_code + repr((code.co_names, constants)).encode(), usedforsecurity=False).hexdigest()
 
 
@@ -59,8 +61,10 @@ def code_of(function: types.FunctionType, within: tuple[types.FunctionType, ...]
         if isinstance(value, types.FunctionType):
             more += [code_of(value, (*within, function))] if value not in within and value is not function else []
         elif not isinstance(value, type):  # as __class__ of super()
-            more.append(frozen(value))
-    given = repr([frozen(value) for value in more]) if more else ""
+            more.append(value)
+    # pickled, because a repr may hold an address; a module has no other content than its name
+    more = [value.__name__ if isinstance(value, types.ModuleType) else value for value in more]
+    given = hashlib.sha1(frozen(more), usedforsecurity=False).hexdigest() if more else ""
     return Code(f"{function.__module__}.{function.__qualname__} {_digest(function.__code__)} {given}")
 
 
@@ -96,11 +100,8 @@ class _Pickler(pickle.Pickler):
             self.classes.update(dict.fromkeys(base for base in cls.__mro__ if is_own(base)))
             if isinstance(value, type):  # pickle takes no class of a function
                 return f"class {value.__module__}.{value.__qualname__}"
-            if (
-                id(value) not in self.met
-                and hasattr(value, "__dict__")
-                and any(_SAYS & {*vars(c)} for c in self.classes)
-            ):
+            says = any(_SAYS & {*vars(base)} for base in cls.__mro__ if is_own(base))
+            if says and id(value) not in self.met and hasattr(value, "__dict__"):
                 self.hidden.append(vars(value))
             self.met[id(value)] = value
         return None
