@@ -26,7 +26,7 @@ def pytest_configure(config):
     if rounds is not None and rounds < 1:
         raise pytest.UsageError(f"--benchmark-rounds must be at least 1, got {rounds}")
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError('--benchmark needs pytest-benchmark: pip install "drsn_kernels[bench]"')
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
     import repository  # noqa: F401 - the package benchmarks, whose modules are collected and import one another
 
     if not config.option.file_or_dir:  # not testpaths

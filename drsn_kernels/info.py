@@ -1,13 +1,14 @@
 """`python -m drsn_kernels info`: versions, and each backend available or not, with the reason and what to do."""
 
-import importlib
 import importlib.metadata
 import os
 import platform
 
-OPTIONAL = {"numpy": "demo", "scipy": "demo", "matplotlib": "demo", "tqdm": "demo", "triton": "triton"}
-OPTIONAL |= {"scikit-learn": "train", "h5py": "train", "onnx": "export", "onnxruntime": "export"}
-OPTIONAL |= {"onnxscript": "export", "timm": "timm"}
+from ._extras import EXTRAS, install, package
+
+NO_GPU = "none visible to torch"
+# Packages that parts of drsn_kernels need: what pip takes, by name.
+OPTIONAL = {package(one): one for extra in EXTRAS.values() for one in extra}
 
 
 def _version(name: str) -> str | None:
@@ -55,19 +56,21 @@ def collect() -> dict:
 
 def _gpu(torch) -> str:
     if not torch.cuda.is_available():
-        return "none visible to torch"
+        return NO_GPU
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
 def show(report: dict) -> None:
-    for key in ("drsn_kernels", "torch", "python", "system", "cpu", "gpu"):
-        if key in report:
-            print(f"{key:14s}{report[key]}")
+    """Print a report of :func:`collect`: names, and what belongs to each in a column beside them."""
+    lines = [(key, report[key]) for key in ("drsn_kernels", "torch", "python", "system", "cpu", "gpu") if key in report]
     if "backends" in report:
-        print(f"backends      chosen by device, dtype and layout; {report['choice']}")
-        for name, text in report["backends"].items():
-            print(f"  {name:12s}{text}")
-        print(f"GPU launcher  {report['launcher']}")
-    print("optional packages")
+        lines.append(("backends", f"chosen by device, dtype and layout; {report['choice']}"))
+        lines += [(f"  {name}", text) for name, text in report["backends"].items()]
+        if report["gpu"] != NO_GPU:
+            lines.append(("GPU launcher", report["launcher"]))
+    lines.append(("optional packages", ""))
     for name, version in report["optional"].items():
-        print(f"  {name:12s}{version or f'missing, in the extra [{OPTIONAL[name]}]'}")
+        lines.append((f"  {name}", version or f"missing: {install([OPTIONAL[name]])}"))
+    width = max(len(name) for name, _ in lines if name != "optional packages") + 2
+    for name, text in lines:
+        print(f"{name:{width}s}{text}".rstrip())

@@ -277,7 +277,7 @@ def test_digits_split_by_position():
         load_digits(1)
 
 
-def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+def test_digits_without_scikit_learn_name_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "drsn_kernels\[train\]"'):
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
         load_digits()

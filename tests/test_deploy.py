@@ -111,8 +111,8 @@ def test_an_exported_network_holds_aten_ops_and_runs_without_the_package(dims, a
 @pytest.fixture(scope="module")
 def onnxruntime():
     for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name, reason=f"needs {name}: pip install drsn_kernels[export]")
-    return pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install drsn_kernels[export]")
+        pytest.importorskip(name, reason=f"needs {name}")
+    return pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

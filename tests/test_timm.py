@@ -16,7 +16,7 @@ def timm():
     try:
         import timm
     except Exception as error:  # a torchvision built for another torch fails with a RuntimeError
-        pytest.skip(f"timm cannot be imported ({type(error).__name__}: {error}): pip install drsn_kernels[timm]")
+        pytest.skip(f"timm cannot be imported ({type(error).__name__}: {error}): pip install timm")
     return timm
 
 

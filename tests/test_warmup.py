@@ -213,7 +213,7 @@ def test_interpreted(monkeypatch):
 def test_without_triton(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert __main__.main(["warmup", "networks:Block", "--input", "4,1,8", "--target", "cuda:90"]) == 1
-    assert 'pip install "drsn_kernels[triton]"' in capsys.readouterr().err
+    assert 'pip install "triton>=3.5"' in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -5,23 +5,15 @@ import os
 
 import torch
 
+from .._extras import unbuilt
+
 try:
     from .. import _cpu
 
     MISSING: str | None = None
-except ImportError as error:  # pure-Python install, or an extension that does not load here
+except ImportError as error:  # the source tree, a pure-Python install, or an extension that does not load here
     _cpu = None
-    try:
-        from .._build import MISSING
-    except ImportError:
-        MISSING = None
-    if MISSING is None:
-        if os.path.exists(os.path.join(os.path.dirname(__file__), "..", "..", "setup.py")):
-            MISSING = (
-                "this is the source tree, where nothing is compiled; run from another folder, or `pip install -e .`"
-            )
-    if MISSING is None:
-        MISSING = f"the compiled extension drsn_kernels._cpu does not load ({error}); install with `pip install .`"
+    MISSING = unbuilt("_cpu", error)
 
 
 def torch_parallel_for() -> int:

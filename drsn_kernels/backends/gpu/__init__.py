@@ -19,6 +19,8 @@ import sys
 
 import torch
 
+from ..._extras import installing
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 _OLDEST = 8  # compute capability: bfloat16 and 166 KB of shared memory; older GPUs run in pure PyTorch
@@ -34,7 +36,7 @@ def interpreting() -> bool:
 def missing() -> str | None:
     """Why there is no Triton to run with, or None. Imports it."""
     if not INSTALLED:
-        return "triton is not installed; `pip install 'drsn_kernels[triton]'`"
+        return f"triton is not installed: {installing('triton')}"
     import triton
 
     found = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])

@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..._extras import unbuilt
+
 try:
     from ... import _launch
 
     _MISSING: str | None = None
 except ImportError as error:
     _launch = None
-    _MISSING = f"the compiled launcher drsn_kernels._launch does not load ({error})"
+    _MISSING = unbuilt("_launch", error)
 
 
 def _asked() -> bool:
