@@ -6,7 +6,6 @@
 4. learning      DRSN-CW and ResNet on noisy vibration signals (learning.py, plots.py)
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from .. import info
 from .._extras import require
 from ..data import Dataset, load_cwru, simulate_bearing
+from ..train import files
 from . import check, learning, speed
 
 
@@ -33,12 +33,17 @@ def run(data: Path | None, out: Path, *, quick: bool = False, epochs: int | None
 
     Raises:
         ImportError: a package of the extra [demo] is missing. OSError, ValueError: `data` is missing, wrong or
-        unreadable (the message names the file); `epochs` is below 1. All before any work is done.
+        unreadable (the message names the file); `epochs` is below 1, `seed` below 0 or of more than 62 bits, `out` a
+        file. All before any work is done.
     """
     for module in ("numpy", "matplotlib", *(["scipy"] if data is not None else [])):
         require(module, "demo")
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not 0 <= seed < 2**62:
+        raise ValueError(f"seed must be a whole number from 0 to 2^62 - 1, got {seed}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
     dataset = _data(data, seed)
     start = time.perf_counter()
@@ -58,7 +63,6 @@ def run(data: Path | None, out: Path, *, quick: bool = False, epochs: int | None
     results["learning"] = learning.run(dataset, out, quick=quick, epochs=epochs, seed=seed)
 
     results["seconds"] = time.perf_counter() - start
-    path = out / "results.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = files.write_json(out / "results.json", results)
     print(f"\nDone in {results['seconds']:.0f} s. Results: {path}")
     return results

@@ -4,7 +4,6 @@ The networks (Table II) and the recipe (train/recipe.py) are the paper's: Zhao e
 10.1109/TII.2019.2943898.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from ..data import Dataset
 from ..models import paper_network
 from ..modules import record_tau
 from ..noise import add_noise
-from ..train import Recipe, accuracy, train_epochs
+from ..train import Recipe, accuracy, files, train_epochs
 from . import plots
 
 SNR_DB = (-5.0, -3.0, 0.0, 3.0, 5.0)
@@ -219,7 +218,7 @@ def run(
     tau, noise_rms, relative = _tau_against_noise(models["drsn-cw"], test_x, seed + 2)
     _print_thresholds(tau)
 
-    files = [
+    drawn = [
         plots.accuracy(
             out / "accuracy.png",
             SNR_DB,
@@ -241,8 +240,8 @@ def run(
         "snr_db": list(SNR_DB),
         "models": results,
         "thresholds": tau,
-        "plots": [str(path) for path in files],
+        "plots": [str(path) for path in drawn],
     }
-    (out / "learning.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\nWritten to {out}: {', '.join(path.name for path in files)}, learning.json")
+    files.write_json(out / "learning.json", report)
+    print(f"\nWritten to {out}: {', '.join(path.name for path in drawn)}, learning.json")
     return report

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .._extras import require
+from ..train.files import replace
 
 
 def _axes(title: str, xlabel: str, ylabel: str):
@@ -25,8 +26,7 @@ def accuracy(path: Path, snr_db: Sequence[float], curves: Mapping[str, Sequence[
     axes.set_ylim(max(0, lowest - 10) if lowest > 60 else 0, 101)  # saturated curves would lie on one another
     axes.axhline(100 * chance, color="0.5", linestyle=":", label=f"chance, {100 * chance:.0f} %")
     axes.legend()
-    figure.savefig(path, dpi=150)
-    return path
+    return replace(path, lambda file: figure.savefig(file, dpi=150, format="png"))
 
 
 def thresholds(path: Path, noise_rms: torch.Tensor, tau: torch.Tensor, rho: float | None) -> Path:
@@ -34,5 +34,4 @@ def thresholds(path: Path, noise_rms: torch.Tensor, tau: torch.Tensor, rho: floa
     title = "Thresholds against noise, " + ("rank correlation undefined" if rho is None else f"Spearman {rho:+.2f}")
     figure, axes = _axes(title, "RMS of the noise / RMS of the signal", "tau / mean tau, averaged over units")
     axes.scatter(noise_rms.numpy(), tau.numpy(), s=6, alpha=0.4)
-    figure.savefig(path, dpi=150)
-    return path
+    return replace(path, lambda file: figure.savefig(file, dpi=150, format="png"))

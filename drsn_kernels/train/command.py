@@ -5,13 +5,14 @@ import contextlib
 import json
 import logging
 import shlex
+import tempfile
 import zlib
 from pathlib import Path
 
 import torch
 
 from .. import info
-from .._extras import require
+from .._extras import program, require, sentence
 from ..data import Dataset, load_cwru, load_digits, load_idx, load_speech, simulate_bearing
 from ..models import network
 from . import files
@@ -27,6 +28,10 @@ DIMS = {"vibration": 1, "speech": 2, "image": 2}  # of what the network sees
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _resume(out: Path) -> str:
+    return f"{program()} train --resume --out {shlex.quote(str(out))}"
 
 
 def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
@@ -65,9 +70,13 @@ def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
     return settings | given, config
 
 
-def _check(settings: dict) -> None:
+def _check(settings: dict, options: argparse.Namespace) -> None:
     """Options that do not go together; before any data are read."""
     task, folder = settings["task"], settings["data"]
+    if settings["noise"] == "none" and hasattr(options, "snr"):
+        raise ValueError("--snr is the level of --noise, got --noise none: leave one of the two out")
+    if settings["without_normal"] and task == "vibration" and folder is None:
+        raise ValueError("--without-normal leaves out Normal_*.mat of --data FOLDER, got no --data")
     if task == "speech" and folder is None:
         raise ValueError("--task speech needs --data FOLDER with recordings named LABEL_SPEAKER_TAKE.wav")
     for name, belongs in (("test_speakers", "speech"), ("without_normal", "vibration")):
@@ -138,16 +147,17 @@ def _describe(data: Dataset) -> dict:
 
 def _begin(out: Path, config: dict | None, ranks: Ranks) -> None:
     """Make the folder, by the first process, and write the config.json of a new run; all end where that fails."""
-    error = None
+    reason = None
     if ranks.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()  # a run that is continued would find out after an epoch
             if config is not None:
                 files.write_json(out / CONFIG, config)
-        except OSError as found:
-            error = found
-    if ranks.highest([int(error is not None)])[0]:
-        raise error or OSError(f"--out {out} cannot be written by the first process")
+        except OSError as error:
+            reason = f"--out {out} cannot be written: {error.strerror}" if error.strerror else str(error)
+    if ranks.highest([int(reason is not None)])[0]:
+        raise OSError(reason or f"--out {out} cannot be written by the first process")
 
 
 def _results(run: Run, settings: dict, parameters: int) -> dict:
@@ -191,7 +201,7 @@ def _draw(out: Path, history: list[dict], confusion: list[list[int]], class_name
 
 def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     settings, config = _settings(options)
-    _check(settings)
+    _check(settings, options)
     graph = _graph(options.graph, ranks)
     recipe = Recipe(settings["epochs"], settings["batch"], settings["lr"])
     noise = None if settings["noise"] == "none" else RandomNoise(settings["noise"], tuple(settings["snr"]))
@@ -239,10 +249,14 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
         )
         if not new and len(run.history) < recipe.epochs:
             print(f"continuing in epoch {len(run.history) + 1} after {run.step} steps", flush=True)
-    run.train()
+    try:
+        run.train()
+        if ranks.first:
+            results = _results(run, settings, parameters)
+            files.write_json(options.out / RESULTS, results)  # before the pictures, whatever comes of them
+    except OSError as error:  # of the disk
+        raise OSError(f"{sentence(error)}; mend that, then continue with: {_resume(options.out)}") from error
     if ranks.first:
-        results = _results(run, settings, parameters)
-        files.write_json(options.out / RESULTS, results)  # before the pictures, whatever comes of them
         pictures = _draw(options.out, run.history, results["confusion"], data.class_names)
         print(
             f"Test accuracy {100 * results['test_accuracy']:.2f} % after {results['epochs']} epochs and "
@@ -269,8 +283,7 @@ def command(options: argparse.Namespace) -> int:
         return 1
     except Stopped as stopped:
         if ranks.first:
-            again = f"python -m drsn_kernels train --resume --out {shlex.quote(str(options.out))}"
-            print(f"\nstopped by {stopped}; to continue exactly from here: {again}", flush=True)
+            print(f"\nstopped by {stopped}; to continue exactly from here: {_resume(options.out)}", flush=True)
         return 128 + stopped.number
     finally:
         leave()

@@ -1,5 +1,6 @@
 """What a run leaves in its folder. Every file is written aside and moved into place, so none is ever half written."""
 
+import contextlib
 import csv
 import io
 import json
@@ -20,7 +21,11 @@ LONGEST_NAME = 24  # characters of a class's name in a picture
 
 
 def replace(path: Path, write: Callable) -> Path:
-    """Call write(file), a binary file beside `path`, and put it in the place of `path` when it is on the disk."""
+    """Call write(file), a binary file beside `path`, and put it in the place of `path` when it is on the disk.
+
+    Raises:
+        OSError: where that fails, on a full disk say; `path` is as it was.
+    """
     aside = path.with_name(f".{path.name}.part")
     try:
         with open(aside, "wb") as file:
@@ -28,8 +33,12 @@ def replace(path: Path, write: Callable) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        kept = ", what was there is kept" if path.exists() else ""
+        raise OSError(f"{path} cannot be written{kept}: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)  # where it could not be written or moved
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)  # where it could not be written or moved
     return path
 
 
@@ -47,7 +56,9 @@ def write_log(path: Path, history: Sequence[dict]) -> Path:
 
 
 def write_checkpoint(path: Path, state: dict) -> Path:
-    return replace(path, lambda file: torch.save(state, file))
+    content = io.BytesIO()  # torch.save hides the system's error for a file behind one of its own
+    torch.save(state, content)
+    return replace(path, lambda file: file.write(content.getbuffer()))
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -126,9 +126,13 @@ def join(device: str | None) -> Ranks:
         raise ValueError(f"--device must be cpu, cuda or cuda:INDEX, got {device!r}") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device must be one that is there, got {device!r} and torch sees no CUDA device")
-    if found.type not in ("cpu", "cuda"):
+    if found.type not in ("cpu", "cuda") or (found.type == "cpu" and found.index):
         raise ValueError(f"--device must be cpu, cuda or cuda:INDEX, got {device!r}")
+    if found.type == "cuda" and (found.index or 0) >= (there := torch.cuda.device_count()):
+        raise ValueError(f"--device must be one that is there, got {device!r} and torch sees {there} CUDA devices")
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and found.index is not None:
+        raise ValueError(f"--device must be {found.type} for {world} processes, each takes its own, got {device!r}")
     if world == 1:
         return Ranks(0, 1, found)
     if found.type == "cuda":
