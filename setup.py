@@ -2,7 +2,7 @@
 
 _cpu is the CPU kernels, _launch launches the GPU's (csrc/launch). The build needs neither torch nor a GPU. Where the
 extensions are not asked for, cannot be built or fail, the package installs as pure Python, and Triton launches.
-`python -m drsn_kernels info` gives the reason recorded here.
+`python -m drsn_kernels info` gives the reason recorded here. An index shows README.md with the links of the repository.
 
     DRSN_NATIVE=auto   build the C++ kernels if a compiler is found (default)
     DRSN_NATIVE=0      pure Python
@@ -10,6 +10,7 @@ extensions are not asked for, cannot be built or fail, the package installs as p
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,30 @@ def missing() -> str | None:
     if not any(shutil.which(compiler) for compiler in compilers):
         return "no C++ compiler was found at install time; install g++ or clang++ (C++17) and reinstall drsn_kernels"
     return None
+
+
+def addresses() -> dict[str, str]:
+    """The links that an index shows; of the repository, once CITATION.cff has its address as repository-code."""
+    found = {"Paper": "https://doi.org/10.1109/TII.2019.2943898"}
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    if address := re.search(r'^repository-code: "?([^"\s]+?)/?"?$', citation, flags=re.M):
+        found["Repository"] = address[1]
+        for name, page in (("Documentation", "docs"), ("Changelog", "CHANGELOG.md")):
+            found[name] = f"{address[1]}/blob/main/{page}"
+    return found
+
+
+def readme() -> str:
+    """README.md for an index, where no file lies beside it: links into the repository by its address, or as text."""
+    text, repository = (ROOT / "README.md").read_text(encoding="utf-8"), addresses().get("Repository")
+
+    def link(match: re.Match) -> str:
+        image, words, path = match.groups()
+        if repository is None:
+            return "" if image else words
+        return f"{image}[{words}]({repository}/{'raw' if image else 'blob'}/main/{path})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", link, text)
 
 
 REASON = missing()  # None: it is built
@@ -113,5 +138,8 @@ class CMakeBuild(build_ext):
 EXTENSIONS = [Extension(f"drsn_kernels.{name}", sources=[], optional=True) for name in ("_cpu", "_launch")]
 setup(
     ext_modules=EXTENSIONS if REASON is None else [],
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=addresses(),
     cmdclass={"build_ext": CMakeBuild, "build_py": RecordedBuild},
 )

@@ -35,8 +35,8 @@ def commands(path: Path) -> list[str]:
 
 
 def test_the_parsing_sees_everything():
-    assert [path.name for path in FILES] == ["ci.yml", "gpu.yml"]
-    assert list(jobs(FILES[0])) == ["lint", "test", "wheel", "long"] and list(jobs(FILES[1])) == ["gpu"]
+    assert [path.name for path in FILES] == ["ci.yml", "gpu.yml", "wheels.yml"]
+    assert [list(jobs(path)) for path in FILES] == [["lint", "test", "wheel", "long"], ["gpu"], ["wheels", "sdist"]]
     runs = [line for path in FILES for line in commands(path)]
     assert len(runs) >= sum(code(path).count(" run: ") for path in FILES)
     assert "make lint" in runs and any("-m benchmarks.gpu_suite" in line for line in runs)
