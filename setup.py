@@ -56,11 +56,13 @@ def readme() -> str:
 
     def link(match: re.Match) -> str:
         image, words, path = match.groups()
+        if not (ROOT / path.partition("#")[0]).exists():
+            return match[0]  # another site, a heading, or code
         if repository is None:
             return "" if image else words
         return f"{image}[{words}]({repository}/{'raw' if image else 'blob'}/main/{path})"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", link, text)
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 
 REASON = missing()  # None: it is built
