@@ -12,7 +12,7 @@ load_digits        scikit-learn's 8 x 8 digits                            nothin
 All of them return a :class:`Dataset`.
 """
 
-from ._dataset import Dataset, standardise
+from ._dataset import Dataset, Windows, standardise
 from .bearing import simulate_bearing
 from .cwru import load_cwru
 from .images import load_digits, load_idx
@@ -22,6 +22,7 @@ from .speech import LogMel, load_speech
 __all__ = [
     "Dataset",
     "LogMel",
+    "Windows",
     "load_cwru",
     "load_digits",
     "load_idx",
