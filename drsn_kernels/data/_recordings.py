@@ -114,7 +114,7 @@ def _chosen(
     if len({signal.shape[1] for signal in signals.values()}) > 1:
         sizes = listed([f"{name} {numeric[name].shape}" for name in signals])
         raise ValueError(f"{path} must hold signals of as many samples, but holds {sizes}: choose with --channels NAME")
-    names = [name if len(signal) == 1 else f"{name}{i}" for name, signal in signals.items() for i in range(len(signal))]
+    names = [f"{name}[{i}]" if len(rows) > 1 else name for name, rows in signals.items() for i in range(len(rows))]
     return np.concatenate(list(signals.values())), tuple(names), left_out
 
 
@@ -139,10 +139,16 @@ def _read_text(path: Path) -> "tuple[np.ndarray, tuple[str, ...], tuple[str, ...
 def _select(path: Path, count: int, names: tuple[str, ...], channels: Sequence[int | str]) -> list[int]:
     """The numbers of the channels that are asked for."""
     there = listed(names) if names else f"{count}, numbered from 0"
+    chosen: list[int] = []
     for channel in channels:
-        if channel not in names if isinstance(channel, str) else not 0 <= channel < count:
+        if isinstance(channel, str):  # of a variable with several channels, all of them
+            found = [i for i, name in enumerate(names) if name == channel or name.startswith(f"{channel}[")]
+        else:
+            found = [channel] if 0 <= channel < count else []
+        if not found:
             raise ValueError(f"{path} must hold the channel {channel} of --channels, but its channels are {there}")
-    return [names.index(channel) if isinstance(channel, str) else channel for channel in channels]
+        chosen += found
+    return chosen
 
 
 def _float32(path: Path, values: "np.ndarray", centre: bool) -> torch.Tensor:
@@ -154,7 +160,7 @@ def _float32(path: Path, values: "np.ndarray", centre: bool) -> torch.Tensor:
     if centre and values.dtype.itemsize > 2 and values.dtype != np.float32:
         values = values - values.mean(1, keepdims=True, dtype=np.float64)  # a small signal on a large offset
     with np.errstate(over="ignore"):
-        signal = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+        signal = torch.from_numpy(np.array(values, np.float32, order="C"))
     if not signal.isfinite().all():
         raise ValueError(f"{path} holds numbers beyond those of float32")
     return signal

@@ -53,7 +53,7 @@ def read_table(
     finite = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite.all():
         raise ValueError(f"{path} holds NaN or Inf: the first in row {int(np.nonzero(~finite)[0][0])}")
-    x = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    x = torch.from_numpy(np.array(values, np.float32, order="C"))
     return (x.unsqueeze(1) if x.dim() == 2 else x), labels, rate
 
 

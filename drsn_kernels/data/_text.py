@@ -79,7 +79,7 @@ def layout(path: Path, *, labelled: bool = False) -> Layout:
         raise ValueError(f"{path} holds no numbers")
     if any("\0" in line for _, line in lines):
         raise ValueError(f"{path} must be text in UTF-8 or ASCII, but holds zero bytes: UTF-16 or a binary file")
-    mark = next((mark for mark in _MARKS if mark in lines[-1][1]), None)
+    mark = next((mark for mark in _MARKS if any(mark in line for _, line in lines[1:] or lines)), None)
     rows = [_cells(line, mark) for _, line in lines]
     commas = _DECIMAL_COMMA if mark != "," else _SPLIT_NUMBER
     numbers = rows if len(rows) == 1 else rows[1:]  # of whole numbers alone, commas may be decimal ones
@@ -94,7 +94,7 @@ def layout(path: Path, *, labelled: bool = False) -> Layout:
     named = not all(map(is_number, first))
     if named and len(lines) == 1:
         raise ValueError(f"{path} holds no numbers, but the line {lines[0][1].strip()[:40]!r}")
-    return Layout(mark, tuple(rows[0]) if named else (), lines[0][0] + named, len(rows[-1]))
+    return Layout(mark, tuple(rows[0]) if named else (), lines[0][0] + named, max(map(len, numbers)))
 
 
 def read_columns(

@@ -19,9 +19,9 @@ TOLERANCE = 1e-3  # of the logits, in units of their largest
 def to_onnx(model: nn.Module, info: RunInfo, path: Path) -> Path:
     """Write the model, which :func:`.saved.load` returned, as an ONNX file for any number of windows; returns the path.
 
-    Its input ``x`` is float32 (batch, channels, length), windows as they are in the recordings, or images in [0, 1], its
-    output ``logits`` (batch, classes). Class names and sampling rate stand in the file's metadata. Before it is put in
-    place, onnxruntime runs it and has to give the model's numbers.
+    Its input ``x`` is float32 (batch, channels, length), windows as they are in the recordings, or images in [0, 1],
+    its output ``logits`` (batch, classes). Class names and sampling rate stand in the file's metadata. Before it is put
+    in place, onnxruntime runs it and has to give the model's numbers.
 
     Raises:
         ImportError: a package of the extra "export" is missing.

@@ -130,7 +130,7 @@ def _tensor(name: str, values: "Array") -> torch.Tensor:
 
 
 def samples(model: nn.Module, x: "Array") -> torch.Tensor:
-    """x (N, *shape), a tensor or an array of any real numbers, in the dtype of the model; x itself where it has that."""
+    """x (N, *shape), a tensor or an array of any real numbers, in the dtype of the model; x itself where it has it."""
     x = _tensor("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must hold samples (N, *shape), got shape {tuple(x.shape)}")
