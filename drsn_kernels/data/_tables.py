@@ -74,7 +74,7 @@ def _labels(path: Path, values: "np.ndarray") -> list[str]:
 
 def _read_rows(path: Path, length: int | None, labelled: bool) -> "tuple[np.ndarray, list[str]]":
     """The numbers (N, length) of a text table, and the labels of its rows."""
-    found = layout(path, labelled=labelled or length is None)
+    found = layout(path, labelled=True)
     names = [name.lower() for name in found.names] if len(found.names) == found.columns else [""] * found.columns
     columns = [i for i, name in enumerate(names) if not (found.names and is_time(name))]
     place = names.index(LABEL) if LABEL in names else columns[-1]
