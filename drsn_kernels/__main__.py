@@ -78,6 +78,21 @@ def _train(options: argparse.Namespace) -> int:
     return command(options)
 
 
+# ---- predict, export
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from .train.predictions import command
+
+    return command(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .train.exported import command
+
+    return command(options)
+
+
 # ---- warmup
 
 
@@ -133,10 +148,29 @@ COMMANDS = {
         (
             ("train --epochs 10 --out run", "DRSN-CW on simulated bearings"),
             ("train --data cwru --snr -5:5 --out run", "on CWRU .mat files, noise of -5 to 5 dB"),
+            ("train --task own --data FOLDER --out run", "on your recordings, a subfolder for each class"),
             ("train --resume --out run", "continue, after Ctrl-C or a power cut"),
         ),
         train_arguments.add_arguments,
         _train,
+    ),
+    "predict": Command(
+        "classes of recordings by a trained network",
+        "Read recordings that a run has not seen, cut them into windows and print a table: the class of every window\n"
+        "and its probability, and a line for the file as a whole, with the mean of the probabilities.",
+        (
+            ("predict --run run new.wav more/", "a table on the screen"),
+            ("predict --run run --out predictions.csv new.csv", "the table as a file, a line for each recording here"),
+        ),
+        train_arguments.add_predict_arguments,
+        _predict,
+    ),
+    "export": Command(
+        "a trained network as an ONNX file",
+        "Write the model of a run as an ONNX file for any number of windows, and compare it with the model.",
+        (("export --run run --onnx model.onnx", "normalisation included; class names in the metadata"),),
+        train_arguments.add_export_arguments,
+        _export,
     ),
     "warmup": Command(
         "compile the Triton kernels of a model ahead of its first step",

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,18 +64,39 @@ def test_run_reports_and_draws(tmp_path, capsys):
     assert set(report["models"]) == {"drsn-cw", "resnet"}
     for result in report["models"].values():
         assert list(result["accuracy"]) == ["-5", "-3", "0", "3", "5"]
-        # 32 test windows: every accuracy is a multiple of 1 / 32.
-        assert all(0 <= value <= 1 and (32 * value).is_integer() for value in result["accuracy"].values())
+        # 16 test windows of four classes: every accuracy is a multiple of 1 / 16.
+        assert all(0 <= value <= 1 and (16 * value).is_integer() for value in result["accuracy"].values())
     correlations = report["thresholds"]["spearman_by_layer"].values()
     assert len(correlations) == 12 and all(rho is None or -1 <= rho <= 1 for rho in correlations)
     for name in ("accuracy.png", "thresholds.png"):
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
+    assert report["classes"] == ["healthy", "inner 1.5 mm", "outer 1.5 mm", "ball 1.5 mm"]
+    assert "Quick: 4 of 8 classes, healthy, " in printed and "far above 25 %, which guessing gives" in printed
     assert "Test accuracy in %" in printed and "Spearman's rank correlation" in printed
 
     again = learning.run(data, tmp_path, quick=True, seed=0, epochs=1)
     for name, result in report["models"].items():
         assert again["models"][name]["accuracy"] == result["accuracy"]
+
+
+def test_a_quick_run_keeps_the_windows_of_its_classes():
+    data = simulate_bearing(2, 1, 4, length=64, generator=seeded())
+    few = learning._few_classes(data, 4)
+    for x, y, all_x, all_y in (
+        (few.train_x, few.train_y, data.train_x, data.train_y), (few.test_x, few.test_y, data.test_x, data.test_y)
+    ):  # fmt: skip
+        for label, was in enumerate((0, 2, 4, 6)):
+            assert torch.equal(x[y == label], all_x[all_y == was])
+    two = learning._few_classes(replace(few, class_names=few.class_names[:2]), 4)
+    assert two.class_names == ("healthy", "inner 1.5 mm")
+
+
+@pytest.mark.slow
+def test_a_quick_run_ends_far_above_guessing(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = learning.run(simulate_bearing(generator=seeded()), tmp_path, quick=True, seed=0)
+    assert all(result["mean_accuracy"] > 0.6 for result in report["models"].values())
 
 
 def test_run_errors_come_before_training(tmp_path, monkeypatch):

@@ -15,6 +15,29 @@ _log = logging.getLogger("drsn_kernels")
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How a recording becomes samples: what has to be done with a new one before a trained network sees it.
+
+    Attributes:
+        length: samples a window.
+        stride: samples from one training window to the next; test windows do not overlap.
+        channels: which of a file's channels, numbers from 0 or names; None for all of them.
+        clip: a recording makes one window, its middle or all of it between zeros, of the mean of its channels.
+        table: a file is a table and has a window in each row.
+        mean, std: of each channel over the training data, by which it is normalised; None where every channel of every
+            window has zero mean and unit variance of its own.
+    """
+
+    length: int
+    stride: int
+    channels: tuple[int | str, ...] | None = None
+    clip: bool = False
+    table: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Labelled samples, clean.
 
@@ -30,6 +53,8 @@ class Dataset:
         notes: what was left out or changed, and why.
         transform: a module without parameters, (N, C, *lengths) -> input of the network. Train and test
             ``nn.Sequential(data.transform, network)``.
+        windows: how recordings became samples; None for images.
+        preview: a table of what was read, to look at before training; may be empty.
     """
 
     train_x: torch.Tensor
@@ -41,6 +66,8 @@ class Dataset:
     description: str
     notes: tuple[str, ...] = ()
     transform: nn.Module = field(default_factory=nn.Identity)
+    windows: Windows | None = None
+    preview: str = ""
 
 
 def standardise(x: torch.Tensor) -> torch.Tensor:
@@ -70,6 +97,11 @@ def existing_folder(folder: str | Path, contents: str) -> Path:
     return folder
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
+    return name.startswith(".") or name in _COMPANIONS
+
+
 def files_below(folder: Path, suffix: str) -> list[Path]:
     """The files with this suffix, in capitals or not, of the folder and its sub-folders, sorted.
 
@@ -78,7 +110,7 @@ def files_below(folder: Path, suffix: str) -> list[Path]:
     """
 
     def data(path: Path) -> bool:
-        return not any(part.startswith(".") or part in _COMPANIONS for part in path.relative_to(folder).parts)
+        return not any(map(hidden, path.relative_to(folder).parts))
 
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() == suffix and data(p) and p.is_file())
 

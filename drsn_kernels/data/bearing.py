@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._dataset import Dataset, check_counts, standardise
+from ._dataset import Dataset, Windows, check_counts, standardise
 
 SAMPLING_RATE = 12_000.0
 MODES_HZ = (2_150.0, 3_300.0)
@@ -246,4 +246,5 @@ def simulate_bearing(
         description=f"Simulated bearing: {len(CLASSES)} states of health, {train_recordings} training and "
         f"{test_recordings} test recordings each, {windows_per_recording} windows of {length} samples "
         f"a recording at {SAMPLING_RATE / 1000:g} kHz.",
+        windows=Windows(length, length),
     )

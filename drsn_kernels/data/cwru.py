@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .._extras import require
-from ._dataset import Dataset, check_counts, existing_folder, files_below, listed, logged, standardise
+from ._dataset import Dataset, Windows, check_counts, existing_folder, files_below, listed, logged, standardise
 from ._matlab import read_matlab
 
 SAMPLING_RATE = 12_000.0
@@ -187,4 +187,5 @@ def load_cwru(
         f"{length} samples from the first {train_fraction:.0%} of each (stride {stride}), test windows "
         "from the rest.",
         notes=logged(notes),
+        windows=Windows(length, stride),
     )

@@ -4,9 +4,7 @@ The names are those of the Free Spoken Digit Dataset, LABEL_SPEAKER_TAKE.wav: 7_
 Source of the data: https://github.com/Jakobovski/free-spoken-digit-dataset
 """
 
-import io
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._extras import require
-from ._dataset import Dataset, absent, check_counts, existing_folder, files_below, listed, logged, standardise
+from ._dataset import Dataset, Windows, absent, check_counts, existing_folder, files_below, listed, logged, standardise
+from ._wav import read_wav
 
 _NAME = re.compile(r"(?P<label>.+)_(?P<speaker>[^_]+)_(?P<take>\d+)$")
 _FLOOR = 1e-5
-_UNKNOWN = 2**32 - 1  # bytes of samples, in the header of a .wav file that was written to a pipe
 
 
 def mel_filters(mels: int, bins: int, sampling_rate: float) -> torch.Tensor:
@@ -92,36 +89,16 @@ class LogMel(nn.Module):
         return ((power @ self.filters.T + _FLOOR).log() - self.offset).div(self.scale).transpose(1, 2).unsqueeze(1)
 
 
-class _WholeFile(io.BytesIO):
-    """Content to read from, which must be there: of a truncated file scipy would take what there is."""
-
-    def read(self, size: int = -1) -> bytes:
-        found = super().read(size)
-        # A chunk's name has 4 bytes, and where one is looked for the file may end. A pipe's length is unknown.
-        if len(found) < size and size not in (4, _UNKNOWN):
-            raise EOFError
-        return found
-
-
-def _read(path: Path) -> tuple[torch.Tensor, int]:
+def _read(path: Path) -> tuple[torch.Tensor, float]:
     """The waveform of one file, float32 (samples,), channels averaged; and its sampling rate in Hz."""
-    read, content = require("scipy.io.wavfile", "train").read, path.read_bytes()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scipy's, about chunks that are no sound
-            rate, samples = read(_WholeFile(content))
-    except Exception as error:  # besides ValueError, whose text is one for users, half a dozen of damaged headers
-        reason = str(error).rstrip(".") if isinstance(error, ValueError) else "it is empty, truncated or damaged"
-        raise ValueError(f"{path} cannot be read as a .wav file of PCM or float samples: {reason}") from error
-    if not samples.size:
-        raise ValueError(f"{path} holds no samples")
-    signal = torch.from_numpy(samples.astype("float32")).reshape(len(samples), -1).mean(1)
+    samples, rate = read_wav(path)
+    signal = torch.from_numpy(samples.astype("float32")).mean(1)
     if not signal.isfinite().all():
         raise ValueError(f"{path} holds NaN or Inf")
     return signal, rate
 
 
-def _fit_length(signal: torch.Tensor, length: int) -> torch.Tensor:
+def fit_length(signal: torch.Tensor, length: int) -> torch.Tensor:
     """The middle of a longer signal, a shorter one between zeros; zero mean, unit power over the whole length."""
     start = max(len(signal) - length, 0) // 2
     signal = standardise(signal[start : start + length])
@@ -215,7 +192,7 @@ def load_speech(
                 f"as {next(iter(chosen))}"
             )
         test = match["speaker"] in test_speakers if test_speakers else int(match["take"]) in test_takes
-        clip = _fit_length(signal, frames * hop)
+        clip = fit_length(signal, frames * hop)
         if not clip.any():
             raise ValueError(f"{path} is silent: all samples of its clip are equal")
         clips[test].append(clip)
@@ -238,4 +215,5 @@ def load_speech(
         f"{len(test_x)} for testing ({held_out}).",
         notes=logged([*notes, *absent(class_names, train_y, test_y)]),
         transform=LogMel(rate, hop, mels).fit(train_x),
+        windows=Windows(frames * hop, frames * hop, clip=True),
     )

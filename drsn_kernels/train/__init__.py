@@ -1,5 +1,17 @@
-"""The paper's training recipe, and `python -m drsn_kernels train`, which runs it on a folder of data."""
+"""The paper's training recipe; `python -m drsn_kernels train`, which runs it on data; and what comes of a run."""
 
 from .recipe import RandomNoise, Recipe, accuracy, epoch_batches, predict, train_epoch, train_epochs, train_step
+from .saved import RunInfo, load
 
-__all__ = ["RandomNoise", "Recipe", "accuracy", "epoch_batches", "predict", "train_epoch", "train_epochs", "train_step"]
+__all__ = [
+    "RandomNoise",
+    "Recipe",
+    "RunInfo",
+    "accuracy",
+    "epoch_batches",
+    "load",
+    "predict",
+    "train_epoch",
+    "train_epochs",
+    "train_step",
+]

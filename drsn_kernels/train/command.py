@@ -13,17 +13,18 @@ import torch
 
 from .. import info
 from .._extras import program, require, sentence
-from ..data import Dataset, load_cwru, load_digits, load_idx, load_speech, simulate_bearing
+from ..data import Dataset, load_cwru, load_digits, load_idx, load_own, load_speech, simulate_bearing
 from ..models import network
 from . import files
-from .arguments import DEFAULTS
+from .arguments import DEFAULTS, OWN
 from .ranks import Ranks, join, leave
 from .recipe import RandomNoise, Recipe, least_batch, predict
 from .run import CHECKPOINT, Run, Stopped
+from .saved import describe
 
 CONFIG, RESULTS = "config.json", "results.json"
 _log = logging.getLogger("drsn_kernels")
-DIMS = {"vibration": 1, "speech": 2, "image": 2}  # of what the network sees
+DIMS = {"vibration": 1, "own": 1, "speech": 2, "image": 2}  # of what the network sees
 
 
 def _flag(name: str) -> str:
@@ -55,7 +56,7 @@ def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
         return json.loads(json.dumps(DEFAULTS)) | given, None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        settings = {name: config["settings"][name] for name in DEFAULTS}
+        settings = {name: (OWN | config["settings"])[name] for name in DEFAULTS}  # older runs have none of OWN
         config["data"]["crc32"]
     except FileNotFoundError:
         raise ValueError(f"--resume needs a run in --out, but {options.out} has no {CONFIG}") from None
@@ -79,8 +80,11 @@ def _check(settings: dict, options: argparse.Namespace) -> None:
         raise ValueError("--without-normal leaves out Normal_*.mat of --data FOLDER, got no --data")
     if task == "speech" and folder is None:
         raise ValueError("--task speech needs --data FOLDER with recordings named LABEL_SPEAKER_TAKE.wav")
-    for name, belongs in (("test_speakers", "speech"), ("without_normal", "vibration")):
-        if settings[name] and task != belongs:
+    if task == "own" and folder is None:
+        raise ValueError("--task own needs --data, a folder with a subfolder for each class, or a table .npz or .csv")
+    tasks = {"test_speakers": "speech", "without_normal": "vibration", **dict.fromkeys(OWN, "own")}
+    for name, belongs in tasks.items():
+        if settings[name] not in (DEFAULTS[name], []) and task != belongs:
             raise ValueError(f"{_flag(name)} belongs to --task {belongs}, got --task {task}")
     if not 0 <= settings["seed"] < 2**63:
         raise ValueError(f"--seed must be a whole number from 0 to 2^63 - 1, got {settings['seed']}")
@@ -102,6 +106,8 @@ def _load(settings: dict) -> Dataset:
     task, folder = settings["task"], settings["data"]
     if task == "speech":
         return load_speech(folder, test_speakers=settings["test_speakers"])
+    if task == "own":
+        return load_own(folder, **{name: settings[name] for name in OWN})
     if task == "image":
         return load_digits() if folder is None else load_idx(folder)
     if folder is None:
@@ -222,7 +228,8 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
 
     torch.manual_seed(settings["seed"])
     dims, channels, classes = DIMS[settings["task"]], data.train_x.shape[1], len(data.class_names)
-    net = network(settings["model"], dims=dims, in_channels=channels, classes=classes).to(ranks.device)
+    shape = {"dims": dims, "in_channels": channels, "classes": classes}
+    net = network(settings["model"], **shape).to(ranks.device)
     parameters = sum(p.numel() for p in net.parameters())
     test_x = data.test_x
     if noise is not None:  # the same at every epoch, and for every model
@@ -236,6 +243,7 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     run = Run(
         net, data, recipe, noise=noise, test_x=test_x, seed=settings["seed"], out=options.out, ranks=ranks,
         save_seconds=60 * options.save_minutes, graph=graph,
+        about=describe(settings["task"], settings["model"], shape, data, recipe.epochs),
     )  # fmt: skip
     if ranks.first:
         low, high = settings["snr"]
@@ -243,7 +251,8 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
         processes = "" if ranks.world == 1 else f", {ranks.world} processes"
         replayed = ", its steps as a CUDA graph" if graph else ""
         print(
-            f"{data.description}\n{settings['model']} with {parameters:,} parameters on {ranks.device}"
+            "\n".join([data.description, *filter(None, [data.preview]), ""])
+            + f"{settings['model']} with {parameters:,} parameters on {ranks.device}"
             f"{processes}{replayed}; noise: {settings['noise']}{snr}",
             flush=True,
         )

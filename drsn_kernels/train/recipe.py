@@ -5,10 +5,12 @@ DOI 10.1109/TII.2019.2943898: SGD with momentum 0.9, learning rate 0.1, 0.01 and
 epochs, batches of 128, weight decay 1e-4 on the weights of convolutions and linear layers, noise of -5 to 5 dB.
 """
 
+import contextlib
 import math
 import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,13 @@ from ..data._dataset import check_counts
 from ..models import parameter_groups
 from ..noise import KINDS, add_noise
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = torch.Tensor | np.ndarray
+
 # (x, generator) -> x with fresh noise
-Noise = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Noise = Callable[[torch.Tensor, torch.Generator | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,92 @@ class RandomNoise:
         return add_noise(x, snr, self.kind, generator)
 
 
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside the block every module is in training mode, or none; then each is in the mode that it was in."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Eval mode inside the block; then every module is in the mode that it was in."""
+    return _mode(model, False)
+
+
+def _tensor(name: str, values: "Array") -> torch.Tensor:
+    """A tensor of real numbers, which shares the memory of an array."""
+    if not isinstance(values, torch.Tensor):
+        kind = getattr(getattr(values, "dtype", None), "kind", None)
+        if kind is None:
+            raise TypeError(f"{name} must be a tensor or a NumPy array, got {type(values).__name__}")
+        if kind not in "biuf":
+            advice = ": number them, with numpy.unique(y, return_inverse=True) say" if name == "y" else ""
+            raise TypeError(f"{name} must hold real numbers, got an array of {values.dtype}{advice}")
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        negative = any(stride < 0 for stride in values.strides)
+        values = torch.from_numpy(values.copy() if negative or not values.flags.writeable else values)
+    if values.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+    return values
+
+
+def samples(model: nn.Module, x: "Array") -> torch.Tensor:
+    """x (N, *shape), a tensor or an array of any real numbers, in the dtype of the model; x itself where it has it."""
+    x = _tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must hold samples (N, *shape), got shape {tuple(x.shape)}")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    return x.to(dtype)
+
+
+def labels(y: "Array", count: int) -> torch.Tensor:
+    """y (N,), a tensor or an array of whole numbers of any dtype, as int64.
+
+    Raises:
+        TypeError, ValueError: texts, parts of numbers, negative ones, another shape, or not `count` of them.
+    """
+    y = _tensor("y", y)
+    if y.dim() != 1:
+        raise ValueError(f"y must hold the index of a class for each sample, of shape (N,), got {tuple(y.shape)}")
+    if len(y) != count:
+        raise ValueError(f"x and y must hold as many samples, got {count} in x and {len(y)} labels in y")
+    whole = y.long()
+    if y.is_floating_point() and not torch.equal(whole.to(y.dtype), y):
+        part = float(y[whole.to(y.dtype) != y][0])
+        raise ValueError(f"y must hold whole numbers, the indices of classes, got {part}")
+    if count and int(whole.min()) < 0:
+        raise ValueError(f"y must hold indices of classes from 0, got {int(whole.min())}")
+    return whole
+
+
+def _check_classes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    """ValueError where a label has no output of the model, or a sample is not finite."""
+    finite = x.flatten(1).isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"x must hold finite numbers, but sample {int((~finite).nonzero()[0])} holds NaN or Inf")
+    with torch.no_grad(), evaluating(model):
+        outputs = model(x[:1].to(next(model.parameters()).device)).shape[-1]
+    if int(y.max()) >= outputs:
+        raise ValueError(f"y must hold indices of classes below {outputs}, the model's outputs, got {int(y.max())}")
+
+
 def least_batch(batch: int) -> int:
     """The fewest samples in the last of several batches: half of one, and two, which batch statistics need."""
     return max(2, (batch + 1) // 2)
 
 
 def epoch_batches(
-    x: torch.Tensor, y: torch.Tensor, batch: int, *, generator: torch.Generator, noise: Noise | None = None
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batch: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Noise | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of one epoch, in an order from the generator and with fresh noise on all of x.
 
@@ -105,7 +191,7 @@ def epoch_batches(
     Args:
         x, y: (N, *shape) and int64 (N,), on the CPU.
         batch: samples in a batch.
-        generator: for the order, then for the noise.
+        generator: for the order, then for the noise; torch's own if None.
         noise: such as :class:`RandomNoise`; None for none.
     """
     order = torch.randperm(len(x), generator=generator)
@@ -138,36 +224,50 @@ def train_step(
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    x: torch.Tensor,
-    y: torch.Tensor,
+    x: "Array",
+    y: "Array",
     batch: int,
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     noise: Noise | None = None,
 ) -> float:
     """Train on every sample once (see :func:`epoch_batches`); returns the mean of the batches' losses.
 
-    A model whose data have a transform is trained as ``nn.Sequential(data.transform, network)``, because noise belongs
-    on the signal before it.
+    x, y and what they may be, and the mode of the model: as in :func:`train_epochs`. A model whose data have a
+    transform is trained as ``nn.Sequential(data.transform, network)``, because noise belongs on the signal before it.
     """
-    model.train()
+    x = samples(model, x)
+    y = labels(y, len(x))
     batches = epoch_batches(x, y, batch, generator=generator, noise=noise)
     total = torch.zeros((), device=next(model.parameters()).device)
-    for inputs, targets in batches:
-        total += train_step(model, optimizer, inputs, targets)[0]
+    with _mode(model, True):
+        for inputs, targets in batches:
+            total += train_step(model, optimizer, inputs, targets)[0]
     return float(total) / len(batches)
 
 
 def train_epochs(
     recipe: Recipe,
     model: nn.Module,
-    x: torch.Tensor,
-    y: torch.Tensor,
+    x: "Array",
+    y: "Array",
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     noise: Noise | None = None,
 ) -> Iterator[float]:
     """Train by the recipe, yielding each epoch's loss (see :func:`train_epoch`); an epoch runs when it is asked for.
+
+    Args:
+        recipe: epochs, batch and learning rate.
+        model: ends each epoch in the mode in which it was.
+        x: (N, *shape), a tensor or a NumPy array of any real numbers; computed in the dtype of the model.
+        y: (N,), the index of each sample's class, whole numbers of any dtype.
+        generator: of order and noise; torch's own if None.
+        noise: such as :class:`RandomNoise`; None for none.
+
+    Raises:
+        TypeError, ValueError: at the call: x or y of other kinds or shapes, of different numbers, a label that is no
+            index of an output of the model, NaN or Inf in x.
 
     Example::
 
@@ -175,21 +275,36 @@ def train_epochs(
         for loss in train_epochs(Recipe(epochs=40), model, x, y, generator=generator, noise=noise):
             print(loss)
     """
-    optimizer = recipe.optimizer(model)
-    schedule = recipe.schedule(optimizer)
-    for _ in range(recipe.epochs):
-        yield train_epoch(model, optimizer, x, y, recipe.batch, generator=generator, noise=noise)
-        schedule.step()
+    x = samples(model, x)
+    y = labels(y, len(x))
+    if not len(x):
+        raise ValueError("x must hold samples to train on, got none")
+    _check_classes(model, x, y)
+
+    def epochs() -> Iterator[float]:
+        optimizer = recipe.optimizer(model)
+        schedule = recipe.schedule(optimizer)
+        for _ in range(recipe.epochs):
+            yield train_epoch(model, optimizer, x, y, recipe.batch, generator=generator, noise=noise)
+            schedule.step()
+
+    return epochs()
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: torch.Tensor, batch: int = 256) -> torch.Tensor:
-    """Predicted classes (N,) of x (N, *shape) on the CPU, in eval mode."""
-    model.eval()
+def predict(model: nn.Module, x: "Array", batch: int = 256) -> torch.Tensor:
+    """Predicted classes (N,) of x (N, *shape), int64 on the CPU, computed in eval mode; the model is left in its own.
+
+    x: a tensor or a NumPy array of any real numbers; computed in the dtype of the model.
+    """
+    x = samples(model, x)
     device = next(model.parameters()).device
-    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in x.split(batch)])
+    with evaluating(model):
+        return torch.cat([model(part.to(device)).argmax(1).cpu() for part in x.split(batch)])
 
 
-def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Share of x (N, *shape) whose predicted class is y (N,), between 0 and 1."""
-    return float((predict(model, x) == y).double().mean())
+def accuracy(model: nn.Module, x: "Array", y: "Array") -> float:
+    """Share of x (N, *shape) whose predicted class is y (N,), between 0 and 1. x, y: as in :func:`train_epochs`."""
+    x = samples(model, x)
+    y = labels(y, len(x))
+    return float((predict(model, x) == y.cpu()).double().mean())

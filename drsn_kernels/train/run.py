@@ -64,6 +64,7 @@ class Run:
         out: folder of checkpoint.pt and log.csv; read if there is a checkpoint.
         save_seconds: between checkpoints inside an epoch.
         graph: replay the steps as a CUDA graph (see :func:`drsn_kernels.graphed`): on a GPU, one process.
+        about: what a checkpoint says of the network and its data, in plain values: see :func:`.saved.describe`.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Run:
         ranks: Ranks,
         save_seconds: float,
         graph: bool = False,
+        about: dict | None = None,
     ) -> None:
+        self.about = about
         self.network, self.data, self.recipe, self.noise = network, data, recipe, noise
         self.test_x, self.out, self.ranks, self.save_seconds, self.graph = test_x, out, ranks, save_seconds, graph
         self.model = nn.Sequential(data.transform.to(ranks.device), network)
@@ -104,6 +107,7 @@ class Run:
         sums = self.ranks.total(self.sums)
         if self.ranks.first:
             state = {
+                "about": self.about,
                 "epoch": len(self.history),
                 "step": self.step,
                 "seconds": self.seconds,
