@@ -4,6 +4,7 @@
 # make experiments  the networks on real data under noise, hours; resumable; VIBRATION=, SPEECH=, IMAGE= name the folders,
 #              EXPERIMENTS="--jobs 2 --quick ..." the rest; without a folder simulated vibration
 # make pictures  docs/pictures, a few minutes; VIBRATION= and IMAGE= name the folders, PICTURES="--quick ..." the rest
+# make train-example  recordings made by numpy, a network trained on them, predictions of new ones; half a minute
 # make bench   the benchmarks, about an hour; BENCH=--quick: a few minutes
 # make lint    ruff, and the workflows in .github against their schema and zizmor
 # make gpu     everything that needs a GPU: tests, sanitizers, benchmarks, in 8 minutes; leaves gpu-report/report.md;
@@ -20,6 +21,7 @@ SOURCES := $(shell find csrc drsn_kernels -name '*.h' -o -name '*.cpp' -o -name 
            setup.py pyproject.toml CMakeLists.txt
 DATA ?=
 OUT ?= demo-out
+TRAIN_OUT ?= train-example-out
 BENCH ?=
 BENCH_OUT ?= bench-out
 VIBRATION ?=
@@ -35,10 +37,13 @@ FUZZ ?=
 # Packages are installed without byte code, and a hundred Pythons that the tests start would each compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-all-only info bench experiments pictures lint gpu clean
+.PHONY: demo train-example test test-all test-all-only info bench experiments pictures lint gpu clean
 
 demo: $(VENV)/installed
 	cd $(VENV) && bin/python -m drsn_kernels demo --out $(abspath $(OUT)) $(if $(DATA),--data $(abspath $(DATA)))
+
+train-example: $(VENV)/installed
+	$(BIN)/python examples/own_data.py --out $(abspath $(TRAIN_OUT))
 
 info: $(VENV)/installed
 	cd $(VENV) && bin/python -m drsn_kernels info

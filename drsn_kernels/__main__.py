@@ -160,7 +160,7 @@ COMMANDS = {
         "and its probability, and a line for the file as a whole, with the mean of the probabilities.",
         (
             ("predict --run run new.wav more/", "a table on the screen"),
-            ("predict --run run --out predictions.csv new.csv", "the table as a file, a line for each recording here"),
+            ("predict --run run --out predictions.csv new.csv", "the table as a file"),
         ),
         train_arguments.add_predict_arguments,
         _predict,
@@ -168,7 +168,10 @@ COMMANDS = {
     "export": Command(
         "a trained network as an ONNX file",
         "Write the model of a run as an ONNX file for any number of windows, and compare it with the model.",
-        (("export --run run --onnx model.onnx", "normalisation included; class names in the metadata"),),
+        (
+            ("export --run run --onnx model.onnx", "normalisation included"),
+            ("export --run checkpoint.pt --onnx model.onnx", "of a checkpoint that was copied"),
+        ),
         train_arguments.add_export_arguments,
         _export,
     ),

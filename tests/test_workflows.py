@@ -134,3 +134,27 @@ def linter(name: str) -> str:
 def test_linters(command):
     done = subprocess.run([linter(command[0]), *command[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- CONTRIBUTING.md -------------------------------------------------------------------------------------------------
+
+
+def test_what_contributing_names_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", MAKEFILE, flags=re.M))
+    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets
+    for path in re.findall(r"`((?:[\w.]+/)+[\w.]+)`", text):
+        assert (ROOT / path).exists(), path
+    named = 0
+    for item in re.split(r"\n\n|\n(?=\d\. |\* )", text):
+        quoted = re.findall(r"`([^`\n]+)`", item)
+        files = [ROOT / word for word in quoted if re.fullmatch(r"(\w+/)+\w+\.\w+", word)]
+        if not files or item.startswith("|"):
+            continue
+        files += [files[-1].parent / word for word in quoted if re.fullmatch(r"\w+\.py", word)]
+        sources = "".join(file.read_text(encoding="utf-8") for file in files)
+        for word in quoted:  # a name is found in one of the files that stand in the same item
+            if re.fullmatch(r"[A-Za-z_]\w*|[A-Z]\w*\.\w+", word):
+                assert re.search(rf"\b{word.split('.')[-1]}\b", sources), f"{word}: {item}"
+                named += 1
+    assert named > 20
