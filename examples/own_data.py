@@ -50,7 +50,8 @@ def main() -> None:
     record(out / "new", 2, seconds, generator)
 
     own = ["--task", "own", "--data", out / "recordings", "--rate", RATE, "--length", length]
-    run("train", *own, "--noise", "none", "--epochs", epochs, "--batch", 32, "--out", run_folder)
+    new = [*own, "--noise", "none", "--epochs", epochs, "--batch", 32]
+    run("train", *(["--resume"] if run_folder.exists() else new), "--out", run_folder)  # a run is never overwritten
     run("predict", "--run", run_folder, "--out", table, out / "new")
 
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]

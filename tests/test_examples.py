@@ -57,6 +57,7 @@ def test_own_data(run, tmp_path):
     printed = run("own_data.py", "--quick", "--out", tmp_path)
     assert printed.count("\n$ drsn ") == 2 and "of 6 new recordings are given their class" in printed
     assert (tmp_path / "run" / "checkpoint.pt").exists() and (tmp_path / "predictions.csv").exists()
+    assert "drsn train --resume --out " in run("own_data.py", "--quick", "--out", tmp_path)  # what is there is kept
 
 
 def test_the_notebook_runs(monkeypatch, capsys):

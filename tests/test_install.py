@@ -1,8 +1,10 @@
 """Wheel, sdist and the pure-Python install, each into a clean environment of its own, and used there."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -57,12 +59,37 @@ def test_wheel(clean, tmp_path):
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     cpu = install(clean, str(wheel))
     assert "available" in cpu and "not available" not in cpu
+    script = Path(clean).with_name("drsn")
+    assert run(str(script), "--version").startswith("drsn_kernels ") and "--json" in run(str(script), "info", "--help")
+
+
+def test_an_index_gets_a_page_without_broken_links(clean, tmp_path):
+    run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), DRSN_NATIVE="0")
+    (wheel,) = map(zipfile.ZipFile, tmp_path.glob("*-none-any.whl"))  # pure Python
+    (metadata,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
+    head, _, page = wheel.read(metadata).decode().partition("\n\n")
+    assert "Project-URL: Paper, https://doi.org/" in head and "Description-Content-Type: text/markdown" in head
+    assert "Classifier: Typing :: Typed" in head and page.startswith("# drsn_kernels")
+    relative = [link for link in re.findall(r"\]\(([^)\s]+)\)", page) if (ROOT / link.partition("#")[0]).exists()]
+    assert relative == [] and page.count("](http") >= 1
+
+
+# What the tests that read files of the repository are in.
+READING = ("test_docs", "test_workflows", "test_imports", "test_command_line", "test_examples", "test_bench_compare",
+           "test_data", "test_pinned", "test_import")  # fmt: skip
 
 
 def test_sdist(clean, tmp_path):
     run(sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(ROOT))
     (sdist,) = tmp_path.glob("*.tar.gz")
     assert "not available" not in install(clean, str(sdist), DRSN_NATIVE="1")
+    tarfile.open(sdist).extractall(tmp_path, filter="data")
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)  # none without git
+    missing = {name for name in tracked.stdout.splitlines() if not (unpacked / name).exists()}
+    assert missing <= {".gitignore"}
+    tests = [str(unpacked / "tests" / f"{name}.py") for name in READING]
+    run(sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests)
 
 
 def test_pure_python_by_choice(clean):
