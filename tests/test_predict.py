@@ -268,7 +268,6 @@ def test_faults_of_files_are_one_sentence_and_nothing_is_written(trained, tmp_pa
         assert str(tmp_path / name) in said and message in said
         assert not (tmp_path / "p.csv").exists()
     assert table(command("predict", "--run", folder, "--channels", "1", tmp_path / "two.npy"))[-1]["class"] == "low"
-    np.save(tmp_path / "dead.npy", np.ones(200))
 
 
 def test_options_that_do_not_go_together(trained, tmp_path, command):
@@ -282,6 +281,11 @@ def test_options_that_do_not_go_together(trained, tmp_path, command):
         (("--device", "gpu"), "--device must be cpu, cuda or cuda:INDEX, got 'gpu'"),
     ):
         assert message in command("predict", "--run", folder, *options, path, refused=True)
+    for command_, option in (("predict", "--out"), ("export", "--onnx")):
+        given = (command_, "--run", folder, *((path,) if command_ == "predict" else ()), option)
+        assert f"{option} must be a file, got the folder {tmp_path}" in command(*given, tmp_path, refused=True)
+        said = command(*given, tmp_path / "no" / "file", refused=True)
+        assert f"lies in a folder that does not exist: {tmp_path / 'no'}" in said
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     about = state["about"]
     changes = {"sampling_rate": None}, {"windows": None}, {"windows": about["windows"] | {"table": True}}

@@ -54,6 +54,7 @@ def to_onnx(model: nn.Module, info: RunInfo, path: Path) -> Path:
 
 def command(options: argparse.Namespace) -> int:
     """Run the options of `export`; the exit status."""
+    files.check_writable("--onnx", options.onnx)
     model, info = load(options.run)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every package that it does not find
     to_onnx(model, info, options.onnx)

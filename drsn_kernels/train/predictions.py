@@ -145,6 +145,8 @@ def command(options: argparse.Namespace) -> int:
         check_counts(1, stride=options.stride)
     if options.rate is not None and not 0 < options.rate < float("inf"):
         raise ValueError(f"--rate must be a positive number of Hz, got {options.rate:g}")
+    if options.out is not None:
+        files.check_writable("--out", options.out)
     model, info = load(options.run)
     if info.windows is None:
         raise ValueError(
