@@ -271,6 +271,7 @@ def test_short_recordings_are_not_split_and_the_last_of_each_class_are_for_testi
     assert data.windows.length == 100 and len(data.train_x) == 14 and len(data.test_x) == 6
     found = where(data.test_x, data.windows.mean[0], data.windows.std[0])[:, 0].tolist()
     assert found == [700, 800, 900, 1700, 1800, 1900]
+    assert "from the rest; 20 too short for both are in one part as a whole. " in data.description
 
 
 def test_the_length_is_what_every_class_has_room_for(folder):
