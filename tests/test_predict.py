@@ -227,6 +227,18 @@ def test_thresholds_are_means_over_channels_and_over_windows(trained, tmp_path, 
     assert found == pytest.approx([*exact.tolist(), float(exact.mean())], rel=1e-4)
 
 
+@pytest.mark.gpu
+def test_a_gpu_predicts_what_the_cpu_does(trained, tmp_path, command):
+    folder, _ = trained
+    np.save(tmp_path / "r.npy", tone(3, 64 * 5))
+    given = ("predict", "--run", folder, "--thresholds", tmp_path / "r.npy", "--device")
+    ours, wanted = (table(command(*given, device)) for device in ("cuda", "cpu"))
+    for row, exact in zip(ours, wanted, strict=True):
+        assert row["class"] == exact["class"] and row["start"] == exact["start"]
+        for name in ("probability", "stages.0.0.shrinkage"):
+            assert float(row[name]) == pytest.approx(float(exact[name]), rel=1e-3)
+
+
 def test_another_rate_is_resampled_and_said(trained, tmp_path, command, caplog):
     pytest.importorskip("scipy.signal")
     folder, _ = trained

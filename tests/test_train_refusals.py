@@ -139,3 +139,11 @@ def test_out_that_is_a_file_is_said_before_data_are_read(tmp_path, train):
     (tmp_path / "out").write_text("")
     error = train("--data", tmp_path / "nowhere", refused=True)
     assert f"--out must be a folder, got the file {tmp_path / 'out'}" in error
+
+
+@pytest.mark.parametrize(
+    "samples, batch, advice", [(156, 128, 16), (900, 128, 64), (20, 16, 8), (1024, 128, 0), (20, 8, 0)]
+)
+def test_few_steps_an_epoch_are_said(samples, batch, advice):
+    said = command._few_steps(samples, batch)
+    assert f"with --batch {advice} it may learn more" in said if advice else said == ""

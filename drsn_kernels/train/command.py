@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import shlex
 import tempfile
 import zlib
@@ -24,6 +25,7 @@ from .saved import describe
 
 CONFIG, RESULTS = "config.json", "results.json"
 _log = logging.getLogger("drsn_kernels")
+FEW_STEPS = 8
 DIMS = {"vibration": 1, "own": 1, "speech": 2, "image": 2}  # of what the network sees
 
 
@@ -205,6 +207,15 @@ def _draw(out: Path, history: list[dict], confusion: list[list[int]], class_name
     return drawn
 
 
+def _few_steps(samples: int, batch: int) -> str:
+    """What to do where an epoch is too few steps for the recipe's learning rates to get anywhere; else empty."""
+    steps = max(samples // batch, 1)
+    if steps >= FEW_STEPS or batch <= 8:
+        return ""
+    smaller = max(8, 2 ** int(math.log2(max(samples / FEW_STEPS, 1))))
+    return f"Only {steps} {'step' if steps == 1 else 'steps'} an epoch: with --batch {smaller} it may learn more"
+
+
 def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     settings, config = _settings(options)
     _check(settings, options)
@@ -256,6 +267,8 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
             f"{processes}{replayed}; noise: {settings['noise']}{snr}",
             flush=True,
         )
+        if (advice := _few_steps(len(data.train_x), recipe.batch)) and new:
+            print(advice, flush=True)
         if not new and len(run.history) < recipe.epochs:
             print(f"continuing in epoch {len(run.history) + 1} after {run.step} steps", flush=True)
     try:
