@@ -11,7 +11,7 @@ from torch import nn
 from train_jobs import tones
 
 from drsn_kernels.__main__ import main
-from drsn_kernels.train import command
+from drsn_kernels.train import Recipe, command
 from drsn_kernels.train.arguments import DEFAULTS
 
 
@@ -142,8 +142,14 @@ def test_out_that_is_a_file_is_said_before_data_are_read(tmp_path, train):
 
 
 @pytest.mark.parametrize(
-    "samples, batch, advice", [(156, 128, 16), (900, 128, 64), (20, 16, 8), (1024, 128, 0), (20, 8, 0)]
+    "samples, epochs, batch, said",
+    [
+        (156, 10, 128, "Only 10 steps in all: more --epochs or --batch 16 would learn more"),
+        (20, 1, 128, "Only 1 step in all: more --epochs or --batch 8 would learn more"),
+        (64, 12, 8, "Only 96 steps in all: more --epochs would learn more"),
+        (156, 100, 128, ""),
+        (2000, 10, 128, ""),
+    ],
 )
-def test_few_steps_an_epoch_are_said(samples, batch, advice):
-    said = command._few_steps(samples, batch)
-    assert f"with --batch {advice} it may learn more" in said if advice else said == ""
+def test_few_steps_are_said(samples, epochs, batch, said):
+    assert command._few_steps(samples, Recipe(epochs, batch)) == said
