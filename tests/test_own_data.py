@@ -356,6 +356,11 @@ def _mixed_rates(folder):
     return {}, f"{folder / 'a' / 'two.npz'} has 10 Hz and {folder / 'b' / 'two.npz'} has 20 Hz: give --rate HZ"
 
 
+def _far_rates(folder):
+    path = save(folder / "b" / "two.npz", x=places(900), fs=2e5)
+    return {"rate": 1.0}, f"{path} is at 200000 Hz, which cannot be brought to 1 Hz"
+
+
 def _half_the_rates(folder):
     save(folder / "b" / "two.npz", x=places(900), fs=20)
     return {}, f"{folder / 'a' / 'one.npy'} does not say its own and {folder / 'b' / 'two.npz'} has 20 Hz: give --rate"
@@ -404,8 +409,8 @@ def _table_without_labels(folder):
 @pytest.mark.parametrize(
     "spoil",
     [
-        _one_class, _empty_class, _no_folders, _nowhere, _mixed_rates, _half_the_rates, _channels, _channel_order,
-        _too_short, _tiny, _alone, _not_a_number, _unreadable, _table_without_labels,
+        _one_class, _empty_class, _no_folders, _nowhere, _mixed_rates, _far_rates, _half_the_rates, _channels,
+        _channel_order, _too_short, _tiny, _alone, _not_a_number, _unreadable, _table_without_labels,
     ],
 )  # fmt: skip
 def test_faults_of_a_folder_are_one_sentence_that_names_the_file(folder, spoil):

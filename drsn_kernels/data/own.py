@@ -16,6 +16,7 @@ from ._recordings import (
     SUFFIXES,
     Channels,
     Recording,
+    check_rate,
     cut,
     read_recording,
     resampled,
@@ -292,6 +293,8 @@ def load_own(
     for recording in every:
         check_channels(recording, every[0])
     common = _common_rate(every, rate)
+    for recording in every:
+        check_rate(recording.path, recording.rate, common)
     length = _chosen_length(recordings, common, length, train_fraction)
     stride = max(length // 2, 1) if stride is None else stride
     windows = Windows(length, stride, None if channels is None else tuple(channels))
