@@ -154,6 +154,8 @@ def test_speech_and_images_load_as_well(tmp_path):
     run = train(images, tmp_path / "image", task="image", dims=2, epochs=1)
     model, info = load(tmp_path / "image")
     assert info.windows is None and info.shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="x.npy cannot be cut into windows: the run was trained on images"):
+        file_windows("x.npy", info)
     with torch.no_grad():
         assert torch.equal(model(images.test_x), run.network.eval()(images.test_x))
 
@@ -364,7 +366,7 @@ def test_probabilities_leave_the_mode_as_it_was():
     model = nn.Sequential(network("drsn-cw", **TINY), nn.Identity())
     model[1].eval()
     x = torch.randn(300, 1, 40, generator=seeded())  # more than one batch
-    found, taus = probabilities(model, x, thresholds=True)
+    found, taus = probabilities(model, x.double().numpy(), thresholds=True)
     assert model.training and model[0].training and not model[1].training
     assert found.shape == (300, 8) and taus["0.stages.0.0.shrinkage"].shape == (300,)
     torch.testing.assert_close(found.sum(1), torch.ones(300))
