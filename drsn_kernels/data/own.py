@@ -249,8 +249,8 @@ def load_own(
             rate as a number named rate or fs. A text has a column for each channel, with a line of names or not. A
             column or array named time, index or the like is left out, and so is a first column without a name that
             rises evenly.
-            Or a table: an .npz file with x (N, length) or (N, channels, length) and y (N,), or a .csv file with a window
-            in each row and its label, a text or a number, in the column ``label`` or in the last one.
+            Or a table: an .npz file with x (N, length) or (N, channels, length) and y (N,), or a .csv file with a
+            window in each row and its label, a text or a number, in the column ``label`` or in the last one.
         length: samples a window, after resampling; by default 2048, or as many as every recording has room for.
         stride: samples from one training window to the next; by default half the length, so that they overlap.
         rate: Hz. Recordings of another rate are resampled to it, and a file that does not say its own is taken to be at
