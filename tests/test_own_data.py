@@ -55,6 +55,8 @@ TEXTS = {
     "tabs, time without a name": lines("\t", STEPS, SIGNAL).replace("\n", "\r\n"),
     "blanks, a comment": "# made by hand\n" + lines("  ", STEPS, SIGNAL),
     "a mark at the end": "value,\n" + lines(",", SIGNAL, [""] * 40),
+    "a remark after each number": "value\n" + lines(" # ", SIGNAL, SIGNAL),
+    "a spreadsheet's first line": "sep=;\ntime;value\n" + lines(";", STEPS, SIGNAL),
     "quotes": '"value"\n' + lines("", [f'"{value}"' for value in SIGNAL]),
     "one row": ",".join(map(str, SIGNAL)),
     "Latin-1": "Gr\u00f6\u00dfe\n".encode("latin-1") + lines("", SIGNAL).encode(),
@@ -271,6 +273,18 @@ def test_short_recordings_are_not_split_and_the_last_of_each_class_are_for_testi
     assert found == [700, 800, 900, 1700, 1800, 1900]
 
 
+def test_the_length_is_what_every_class_has_room_for(folder):
+    assert load_own(folder).windows.length == 300  # each class has one recording, and needs both of its sides
+    for name in "ab":
+        save(folder / name / "two.npy", places(3000))
+        save(folder / name / "three.npy", places(1200))
+    assert load_own(folder).windows.length == 1000
+    for name in "ab":
+        save(folder / name / "one.npy", places(9000))
+        save(folder / name / "three.npy", places(9000))
+    assert load_own(folder).windows.length == 2048
+
+
 def test_the_preview_and_the_description(folder):
     save(folder / "b" / "two.npz", x=places(2000), fs=500)
     data = load_own(folder, rate=500, length=64)
@@ -369,8 +383,8 @@ def _tiny(folder):
 
 
 def _alone(folder):
-    said = "its 1000 samples leave no window of 600 for training and another for testing, and a has no other recording"
-    return {"length": 600}, f"{folder / 'a' / 'one.npy'} is too short: {said}"
+    said = "it has 700 samples for training and 300 for testing, as its class's only recording, and --length is 301"
+    return {"length": 301}, f"{folder / 'a' / 'one.npy'} is too short: {said}"
 
 
 def _not_a_number(folder):

@@ -41,6 +41,14 @@ def recordings(folder, **named):
     return folder
 
 
+def spoken(folder):
+    """Two words, seven takes of each."""
+    for hertz, word in ((500, "low"), (1500, "high")):
+        for take in range(7):
+            write_wav(folder / f"{word}_ann_{take}.wav", sound(hertz + take, 2000))
+    return folder
+
+
 def train(data, out, *, model="drsn-cw", epochs=4, task="own", dims=1, lr=0.05):
     """A finished run of a tiny network on the data."""
     out.mkdir(parents=True)
@@ -131,10 +139,7 @@ def test_a_run_that_keeps_levels_normalises_by_the_training_data(tmp_path):
 
 def test_speech_and_images_load_as_well(tmp_path):
     pytest.importorskip("scipy.io")
-    for hertz, word in ((500, "low"), (1500, "high")):
-        for take in range(7):
-            write_wav(tmp_path / "data" / f"{word}_ann_{take}.wav", sound(hertz + take, 2000))
-    data = load_speech(tmp_path / "data", frames=16, mels=16)
+    data = load_speech(spoken(tmp_path / "data"), frames=16, mels=16)
     run = train(data, tmp_path / "speech", task="speech", dims=2, epochs=1)
     model, info = load(tmp_path / "speech")
     x, starts = file_windows(tmp_path / "data" / "low_ann_0.wav", info)
@@ -268,7 +273,6 @@ def test_faults_of_files_are_one_sentence_and_nothing_is_written(trained, tmp_pa
         assert str(tmp_path / name) in said and message in said
         assert not (tmp_path / "p.csv").exists()
     assert table(command("predict", "--run", folder, "--channels", "1", tmp_path / "two.npy"))[-1]["class"] == "low"
-    np.save(tmp_path / "dead.npy", np.ones(200))
 
 
 def test_options_that_do_not_go_together(trained, tmp_path, command):
@@ -282,6 +286,11 @@ def test_options_that_do_not_go_together(trained, tmp_path, command):
         (("--device", "gpu"), "--device must be cpu, cuda or cuda:INDEX, got 'gpu'"),
     ):
         assert message in command("predict", "--run", folder, *options, path, refused=True)
+    for command_, option in (("predict", "--out"), ("export", "--onnx")):
+        given = (command_, "--run", folder, *((path,) if command_ == "predict" else ()), option)
+        assert f"{option} must be a file, got the folder {tmp_path}" in command(*given, tmp_path, refused=True)
+        said = command(*given, tmp_path / "no" / "file", refused=True)
+        assert f"lies in a folder that does not exist: {tmp_path / 'no'}" in said
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     about = state["about"]
     changes = {"sampling_rate": None}, {"windows": None}, {"windows": about["windows"] | {"table": True}}
@@ -410,8 +419,33 @@ def test_a_run_as_an_onnx_file(trained, tmp_path, command):
     known = session.get_modelmeta().custom_metadata_map
     assert json.loads(known["class_names"]) == ["high", "low"] and json.loads(known["sampling_rate"]) == RATE
     for count in (1, 9):
-        x = 100 * run.data.test_x[:count] + 3
-        (logits,) = session.run(["logits"], {"x": x.numpy()})
+        x = run.data.test_x[:count]
+        (logits,) = session.run(["logits"], {"x": (100 * x + 3).numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), run.network.eval()(x), atol=1e-3, rtol=1e-3)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_run_on_speech_as_an_onnx_file(tmp_path, command):
+    """The spectrogram is part of the file."""
+    for module in ("scipy.io", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module)
+    train(load_speech(spoken(tmp_path / "data"), frames=16, mels=16), tmp_path / "run", task="speech", dims=2, epochs=1)
+    printed = command("export", "--run", tmp_path / "run", "--onnx", tmp_path / "m.onnx")
+    assert "x (batch, 1, 2048) -> logits (batch, 2) of high, low; checked with onnxruntime" in printed
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_export_that_fails_is_one_sentence(trained, tmp_path, command, monkeypatch):
+    for module in ("onnxruntime", "onnxscript", "onnx"):
+        pytest.importorskip(module)
+
+    def fail(*arguments, **options):
+        raise TypeError("no such operation\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    said = command("export", "--run", trained[0], "--onnx", tmp_path / "m.onnx", refused=True)
+    assert said == "error: drsn-cw was not exported: TypeError: no such operation\n"
+    assert not list(tmp_path.iterdir())

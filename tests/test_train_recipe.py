@@ -117,3 +117,99 @@ def test_train_epochs_is_the_recipe():
         wanted.append(train_epoch(other, optimizer, x, y, 4, generator=generator, noise=noise))
         schedule.step()
     assert losses == wanted and torch.equal(model.weight, other.weight)
+
+
+# ---- arrays of NumPy, and what does not belong together --------------------------------------------------------------
+
+
+def windows(count=24):
+    """Two tones as NumPy has them, and their labels."""
+    np = pytest.importorskip("numpy")
+    y = np.arange(count) % 2
+    phase = np.random.default_rng(0).uniform(0, 6, (count, 1))
+    return np.sin(np.where(y == 0, 0.3, 1.5)[:, None] * np.arange(32) + phase)[:, None], y
+
+
+def tiny():
+    torch.manual_seed(0)
+    return resnet(1, 2, stages=((4, 1, 2),))
+
+
+@pytest.mark.parametrize(
+    "kind", ["float64", "float16", "longdouble", "int32", "uint8", "Fortran", "reversed", "read-only", "big-endian"]
+)
+def test_arrays_train_as_the_tensors_of_their_values(kind):
+    x, y = windows()
+    kinds = {"Fortran": x.copy("F"), "reversed": x[::-1], "big-endian": x.astype(">f8"), "read-only": x.copy()}
+    kinds["read-only"].flags.writeable = False
+    x = kinds[kind] if kind in kinds else (100 * x + 100).astype(kind)
+    y = {"int32": y.astype("int32"), "uint8": y.astype(bool), "float64": y.astype("float64")}.get(kind, y)
+    exact = torch.tensor(x.astype("float64").tolist()).float(), torch.tensor(y.tolist()).long()
+    results = []
+    for inputs, targets in ((x, y), exact):
+        model = tiny()
+        losses = list(train_epochs(Recipe(2, 8), model, inputs, targets, generator=seeded()))
+        results.append((losses, predict(model, inputs).tolist(), accuracy(model, inputs, targets)))
+    assert results[0] == results[1]
+
+
+def test_a_model_in_float64_computes_in_float64():
+    x, y = windows()
+    model = tiny().double()
+    list(train_epochs(Recipe(1, 8), model, x.astype("float32"), y, generator=seeded()))
+    assert predict(model, x).dtype == torch.int64 and model.fc.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_in_which_it_was(training):
+    x, y = windows()
+    model = tiny().train(training)
+    model.stages.train(not training)  # a part in the other mode
+    before = [module.training for module in model.modules()]
+    epochs = train_epochs(Recipe(2, 8), model, x, y)
+    next(epochs)
+    for call in (lambda: predict(model, x), lambda: accuracy(model, x, y), lambda: list(epochs)):
+        assert [module.training for module in model.modules()] == before
+        call()
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ValueError, match="x must have shape"):
+        predict(model, x[:, 0])
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda x, y: (x, y[:-1]), ValueError, "x and y must hold as many samples, got 24 in x and 23 labels in y"),
+        (lambda x, y: (x[:-1], y), ValueError, "x and y must hold as many samples, got 23 in x and 24 labels in y"),
+        (lambda x, y: (x, y[:, None]), ValueError, r"y must hold the index .* of shape \(N,\), got \(24, 1\)"),
+        (lambda x, y: (x, y / 2), ValueError, "y must hold whole numbers, the indices of classes, got 0.5"),
+        (lambda x, y: (x, y - 1), ValueError, "y must hold indices of classes from 0, got -1"),
+        (lambda x, y: (x, y + 1), ValueError, "y must hold indices of classes below 2, the model's outputs, got 2"),
+        (lambda x, y: (x, y.astype(str)), TypeError, r"y must hold real numbers, got an array of <U21: number"),
+        (lambda x, y: (x, y.tolist()), TypeError, "y must be a tensor or a NumPy array, got list"),
+        (lambda x, y: (x.tolist(), y), TypeError, "x must be a tensor or a NumPy array, got list"),
+        (lambda x, y: (x.astype(object), y), TypeError, "x must hold real numbers, got an array of object"),
+        (lambda x, y: (x + 1j, y), TypeError, "x must hold real numbers, got an array of complex128"),
+        (lambda x, y: (torch.tensor(x) + 1j, y), TypeError, "x must hold real numbers, got torch.complex128"),
+        (lambda x, y: (x[:, 0, 0], y), ValueError, r"x must hold samples \(N, \*shape\), got shape \(24,\)"),
+        (lambda x, y: (x[:0], y[:0]), ValueError, "x must hold samples to train on, got none"),
+        (lambda x, y: (x[:, 0], y), ValueError, r"x must have shape \(N, 1, length\), got"),
+    ],
+)
+def test_what_does_not_belong_together_is_said_at_the_call(change, error, message):
+    x, y = change(*windows())
+    model = tiny()
+    with pytest.raises(error, match=message) as raised:
+        train_epochs(Recipe(1, 8), model, x, y)
+    assert "\n" not in str(raised.value)
+    if "outputs" not in message and "none" not in message:
+        with pytest.raises(error, match=message):
+            accuracy(model, x, y)
+
+
+def test_a_sample_that_is_not_finite_is_named():
+    x, y = windows()
+    x[5, 0, 3] = math.nan
+    with pytest.raises(ValueError, match="x must hold finite numbers, but sample 5 holds NaN or Inf"):
+        train_epochs(Recipe(1, 8), tiny(), x, y)

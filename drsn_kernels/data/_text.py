@@ -65,8 +65,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The first lines with their numbers from 0, without empty ones and comments."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(islice(file, _HEAD)):
-            if line.strip() and not line.lstrip().startswith("#"):
-                yield number, line.rstrip("\r\n")
+            line = line.split("#")[0].rstrip()
+            if line.strip() and not line.startswith("sep="):  # for a spreadsheet, in front of all lines
+                yield number, line
 
 
 def layout(path: Path, *, labelled: bool = False) -> Layout:

@@ -96,15 +96,37 @@ def check_channels(recording: Recording, first: Recording) -> None:
         )
 
 
-def _chosen_length(recordings: list[Recording], rate: float | None, length: int | None) -> int:
-    """Samples a window: what is asked for, or LENGTH, or the length of the shortest recording."""
-    shortest = min(recordings, key=lambda r: resampled_length(r.signal.shape[1], r.rate, rate))
-    samples = resampled_length(shortest.signal.shape[1], shortest.rate, rate)
-    if samples < (SHORTEST if length is None else length):
-        wanted = f"windows need at least {SHORTEST}" if length is None else f"--length is {length}"
-        at = "" if rate is None else f" at {rate:g} Hz"
-        raise ValueError(f"{shortest.path} is too short: it has {samples} samples{at}, and {wanted}")
-    return min(LENGTH, samples) if length is None else length
+def _side_lengths(recording: Recording, rate: float | None, fraction: float) -> tuple[int, int]:
+    """Samples on both sides of the border, after resampling."""
+    border = int(recording.signal.shape[1] * fraction)
+    sides = (border, recording.signal.shape[1] - border)
+    return tuple(resampled_length(samples, recording.rate, rate) for samples in sides)
+
+
+def _chosen_length(classes: dict[str, list[Recording]], rate: float | None, length: int | None, fraction: float) -> int:
+    """Samples a window: what is asked for, or LENGTH, or less where a recording has no room for it.
+
+    Of a class with a single recording, both sides of that must have it.
+    """
+    at = "" if rate is None else f" at {rate:g} Hz"
+    room = LENGTH if length is None else length
+    for found in classes.values():
+        for recording in found:
+            sides = _side_lengths(recording, rate, fraction)
+            samples = (
+                min(sides) if len(found) == 1 else resampled_length(recording.signal.shape[1], recording.rate, rate)
+            )
+            if length is None:
+                room = min(room, samples)
+            if samples < (SHORTEST if length is None else length):
+                wanted = f"windows need at least {SHORTEST}" if length is None else f"--length is {length}"
+                has = f"{samples} samples{at}"
+                if len(found) == 1:
+                    has = (
+                        f"{sides[0]} samples{at} for training and {sides[1]} for testing, as its class's only recording"
+                    )
+                raise ValueError(f"{recording.path} is too short: it has {has}, and {wanted}")
+    return room
 
 
 def constant(windows: torch.Tensor, signal: torch.Tensor) -> torch.Tensor:
@@ -114,25 +136,20 @@ def constant(windows: torch.Tensor, signal: torch.Tensor) -> torch.Tensor:
 
 
 def _sides(
-    name: str, recordings: list[Recording], rate: float | None, length: int, fraction: float
+    recordings: list[Recording], rate: float | None, length: int, fraction: float
 ) -> list[tuple[Recording, int, torch.Tensor]]:
     """Recordings of a class with the part they are for and the signal: both sides of the long ones, the short whole."""
     sides: list[tuple[Recording, int, torch.Tensor]] = []
     short = []
     for recording in recordings:
         signal = recording.signal
-        border = int(signal.shape[1] * fraction)
-        lengths = [resampled_length(n, recording.rate, rate) for n in (border, signal.shape[1] - border)]
-        if min(lengths) < length:
+        if min(_side_lengths(recording, rate, fraction)) < length:
             short.append(recording)
         else:  # apart from each other, so that the filter mixes no sample of one into the other
+            border = int(signal.shape[1] * fraction)
             sides += [(recording, TRAINING, signal[:, :border]), (recording, TEST, signal[:, border:])]
+    # At least one is tested and one trained on, where no long recording is for both.
     tested = min(max(round(len(short) * (1 - fraction)), not sides), len(short) - (not sides))
-    if not tested and not sides:
-        raise ValueError(
-            f"{short[0].path} is too short: its {short[0].signal.shape[1]} samples leave no window of {length} for "
-            f"training and another for testing, and {name} has no other recording: give a smaller --length"
-        )
     for number, recording in enumerate(short):
         sides.append((recording, TEST if number >= len(short) - tested else TRAINING, recording.signal))
     return sides
@@ -143,7 +160,7 @@ def _read_class(
 ) -> tuple[_Class, list[str]]:
     """The windows of a class, and notes on constant ones, which are left out where levels are not kept."""
     found, notes = _Class(name, recordings=len(recordings)), []
-    for recording, part, signal in _sides(name, recordings, rate, windows.length, fraction):
+    for recording, part, signal in _sides(recordings, rate, windows.length, fraction):
         signal = resampled(signal, recording.rate, rate)
         found.samples += signal.shape[1]
         cuts = cut(signal, windows.length, windows.stride if part == TRAINING else windows.length)
@@ -229,7 +246,7 @@ def load_own(
             .mat and .wav files, which may be mixed (`data/_recordings.py` says what is read of each). Or a table: an
             .npz file with x (N, length) or (N, channels, length) and y (N,), or a .csv file with a window in each row
             and its label, a text or a number, in the column ``label`` or in the last one. Hidden files are passed over.
-        length: samples a window, after resampling; by default 2048, or as many as the shortest recording has.
+        length: samples a window, after resampling; by default 2048, or as many as every recording has room for.
         stride: samples from one training window to the next; by default half the length, so that they overlap.
         rate: Hz. Recordings of another rate are resampled to it, and a file that does not say its own is taken to be at
             it. By default that of the files, which then must have one.
@@ -275,7 +292,7 @@ def load_own(
     for recording in every:
         check_channels(recording, every[0])
     common = _common_rate(every, rate)
-    length = _chosen_length(every, common, length)
+    length = _chosen_length(recordings, common, length, train_fraction)
     stride = max(length // 2, 1) if stride is None else stride
     windows = Windows(length, stride, None if channels is None else tuple(channels))
     notes = [note for recording in every for note in recording.notes]

@@ -80,7 +80,7 @@ class LogMel(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] % self.hop:
             raise ValueError(f"x must have shape (N, 1, a multiple of {self.hop}), got {tuple(x.shape)}")
-        if not len(x):  # an FFT of nothing is an error
+        if x.shape[0] == 0:  # an FFT of nothing is an error; len(x) would fix the batch of an exported graph
             return x.new_empty(0, 1, self.mels, x.shape[2] // self.hop)
         # Frame k is centred on the middle of hop k: half a hop of zeros on both sides.
         padded = F.pad(x.squeeze(1), (self.hop // 2, self.hop - self.hop // 2))

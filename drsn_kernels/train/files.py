@@ -42,6 +42,14 @@ def replace(path: Path, write: Callable) -> Path:
     return path
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Before long work: OSError naming the option where a file of this name cannot be made."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} must be a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path} lies in a folder that does not exist: {path.parent}")
+
+
 def write_json(path: Path, content: dict) -> Path:
     return replace(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 

@@ -126,13 +126,13 @@ def file_windows(
 def _rows(
     path: Path, starts: list[float], found: torch.Tensor, taus: dict[str, torch.Tensor], info: RunInfo
 ) -> Iterator[list]:
-    """Lines of the table: of every window, then of the file as a whole."""
-    means = [tau.mean(0, keepdim=True) for tau in taus.values()]
-    for places, values, thresholds in ((starts, found, taus.values()), ([None], found.mean(0, keepdim=True), means)):
-        best = values.max(1)
-        for i, start in enumerate(places):
-            row = [path, "" if start is None else f"{start:.10g}", info.class_names[int(best.indices[i])]]
-            yield [*row, f"{float(best.values[i]):.6g}", *(f"{float(tau[i]):.6g}" for tau in thresholds)]
+    """Lines of the table: of every window, then of the file as a whole, the means."""
+    places = [*(f"{start:.10g}" for start in starts), ""]
+    best = torch.cat([found, found.mean(0, keepdim=True)]).max(1)
+    columns = [best.values, *(torch.cat([tau, tau.mean(0, keepdim=True)]) for tau in taus.values())]
+    numbers = zip(*(column.tolist() for column in columns), strict=True)
+    for place, index, values in zip(places, best.indices.tolist(), numbers, strict=True):
+        yield [path, place, info.class_names[index], *(f"{value:.6g}" for value in values)]
 
 
 def command(options: argparse.Namespace) -> int:
@@ -145,6 +145,8 @@ def command(options: argparse.Namespace) -> int:
         check_counts(1, stride=options.stride)
     if options.rate is not None and not 0 < options.rate < float("inf"):
         raise ValueError(f"--rate must be a positive number of Hz, got {options.rate:g}")
+    if options.out is not None:
+        files.check_writable("--out", options.out)
     model, info = load(options.run)
     if info.windows is None:
         raise ValueError(

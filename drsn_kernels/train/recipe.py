@@ -121,9 +121,9 @@ def _tensor(name: str, values: "Array") -> torch.Tensor:
         if kind not in "biuf":
             advice = ": number them, with numpy.unique(y, return_inverse=True) say" if name == "y" else ""
             raise TypeError(f"{name} must hold real numbers, got an array of {values.dtype}{advice}")
-        values = values.astype(values.dtype.newbyteorder("="), copy=False)
-        negative = any(stride < 0 for stride in values.strides)
-        values = torch.from_numpy(values.copy() if negative or not values.flags.writeable else values)
+        dtype = "float64" if values.dtype.itemsize > 8 else values.dtype.newbyteorder("=")  # torch has no longer one
+        values = values.astype(dtype, order="C", copy=not values.flags.writeable)
+        values = torch.from_numpy(values)
     if values.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     return values
