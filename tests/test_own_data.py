@@ -271,6 +271,7 @@ def test_short_recordings_are_not_split_and_the_last_of_each_class_are_for_testi
     assert data.windows.length == 100 and len(data.train_x) == 14 and len(data.test_x) == 6
     found = where(data.test_x, data.windows.mean[0], data.windows.std[0])[:, 0].tolist()
     assert found == [700, 800, 900, 1700, 1800, 1900]
+    assert "from the rest; 20 too short for both are in one part as a whole. " in data.description
 
 
 def test_the_length_is_what_every_class_has_room_for(folder):
@@ -355,6 +356,11 @@ def _mixed_rates(folder):
     return {}, f"{folder / 'a' / 'two.npz'} has 10 Hz and {folder / 'b' / 'two.npz'} has 20 Hz: give --rate HZ"
 
 
+def _far_rates(folder):
+    path = save(folder / "b" / "two.npz", x=places(900), fs=2e5)
+    return {"rate": 1.0}, f"{path} is at 200000 Hz, which cannot be brought to 1 Hz"
+
+
 def _half_the_rates(folder):
     save(folder / "b" / "two.npz", x=places(900), fs=20)
     return {}, f"{folder / 'a' / 'one.npy'} does not say its own and {folder / 'b' / 'two.npz'} has 20 Hz: give --rate"
@@ -403,8 +409,8 @@ def _table_without_labels(folder):
 @pytest.mark.parametrize(
     "spoil",
     [
-        _one_class, _empty_class, _no_folders, _nowhere, _mixed_rates, _half_the_rates, _channels, _channel_order,
-        _too_short, _tiny, _alone, _not_a_number, _unreadable, _table_without_labels,
+        _one_class, _empty_class, _no_folders, _nowhere, _mixed_rates, _far_rates, _half_the_rates, _channels,
+        _channel_order, _too_short, _tiny, _alone, _not_a_number, _unreadable, _table_without_labels,
     ],
 )  # fmt: skip
 def test_faults_of_a_folder_are_one_sentence_that_names_the_file(folder, spoil):

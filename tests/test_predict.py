@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -227,6 +228,18 @@ def test_thresholds_are_means_over_channels_and_over_windows(trained, tmp_path, 
     assert found == pytest.approx([*exact.tolist(), float(exact.mean())], rel=1e-4)
 
 
+@pytest.mark.gpu
+def test_a_gpu_predicts_what_the_cpu_does(trained, tmp_path, command):
+    folder, _ = trained
+    np.save(tmp_path / "r.npy", tone(3, 64 * 5))
+    given = ("predict", "--run", folder, "--thresholds", tmp_path / "r.npy", "--device")
+    ours, wanted = (table(command(*given, device)) for device in ("cuda", "cpu"))
+    for row, exact in zip(ours, wanted, strict=True):
+        assert row["class"] == exact["class"] and row["start"] == exact["start"]
+        for name in ("probability", "stages.0.0.shrinkage"):
+            assert float(row[name]) == pytest.approx(float(exact[name]), rel=1e-3)
+
+
 def test_another_rate_is_resampled_and_said(trained, tmp_path, command, caplog):
     pytest.importorskip("scipy.signal")
     folder, _ = trained
@@ -272,6 +285,8 @@ def test_faults_of_files_are_one_sentence_and_nothing_is_written(trained, tmp_pa
         said = command("predict", "--run", folder, "--out", tmp_path / "p.csv", good, tmp_path / name, refused=True)
         assert str(tmp_path / name) in said and message in said
         assert not (tmp_path / "p.csv").exists()
+    said = command("predict", "--run", folder, "--rate", 1e9, good, refused=True)
+    assert f"{good} is at 1e+09 Hz, which cannot be brought to 100 Hz" in said
     assert table(command("predict", "--run", folder, "--channels", "1", tmp_path / "two.npy"))[-1]["class"] == "low"
 
 
@@ -291,6 +306,10 @@ def test_options_that_do_not_go_together(trained, tmp_path, command):
         assert f"{option} must be a file, got the folder {tmp_path}" in command(*given, tmp_path, refused=True)
         said = command(*given, tmp_path / "no" / "file", refused=True)
         assert f"lies in a folder that does not exist: {tmp_path / 'no'}" in said
+    link = tmp_path / "link"
+    link.symlink_to(os.devnull)
+    said = command("predict", "--run", folder, "--out", link, path, refused=True)
+    assert f"--out must be a file, got the device {link}" in said and link.is_symlink()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     about = state["about"]
     changes = {"sampling_rate": None}, {"windows": None}, {"windows": about["windows"] | {"table": True}}

@@ -11,7 +11,7 @@ from torch import nn
 from train_jobs import tones
 
 from drsn_kernels.__main__ import main
-from drsn_kernels.train import command
+from drsn_kernels.train import Recipe, command
 from drsn_kernels.train.arguments import DEFAULTS
 
 
@@ -139,3 +139,17 @@ def test_out_that_is_a_file_is_said_before_data_are_read(tmp_path, train):
     (tmp_path / "out").write_text("")
     error = train("--data", tmp_path / "nowhere", refused=True)
     assert f"--out must be a folder, got the file {tmp_path / 'out'}" in error
+
+
+@pytest.mark.parametrize(
+    "samples, epochs, batch, said",
+    [
+        (156, 10, 128, "Only 10 steps in all: more --epochs or --batch 16 would learn more"),
+        (20, 1, 128, "Only 1 step in all: more --epochs or --batch 8 would learn more"),
+        (64, 12, 8, "Only 96 steps in all: more --epochs would learn more"),
+        (156, 100, 128, ""),
+        (2000, 10, 128, ""),
+    ],
+)
+def test_few_steps_are_said(samples, epochs, batch, said):
+    assert command._few_steps(samples, Recipe(epochs, batch)) == said

@@ -230,10 +230,13 @@ def resampled_length(samples: int, rate: float | None, wanted: float | None) -> 
 
 
 def _ratio(rate: float, wanted: float) -> Fraction:
-    ratio = (Fraction(wanted) / Fraction(rate)).limit_denominator(10_000)
-    if not 1e-4 < ratio < 1e4:
-        raise ValueError(f"a signal at {rate:g} Hz cannot be brought to {wanted:g} Hz")
-    return ratio
+    return (Fraction(wanted) / Fraction(rate)).limit_denominator(10_000)
+
+
+def check_rate(path: Path, rate: float | None, wanted: float | None) -> None:
+    """ValueError naming the file where its rate is too far from the wanted one."""
+    if rate is not None and wanted is not None and not 1e-3 < wanted / rate < 1e3:
+        raise ValueError(f"{path} is at {rate:g} Hz, which cannot be brought to {wanted:g} Hz")
 
 
 def cut(signal: torch.Tensor, length: int, stride: int) -> torch.Tensor:

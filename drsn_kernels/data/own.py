@@ -16,6 +16,7 @@ from ._recordings import (
     SUFFIXES,
     Channels,
     Recording,
+    check_rate,
     cut,
     read_recording,
     resampled,
@@ -36,7 +37,7 @@ class _Class:
 
     Attributes:
         windows: of the training data, of the test data: tensors (N, C, length).
-        recordings, seconds: how many, and how long in all.
+        recordings, samples: how many, and how long in all.
     """
 
     name: str
@@ -99,8 +100,8 @@ def check_channels(recording: Recording, first: Recording) -> None:
 def _side_lengths(recording: Recording, rate: float | None, fraction: float) -> tuple[int, int]:
     """Samples on both sides of the border, after resampling."""
     border = int(recording.signal.shape[1] * fraction)
-    sides = (border, recording.signal.shape[1] - border)
-    return tuple(resampled_length(samples, recording.rate, rate) for samples in sides)
+    first, second = border, recording.signal.shape[1] - border
+    return resampled_length(first, recording.rate, rate), resampled_length(second, recording.rate, rate)
 
 
 def _chosen_length(classes: dict[str, list[Recording]], rate: float | None, length: int | None, fraction: float) -> int:
@@ -292,6 +293,8 @@ def load_own(
     for recording in every:
         check_channels(recording, every[0])
     common = _common_rate(every, rate)
+    for recording in every:
+        check_rate(recording.path, recording.rate, common)
     length = _chosen_length(recordings, common, length, train_fraction)
     stride = max(length // 2, 1) if stride is None else stride
     windows = Windows(length, stride, None if channels is None else tuple(channels))
@@ -302,6 +305,9 @@ def load_own(
         classes.append(read)
         notes += left_out
     counted = len(every[0].signal)
+    whole = sum(min(_side_lengths(recording, common, train_fraction)) < length for recording in every)
+    split = f"those for training from the first {train_fraction:.0%} of each recording (stride {stride}), those for "
+    split += "testing from the rest" + (f"; {whole} too short for both are in one part as a whole" if whole else "")
     return _dataset(
         classes,
         windows,
@@ -309,9 +315,7 @@ def load_own(
         sampling_rate=common,
         description=f"Recordings in {source}: {len(every)} of {len(classes)} classes, {counted} "
         f"{'channel' if counted == 1 else 'channels'}; windows of {length} samples"
-        f"{'' if common is None else f' ({length / common:g} s)'}, those for training from the first "
-        f"{train_fraction:.0%} of each recording (stride {stride}), those for testing from the rest. "
-        f"{_rates(every, common)}",
+        f"{'' if common is None else f' ({length / common:g} s)'}, {split}. {_rates(every, common)}",
         notes=logged(_shortened(notes)),
         preview=_preview(classes, common, "recordings"),
     )

@@ -79,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--without-normal", action="store_true", help="vibration: without the class of Normal_*.mat")
     own = parser.add_argument_group("of --task own")
     own.argument_default = argparse.SUPPRESS
-    own.add_argument("--length", type=int, metavar="SAMPLES", help="a window; default 2048, or the shortest recording")
+    own.add_argument("--length", type=int, metavar="SAMPLES",
+                     help="a window; default 2048, or less where a recording is short")  # fmt: skip
     own.add_argument("--stride", type=int, metavar="SAMPLES",
                      help="from one training window to the next; default half the length")  # fmt: skip
     own.add_argument("--rate", type=float, metavar="HZ", help="bring all recordings to this sampling rate; a file that "

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import shlex
 import tempfile
 import zlib
@@ -24,6 +25,7 @@ from .saved import describe
 
 CONFIG, RESULTS = "config.json", "results.json"
 _log = logging.getLogger("drsn_kernels")
+FEW_STEPS = 100
 DIMS = {"vibration": 1, "own": 1, "speech": 2, "image": 2}  # of what the network sees
 
 
@@ -205,6 +207,16 @@ def _draw(out: Path, history: list[dict], confusion: list[list[int]], class_name
     return drawn
 
 
+def _few_steps(samples: int, recipe: Recipe) -> str:
+    """What to do where a run has too few steps to get anywhere; else empty."""
+    steps = recipe.epochs * max(samples // recipe.batch, 1)
+    if steps >= FEW_STEPS:
+        return ""
+    smaller = max(8, 2 ** int(math.log2(max(samples / 8, 1))))  # of eight steps an epoch
+    batch = f" or --batch {smaller}" if smaller < recipe.batch else ""
+    return f"Only {steps} {'step' if steps == 1 else 'steps'} in all: more --epochs{batch} would learn more"
+
+
 def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     settings, config = _settings(options)
     _check(settings, options)
@@ -256,6 +268,8 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
             f"{processes}{replayed}; noise: {settings['noise']}{snr}",
             flush=True,
         )
+        if (advice := _few_steps(len(data.train_x), recipe)) and new:
+            print(advice, flush=True)
         if not new and len(run.history) < recipe.epochs:
             print(f"continuing in epoch {len(run.history) + 1} after {run.step} steps", flush=True)
     try:

@@ -44,8 +44,8 @@ def replace(path: Path, write: Callable) -> Path:
 
 def check_writable(option: str, path: Path) -> None:
     """Before long work: OSError naming the option where a file of this name cannot be made."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} must be a file, got the folder {path}")
+    if path.exists() and not path.is_file():  # a device would be moved out of its place
+        raise ValueError(f"{option} must be a file, got the {'folder' if path.is_dir() else 'device'} {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {path} lies in a folder that does not exist: {path.parent}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..data._dataset import check_counts, files_below
-from ..data._recordings import SUFFIXES, cut, read_recording, resampled
+from ..data._recordings import SUFFIXES, check_rate, cut, read_recording, resampled
 from ..data._tables import read_table
 from ..data.own import constant
 from ..data.speech import fit_length
@@ -108,6 +108,7 @@ def file_windows(
             f"{path} has {len(signal)} channels, but the run was trained on {info.shape[0]}: choose with --channels"
         )
     found = recording.rate or rate
+    check_rate(path, found, wanted)
     if found is not None and wanted is not None and found != wanted:
         _log.warning("%s is resampled from %g to %g Hz.", path, found, wanted)
         signal = resampled(signal, found, wanted)

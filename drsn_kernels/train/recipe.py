@@ -163,6 +163,7 @@ def _check_classes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     finite = x.flatten(1).isfinite().all(1)
     if not finite.all():
         raise ValueError(f"x must hold finite numbers, but sample {int((~finite).nonzero()[0])} holds NaN or Inf")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile for this one sample
     with torch.no_grad(), evaluating(model):
         outputs = model(x[:1].to(next(model.parameters()).device)).shape[-1]
     if int(y.max()) >= outputs:
