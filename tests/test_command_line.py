@@ -41,6 +41,7 @@ def pyproject():
 
 def test_version(capsys):
     assert printed(capsys, "--version") == f"drsn_kernels {dk.__version__}\n"
+    assert f"\nversion: {dk.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_without_a_command_the_help_comes(capsys):

@@ -75,8 +75,8 @@ def test_an_index_gets_a_page_without_broken_links(clean, tmp_path):
 
 
 # What the tests that read files of the repository are in.
-READING = ("test_docs", "test_workflows", "test_imports", "test_command_line", "test_examples", "test_bench_compare",
-           "test_data", "test_pinned", "test_import")  # fmt: skip
+READING = ("test_docs", "test_workflows", "test_imports", "test_import", "test_command_line", "test_examples",
+           "test_bench_compare")  # fmt: skip
 
 
 def test_sdist(clean, tmp_path):

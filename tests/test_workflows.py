@@ -151,7 +151,8 @@ def test_what_contributing_names_is_there():
         files = [ROOT / word for word in quoted if re.fullmatch(r"(\w+/)+\w+\.\w+", word)]
         if not files or item.startswith("|"):
             continue
-        files += [files[-1].parent / word for word in quoted if re.fullmatch(r"\w+\.py", word)]
+        beside = [word for word in quoted if re.fullmatch(r"\w+\.py", word)]
+        files += [ROOT / word if (ROOT / word).exists() else files[-1].parent / word for word in beside]
         sources = "".join(file.read_text(encoding="utf-8") for file in files)
         for word in quoted:  # a name is found in one of the files that stand in the same item
             if re.fullmatch(r"[A-Za-z_]\w*|[A-Z]\w*\.\w+", word):
