@@ -3,7 +3,7 @@
 import contextlib
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -46,6 +46,8 @@ class Shrinkage(nn.Module):
         y = x.sign() * (x.abs() - tau).relu()         # tau broadcast over the spatial dimensions
         y = y + residual                              # where one is given
     """
+
+    __call__: Callable[..., torch.Tensor]  # nn.Module's own is of Any
 
     def __init__(
         self,
@@ -125,6 +127,8 @@ class SqueezeExcite(nn.Module):
         y = x * s                                     # s broadcast over the spatial dimensions
         y = y + residual                              # where one is given
     """
+
+    __call__: Callable[..., torch.Tensor]  # nn.Module's own is of Any
 
     def __init__(
         self,
@@ -207,9 +211,11 @@ class SoftThreshold(nn.Module):
         TypeError, ValueError: tau of another shape, unknown threshold or slope.
     """
 
+    __call__: Callable[..., torch.Tensor]  # nn.Module's own is of Any
+
     def __init__(
         self,
-        tau: float | torch.Tensor = 0.0,
+        tau: float | Sequence[float] | torch.Tensor = 0.0,
         *,
         learnable: bool = False,
         threshold: str = "soft",

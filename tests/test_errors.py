@@ -231,12 +231,6 @@ def test_memory_of_another_device_is_refused_by_the_backend_itself():
             run()
 
 
-@pytest.mark.parametrize("name", ["cudnn", "gpu", "", None])
-def test_use_backend_takes_known_names(name):
-    with pytest.raises(ValueError, match=f"use_backend must be one of auto, .*, got {name!r}"), dk.use_backend(name):
-        pass
-
-
 def test_strict_raises_instead_of_falling_back():
     x, tau = features([2] * 9), torch.ones(2, 1)
     with dk.use_backend("cpu", strict=True), pytest.raises(RuntimeError, match="strict: .*9 dimensions"):
@@ -255,13 +249,3 @@ def test_a_fall_back_is_said_once(caplog):
             dk.abs_mean(torch.empty(SHAPE, device="meta"))
     said = [r.message for r in caplog.records if r.name == "drsn_kernels"]
     assert len(said) == 1 and "meta" in said[0]
-
-
-def test_use_backend_is_restored_after_an_error():
-    from drsn_kernels.backends import choice
-
-    before = choice.backend, choice.strict
-    with pytest.raises(ZeroDivisionError), dk.use_backend("torch", strict=True):
-        assert (choice.backend, choice.strict) == ("torch", True)
-        1 / 0  # noqa: B018
-    assert (choice.backend, choice.strict) == before

@@ -18,6 +18,7 @@ Kept for it by Apply, which knows tau: three planes, alpha and A, 3 bits an elem
 
 import weakref
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 
@@ -180,6 +181,24 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
 
+@overload
+def shrink(
+    x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], *, average: str | None = ...,
+    residual: torch.Tensor | None = ..., inplace: bool = ..., return_tau: Literal[False] = ..., threshold: str = ...,
+    slope: float = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def shrink(
+    x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], *, average: str | None = ...,
+    residual: torch.Tensor | None = ..., inplace: bool = ..., return_tau: Literal[True], threshold: str = ...,
+    slope: float = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def shrink(
+    x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], *, average: str | None = ...,
+    residual: torch.Tensor | None = ..., inplace: bool = ..., return_tau: bool, threshold: str = ...,
+    slope: float = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def shrink(
     x: torch.Tensor,
     gate: Callable[[torch.Tensor], torch.Tensor],
