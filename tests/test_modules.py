@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import port_models as ports
 import pytest
@@ -83,11 +84,23 @@ def test_constructor_errors(arguments, error, message):
 def test_forward_errors(kernels):
     with pytest.raises(ValueError, match="x must have shape"):
         dk.Shrinkage(4)(torch.randn(2, 4))
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        dk.Shrinkage(4)(torch.randn(2, 5, 8))
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        dk.Shrinkage(4)(torch.randn(1, 4, 8))
-    assert dk.Shrinkage(4).eval()(torch.randn(1, 4, 8)).shape == (1, 4, 8)
+    for build in (dk.Shrinkage, dk.SqueezeExcite, partial(dk.Shrinkage, average="sample", norm=False)):
+        message = r"x must have 4 channels, as many as the gate takes, got shape \(2, 5, 8\): mat1 and mat2"
+        with pytest.raises(ValueError, match=message):
+            build(4)(torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("build", [dk.Shrinkage, partial(dk.Shrinkage, average="sample"), dk.SqueezeExcite])
+def test_a_batch_of_one(kernels, build):
+    message = (
+        r"one sample has no batch statistics .*, got x of shape \(1, 4, 8\) in training; .*drop_last=True.*eval\(\).*"
+        "norm=False: Expected more than 1 value per channel when training"
+    )
+    x = torch.randn(1, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        build(4, norm=True)(x)
+    for module in (build(4, norm=True).eval(), build(4, norm=False)):
+        assert module(x).shape == (1, 4, 8)
 
 
 # ---- what users do with modules --------------------------------------------------------------------------------------
