@@ -36,16 +36,16 @@ _SHAPES = re.compile(  # of torch's messages
 
 
 def _fault(gate: Callable, x: torch.Tensor, error: Exception) -> str:
-    """One sentence where torch refuses the shape of what the gate was given, or of what became of it in there; or ""."""
+    """One sentence where torch refuses the shape of what the gate was given or made of it; or ""."""
     said = str(error).strip().partition("\n")[0]
     if type(error) not in (RuntimeError, ValueError) or not _SHAPES.search(said):
         return ""
     shape = tuple(x.shape)
     if said.startswith("Expected more than 1 value per channel"):
         return (
-            f"one sample has no batch statistics for the gate's batch normalisation, got x of shape {shape} in training; "
-            "give it 2 samples or more (drop_last=True drops a trailing batch of one), call eval(), or build the gate "
-            f"with norm=False: {said}"
+            "one sample has no batch statistics for the gate's batch normalisation, got x of shape "
+            f"{shape} in training; give it 2 samples or more (drop_last=True drops a trailing batch of one), call "
+            f"eval(), or build the gate with norm=False: {said}"
         )
     channels = _in_channels(gate)
     if channels is not None and channels != shape[1]:
