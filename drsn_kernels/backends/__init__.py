@@ -57,27 +57,36 @@ class use_backend(_DecoratorContextManager):
         @dk.use_backend("cpu", strict=True)
         def step(x): ...                    # in each call
 
+    save: what "torch" keeps for a backward pass: "time" keeps x, "memory" the bit planes of the other backends, a tenth
+    of the bytes at twice the time and more. The others keep planes anyway.
+
     A call that the backend cannot run falls back to "torch", and the logger ``drsn_kernels`` says so once; with
     ``strict=True`` it raises RuntimeError instead. The choice is the process's, not the thread's; a backward pass uses
     the backend of its forward pass. The environment variable DRSN_BACKEND sets it from the start.
 
     Raises:
-        ValueError: unknown name, or "cuda", which was a backend. Nothing is changed then.
+        ValueError: unknown name, or "cuda", which was a backend; unknown save. Nothing is changed then.
     """
 
-    def __init__(self, name: str, strict: bool = False) -> None:
-        self.wanted = _checked(name, "use_backend"), strict
-        self.before = choice.backend, choice.strict
-        choice.backend, choice.strict = self.wanted
+    def __init__(self, name: str, strict: bool = False, save: str = "time") -> None:
+        if save not in ("time", "memory"):
+            raise ValueError(f"save must be 'time' or 'memory', got {save!r}")
+        self.wanted = _checked(name, "use_backend"), strict, save
+        self.before = choice.backend, choice.strict, eager.saves
+        self._set(*self.wanted)
+
+    @staticmethod
+    def _set(name: str, strict: bool, save: str) -> None:
+        choice.backend, choice.strict, eager.saves = name, strict, save
 
     def __enter__(self) -> None:
-        choice.backend, choice.strict = self.wanted  # once more, for a second block
+        self._set(*self.wanted)  # once more, for a second block
 
     def __exit__(self, *error: object) -> None:
-        choice.backend, choice.strict = self.before
+        self._set(*self.before)
 
     def __call__(self, function: _F) -> _F:
-        choice.backend, choice.strict = self.before  # in the function's calls only
+        self._set(*self.before)  # in the function's calls only
         return super().__call__(function)
 
     def clone(self) -> "use_backend":
