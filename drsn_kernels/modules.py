@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ops import checks, shrink, soft_threshold, squeeze_excite
+from .ops import checks, scripted, shrink, soft_threshold, squeeze_excite
 
 
 class Shrinkage(nn.Module):
@@ -83,17 +83,22 @@ class Shrinkage(nn.Module):
         self.fc = _gate(channels, hidden, outputs, norm, activation, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        sink = self.__dict__.get("_tau_sink")
-        gate = self._modules.get("fc")  # self.fc goes through nn.Module.__getattr__
-        y = shrink(
-            x, self.fc if gate is None else gate, average=self.average, residual=residual, threshold=self.threshold,
-            slope=self.slope, return_tau=sink is not None,
-        )  # fmt: skip
-        if sink is None:
+        if torch.jit.is_scripting():
+            pooled = scripted.averages(x, True, self.fc[0].weight)
+            alpha = self.fc(pooled)
+            return scripted.shrink(x, alpha, pooled, self.average, residual, self.threshold, float(self.slope))
+        else:  # which TorchScript does not look at
+            sink = self.__dict__.get("_tau_sink")
+            gate = self._modules.get("fc")  # self.fc goes through nn.Module.__getattr__
+            y = shrink(
+                x, self.fc if gate is None else gate, average=self.average, residual=residual,
+                threshold=self.threshold, slope=self.slope, return_tau=sink is not None,
+            )  # fmt: skip
+            if sink is None:
+                return y
+            y, tau = y
+            sink(tau.detach())
             return y
-        y, tau = y
-        sink(tau.detach())
-        return y
 
     def __getstate__(self) -> dict:
         """Without a running record_tau: a copy or pickle made inside the block does not record."""
@@ -157,7 +162,10 @@ class SqueezeExcite(nn.Module):
         self.fc = _gate(channels, hidden, channels, norm, activation, bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return squeeze_excite(x, self.fc, residual=residual)
+        if torch.jit.is_scripting():
+            return scripted.squeeze_excite(x, self.fc(scripted.averages(x, False, self.fc[0].weight)), residual)
+        else:
+            return squeeze_excite(x, self.fc, residual=residual)
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
@@ -267,13 +275,19 @@ class SoftThreshold(nn.Module):
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tau = self._parameters.get("tau")
-        tau = self.tau if tau is None else tau  # a buffer, or what a replica of DataParallel has
-        if self.nonnegative:
-            value = tau.detach()
-            tau = tau + (value.relu() - value)  # max(tau, 0), with the gradient of tau
-        tau = tau if tau.dim() == 0 else tau.view(1, -1, *[1] * (x.dim() - 2))
-        return soft_threshold(x, tau, threshold=self.threshold, slope=self.slope)
+        if torch.jit.is_scripting():
+            tau = self.tau if self.tau.dim() == 0 else self.tau.view(1, -1)
+            if self.nonnegative:
+                tau = tau + (tau.relu() - tau).detach()
+            return scripted.soft_threshold(x, tau, None, self.threshold, float(self.slope))
+        else:
+            tau = self._parameters.get("tau")
+            tau = self.tau if tau is None else tau  # a buffer, or what a replica of DataParallel has
+            if self.nonnegative:
+                value = tau.detach()
+                tau = tau + (value.relu() - value)  # max(tau, 0), with the gradient of tau
+            tau = tau if tau.dim() == 0 else tau.view(1, -1, *[1] * (x.dim() - 2))
+            return soft_threshold(x, tau, threshold=self.threshold, slope=self.slope)
 
     def extra_repr(self) -> str:
         tau = f"tau={self.tau.tolist()}" if self.tau.numel() <= 4 else f"tau=({self.tau.numel()} channels)"
