@@ -76,24 +76,38 @@ class Eager(Backend):
             dx = lay_out(dx.to(dtype), layout)
         return dx, dtau
 
-    # ---- keeping x instead of bit planes: the same methods as of every backend, told apart by what they are given
+    # ---- x, or the planes, kept: what the operators ask of this backend alone. The gradients take either
 
-    def averaged(self, x, layout):
-        return (reference.abs_mean(x), x) if self.saves == "time" else super().averaged(x, layout)
+    def averaged(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (N, C), and what its gradient needs."""
+        if self.saves == "time":
+            return reference.abs_mean(x), x
+        pooled, planes = self.reduce(x, layout, keep=True)
+        return pooled, planes.bits
 
-    def averaged_grad(self, layout, dtype, kept, dA):
-        if not kept.is_floating_point():
-            return super().averaged_grad(layout, dtype, kept, dA)
-        return _Signs(kept).dx(layout, None, dA, SOFT)
+    def averaged_grad(self, layout: Layout, dtype: torch.dtype, kept: torch.Tensor, dA: torch.Tensor) -> torch.Tensor:
+        """dx."""
+        if kept.is_floating_point():
+            return _Signs(kept).dx(layout, None, dA, SOFT)
+        return self.grad(layout, dtype, averaged(kept), None, dA=dA)[0]
 
-    def thresholded(self, x, layout, tau, rule):
-        if self.saves == "memory":
-            return super().thresholded(x, layout, tau, rule)
-        return self.map(x, layout, tau, rule=rule)[0], (x, tau)
+    def thresholded(
+        self, x: torch.Tensor, layout: Layout, tau: torch.Tensor, rule: Rule
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:  # fmt: skip
+        """y, and what its gradients need."""
+        if self.saves == "time":
+            return self.map(x, layout, tau, rule=rule)[0], (x, tau)
+        y, planes = self.map(x, layout, tau, rule=rule, keep=2)
+        return y, (planes.bits,)
 
-    def thresholded_grad(self, layout, dtype, kept, g, want_dx, want_dtau, rule):
+    def thresholded_grad(
+        self, layout: Layout, dtype: torch.dtype, kept: tuple[torch.Tensor, ...], g: torch.Tensor, want_dx: bool,
+        want_dtau: bool, rule: Rule,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """dx and dtau (N, C), each if wanted."""
         if len(kept) == 1:
-            return super().thresholded_grad(layout, dtype, kept, g, want_dx, want_dtau, rule)
+            planes = thresholded(kept[0], nonzero=False)
+            return self.grad(layout, dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=rule)
         signs = _Signs(*kept)
         dtau = signs.dtau(g, rule) if want_dtau else None
         return signs.dx(layout, g, None, rule) if want_dx else None, dtau
@@ -181,7 +195,7 @@ class _Signs:
                 dx = torch.where(self.inside, rule.inside * wide if rule.inside else 0.0, wide)
         if dA is not None:
             share = (dA / layout.l).reshape(*dA.shape, *[1] * len(self.spatial))
-            dx = self.signs * share if dx is None else dx.addcmul_(self.signs, share)
+            dx = self.signs * share if dx is None else torch.addcmul(dx, self.signs, share)
         return lay_out(dx.to(self.x.dtype), layout)
 
 
@@ -193,10 +207,9 @@ class _Called(Called):
             return super().shrink(x, tau, residual, out, keep)
         return self.backend.map(x, self.layout, tau, rule=self.rule, residual=residual)[0], x
 
-    def unpacked(self, bits, alpha, pooled):
-        if not bits.is_floating_point():
-            return bits
-        return _Signs(bits, reference.threshold(alpha, pooled, self.average))
+    def unpacked(self, x: torch.Tensor, alpha: torch.Tensor, pooled: torch.Tensor) -> _Signs:
+        """What the methods below are given in the place of planes, in one backward pass."""
+        return _Signs(x, reference.threshold(alpha, pooled, self.average))
 
     def dtau(self, bits, g):
         return bits.dtau(g, self.rule) if isinstance(bits, _Signs) else super().dtau(bits, g)

@@ -11,7 +11,7 @@ import torch
 from .. import backends, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Step
-from ..layout import layout_of
+from ..layout import averaged, layout_of
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
 
@@ -21,7 +21,11 @@ class AbsMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layout, backend):
-        pooled, kept = backend.averaged(x, layout)
+        if backend is eager:
+            pooled, kept = eager.averaged(x, layout)
+        else:
+            pooled, planes = backend.reduce(x, layout, keep=True)
+            kept = planes.bits
         ctx.save_for_backward(kept)
         ctx.backend, ctx.layout, ctx.dtype = backend, layout, x.dtype
         ctx.set_materialize_grads(False)
@@ -31,8 +35,12 @@ class AbsMean(torch.autograd.Function):
     def backward(ctx, dA):
         if dA is None:
             return None, None, None
+        (kept,) = ctx.saved_tensors
         backend = ctx.backend if is_eager_grad(dA) else eager
-        return backend.averaged_grad(ctx.layout, ctx.dtype, ctx.saved_tensors[0], dA), None, None
+        if backend is eager:
+            return eager.averaged_grad(ctx.layout, ctx.dtype, kept, dA), None, None
+        dx, _ = backend.grad(ctx.layout, ctx.dtype, averaged(kept), None, dA=dA)
+        return dx, None, None
 
 
 _apply = direct_apply(AbsMean)

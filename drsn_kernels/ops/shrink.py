@@ -97,11 +97,16 @@ def _grad_of_the_average(pool: Pool, here: Called, dA: torch.Tensor) -> torch.Te
         x, version = pool.source
         if x._version != version:
             raise RuntimeError("x was modified by an inplace operation, and the gradient of the gate's input needs it")
-        return here.backend.averaged_grad(call.layout, call.dtype, call.backend.averaged(x, call.layout)[1], dA)
+        if call.backend is eager:
+            return eager.averaged_grad(call.layout, call.dtype, eager.averaged(x, call.layout)[1], dA)
+        _, planes = call.backend.reduce(x, call.layout, keep=True)
+        return here.backend.grad(call.layout, call.dtype, planes, None, dA=dA)[0]
     apply = None if pool.apply_node is None else pool.apply_node()
     if apply is not None:
         bits, alpha, pooled = apply.saved_tensors
-        return here.dx(here.unpacked(bits, alpha, pooled), None, dA)
+        if bits.dtype is not torch.int32:
+            bits = call.unpacked(bits, alpha, pooled)
+        return here.dx(bits, None, dA)
     if pool.apply_node is not None:
         raise RuntimeError("a loss on the gate's input alone needs y's graph where saved tensors are hooked; keep y")
     raise RuntimeError("trying to backward through the graph a second time: pass retain_graph=True to the first")
@@ -143,7 +148,8 @@ class Apply(torch.autograd.Function):
             return None, None, None, residual_grad, None, None, None, None
         bits, alpha, pooled = ctx.saved_tensors
         here = call if is_eager_grad(g) else _differentiable(call)
-        bits = here.unpacked(bits, alpha, pooled)
+        if bits.dtype is not torch.int32:  # no planes: x, kept by the torch backend
+            bits = call.unpacked(bits, alpha, pooled)
         x_grad = dtau = None
         if g is not None:
             if want_alpha or want_pooled:

@@ -17,7 +17,7 @@ import torch
 from .. import backends, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Step, Want
-from ..layout import layout_of
+from ..layout import layout_of, thresholded
 from ..reference import SOFT, Rule
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
@@ -28,7 +28,11 @@ class SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, tau, layout, backend, rule):
-        y, kept = backend.thresholded(x, layout, tau, rule)
+        if backend is eager:
+            y, kept = eager.thresholded(x, layout, tau, rule)
+        else:
+            y, planes = backend.map(x, layout, tau, rule=rule, keep=2)
+            kept = (planes.bits,)
         ctx.save_for_backward(*kept)
         ctx.backend, ctx.layout, ctx.dtype, ctx.tau_shape, ctx.rule = backend, layout, x.dtype, tau.shape, rule
         ctx.set_materialize_grads(False)
@@ -38,10 +42,15 @@ class SoftThreshold(torch.autograd.Function):
     def backward(ctx, g):
         if g is None:
             return None, None, None, None, None
-        backend = ctx.backend if is_eager_grad(g) else eager
-        dx, dtau = backend.thresholded_grad(
-            ctx.layout, ctx.dtype, ctx.saved_tensors, g, *ctx.needs_input_grad[:2], ctx.rule
-        )
+        kept, backend = ctx.saved_tensors, ctx.backend if is_eager_grad(g) else eager
+        want_dx, want_dtau = ctx.needs_input_grad[:2]
+        if backend is eager:
+            dx, dtau = eager.thresholded_grad(ctx.layout, ctx.dtype, kept, g, want_dx, want_dtau, ctx.rule)
+        else:
+            planes = thresholded(kept[0], nonzero=False)
+            dx, dtau = backend.grad(
+                ctx.layout, ctx.dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule
+            )  # fmt: skip
         return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None, None
 
 
