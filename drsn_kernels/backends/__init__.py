@@ -44,25 +44,26 @@ _said: set[str] = set()
 
 
 class use_backend(_DecoratorContextManager):
-    """Run the operators on one backend: "torch", "cpu", "triton", or "auto", which goes by device and dtype.
+    """Run the operators on one backend.
 
-    As ``torch.set_grad_enabled``: a statement from whose call on it holds, a context manager for its block, or a
-    decorator of functions and generators::
+    As ``torch.set_grad_enabled``: a statement, which holds from its call on, a context manager, or a decorator of
+    functions and generators::
 
-        dk.use_backend("torch")             # from here on
-
-        with dk.use_backend("cpu"):         # in the block; then as before
+        dk.use_backend("torch")              # from here on
+        with dk.use_backend("cpu"):          # in the block; then as before
             y = model(x)
+        @dk.use_backend("cpu", strict=True)  # in each call
+        def step(x): ...
 
-        @dk.use_backend("cpu", strict=True)
-        def step(x): ...                    # in each call
+    Args:
+        name: "torch", "cpu", "triton", or "auto", which goes by device and dtype.
+        strict: a call that the backend cannot run raises RuntimeError. Otherwise it falls back to "torch", and the
+            logger ``drsn_kernels`` says so once.
+        save: what "torch" keeps for a backward pass: "time" keeps x, "memory" the bit planes of the other backends, a
+            tenth of the bytes at three times the time. The others keep planes anyway.
 
-    save: what "torch" keeps for a backward pass: "time" keeps x, "memory" the bit planes of the other backends, a tenth
-    of the bytes at twice the time and more. The others keep planes anyway.
-
-    A call that the backend cannot run falls back to "torch", and the logger ``drsn_kernels`` says so once; with
-    ``strict=True`` it raises RuntimeError instead. The choice is the process's, not the thread's; a backward pass uses
-    the backend of its forward pass. The environment variable DRSN_BACKEND sets it from the start.
+    The choice is the process's, not the thread's; a backward pass uses the backend of its forward pass. The environment
+    variable DRSN_BACKEND sets it from the start.
 
     Raises:
         ValueError: unknown name, or "cuda", which was a backend; unknown save. Nothing is changed then.
