@@ -2,7 +2,8 @@
 
     A[n, c] = mean_l |x[n, c, l]|        dx = s * dA / L,   s = sign(x)
 
-Forward reads x once. Backward reads the planes sign and nonzero (2 bits an element) and writes dx.
+Forward reads x once. Backward reads the planes sign and nonzero (2 bits an element) and writes dx. The torch backend
+keeps x instead (backends/eager.py).
 """
 
 import torch
@@ -20,8 +21,12 @@ class AbsMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layout, backend):
-        pooled, planes = backend.reduce(x, layout, keep=True)
-        ctx.save_for_backward(planes.bits)
+        if backend is eager:
+            pooled, kept = eager.averaged(x, layout)
+        else:
+            pooled, planes = backend.reduce(x, layout, keep=True)
+            kept = planes.bits
+        ctx.save_for_backward(kept)
         ctx.backend, ctx.layout, ctx.dtype = backend, layout, x.dtype
         ctx.set_materialize_grads(False)
         return pooled
@@ -30,8 +35,11 @@ class AbsMean(torch.autograd.Function):
     def backward(ctx, dA):
         if dA is None:
             return None, None, None
+        (kept,) = ctx.saved_tensors
         backend = ctx.backend if is_eager_grad(dA) else eager
-        dx, _ = backend.grad(ctx.layout, ctx.dtype, averaged(ctx.saved_tensors[0]), None, dA=dA)
+        if backend is eager:
+            return eager.averaged_grad(ctx.layout, ctx.dtype, kept, dA), None, None
+        dx, _ = backend.grad(ctx.layout, ctx.dtype, averaged(kept), None, dA=dA)
         return dx, None, None
 
 

@@ -7,7 +7,7 @@
 Hard and leaky thresholds (reference.Rule) are the same kernels with other constants, and keep the same planes.
 
 Forward reads x and writes y and, for a gradient, the planes kept and sign (2 bits an element). Backward reads g and the
-planes once and writes dx, with dtau summed on the way.
+planes once and writes dx, with dtau summed on the way. The torch backend keeps x and tau instead (backends/eager.py).
 """
 
 import numbers
@@ -28,8 +28,12 @@ class SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, tau, layout, backend, rule):
-        y, planes = backend.map(x, layout, tau, rule=rule, keep=2)
-        ctx.save_for_backward(planes.bits)
+        if backend is eager:
+            y, kept = eager.thresholded(x, layout, tau, rule)
+        else:
+            y, planes = backend.map(x, layout, tau, rule=rule, keep=2)
+            kept = (planes.bits,)
+        ctx.save_for_backward(*kept)
         ctx.backend, ctx.layout, ctx.dtype, ctx.tau_shape, ctx.rule = backend, layout, x.dtype, tau.shape, rule
         ctx.set_materialize_grads(False)
         return y
@@ -38,10 +42,15 @@ class SoftThreshold(torch.autograd.Function):
     def backward(ctx, g):
         if g is None:
             return None, None, None, None, None
-        planes = thresholded(ctx.saved_tensors[0], nonzero=False)
-        backend = ctx.backend if is_eager_grad(g) else eager
+        kept, backend = ctx.saved_tensors, ctx.backend if is_eager_grad(g) else eager
         want_dx, want_dtau = ctx.needs_input_grad[:2]
-        dx, dtau = backend.grad(ctx.layout, ctx.dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule)
+        if backend is eager:
+            dx, dtau = eager.thresholded_grad(ctx.layout, ctx.dtype, kept, g, want_dx, want_dtau, ctx.rule)
+        else:
+            planes = thresholded(kept[0], nonzero=False)
+            dx, dtau = backend.grad(
+                ctx.layout, ctx.dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule
+            )  # fmt: skip
         return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None, None
 
 
