@@ -88,7 +88,7 @@ $(BIN)/pip:
 
 # Without compiling to byte code: of torch's files most are never imported.
 $(VENV)/packages: $(CONSTRAINTS) pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --no-compile -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark pytest-xdist build pybind11 cmake ninja hypothesis scipy h5py matplotlib tqdm scikit-learn onnx onnxruntime onnxscript
+	$(BIN)/pip install --quiet --no-compile -c $(CONSTRAINTS) torch triton numpy pytest pytest-benchmark pytest-xdist build pybind11 cmake ninja hypothesis scipy h5py matplotlib tqdm scikit-learn onnx onnxruntime onnxscript mypy
 	touch $@
 
 $(VENV)/wheel: $(SOURCES) | $(BIN)/pip

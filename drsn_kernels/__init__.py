@@ -5,14 +5,25 @@ y = dk.shrink(x, gate)              # any gate; abs, pooling, threshold and soft
 module = dk.Shrinkage(64)           # drop-in for the ports' Shrinkage
 """
 
-from . import models, noise
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from ._version import __version__
 from .backends import use_backend
 from .convert import convert, revert
 from .explain import explain
 from .graphs import graphed
 from .modules import Shrinkage, SoftThreshold, SqueezeExcite, record_tau
-from .ops import abs_mean, shrink, soft_threshold, squeeze_excite
+
+# From the operators' own files: a type checker takes `from .ops import shrink` for the file and not for the function.
+from .ops.abs_mean import abs_mean
+from .ops.shrink import shrink
+from .ops.soft_threshold import soft_threshold
+from .ops.squeeze_excite import squeeze_excite
+
+if TYPE_CHECKING:
+    from . import data, models, noise, train
 
 __all__ = [
     "Shrinkage",
@@ -21,6 +32,7 @@ __all__ = [
     "__version__",
     "abs_mean",
     "convert",
+    "data",
     "explain",
     "graphed",
     "models",
@@ -30,5 +42,18 @@ __all__ = [
     "shrink",
     "soft_threshold",
     "squeeze_excite",
+    "train",
     "use_backend",
 ]
+
+_LAZY = ("data", "models", "noise", "train")  # imported by their first use
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -82,9 +82,11 @@ class Explanation:
                     found.append(i)
         return "\n".join([*table, "", *(f"{_ranges(found)}: {reason}" for reason, found in reasons.items())])
 
+    __repr__ = __str__
+
 
 def explain(fn: Callable, /, *args: Any, strict: bool = False, **kwargs: Any) -> Explanation:
-    """Run fn(*args, **kwargs) once, print how each operator call in it ran, and return that.
+    """Run fn(*args, **kwargs) once, and return how each operator call in it ran; ``print`` shows it as a table.
 
     Nothing else is left behind (`untouched.untouched`): buffers, BatchNorm statistics, gradients, random numbers,
     training flags and the tensors among the arguments (in dicts, lists and tuples too) are as before, for `fn` itself
@@ -110,9 +112,7 @@ def explain(fn: Callable, /, *args: Any, strict: bool = False, **kwargs: Any) ->
             fn(*args, **kwargs)
         finally:
             recording.active = before
-    explanation = Explanation(tuple(recorder.calls))
-    print(explanation)
-    return explanation
+    return Explanation(tuple(recorder.calls))
 
 
 def _not_compiling() -> contextlib.AbstractContextManager:

@@ -1,14 +1,17 @@
 """Drop-in modules: thin shells around the operators, with the names and state_dict keys of the public ports."""
 
 import contextlib
+import functools
 import math
 import numbers
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from .ops import checks, shrink, soft_threshold, squeeze_excite
+from .ops import checks, scripted, shrink, soft_threshold, squeeze_excite
 
 
 class Shrinkage(nn.Module):
@@ -24,8 +27,8 @@ class Shrinkage(nn.Module):
         reduction: the gate's hidden width is channels // reduction (at least 1).
         norm: BatchNorm1d between the gate's layers, as in the paper; without it the keys are ``fc.0`` and ``fc.2``.
         activation: the class of the gate's activation.
-        threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which the gate does not learn, or
-            leaky.
+        threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which the gate does not learn (a
+            warning says so once), or leaky. Both may be set on a trained module.
         rd_ratio, rd_channels, rd_divisor: timm's way to say the hidden width, so that the class fits its ``attn_layer``
             slot: channels * rd_ratio rounded to a multiple of rd_divisor (8 unless given), or rd_channels itself.
             Instead of reduction. Such networks need ``zero_init_last=False`` (docs/deploy.md says why).
@@ -46,6 +49,8 @@ class Shrinkage(nn.Module):
         y = x.sign() * (x.abs() - tau).relu()         # tau broadcast over the spatial dimensions
         y = y + residual                              # where one is given
     """
+
+    __call__: Callable[..., torch.Tensor]  # nn.Module's own is of Any
 
     def __init__(
         self,
@@ -72,21 +77,28 @@ class Shrinkage(nn.Module):
         self.average = average
         checks.rule(threshold, slope)
         self.threshold, self.slope = threshold, slope
+        if threshold == "hard":
+            _warn_of_hard_thresholds()
         outputs = 1 if average == "sample" else channels
         self.fc = _gate(channels, hidden, outputs, norm, activation, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        sink = self.__dict__.get("_tau_sink")
-        gate = self._modules.get("fc")  # self.fc goes through nn.Module.__getattr__
-        y = shrink(
-            x, self.fc if gate is None else gate, average=self.average, residual=residual, threshold=self.threshold,
-            slope=self.slope, return_tau=sink is not None,
-        )  # fmt: skip
-        if sink is None:
+        if torch.jit.is_scripting():
+            pooled = scripted.averages(x, True, self.fc[0].weight)
+            alpha = self.fc(pooled)
+            return scripted.shrink(x, alpha, pooled, self.average, residual, self.threshold, float(self.slope))
+        else:  # which TorchScript does not look at
+            sink = self.__dict__.get("_tau_sink")
+            gate = self._modules.get("fc")  # self.fc goes through nn.Module.__getattr__
+            y = shrink(
+                x, self.fc if gate is None else gate, average=self.average, residual=residual,
+                threshold=self.threshold, slope=self.slope, return_tau=sink is not None,
+            )  # fmt: skip
+            if sink is None:
+                return y
+            y, tau = y
+            sink(tau.detach())
             return y
-        y, tau = y
-        sink(tau.detach())
-        return y
 
     def __getstate__(self) -> dict:
         """Without a running record_tau: a copy or pickle made inside the block does not record."""
@@ -126,6 +138,8 @@ class SqueezeExcite(nn.Module):
         y = y + residual                              # where one is given
     """
 
+    __call__: Callable[..., torch.Tensor]  # nn.Module's own is of Any
+
     def __init__(
         self,
         channels: int,
@@ -148,10 +162,23 @@ class SqueezeExcite(nn.Module):
         self.fc = _gate(channels, hidden, channels, norm, activation, bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return squeeze_excite(x, self.fc, residual=residual)
+        if torch.jit.is_scripting():
+            return scripted.squeeze_excite(x, self.fc(scripted.averages(x, False, self.fc[0].weight)), residual)
+        else:
+            return squeeze_excite(x, self.fc, residual=residual)
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
+
+
+@functools.cache  # once
+def _warn_of_hard_thresholds() -> None:
+    warnings.warn(
+        "threshold='hard': the gradient of y in tau is 0, so the gate, or a learnable tau, does not learn from y; train "
+        "with threshold='soft' (a leaky one has slope > 0) and set module.threshold = 'hard' afterwards, or give tau a "
+        "loss of its own (drsn_kernels.shrink with return_tau=True)",
+        stacklevel=3,
+    )
 
 
 def _rule_repr(module: "Shrinkage | SoftThreshold") -> str:
@@ -197,39 +224,70 @@ class SoftThreshold(nn.Module):
 
     Args:
         tau: the threshold, a number, or one number a channel as a sequence or tensor (C,).
-        learnable: make tau a parameter; otherwise it is a buffer. Both are in the state_dict.
-        threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which tau does not learn, or leaky.
+        learnable: make tau a parameter; otherwise it is a buffer. Both are in the state_dict as ``tau``.
+        threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which tau does not learn (a warning
+            says so once), or leaky.
+        nonnegative: keep a learnable tau at or above 0: the module computes with max(tau, 0), and a step of the
+            optimizer that went below is taken back where ``module.tau`` is read. The gradient goes through, so tau may
+            rise again. False: the parameter as it is; below 0 it expands x.
 
     Shapes:
         x of any shape for a single tau; (N, C, *spatial) for one a channel. The result has x's shape.
 
     Raises:
-        TypeError, ValueError: tau of another shape, unknown threshold or slope.
+        TypeError, ValueError: tau of another shape, or below 0 where it is kept from it, unknown threshold or slope.
     """
+
+    __call__: Callable[..., torch.Tensor]  # nn.Module's own is of Any
+    nonnegative = False  # of modules that were pickled before there was a choice
 
     def __init__(
         self,
-        tau: float | torch.Tensor = 0.0,
+        tau: float | Sequence[float] | torch.Tensor = 0.0,
         *,
         learnable: bool = False,
         threshold: str = "soft",
         slope: float = 0.0,
+        nonnegative: bool = True,
     ) -> None:
         super().__init__()
         checks.rule(threshold, slope)
         self.threshold, self.slope = threshold, slope
+        self.nonnegative = learnable and nonnegative
         value = torch.as_tensor(tau)
         value = value.detach().clone() if value.is_floating_point() else value.to(torch.get_default_dtype())
         if value.dim() > 1:
             raise ValueError(f"tau must be a number or have shape (C,), got shape {tuple(value.shape)}")
         if learnable:
+            if nonnegative and (value < 0).any():
+                raise ValueError(f"a learnable tau must be at least 0, or have nonnegative=False; got {tau}")
+            if threshold == "hard":
+                _warn_of_hard_thresholds()
             self.tau = nn.Parameter(value)
         else:
             self.register_buffer("tau", value)
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if name == "tau" and self.nonnegative:
+            with torch.no_grad():
+                found.relu_()
+        return found
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tau = self.tau if self.tau.dim() == 0 else self.tau.view(1, -1, *[1] * (x.dim() - 2))
-        return soft_threshold(x, tau, threshold=self.threshold, slope=self.slope)
+        if torch.jit.is_scripting():
+            tau = self.tau if self.tau.dim() == 0 else self.tau.view(1, -1)
+            if self.nonnegative:
+                tau = tau + (tau.relu() - tau).detach()
+            return scripted.soft_threshold(x, tau, None, self.threshold, float(self.slope))
+        else:
+            tau = self._parameters.get("tau")
+            tau = self.tau if tau is None else tau  # a buffer, or what a replica of DataParallel has
+            if self.nonnegative:
+                value = tau.detach()
+                tau = tau + (value.relu() - value)  # max(tau, 0), with the gradient of tau
+            tau = tau if tau.dim() == 0 else tau.view(1, -1, *[1] * (x.dim() - 2))
+            return soft_threshold(x, tau, threshold=self.threshold, slope=self.slope)
 
     def extra_repr(self) -> str:
         tau = f"tau={self.tau.tolist()}" if self.tau.numel() <= 4 else f"tau=({self.tau.numel()} channels)"

@@ -3,6 +3,7 @@
 import gc
 import sys
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import drsn_kernels as dk
+from drsn_kernels.backends.eager import eager
 from drsn_kernels.layout import row_bits
+
+
+@pytest.fixture(autouse=True)
+def planes(request, monkeypatch):
+    """The torch backend keeps planes as the others do; what is different where it keeps x: at the end of the file."""
+    if "kernels" in request.fixturenames:
+        request.getfixturevalue("kernels")  # which chooses the backend
+    monkeypatch.setattr(eager, "saves", "memory")
 
 
 class Saved:
@@ -134,7 +144,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * page
 shape, count = (8, 32, 1 << 13), 24                       # 8 MiB each in float32
 x = torch.randn(shape, requires_grad=True)
-with dk.use_backend(sys.argv[1], strict=True):
+with dk.use_backend(sys.argv[1], strict=True, save="memory"):
     graphs = [dk.shrink(x, torch.sigmoid)[:1, :1, :1].sum()]  # warm; the sum keeps the graph, not y
     before = resident()
     graphs += [dk.shrink(x, torch.sigmoid)[:1, :1, :1].sum() for _ in range(count)]
@@ -444,3 +454,97 @@ def test_inplace_keeps_the_gradient_of_what_came_before(kernels):
     needed = leaf.exp()  # exp keeps its output, which inplace overwrites: torch notices
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(kernels.shrink(needed, gate, inplace=True), leaf, g)
+
+
+# ---- the torch backend where it keeps x instead of planes ------------------------------------------------------------
+
+
+@pytest.fixture
+def keeping_x(planes):
+    with dk.use_backend("torch", strict=True):
+        yield
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_keeping_x_keeps_nothing_else(keeping_x, average):
+    x, gate = torch.randn(4, 8, 99, requires_grad=True), smooth_gate(8)
+    small = 2 * 4 * 8 * 4
+    with Saved(gate) as saved:
+        y = dk.shrink(x, torch.sigmoid, average=average)
+    assert x.nbytes < saved.bytes <= x.nbytes + 2 * small
+    y.backward(torch.randn_like(y))
+    assert saved.alive == 0
+    for op, more in ((lambda: dk.soft_threshold(x, torch.rand(4, 8)), small), (lambda: dk.abs_mean(x), 0)):
+        with Saved() as saved:
+            y = op()
+        assert x.nbytes <= saved.bytes <= x.nbytes + more
+        y.sum().backward()
+        assert saved.alive == 0
+
+
+def test_keeping_x_lets_go_of_it(keeping_x):
+    gate, gone = smooth_gate(8), []
+
+    def run(*wanted):
+        x = torch.randn(4, 8, 99, requires_grad=True) * 1
+        gone.append(weakref.ref(x))
+        y = dk.shrink(x, gate)
+        del x
+        if wanted:
+            torch.autograd.grad(y.sum(), wanted)
+        return y
+
+    gc.collect()
+    gc.disable()
+    try:
+        y = [run(*gate.parameters())]
+        assert gone[-1]() is None
+        run()
+        assert gone[-1]() is None and y
+    finally:
+        gc.enable()
+
+
+def test_keeping_x_notices_that_it_was_changed(keeping_x):
+    leaf, seen = torch.randn(4, 8, 99, requires_grad=True), []
+    for op in (
+        lambda x: dk.shrink(x, lambda pooled: (seen.append(pooled), torch.sigmoid(pooled))[1]), dk.abs_mean,
+        lambda x: dk.soft_threshold(x, 0.5),
+    ):  # fmt: skip
+        x = leaf * 1
+        y = op(x)
+        x.detach().neg_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        seen.pop().sum().backward()
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_in_place_the_torch_backend_keeps_planes(keeping_x, average):
+    leaf, gate = torch.randn(4, 8, 99, requires_grad=True), smooth_gate(8)
+    with Saved(gate) as saved:
+        y = dk.shrink(leaf * 1, torch.sigmoid, average=average, inplace=True)
+    assert saved.bytes < 0.6 * leaf.nbytes
+    expected = torch.autograd.grad(dk.shrink(leaf, torch.sigmoid, average=average).square().sum(), leaf)[0]
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaf)[0], expected)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("options", [{}, {"slope": 0.2}, {"threshold": "hard", "slope": 0.2}], ids=str)
+def test_x_and_planes_give_the_same_gradients(keeping_x, average, options):
+    """Of first and second order, for a loss on A alone too, and where saved tensors are hooked."""
+    gate, x = smooth_gate(8).double(), torch.randn(4, 8, 9, 11).double()
+    x[0, 0, 0, 0] = 0
+    found = []
+    for save in ("time", "memory"):
+        for hooked in (False, True):
+            leaf, seen = x.clone().requires_grad_(), []
+            with dk.use_backend("torch", save=save), torch.autograd.graph.save_on_cpu() if hooked else nullcontext():
+                y = dk.shrink(leaf, lambda a: (seen.append(a), gate(a))[1], average=average, **options)  # noqa: B023
+                alone = torch.autograd.grad(seen[0].square().sum(), leaf, create_graph=True)[0]
+                dx = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)[0]
+                found.append([y, alone, dx, *torch.autograd.grad((dx + alone).square().sum(), [leaf])])
+    for others in zip(*found, strict=True):
+        for one in others[1:]:
+            torch.testing.assert_close(one, others[0])

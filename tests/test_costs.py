@@ -90,7 +90,7 @@ def backend(request) -> str:
         pytest.skip("no compiled CPU kernels")
     if request.param == "triton" and not (gpu.INSTALLED and gpu.interpreting()):
         pytest.skip("needs Triton, interpreted")
-    with dk.use_backend(request.param, strict=True):
+    with dk.use_backend(request.param, strict=True, save="memory"):  # x kept instead: at the end of the file
         yield request.param
 
 
@@ -256,3 +256,30 @@ def test_costs_add_up():
     assert one + two == Cost(11, 22, ("a", "b", "c"), 33, 44)
     assert ((one + two).launches, (one + two).bytes) == (3, 33)
 
+
+# ---- the torch backend where it keeps x instead of planes ------------------------------------------------------------
+
+
+@pytest.fixture
+def keeping_x(monkeypatch):
+    with dk.use_backend("torch", strict=True):
+        yield Measured(monkeypatch, "torch")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keeping_x(keeping_x, layout, dtype):
+    shape, common = (4, 6, 100), {"channels_last": layout == "channels_last"}
+    x, tau, alpha = features(shape, layout, dtype).requires_grad_(), torch.rand(4, 6), torch.rand(4, 6)
+    costs = steps.cost(steps.abs_mean(shape, dtype, **common), "torch")
+    check(lambda: dk.abs_mean(x), costs, keeping_x, [x], given=x.nbytes)
+    for leaf in (x, tau, alpha):
+        leaf.requires_grad_()
+    costs = steps.cost(steps.soft_threshold(shape, dtype, **common), "torch")
+    check(lambda: dk.soft_threshold(x, tau), costs, keeping_x, [x, tau], given=x.nbytes + tau.nbytes)
+    costs = steps.cost(steps.shrink(shape, dtype, fused=False, **common), "torch")
+    given = x.nbytes + alpha.nbytes
+    check(lambda: dk.shrink(x, lambda a: alpha), costs, keeping_x, [x, alpha], given=given)
+    with torch.no_grad():
+        costs = steps.cost(steps.shrink(shape, dtype, fused=False, grad=False, **common), "torch")
+        check(lambda: dk.shrink(x, lambda a: alpha), costs, keeping_x, [])

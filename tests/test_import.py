@@ -12,16 +12,29 @@ import drsn_kernels as dk
 from drsn_kernels import info
 from drsn_kernels.__main__ import main
 
+LAZY = {"data", "models", "noise", "train"}
 
-def test_import_brings_no_triton_no_extras_and_no_gpu():
+
+def test_import_brings_no_triton_no_extras_and_no_gpu_and_the_subpackages_at_their_first_use():
     code = (
         "import sys, torch; before = set(sys.modules); import drsn_kernels\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(new & {'triton', 'numpy', 'scipy', 'matplotlib', 'tqdm', 'sklearn', 'onnx', 'timm'}))\n"
-        "print(torch.cuda.is_initialized())"
+        "print(torch.cuda.is_initialized())\n"
+        f"print([name for name in {sorted(LAZY)} if f'drsn_kernels.{{name}}' in sys.modules])\n"
+        "print(drsn_kernels.train.Recipe.__name__, drsn_kernels.noise.add_noise.__name__)"
     )
     done = python(code, TRITON_INTERPRET="0")
-    assert done.stdout.split("\n")[:2] == ["[]", "False"], done.stderr
+    assert done.stdout.splitlines() == ["[]", "False", "[]", "Recipe add_noise"], done.stderr
+
+
+def test_every_public_name_is_there():
+    assert set(dk.__all__) <= set(dir(dk)) and LAZY < set(dk.__all__)
+    for name in dk.__all__:
+        assert getattr(dk, name) is not None
+    assert dk.models.DRSN(1, 2).training and "simulate_bearing" in dir(dk.data)
+    with pytest.raises(AttributeError, match="module 'drsn_kernels' has no attribute 'shrinks'"):
+        dk.shrinks  # noqa: B018
 
 
 def test_info_names_every_backend(capsys):

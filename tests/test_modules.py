@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import warnings
+from functools import partial
 
 import port_models as ports
 import pytest
@@ -83,11 +85,23 @@ def test_constructor_errors(arguments, error, message):
 def test_forward_errors(kernels):
     with pytest.raises(ValueError, match="x must have shape"):
         dk.Shrinkage(4)(torch.randn(2, 4))
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        dk.Shrinkage(4)(torch.randn(2, 5, 8))
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        dk.Shrinkage(4)(torch.randn(1, 4, 8))
-    assert dk.Shrinkage(4).eval()(torch.randn(1, 4, 8)).shape == (1, 4, 8)
+    for build in (dk.Shrinkage, dk.SqueezeExcite, partial(dk.Shrinkage, average="sample", norm=False)):
+        message = r"x must have 4 channels, as many as the gate takes, got shape \(2, 5, 8\): mat1 and mat2"
+        with pytest.raises(ValueError, match=message):
+            build(4)(torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("build", [dk.Shrinkage, partial(dk.Shrinkage, average="sample"), dk.SqueezeExcite])
+def test_a_batch_of_one(kernels, build):
+    message = (
+        r"one sample has no batch statistics .*, got x of shape \(1, 4, 8\) in training; .*drop_last=True.*eval\(\).*"
+        "norm=False: Expected more than 1 value per channel when training"
+    )
+    x = torch.randn(1, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        build(4, norm=True)(x)
+    for module in (build(4, norm=True).eval(), build(4, norm=False)):
+        assert module(x).shape == (1, 4, 8)
 
 
 # ---- what users do with modules --------------------------------------------------------------------------------------
@@ -284,3 +298,94 @@ def test_soft_threshold_module_loads_its_state():
     module.load_state_dict(dk.SoftThreshold([0.3, 0.4], learnable=True).state_dict())
     assert module.tau.tolist() == pytest.approx([0.3, 0.4])
     assert "tau" in repr(module) and "channel" in repr(dk.Shrinkage(4))
+
+
+# ---- a learnable tau at or above 0 -----------------------------------------------------------------------------------
+
+
+def descend(module: nn.Module, direction: float, lr: float = 0.3) -> None:
+    """A step that raises tau (1) or lowers it (-1) by lr, whatever x is."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    x = torch.tensor([[[3.0], [3.0]]])
+    optimizer.zero_grad()
+    (direction * module(x)).sum().backward()  # dtau is -1 for each channel
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_learnable_tau_stays_at_or_above_zero_and_can_rise_again(backend):
+    module, x = dk.SoftThreshold([0.1, 0.5], learnable=True), torch.randn(4, 2, 30)
+    with dk.use_backend(backend):
+        descend(module, -1)
+        expected = torch.tensor([0.0, 0.2])
+        torch.testing.assert_close(module(x), soft_threshold(x, expected.expand(4, 2)))
+        assert module.tau is dict(module.named_parameters())["tau"]
+        torch.testing.assert_close(module.tau.detach(), expected)
+        descend(module, -1)  # from 0 it has a gradient, and goes no lower
+        assert not module.tau.any() and module.state_dict()["tau"].tolist() == [0, 0]
+        assert torch.equal(module(x), x)
+        descend(module, 1)
+        torch.testing.assert_close(module.tau.detach(), torch.tensor([0.3, 0.3]))
+
+
+def test_the_raw_tau_by_option():
+    module, x = dk.SoftThreshold(0.1, learnable=True, nonnegative=False), torch.randn(4, 2, 30)
+    descend(module, -1)
+    assert module.tau.item() == pytest.approx(0.1 - 2 * 0.3)
+    torch.testing.assert_close(module(x), x + 0.5 * x.sign())
+    assert dk.SoftThreshold(-0.1, learnable=True, nonnegative=False).tau.item() == pytest.approx(-0.1)
+    assert dk.SoftThreshold(-0.1).tau.item() == pytest.approx(-0.1)  # nothing learns
+    with pytest.raises(ValueError, match="a learnable tau must be at least 0, or have nonnegative=False; got -0.1"):
+        dk.SoftThreshold(-0.1, learnable=True)
+
+
+@pytest.mark.parametrize("through", [through_pickle, through_torch_save, copy.deepcopy, copy.copy])
+def test_checkpoints_and_copies_of_a_learnable_tau(through):
+    module, x = dk.SoftThreshold([0.1, 0.2], learnable=True), torch.randn(4, 2, 30)
+    assert list(module.state_dict()) == ["tau"]
+    module.load_state_dict({"tau": torch.tensor([-0.1, 0.3])})  # of a run with the raw one
+    torch.testing.assert_close(module(x), soft_threshold(x, torch.tensor([[0.0, 0.3]]).expand(4, 2)))
+    again = through(module)
+    assert torch.equal(again(x), module(x)) and again.nonnegative
+    assert torch.equal(torch.compile(again, backend="eager", fullgraph=True)(x), module(x))
+    del again.__dict__["nonnegative"]  # as in a pickle from before there was a choice
+    assert not again.nonnegative and torch.equal(again.tau, again._parameters["tau"])
+
+
+def test_two_passes_before_a_backward_and_a_look_between_them(kernels):
+    module, x = dk.SoftThreshold([0.1, 0.2], learnable=True), torch.randn(4, 2, 30)
+    y = module(x)
+    assert (module.tau > 0).all()
+    (y + module(2 * x)).sum().backward()
+    assert module.tau.grad.any()
+
+
+# ---- a warning of hard thresholds ------------------------------------------------------------------------------------
+
+
+def test_a_hard_threshold_is_warned_of_once():
+    from drsn_kernels.modules import _warn_of_hard_thresholds
+
+    def hard(build, *args, **options) -> list[str]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            build(*args, threshold="hard", **options)
+        assert all(one.filename == __file__ for one in said)  # the line that has to change
+        return [str(one.message) for one in said]
+
+    for build, options in ((dk.Shrinkage, {}), (dk.SoftThreshold, {"learnable": True})):
+        _warn_of_hard_thresholds.cache_clear()
+        (message,) = hard(build, 4, **options)
+        assert "does not learn from y" in message and "module.threshold = 'hard' afterwards" in message
+        assert hard(build, 4, **options) == [] and hard(dk.SoftThreshold, 0.1) == []
+
+
+def test_what_the_warning_advises_works(kernels):
+    """Trained soft, set to hard; and a leaky gate learns."""
+    module, x = dk.Shrinkage(4, norm=False), torch.randn(3, 4, 20)
+    hard = dk.Shrinkage(4, norm=False, threshold="hard")
+    hard.load_state_dict(module.state_dict())
+    module.threshold = "hard"
+    assert torch.equal(module(x), hard(x))
+    leaky = dk.Shrinkage(4, norm=False, slope=0.1)
+    assert all(p.any() for p in torch.autograd.grad(leaky(x).square().sum(), list(leaky.parameters())))

@@ -4,12 +4,13 @@ A backend is a class (step.py says of what) and a line in BACKENDS; in the tests
 `torch` (eager.py, pure PyTorch, any device) is the reference for all of them.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._contextlib import _DecoratorContextManager  # private; of torch.no_grad and its kind
 
 from . import cpu, gpu  # noqa: F401  gpu: whether there is a GPU backend, without importing Triton
 from .eager import eager
@@ -17,6 +18,8 @@ from .gpu.backend import Gpu
 from .step import Backend
 
 log = logging.getLogger("drsn_kernels")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu.Cpu(), "triton": Gpu(), "torch": eager}
 
@@ -40,25 +43,55 @@ choice = _Choice()
 _said: set[str] = set()
 
 
-@contextlib.contextmanager
-def use_backend(name: str, strict: bool = False) -> Iterator[None]:
-    """Run the operators on one backend inside the block: "torch", "cpu", "triton", or "auto".
+class use_backend(_DecoratorContextManager):
+    """Run the operators on one backend: "torch", "cpu", "triton", or "auto", which goes by device and dtype.
 
-    "auto" goes by device and dtype.
+    As ``torch.set_grad_enabled``: a statement from whose call on it holds, a context manager for its block, or a
+    decorator of functions and generators::
+
+        dk.use_backend("torch")             # from here on
+
+        with dk.use_backend("cpu"):         # in the block; then as before
+            y = model(x)
+
+        @dk.use_backend("cpu", strict=True)
+        def step(x): ...                    # in each call
+
+    save: what "torch" keeps for a backward pass: "time" keeps x, "memory" the bit planes of the other backends, a tenth
+    of the bytes at twice the time and more. The others keep planes anyway.
 
     A call that the backend cannot run falls back to "torch", and the logger ``drsn_kernels`` says so once; with
     ``strict=True`` it raises RuntimeError instead. The choice is the process's, not the thread's; a backward pass uses
     the backend of its forward pass. The environment variable DRSN_BACKEND sets it from the start.
 
     Raises:
-        ValueError: unknown name, or "cuda", which was a backend.
+        ValueError: unknown name, or "cuda", which was a backend; unknown save. Nothing is changed then.
     """
-    before = choice.backend, choice.strict
-    choice.backend, choice.strict = _checked(name, "use_backend"), strict
-    try:
-        yield
-    finally:
-        choice.backend, choice.strict = before
+
+    def __init__(self, name: str, strict: bool = False, save: str = "time") -> None:
+        if save not in ("time", "memory"):
+            raise ValueError(f"save must be 'time' or 'memory', got {save!r}")
+        self.wanted = _checked(name, "use_backend"), strict, save
+        self.before = choice.backend, choice.strict, eager.saves
+        self._set(*self.wanted)
+
+    @staticmethod
+    def _set(name: str, strict: bool, save: str) -> None:
+        choice.backend, choice.strict, eager.saves = name, strict, save
+
+    def __enter__(self) -> None:
+        self._set(*self.wanted)  # once more, for a second block
+
+    def __exit__(self, *error: object) -> None:
+        self._set(*self.before)
+
+    def __call__(self, function: _F) -> _F:
+        self._set(*self.before)  # in the function's calls only
+        return super().__call__(function)
+
+    def clone(self) -> "use_backend":
+        """Of a decorator, for each call: what it finds is then what it restores."""
+        return type(self)(*self.wanted)
 
 
 def fall_back(message: str) -> None:

@@ -1,22 +1,28 @@
 """The `torch` backend: the kernels' contract in pure PyTorch, on every device. Fallback, and oracle for the others.
 
-It keeps the same bit planes as the compiled backends, so it saves the same memory; only the speed differs. `grad` is
-written with differentiable operations on g and dA: second and higher derivatives run through it.
+For its backward passes it keeps x, which costs nothing to make: a training step takes less than half the time of the
+fewest operations that autograd records. With `saves` = "memory" (use_backend's `save`) it keeps the bit planes of the
+compiled backends, at a tenth of the memory; packing and unpacking them takes most of the time then. In place, where x
+is overwritten, it always does. All gradients are written with differentiable operations on g and dA: second and higher
+derivatives run through them, those of the other backends too.
 """
+
+import functools
 
 import torch
 
 from .. import reference
 from ..layout import Layout, Planes, averaged, lay_out, pack, thresholded, unpack
-from ..reference import SOFT, accumulate_dtype
+from ..reference import SOFT, Rule, accumulate_dtype
 from . import cost
-from .step import Backend, Cost, Plan, Step
+from .step import Backend, Called, Cost, Plan, Step
 
 _AVERAGES = {"magnitude": reference.abs_mean, "value": reference.mean}
 
 
 class Eager(Backend):
     name = "torch"
+    saves = "time"  # or "memory"
 
     def unsupported(self, x: torch.Tensor) -> str | None:
         return None
@@ -42,7 +48,7 @@ class Eager(Backend):
                 kept = ~(x.abs().to(t.dtype) <= reference.align_tau(t, x)) & (x != 0)
                 masks = (kept, torch.signbit(x), x != 0)
                 planes = thresholded(_stacked(layout, *masks[:keep]), keep == 3)
-            y = reference.soft_threshold(x, t, residual, rule)
+            y = _thresholded(x, t, residual, rule)
         return (lay_out(y, layout) if out is None else out.copy_(y)), planes
 
     def grad(
@@ -70,9 +76,37 @@ class Eager(Backend):
             dx = lay_out(dx.to(dtype), layout)
         return dx, dtau
 
+    # ---- keeping x instead of bit planes: the same methods as of every backend, told apart by what they are given
+
+    def averaged(self, x, layout):
+        return (reference.abs_mean(x), x) if self.saves == "time" else super().averaged(x, layout)
+
+    def averaged_grad(self, layout, dtype, kept, dA):
+        if not kept.is_floating_point():
+            return super().averaged_grad(layout, dtype, kept, dA)
+        return _Signs(kept).dx(layout, None, dA, SOFT)
+
+    def thresholded(self, x, layout, tau, rule):
+        if self.saves == "memory":
+            return super().thresholded(x, layout, tau, rule)
+        return self.map(x, layout, tau, rule=rule)[0], (x, tau)
+
+    def thresholded_grad(self, layout, dtype, kept, g, want_dx, want_dtau, rule):
+        if len(kept) == 1:
+            return super().thresholded_grad(layout, dtype, kept, g, want_dx, want_dtau, rule)
+        signs = _Signs(*kept)
+        dtau = signs.dtau(g, rule) if want_dtau else None
+        return signs.dx(layout, g, None, rule) if want_dx else None, dtau
+
+    def called(self, layout, dtype, rule, average):
+        return _Called(self, layout, dtype, rule, average)
+
+    # ---- costs
+
     def plan(self, step: Step) -> Plan:
         """Counted on tensors without memory: the code above changes."""
-        forward, backward = cost.of_streams(self, step)
+        keeps_x = step.keep and step.op != "squeeze_excite" and self.saves == "time"
+        forward, backward = _cost_of_keeping_x(step) if keeps_x else cost.of_streams(self, step)
         why = "the kernels' contract in PyTorch, on every device"
         return Plan("PyTorch operations", why, forward=forward, backward=backward)
 
@@ -97,6 +131,120 @@ class Eager(Backend):
         return cost.traced(lambda: self.grad(
             step.layout, step.dtype, planes, full, dA=small, want_dx=dx, want_dtau=dtau, rule=step.rule
         ))  # fmt: skip
+
+
+def _thresholded(x: torch.Tensor, t: torch.Tensor, residual: torch.Tensor | None, rule: Rule) -> torch.Tensor:
+    """reference.soft_threshold, the same numbers, in fewer passes and buffers where no tau is negative.
+
+    That is asked of the CPU only: on another device the answer would be waited for. Tensors without memory have none.
+    """
+    if rule != SOFT or not (t.is_cpu or t.is_meta):
+        return reference.soft_threshold(x, t, residual, rule)
+    negative = (t < 0).any()
+    if not t.is_meta and negative:
+        return reference.soft_threshold(x, t, residual, rule)
+    wide, t = x.to(t.dtype), reference.align_tau(t, x)
+    y = torch.clamp(wide, -t, t)
+    y = torch.sub(wide, y, out=y)
+    return (y if residual is None else y.add_(residual)).to(x.dtype)
+
+
+class _Signs:
+    """For one backward pass, what it needs of x (and, for g, of tau): made once, where it is first asked for."""
+
+    def __init__(self, x: torch.Tensor, tau: torch.Tensor | None = None):
+        self.x, self.tau, self.masked = x.detach(), None if tau is None else tau.detach(), None
+        self.spatial = list(range(2, x.dim()))
+
+    @functools.cached_property
+    def signs(self) -> torch.Tensor:
+        return torch.sign(self.x).to(accumulate_dtype(self.x.dtype))
+
+    @functools.cached_property
+    def inside(self) -> torch.Tensor:
+        """Not kept: |x| <= tau or x == 0, which is inside even of a negative tau."""
+        return self.x.abs() <= reference.align_tau(self.tau.relu(), self.x)
+
+    def dtau(self, g: torch.Tensor, rule: Rule) -> torch.Tensor:
+        """(N, C)."""
+        self.masked = torch.where(self.inside, 0.0, g.to(self.tau.dtype))
+        product = self.masked * self.signs
+        dtau = -(product.sum(self.spatial) if self.spatial else product)
+        return dtau if rule.offset == 1 else rule.offset * dtau
+
+    def dx(self, layout: Layout, g: torch.Tensor | None, dA: torch.Tensor | None, rule: Rule) -> torch.Tensor:
+        dx = None
+        if g is not None:
+            dx, self.masked = self.masked, None  # dtau's, for the same g
+            if dx is None or rule.inside:
+                wide = g.to(self.tau.dtype)
+                dx = torch.where(self.inside, rule.inside * wide if rule.inside else 0.0, wide)
+        if dA is not None:
+            share = (dA / layout.l).reshape(*dA.shape, *[1] * len(self.spatial))
+            dx = self.signs * share if dx is None else dx.addcmul_(self.signs, share)
+        return lay_out(dx.to(self.x.dtype), layout)
+
+
+class _Called(Called):
+    """Keeps x, or planes where it is told to. It is told what Called itself has kept, too, and goes on with that."""
+
+    def shrink(self, x, tau, residual=None, out=None, keep=0):
+        if not keep or self.backend.saves == "memory":
+            return super().shrink(x, tau, residual, out, keep)
+        return self.backend.map(x, self.layout, tau, rule=self.rule, residual=residual)[0], x
+
+    def unpacked(self, bits, alpha, pooled):
+        if not bits.is_floating_point():
+            return bits
+        return _Signs(bits, reference.threshold(alpha, pooled, self.average))
+
+    def dtau(self, bits, g):
+        return bits.dtau(g, self.rule) if isinstance(bits, _Signs) else super().dtau(bits, g)
+
+    def dx(self, bits, g, dA):
+        if isinstance(bits, _Signs):
+            return bits.dx(self.layout, g, dA, self.rule)
+        return super().dx(bits, g, dA)
+
+
+def _cost_of_keeping_x(step: Step) -> tuple[Cost, Cost]:
+    """Forward and backward."""
+    full, c, want = cost.map_bytes(step), step.layout.c, step.want
+    x = cost.like(step.layout.shape, step.strides, step.dtype)
+    g, pooled = cost.like(step.layout.shape, step.layout.strides, step.dtype), cost.small(step, c)
+    if step.op == "abs_mean":
+        forward = cost.traced(reference.abs_mean, x) + Cost(saved=full)
+        return forward, cost.traced(lambda: _Signs(x).dx(step.layout, None, pooled, SOFT))
+    if step.op == "soft_threshold":
+        tau = cost.small(step, step.outputs)
+        forward = cost.traced(_thresholded, x, tau, None, step.rule)
+        forward += Cost(saved=full + cost.sums_bytes(step, step.outputs))
+
+        def backward() -> tuple[torch.Tensor | None, ...]:
+            dx, dtau = eager.thresholded_grad(
+                step.layout, step.dtype, (x, tau), g, want.x, want.threshold, step.rule
+            )  # fmt: skip
+            return dx, None if dtau is None else dtau.sum_to_size(tau.shape)
+
+        return forward, cost.traced(backward)
+    alpha = cost.small(step, step.outputs)
+    call = eager.called(step.layout, step.dtype, step.rule, step.average)
+
+    def ahead() -> tuple[torch.Tensor, torch.Tensor | None]:
+        tau = reference.threshold(alpha, pooled, step.average)
+        tau = tau.clone() if want.tau and step.average is None else tau
+        residual = None if step.residual is None else g
+        return _thresholded(x, tau, residual, step.rule), tau if want.tau else None
+
+    def back() -> torch.Tensor | None:
+        signs = call.unpacked(x, alpha, pooled)
+        dtau = signs.dtau(g, step.rule)
+        _, dA = reference.threshold_grad(dtau, None, alpha, pooled, step.average, True, want.x)
+        if want.x:
+            return signs.dx(step.layout, g, pooled if dA is None else dA, step.rule)
+
+    saved = Cost(saved=full + cost.sums_bytes(step) + cost.sums_bytes(step, step.outputs))
+    return cost.traced(reference.abs_mean, x) + cost.traced(ahead) + saved, cost.traced(back)
 
 
 def _stacked(layout: Layout, *masks: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,10 @@ class Called:
         y, planes = self.backend.map(x, self.layout, tau, rule=self.rule, residual=residual, out=out, keep=keep)
         return y, None if planes is None else planes.bits
 
+    def unpacked(self, bits: torch.Tensor, alpha: torch.Tensor, pooled: torch.Tensor) -> Any:
+        """What the methods below are given for bits, in one backward pass."""
+        return bits
+
     def dtau(self, bits: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         """(N, C)."""
         planes = thresholded(bits, nonzero=False)
@@ -261,6 +265,32 @@ class Backend:
         dtau = self.sums(g, layout) if want_dtau else None
         self.grad_into(dx, dtau, layout, dtype, planes, g, None if dA is None else dA.contiguous(), rule)
         return dx, dtau
+
+    def averaged(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (N, C), and what its gradient needs."""
+        pooled, planes = self.reduce(x, layout, keep=True)
+        return pooled, planes.bits
+
+    def averaged_grad(
+        self, layout: Layout, dtype: torch.dtype, kept: torch.Tensor, dA: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """dx."""
+        return self.grad(layout, dtype, averaged(kept), None, dA=dA)[0]
+
+    def thresholded(
+        self, x: torch.Tensor, layout: Layout, tau: torch.Tensor, rule: Rule
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:  # fmt: skip
+        """y, and what its gradients need."""
+        y, planes = self.map(x, layout, tau, rule=rule, keep=2)
+        return y, (planes.bits,)
+
+    def thresholded_grad(
+        self, layout: Layout, dtype: torch.dtype, kept: tuple[torch.Tensor, ...], g: torch.Tensor, want_dx: bool,
+        want_dtau: bool, rule: Rule,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """dx and dtau (N, C), each if wanted."""
+        planes = thresholded(kept[0], nonzero=False)
+        return self.grad(layout, dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=rule)
 
     def called(self, layout: Layout, dtype: torch.dtype, rule: Rule, average: str | None) -> Called:
         return Called(self, layout, dtype, rule, average)

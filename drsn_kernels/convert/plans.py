@@ -9,6 +9,7 @@ instance by SyncBatchNorm.convert_sync_batchnorm, is the one that is called.
 
 import copyreg
 import functools
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -200,7 +201,19 @@ class Converted(Quiet):
 
 @functools.cache
 def converted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return subclass(cls, Converted, {})
+    own = cls.forward
+    return subclass(cls, Converted, {"forward": _forward_for(own)} if isinstance(own, types.FunctionType) else {})
+
+
+def _forward_for(own: types.FunctionType) -> types.FunctionType:
+    """Converted.forward, which torch.jit.script takes for the module's own: by its source and the names in its file."""
+    converted = Converted.forward
+
+    def forward(self, *args, **kwargs):
+        return converted(self, *args, **kwargs)
+
+    made = types.FunctionType(forward.__code__, own.__globals__, "forward", None, forward.__closure__)
+    return functools.update_wrapper(made, own)
 
 
 def _remade(cls: type[nn.Module], ours: dict[str, Any], *args: Any) -> nn.Module:

@@ -2,7 +2,8 @@
 
     A[n, c] = mean_l |x[n, c, l]|        dx = s * dA / L,   s = sign(x)
 
-Forward reads x once. Backward reads the planes sign and nonzero (2 bits an element) and writes dx.
+Forward reads x once. Backward reads the planes sign and nonzero (2 bits an element) and writes dx. The torch backend
+keeps x instead (backends/eager.py).
 """
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from .. import backends, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Step
-from ..layout import averaged, layout_of
+from ..layout import layout_of
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
 
@@ -20,8 +21,8 @@ class AbsMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layout, backend):
-        pooled, planes = backend.reduce(x, layout, keep=True)
-        ctx.save_for_backward(planes.bits)
+        pooled, kept = backend.averaged(x, layout)
+        ctx.save_for_backward(kept)
         ctx.backend, ctx.layout, ctx.dtype = backend, layout, x.dtype
         ctx.set_materialize_grads(False)
         return pooled
@@ -31,8 +32,7 @@ class AbsMean(torch.autograd.Function):
         if dA is None:
             return None, None, None
         backend = ctx.backend if is_eager_grad(dA) else eager
-        dx, _ = backend.grad(ctx.layout, ctx.dtype, averaged(ctx.saved_tensors[0]), None, dA=dA)
-        return dx, None, None
+        return backend.averaged_grad(ctx.layout, ctx.dtype, ctx.saved_tensors[0], dA), None, None
 
 
 _apply = direct_apply(AbsMean)

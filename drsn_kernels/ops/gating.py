@@ -1,5 +1,6 @@
-"""Calling a user's gate on averages (N, C)."""
+"""Calling a user's gate on averages (N, C), and saying what does not fit where it fails on their shape."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -28,16 +29,55 @@ def _autocast(device: str) -> bool:
         return False
 
 
+_SHAPES = re.compile(  # of torch's messages
+    r"shapes cannot be multiplied|must match the size|size mismatch|[Ee]xpected .*input|number of "
+    r"channels|should contain \d+ elements|is invalid for input of size|Expected more than 1 value per channel"
+)
+
+
+def _fault(gate: Callable, x: torch.Tensor, error: Exception) -> str:
+    """One sentence where torch refuses the shape of what the gate was given or made of it; or ""."""
+    said = str(error).strip().partition("\n")[0]
+    if type(error) not in (RuntimeError, ValueError) or not _SHAPES.search(said):
+        return ""
+    shape = tuple(x.shape)
+    if said.startswith("Expected more than 1 value per channel"):
+        return (
+            "one sample has no batch statistics for the gate's batch normalisation, got x of shape "
+            f"{shape} in training; give it 2 samples or more (drop_last=True drops a trailing batch of one), call "
+            f"eval(), or build the gate with norm=False: {said}"
+        )
+    channels = _in_channels(gate)
+    if channels is not None and channels != shape[1]:
+        return f"x must have {channels} channels, as many as the gate takes, got shape {shape}: {said}"
+    return f"gate must take averages {shape[:2]} of x {shape}, and return {shape[:2]} or {(shape[0], 1)}: {said}"
+
+
+def _in_channels(gate: Callable) -> int | None:
+    """Of what is certain to come first in the gate."""
+    while isinstance(gate, nn.Sequential) and len(gate):
+        gate = gate[0]
+    return getattr(gate, "in_features", None) or getattr(gate, "in_channels", None)
+
+
 def call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """What the gate returns for the averages (N, C), in the accumulate dtype.
 
     The gate sees them in its parameters' dtype; under autocast, torch decides.
     """
     dtype = _first_float(gate) if isinstance(gate, nn.Module) else None
+    given = pooled
     if dtype is not None and dtype != pooled.dtype and not _autocast(x.device.type):
-        alpha = gate(pooled.to(dtype))
+        given = pooled.to(dtype)
+    if torch.compiler.is_compiling():  # a graph break would not be resumed within a try
+        alpha = gate(given)
     else:
-        alpha = gate(pooled)
+        try:
+            alpha = gate(given)
+        except (RuntimeError, ValueError) as error:
+            if said := _fault(gate, x, error):
+                raise ValueError(said) from error
+            raise
     if alpha.__class__ is torch.Tensor and alpha.shape == pooled.shape and alpha.dtype is pooled.dtype:
         if alpha.device == pooled.device:
             return alpha

@@ -13,11 +13,13 @@ Two autograd nodes with the gate between them, and no add of two gradients the s
 
 Apply takes A from Pool, so Pool runs after Apply and after the gate, with g and dA at hand. x itself is no input of
 Apply's: it is found at Pool. In place it is one, as an alias that Pool returns: a node may overwrite its inputs only.
-Kept for it by Apply, which knows tau: three planes, alpha and A, 3 bits an element and two (N, C) tensors.
+Kept for it by Apply, which knows tau: three planes, alpha and A, 3 bits an element and two (N, C) tensors. The torch
+backend keeps x in place of the planes (backends/eager.py).
 """
 
 import weakref
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 
@@ -25,7 +27,7 @@ from .. import backends, gates, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Backend, Called, GateShape, Step, Want, checked
 from ..gates import StandardGate
-from ..layout import Planes, layout_of, thresholded
+from ..layout import layout_of
 from ..reference import SOFT, Rule
 from . import checks
 from .abs_mean import traced_abs_mean
@@ -78,8 +80,7 @@ class Pool(torch.autograd.Function):
             if g is not None or dA is not None:
                 dx = here.dx(bits, g, dA)
         elif dA is not None:
-            backend = call.backend if is_eager_grad(dA) else eager
-            dx, _ = backend.grad(call.layout, call.dtype, _planes(ctx), None, dA=dA)
+            dx = _grad_of_the_average(ctx, call if is_eager_grad(dA) else _differentiable(call), dA)
         if alias_grad is not None:
             dx = alias_grad if dx is None else dx + alias_grad
         if not keeps_graph():
@@ -87,18 +88,20 @@ class Pool(torch.autograd.Function):
         return dx, None, None
 
 
-def _planes(pool: Pool) -> Planes:
-    """For a loss on A alone."""
+def _grad_of_the_average(pool: Pool, here: Called, dA: torch.Tensor) -> torch.Tensor:
+    """dx of a loss on A alone."""
+    call = pool.call
     if pool.planes is not None:
-        return thresholded(pool.planes, nonzero=True)
+        return here.dx(pool.planes, None, dA)
     if pool.source is not None:
         x, version = pool.source
         if x._version != version:
             raise RuntimeError("x was modified by an inplace operation, and the gradient of the gate's input needs it")
-        return pool.call.backend.reduce(x, pool.call.layout, keep=True)[1]
+        return here.backend.averaged_grad(call.layout, call.dtype, call.backend.averaged(x, call.layout)[1], dA)
     apply = None if pool.apply_node is None else pool.apply_node()
     if apply is not None:
-        return thresholded(apply.saved_tensors[0], nonzero=True)
+        bits, alpha, pooled = apply.saved_tensors
+        return here.dx(here.unpacked(bits, alpha, pooled), None, dA)
     if pool.apply_node is not None:
         raise RuntimeError("a loss on the gate's input alone needs y's graph where saved tensors are hooked; keep y")
     raise RuntimeError("trying to backward through the graph a second time: pass retain_graph=True to the first")
@@ -123,11 +126,10 @@ class Apply(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(bits, alpha, pooled)
         if pool is not None:
-            pool.source = None
             if hooks_on_saved_tensors():  # they decide where planes live: nothing is held beside them
-                pool.apply_node = weakref.ref(ctx)
-            else:
-                pool.planes = bits
+                pool.source, pool.apply_node = None, weakref.ref(ctx)
+            elif bits is not x:
+                pool.source, pool.planes = None, bits
         ctx.call, ctx.pool = call, pool
         if inplace:
             ctx.mark_dirty(x)
@@ -141,6 +143,7 @@ class Apply(torch.autograd.Function):
             return None, None, None, residual_grad, None, None, None, None
         bits, alpha, pooled = ctx.saved_tensors
         here = call if is_eager_grad(g) else _differentiable(call)
+        bits = here.unpacked(bits, alpha, pooled)
         x_grad = dtau = None
         if g is not None:
             if want_alpha or want_pooled:
@@ -151,7 +154,7 @@ class Apply(torch.autograd.Function):
             if will_run(pool):
                 pool.handed[current_backward()] = g, bits, here
             elif not keeps_graph():
-                pool.planes = None
+                pool.planes = pool.source = None
         alpha_grad, pooled_grad = reference.threshold_grad(
             dtau, tau_grad, alpha, pooled, call.average, want_alpha, want_pooled
         )
@@ -180,6 +183,24 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
 
+@overload
+def shrink(
+    x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], *, average: str | None = ...,
+    residual: torch.Tensor | None = ..., inplace: bool = ..., return_tau: Literal[False] = ..., threshold: str = ...,
+    slope: float = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def shrink(
+    x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], *, average: str | None = ...,
+    residual: torch.Tensor | None = ..., inplace: bool = ..., return_tau: Literal[True], threshold: str = ...,
+    slope: float = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def shrink(
+    x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], *, average: str | None = ...,
+    residual: torch.Tensor | None = ..., inplace: bool = ..., return_tau: bool, threshold: str = ...,
+    slope: float = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def shrink(
     x: torch.Tensor,
     gate: Callable[[torch.Tensor], torch.Tensor],
@@ -301,6 +322,8 @@ def _called(x, gate, call, residual, inplace, return_tau):
     """Any gate, between two nodes."""
     fused, grads, pool, handle = _same_dtype(residual, x), torch.is_grad_enabled(), None, x
     overwrite, by_copy = _where(x, inplace) if inplace else (False, False)
+    if inplace and call.backend is eager:  # x will not be there for the backward pass
+        call = Called(eager, call.layout, call.dtype, call.rule, call.average)
     if grads and x.requires_grad:
         if overwrite:
             pooled, handle = _pool(x, call, True)
@@ -320,7 +343,10 @@ def _called(x, gate, call, residual, inplace, return_tau):
     if why is not None:
         recording.elsewhere("shrink", x, why, gate=gate)
         if pool is not None:  # there will be no Apply, and in place x is overwritten
-            pool.planes, pool.source = call.shrink(x, pooled, keep=3)[1], None
+            with torch.no_grad():
+                _, bits = call.shrink(x, pooled, keep=3)
+            if bits is not x:
+                pool.planes, pool.source = bits, None
         x = x if handle is None else handle
         return _compose(x, pooled, alpha, call.average, residual, inplace, return_tau, call.rule)
     needed = grads and (x.requires_grad or alpha.requires_grad)

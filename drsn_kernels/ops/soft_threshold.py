@@ -7,7 +7,7 @@
 Hard and leaky thresholds (reference.Rule) are the same kernels with other constants, and keep the same planes.
 
 Forward reads x and writes y and, for a gradient, the planes kept and sign (2 bits an element). Backward reads g and the
-planes once and writes dx, with dtau summed on the way.
+planes once and writes dx, with dtau summed on the way. The torch backend keeps x and tau instead (backends/eager.py).
 """
 
 import numbers
@@ -17,7 +17,7 @@ import torch
 from .. import backends, recording, reference
 from ..backends.eager import eager
 from ..backends.step import Step, Want
-from ..layout import layout_of, thresholded
+from ..layout import layout_of
 from ..reference import SOFT, Rule
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
@@ -28,8 +28,8 @@ class SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, tau, layout, backend, rule):
-        y, planes = backend.map(x, layout, tau, rule=rule, keep=2)
-        ctx.save_for_backward(planes.bits)
+        y, kept = backend.thresholded(x, layout, tau, rule)
+        ctx.save_for_backward(*kept)
         ctx.backend, ctx.layout, ctx.dtype, ctx.tau_shape, ctx.rule = backend, layout, x.dtype, tau.shape, rule
         ctx.set_materialize_grads(False)
         return y
@@ -38,10 +38,10 @@ class SoftThreshold(torch.autograd.Function):
     def backward(ctx, g):
         if g is None:
             return None, None, None, None, None
-        planes = thresholded(ctx.saved_tensors[0], nonzero=False)
         backend = ctx.backend if is_eager_grad(g) else eager
-        want_dx, want_dtau = ctx.needs_input_grad[:2]
-        dx, dtau = backend.grad(ctx.layout, ctx.dtype, planes, g, want_dx=want_dx, want_dtau=want_dtau, rule=ctx.rule)
+        dx, dtau = backend.thresholded_grad(
+            ctx.layout, ctx.dtype, ctx.saved_tensors, g, *ctx.needs_input_grad[:2], ctx.rule
+        )
         return dx, None if dtau is None else dtau.sum_to_size(ctx.tau_shape), None, None, None
 
 
