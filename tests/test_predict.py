@@ -154,6 +154,8 @@ def test_speech_and_images_load_as_well(tmp_path):
     run = train(images, tmp_path / "image", task="image", dims=2, epochs=1)
     model, info = load(tmp_path / "image")
     assert info.windows is None and info.shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="x.npy cannot be cut into windows: the run was trained on images"):
+        file_windows("x.npy", info)
     with torch.no_grad():
         assert torch.equal(model(images.test_x), run.network.eval()(images.test_x))
 
@@ -364,7 +366,7 @@ def test_probabilities_leave_the_mode_as_it_was():
     model = nn.Sequential(network("drsn-cw", **TINY), nn.Identity())
     model[1].eval()
     x = torch.randn(300, 1, 40, generator=seeded())  # more than one batch
-    found, taus = probabilities(model, x, thresholds=True)
+    found, taus = probabilities(model, x.double().numpy(), thresholds=True)
     assert model.training and model[0].training and not model[1].training
     assert found.shape == (300, 8) and taus["0.stages.0.0.shrinkage"].shape == (300,)
     torch.testing.assert_close(found.sum(1), torch.ones(300))
@@ -380,9 +382,10 @@ def test_from_a_folder_to_predictions(tmp_path, command, capsys):
     pytest.importorskip("matplotlib")
     recordings(tmp_path / "data")
     options = ("--task", "own", "--data", tmp_path / "data", "--length", 64, "--epochs", 1, "--model", "resnet")
-    printed = command("train", *options, "--noise", "none", "--batch", 16, "--out", tmp_path / "run").splitlines()
+    printed = command("train", *options, "--batch", 16, "--out", tmp_path / "run").splitlines()
     assert printed[0].startswith(f"Recordings in {tmp_path / 'data'}: 6 of 2 classes, 1 channel; windows of 64 samples")
     assert printed[1].split() == "class recordings seconds training windows test windows".split()
+    assert any(line.endswith("; noise: none") for line in printed)  # unless it is asked for
     assert printed[2].split() == ["high", "3", "21.0", "42", "9"]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["settings"].items() >= {"task": "own", "length": 64, "rate": None, "normalise": "window"}.items()
@@ -414,7 +417,7 @@ def test_a_run_of_before_there_were_own_data_is_continued(tmp_path, command):
     pytest.importorskip("matplotlib")
     recordings(tmp_path / "data")
     options = ("--task", "own", "--data", tmp_path / "data", "--length", 64, "--epochs", 1, "--model", "convnet")
-    command("train", *options, "--out", tmp_path / "run")
+    assert "; noise: gaussian at 3 dB" in command("train", *options, "--snr", 3, "--out", tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     del config["settings"]["normalise"], config["settings"]["rate"]

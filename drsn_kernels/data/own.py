@@ -244,9 +244,13 @@ def load_own(
 
     Args:
         source: a folder with a subfolder for each class, searched with its own subfolders for .npy, .npz, .csv, .txt,
-            .mat and .wav files, which may be mixed (`data/_recordings.py` says what is read of each). Or a table: an
-            .npz file with x (N, length) or (N, channels, length) and y (N,), or a .csv file with a window in each row
-            and its label, a text or a number, in the column ``label`` or in the last one. Hidden files are passed over.
+            .mat and .wav files, which may be mixed; hidden files are passed over. Of an array with two dimensions the
+            longer one is time. An .npz or .mat file holds one array, or several of as many samples, and its sampling
+            rate as a number named rate or fs. A text has a column for each channel, with a line of names or not. A
+            column or array named time, index or the like is left out, and so is a first column without a name that
+            rises evenly.
+            Or a table: an .npz file with x (N, length) or (N, channels, length) and y (N,), or a .csv file with a
+            window in each row and its label, a text or a number, in the column ``label`` or in the last one.
         length: samples a window, after resampling; by default 2048, or as many as every recording has room for.
         stride: samples from one training window to the next; by default half the length, so that they overlap.
         rate: Hz. Recordings of another rate are resampled to it, and a file that does not say its own is taken to be at

@@ -55,7 +55,10 @@ def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
             raise ValueError(
                 f"--out {options.out} already holds a {CHECKPOINT} without its {CONFIG}: name another folder"
             )
-        return json.loads(json.dumps(DEFAULTS)) | given, None
+        defaults = json.loads(json.dumps(DEFAULTS))
+        if given.get("task") == "own" and "snr" not in given:  # a person's signals as they are, unless noise is asked for
+            defaults["noise"] = "none"
+        return defaults | given, None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         settings = {name: (OWN | config["settings"])[name] for name in DEFAULTS}  # older runs have none of OWN

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,8 +20,11 @@ from ..data.speech import fit_length
 from ..modules import Shrinkage, record_tau
 from . import files
 from .ranks import join, leave
-from .recipe import evaluating
+from .recipe import evaluating, samples
 from .saved import RunInfo, load
+
+if TYPE_CHECKING:
+    from .recipe import Array
 
 COLUMNS = ("file", "start", "class", "probability")
 BATCH = 256  # windows
@@ -29,15 +33,16 @@ _log = logging.getLogger("drsn_kernels")
 
 @torch.no_grad()
 def probabilities(
-    model: nn.Module, x: torch.Tensor, *, thresholds: bool = False
+    model: nn.Module, x: "Array", *, thresholds: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Class probabilities (N, classes) of windows x (N, *shape), float32 on the CPU, in eval mode.
 
     Args:
+        x: as in :func:`.predict`, a tensor or a NumPy array.
         thresholds: also return the threshold of every shrinkage, its mean over the channels: module name -> (N,); else
             the dict is empty.
     """
-    device = next(model.parameters()).device
+    x, device = samples(model, x), next(model.parameters()).device
     found: list[torch.Tensor] = []
     recorded: dict[str, list[torch.Tensor]] = {}
     with evaluating(model):
@@ -81,7 +86,7 @@ def _table_windows(path: Path, info: RunInfo) -> tuple[torch.Tensor, list[float]
 
 
 def file_windows(
-    path: Path, info: RunInfo, *, rate: float | None = None, channels: Sequence[int | str] | None = None,
+    path: str | Path, info: RunInfo, *, rate: float | None = None, channels: Sequence[int | str] | None = None,
     stride: int | None = None,
 ) -> tuple[torch.Tensor, list[float]]:  # fmt: skip
     """The windows (N, C, length) of a file as a run's model takes them, and where each starts.
@@ -95,9 +100,19 @@ def file_windows(
         stride: samples from one window to the next; by default the length.
 
     Raises:
-        ValueError: the file cannot be read, is too short, or has other channels; the message names it.
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read, is too short, or has other channels, and the message names it; or the run
+            is one on images.
+
+    Example::
+
+        model, info = load("run")
+        x, starts = file_windows("new.wav", info)
+        found, _ = probabilities(model, x)
     """
-    windows, wanted = info.windows, info.sampling_rate
+    path, windows, wanted = Path(path), info.windows, info.sampling_rate
+    if windows is None:
+        raise ValueError(f"{path} cannot be cut into windows: the run was trained on images")
     if windows.table:
         return _table_windows(path, info)
     channels = windows.channels if channels is None else channels
