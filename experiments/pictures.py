@@ -1,4 +1,4 @@
-"""Pictures of what a shrinkage does, from networks that are trained here, for docs/pictures.md.
+"""Pictures of what a shrinkage does, from networks that are trained here, for docs/experiments.
 
     python -m experiments.pictures [--vibration FOLDER] [--image FOLDER] [--out docs/pictures] [--epochs N] [--quick]
 
