@@ -271,6 +271,14 @@ def in_graphs() -> list[str]:
     return rows_of(["case, CPU", "plain PyTorch, ms", "opaque over it", "eager, gate fused, over it"], lines)
 
 
+# ---- docs/README.md --------------------------------------------------------------------------------------------------
+
+
+def stored() -> list[str]:
+    """Links to the tables of all runs."""
+    return [", ".join(f"[{short(name)}](benchmarks/{name}/results.md)" for name in names()) + "."]
+
+
 # ---- docs/inside/measurements.md -------------------------------------------------------------------------------------
 
 
@@ -366,7 +374,7 @@ def runs() -> list[str]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 BLOCKS = {one.__name__: one for one in (bought, status, measured, accuracy, slower, in_graphs, aims, on_gpus, gpu_aims,
-                                        networks, hosts, runs)}  # fmt: skip
+                                        networks, hosts, runs, stored)}  # fmt: skip
 
 
 def pages() -> list[Path]:

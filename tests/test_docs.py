@@ -125,5 +125,12 @@ def test_the_index_names_every_page_of_the_folder():
         assert f"({page.relative_to(DOCS).as_posix()})" in index, page
 
 
+def test_the_site_has_every_page():
+    """mkdocs.yml; the tables of stored runs are linked to from Measurements."""
+    listed = set(re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    assert listed == {page for page in pages if not page.startswith("benchmarks/")}
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 70
