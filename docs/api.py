@@ -95,6 +95,8 @@ def markdown(doc: str) -> str:
         lines = block.split("\n")
         if lines[0].startswith("    ") and out and out[-1].endswith("::"):
             out[-1] = out[-1][:-1] + "\n\n```python\n" + textwrap.dedent(block) + "\n```"
+        elif lines[0].startswith("    ") and out and out[-1].endswith("\n```"):  # an empty line within the block
+            out[-1] = out[-1].removesuffix("```") + "\n" + textwrap.dedent(block) + "\n```"
         elif re.fullmatch(r"\w[\w, ]*:", lines[0]):
             out.append(f"**{lines[0][:-1]}**\n\n" + items(lines[1:]))
         else:

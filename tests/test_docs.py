@@ -3,6 +3,9 @@
 import ast
 import importlib.util
 import re
+import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -43,7 +46,9 @@ def test_the_reference_is_up_to_date():
 
 def test_the_reference_has_every_public_name():
     named = {name for names in generator("api").SECTIONS.values() for name in names}
-    assert set(dk.__all__) - {"__version__", "models", "noise"} == {name for name in named if "." not in name}
+    assert set(dk.__all__) - {"__version__", "data", "models", "noise", "train"} == {
+        name for name in named if "." not in name
+    }
 
 
 def test_the_support_matrix_is_up_to_date():
@@ -134,3 +139,30 @@ def test_the_site_has_every_page():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 70
+
+
+def test_an_empty_line_does_not_end_a_block_of_code():
+    doc = "Text. Equivalent to::\n\n    a = 1\n\n    if a:\n        b = 2\n\nMore text."
+    assert generator("api").markdown(doc) == (
+        "Text. Equivalent to:\n\n```python\na = 1\n\nif a:\n    b = 2\n```\n\nMore text."
+    )
+
+
+@pytest.mark.slow
+def test_own_data_goes_as_the_page_shows_it(tmp_path):
+    """Numpy's recordings, a trained run, predictions and ONNX; then the run as a model."""
+    for module in ("matplotlib", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module, reason="the session exports and draws")
+    page = (DOCS / "networks_and_training.md").read_text(encoding="utf-8")
+    session = page.split("## Your own data")[1].split("\n## ")[0]
+    said = []
+    for language, code in re.findall(r"^```(python|)\n(.*?)^```$", session, re.M | re.S):
+        commands = [shlex.split(line)[1:] for line in code.splitlines() if line.startswith("python -m drsn_kernels ")]
+        for arguments in [["-c", code]] if language else commands:
+            ran = subprocess.run([sys.executable, "-P", *arguments], cwd=tmp_path, capture_output=True, text=True)
+            assert ran.returncode == 0, ran.stderr
+            said.append(ran.stdout)
+    assert len(said) == 5 and "healthy" in said[1] and "worn" in said[-1] + said[2]
+    first, *rest = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert first == "file,start,class,probability" and rest[-1].startswith("new/a.csv,,worn,")
+    assert (tmp_path / "model.onnx").is_file()
