@@ -9,12 +9,10 @@ fails where a page, or a results.md, is not what the stored runs give.
 
 import csv
 import json
-import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 from .installed import ROOT, ensure_installed
@@ -24,120 +22,37 @@ ensure_installed()
 from drsn_kernels.demo.speed import PAPER_RATIO  # noqa: E402
 
 from . import plots  # noqa: E402
-from .cases import LARGE, NETWORKS  # noqa: E402
-from .report import Table, _bytes, figures  # noqa: E402
-from .rows import read_json, write_markdown  # noqa: E402
+from .cases import NETWORKS  # noqa: E402
+from .report import figures  # noqa: E402
+from .rows import write_markdown  # noqa: E402
+from .stored import (  # noqa: E402
+    EVAL,
+    EVAL16,
+    REPLACED,
+    RUNS,
+    TRAIN,
+    TRAIN16,
+    current,
+    gains,
+    gpus,
+    host,
+    kept,
+    large,
+    mean,
+    names,
+    number,
+    over_floor,
+    over_resnet,
+    rows_of,
+    run,
+    short,
+    table,
+)
 
 DOCS = ROOT / "docs"
-RUNS = DOCS / "benchmarks"
-# Commits whose kernels are no longer those of the tree: their runs are listed, and give no figure of today's.
-REPLACED = {"d90c677": "kernels since replaced"}
-SHORT = {"cpu": "CPU, 2 cores"}
 PLOTTED = {("shrink_train", "both"), ("shrink_eval", "forward")}  # and networks
 WIDE = 512  # channels from which a gate's products outweigh its streams
 MARKED = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.S)
-
-# ---- the runs --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def run(name: str) -> list[dict]:
-    return read_json(RUNS / name / "results.json")
-
-
-@cache
-def table(name: str) -> Table:
-    return Table(run(name))
-
-
-def names() -> list[str]:
-    """All runs, the CPU's first."""
-    found = sorted(path.parent.name for path in RUNS.glob("*/results.json"))
-    return sorted(found, key=lambda name: name != "cpu")
-
-
-def gpus() -> list[str]:
-    return [name for name in names() if run(name)[0]["clock"] != "wall"]
-
-
-def current() -> list[str]:
-    """The runs that speak for this tree."""
-    return [name for name in names() if run(name)[0]["commit"] not in REPLACED]
-
-
-def short(name: str) -> str:
-    """NVIDIA H100 80GB HBM3 -> H100."""
-    return SHORT.get(name) or run(name)[0]["device"].split()[1]
-
-
-# ---- ratios ----------------------------------------------------------------------------------------------------------
-
-
-def _of(op: str, mode: str, dtype: str, least: int = 0) -> Callable[[dict], bool]:
-    """Rows of the operator; least: only with so many channels."""
-    return lambda one: (one["op"], one["mode"], one["dtype"]) == (op, mode, dtype) and one["shape"][1] >= least
-
-
-TRAIN, TRAIN16 = _of("shrink_train", "both", "fp32"), _of("shrink_train", "both", "bf16")
-EVAL, EVAL16 = _of("shrink_eval", "forward", "fp32"), _of("shrink_eval", "forward", "bf16")
-
-
-def number(value: float) -> str:
-    """Two digits, three of what lies between 1 and 3."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 3 else f"{value:.2f}"
-
-
-def mean(values: Iterable[float]) -> str:
-    """The geometric mean, and from the least to the greatest; nothing for nothing."""
-    if not (values := list(values)):
-        return ""
-    found = number(statistics.geometric_mean(values))
-    return f"{found} ({_short(min(values))} to {_short(max(values))})" if len(values) > 1 else found
-
-
-def _short(value: float) -> str:
-    """Two digits."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def gains(name: str, other: str, want: Callable[[dict], bool]) -> dict[str, float]:
-    return table(name).gains(other, want)
-
-
-def over_resnet(name: str, provider: str, op: str = "paper_network") -> float | None:
-    """A training step over that of the ResNet."""
-    found = table(name).gains("floor", lambda one: one["op"] == op, provider)
-    return 1 / found.popitem()[1] if found else None
-
-
-def over_floor(name: str, want: Callable[[dict], bool]) -> dict[str, float]:
-    return {case: 1 / gain for case, gain in gains(name, "floor", want).items()}
-
-
-def large(want: Callable[[dict], bool]) -> Callable[[dict], bool]:
-    return lambda one: want(one) and _bytes(one) >= LARGE
-
-
-def host(name: str, provider: str, want: Callable[[dict], bool] = TRAIN) -> float | None:
-    """Median microseconds until an eager call returns."""
-    times = [rows[provider]["host_us"] for rows in table(name).cases.values()
-             if provider in rows and want(rows[provider])]  # fmt: skip
-    return statistics.median(times) if times else None
-
-
-def kept(name: str, provider: str) -> float:
-    """Bytes an element that are kept for the backward pass, the median over float32 training steps."""
-    return statistics.median(
-        rows[provider]["saved_bytes"] / math.prod(rows[provider]["shape"])
-        for rows in table(name).cases.values()
-        if provider in rows and TRAIN(rows[provider])
-    )
-
-
-def rows_of(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(line)} |" for line in lines)]
-
 
 # ---- README.md -------------------------------------------------------------------------------------------------------
 
@@ -171,7 +86,7 @@ def status() -> list[str]:
         note = f", {REPLACED[commit]}" if commit in REPLACED else ""
         about = f"commit {commit}, {len(table(name).cases)} cases{note}"
         link = f"[{short(name)}](docs/benchmarks/{name}/results.md)"
-        lines.append(f"- {link} ({about}): over torch.compile {', '.join(speeds)}.")
+        lines.append(f"- {link} ({about})" + (f": over torch.compile {', '.join(speeds)}." if speeds else ""))
     return lines
 
 
@@ -309,15 +224,13 @@ def gpu_aims() -> list[str]:
     runs = [name for name in current() if name in gpus()]
     steps = {"training, float32": TRAIN, "training, bfloat16": TRAIN16, "eval, float32": EVAL, "eval, bfloat16": EVAL16}
 
-    def verdict(text: str, reached: bool) -> str:
-        return text if reached else f"{text}: **no**"
-
     lines = []
     for label, want in steps.items():
         cells = []
         for name in runs:
             found = list(gains(name, "best-compiled", want).values())
-            cells.append(verdict(mean(found), statistics.geometric_mean(found) >= 2 and min(found) >= 1.2))
+            good = found and statistics.geometric_mean(found) >= 2 and min(found) >= 1.2
+            cells.append(_verdict(mean(found), good))
         lines.append([f"torch.compile / ours, {label}", "at least 2, no case below 1.2", *cells])
     floors = {"training / a copy and a product": (1.6, (TRAIN, TRAIN16)), "eval / a copy": (1.35, (EVAL, EVAL16))}
     for label, (most, wants) in floors.items():
@@ -325,12 +238,18 @@ def gpu_aims() -> list[str]:
         for name in runs:
             found = [ratio for want in wants for ratio in over_floor(name, large(want)).values()]
             good = sum(ratio <= most for ratio in found)
-            cells.append(verdict(f"{good} of {len(found)} cases, worst {number(max(found))}", good == len(found)))
+            text = f"{good} of {len(found)} cases, worst {number(max(found))}" if found else ""
+            cells.append(_verdict(text, good == len(found)))
         lines.append([f"{label}, 16 MiB and more", f"at most {most}", *cells])
     ratios = [over_resnet(name, "triton") for name in runs]
-    cells = [verdict(number(ratio), ratio <= 1.05) if ratio else "" for ratio in ratios]
+    cells = [_verdict(number(ratio), ratio <= 1.05) if ratio else "" for ratio in ratios]
     lines.append(["paper network / ResNet, as CUDA graphs", "at most 1.05", *cells])
     return rows_of(["figure", "aim", *map(short, runs)], lines)
+
+
+def _verdict(text: str, reached: bool) -> str:
+    """Of an aim; nothing where no such case was timed."""
+    return text if reached or not text else f"{text}: **no**"
 
 
 def networks() -> list[str]:
@@ -353,8 +272,9 @@ def hosts() -> list[str]:
     lines = []
     for name in gpus():
         for label, want in (("training step", TRAIN), ("forward in eval", EVAL)):
-            times = [f"{host(name, provider, want):.0f}" for provider in ("port", "best", "best-compiled", "triton")]
-            lines.append([short(name), label, *times])
+            times = [host(name, provider, want) for provider in ("port", "best", "best-compiled", "triton")]
+            if all(times):
+                lines.append([short(name), label, *(f"{us:.0f}" for us in times)])
     return rows_of(["run", "step", "port, us", "best eager form", "torch.compile", "ours"], lines)
 
 

@@ -86,7 +86,7 @@ def _is(op: str, mode: str, groups: str = "ABDE") -> Callable[[dict], bool]:
     )
 
 
-def _bytes(one: dict) -> int:
+def size_of(one: dict) -> int:
     return math.prod(one["shape"]) * DTYPES[one["dtype"]].itemsize
 
 
@@ -99,7 +99,7 @@ def _bf16(table: Table) -> dict[str, float]:
     found = {}
     for case, rows in table.cases.items():
         other = table.cases.get(case.replace("-fp32-", "-bf16-"), {})
-        if "-fp32-" in case and table.ours in rows and table.ours in other and _bytes(rows[table.ours]) >= LARGE:
+        if "-fp32-" in case and table.ours in rows and table.ours in other and size_of(rows[table.ours]) >= LARGE:
             if rows[table.ours]["op"] in ("shrink_train", "shrink_eval"):
                 found[case] = rows[table.ours]["median_ms"] / other[table.ours]["median_ms"]
     return found
@@ -112,7 +112,7 @@ def figures(rows: Sequence[dict]) -> list[Figure]:
     port = table.gains("port", lambda one: one["op"] == "paper_network", "floor")
     step, evaluated = _is("shrink_train", "both"), _is("shrink_eval", "forward", "ABCDEG")
     over_clone = {case: 1 / gain for case, gain in
-                  table.gains("floor", lambda one: evaluated(one) and _bytes(one) >= LARGE).items()}  # fmt: skip
+                  table.gains("floor", lambda one: evaluated(one) and size_of(one) >= LARGE).items()}  # fmt: skip
     over_best = table.gains("best", lambda one: one["group"] != "F")  # degenerate shapes are there to be right
     worst = min(over_best, key=over_best.get, default=None)
     bf16 = _bf16(table)
@@ -147,8 +147,8 @@ def _scaling(table: Table) -> list[Figure]:
             one = rows[table.ours]
             both = {name: _gain(rows, name) for name in (table.ours, "floor")}
             if None not in both.values():
-                aim = 1.7 if _bytes(one) < LARGE else both["floor"]
-                name = f"1 to 2 threads, {_bytes(one) / 2**20:.0f} MiB"
+                aim = 1.7 if size_of(one) < LARGE else both["floor"]
+                name = f"1 to 2 threads, {size_of(one) / 2**20:.0f} MiB"
                 found.append(Figure(name, both[table.ours], round(aim, 2), True, f"clone {both['floor']:.2f}; {case}"))
     return found
 

@@ -5,7 +5,8 @@ import re
 import pytest
 import repository  # noqa: F401 - benchmarks/ from the repository
 
-from benchmarks import numbers, plots
+from benchmarks import numbers, plots, stored
+from benchmarks.rows import write_json
 
 
 @pytest.mark.parametrize("page", numbers.pages(), ids=lambda page: str(page.relative_to(numbers.ROOT)))
@@ -58,6 +59,20 @@ def test_a_replaced_run_gives_no_figure_of_today(monkeypatch):
     assert "nvidia-h100-80gb-hbm3" in numbers.current()
     monkeypatch.setitem(numbers.REPLACED, numbers.run("nvidia-h100-80gb-hbm3")[0]["commit"], "older")
     assert "nvidia-h100-80gb-hbm3" not in numbers.current() and "nvidia-h100-80gb-hbm3" in numbers.gpus()
+
+
+def test_a_run_of_a_few_cases_leaves_its_other_cells_empty(monkeypatch, tmp_path):
+    for name in ("cpu", "nvidia-h100-80gb-hbm3"):
+        (tmp_path / name).symlink_to(stored.RUNS / name)
+    rows = [one | {"device": "NVIDIA B200"} for one in numbers.run("nvidia-h100-80gb-hbm3") if one["op"] == "abs_mean"]
+    write_json(tmp_path / "nvidia-b200" / "results.json", rows, "a command")
+    monkeypatch.setattr(stored, "RUNS", tmp_path)
+    assert numbers.names() == ["cpu", "nvidia-b200", "nvidia-h100-80gb-hbm3"]
+    for name, block in numbers.BLOCKS.items():
+        assert block(), name
+    assert "B200" in numbers.measured()[0] and "nvidia-b200" in "".join(numbers.status())
+    stored.run.cache_clear()
+    stored.table.cache_clear()
 
 
 def test_plots_show_each_case_once_for_each_provider(monkeypatch, tmp_path):
