@@ -5,8 +5,6 @@
 #              EXPERIMENTS="--jobs 2 --quick ..." the rest; without a folder simulated vibration
 # make pictures  docs/pictures, a few minutes; VIBRATION= and IMAGE= name the folders, PICTURES="--quick ..." the rest
 # make bench   the benchmarks, about an hour; BENCH=--quick: a few minutes
-# make numbers puts the figures of the stored runs into README.md and docs/, and draws their plots again
-# make site    the documentation as a site, in site/
 # make lint    ruff, and the workflows in .github against their schema and zizmor
 # make gpu     everything that needs a GPU: tests, sanitizers, benchmarks, in 8 minutes; leaves gpu-report/report.md;
 #              GPU="--minutes 30 --only bench" and the like: python -m benchmarks.gpu_suite --help
@@ -37,7 +35,7 @@ FUZZ ?=
 # Packages are installed without byte code, and a hundred Pythons that the tests start would each compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-all-only info bench experiments pictures numbers site lint gpu clean
+.PHONY: demo test test-all test-all-only info bench experiments pictures lint gpu clean
 
 demo: $(VENV)/installed
 	cd $(VENV) && bin/python -m drsn_kernels demo --out $(abspath $(OUT)) $(if $(DATA),--data $(abspath $(DATA)))
@@ -64,12 +62,6 @@ pictures: $(VENV)/installed
 	$(BIN)/python -m experiments.pictures $(if $(VIBRATION),--vibration "$(VIBRATION)") \
 	  $(if $(IMAGE),--image "$(IMAGE)") $(PICTURES)
 
-numbers: $(VENV)/installed
-	$(BIN)/python -m benchmarks.numbers
-
-site: $(VENV)/mkdocs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
 lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -84,11 +76,6 @@ gpu: $(VENV)/installed
 $(VENV)/linters: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt ruff check-jsonschema zizmor
-	touch $@
-
-$(VENV)/mkdocs: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "mkdocs-material>=9.5"
 	touch $@
 
 $(BIN)/pip:
@@ -108,6 +95,20 @@ $(VENV)/wheel: $(SOURCES) | $(BIN)/pip
 $(VENV)/installed: $(CONSTRAINTS) $(SOURCES)
 	$(MAKE) --no-print-directory -j2 $(VENV)/packages $(VENV)/wheel
 	$(BIN)/pip install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
+	touch $@
+
+.PHONY: numbers site
+# The figures of the stored runs into README.md and docs/, and their plots again.
+numbers: $(VENV)/installed
+	$(BIN)/python -m benchmarks.numbers
+
+# The documentation as a site, in site/.
+site: $(VENV)/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/mkdocs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "mkdocs-material>=9.5"
 	touch $@
 
 clean:
