@@ -50,7 +50,7 @@ from .stored import (  # noqa: E402
 )
 
 DOCS = ROOT / "docs"
-PLOTTED = {("shrink_train", "both"), ("shrink_eval", "forward")}  # and networks
+PLOTTED = {("shrink_train", "both"), ("shrink_eval", "forward")}  # and networks, where there are several
 WIDE = 512  # channels from which a gate's products outweigh its streams
 MARKED = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.S)
 
@@ -335,7 +335,9 @@ def main() -> int:
         results(name, RUNS / name / "results.md")
         for old in (RUNS / name).glob("*.png"):
             old.unlink()
-        shown = [one for one in run(name) if one["op"] in NETWORKS or (one["op"], one["mode"]) in PLOTTED]
+        shown = [one for one in run(name) if (one["op"], one["mode"]) in PLOTTED]
+        of_networks = [one for one in run(name) if one["op"] in NETWORKS]
+        shown += of_networks if len({one["case"] for one in of_networks}) > 1 else []
         print(f"docs/benchmarks/{name}: results.md and {len(plots.draw(shown, RUNS / name))} plots")
     plots.summary({short(name): run(name) for name in current()}, RUNS / "summary.png")
     return 0

@@ -25,7 +25,7 @@ Dots = dict[str, dict[str, list[float]]]  # group -> provider -> a ratio for eac
 
 
 def draw(rows: Sequence[dict], out: Path) -> list[Path]:
-    """OUT/OP-MODE-DTYPE.png for each operator, mode and dtype with at least two cases; networks share one."""
+    """OUT/OP-MODE-DTYPE.png for each operator, mode and dtype; networks share one."""
     table = Table(rows)
     found: dict[tuple[str, str, str], tuple[Dots, Dots]] = {}
     for by_provider in table.cases.values():
@@ -42,7 +42,6 @@ def draw(rows: Sequence[dict], out: Path) -> list[Path]:
         _figure(out / f"{op}-{mode}-{dtype}.png", f"{op}, {mode}, {dtype}: {device(rows)}",
                 {f"time over that of {FLOORS[mode]}": over_floor, "times as fast as torch.compile": over_ours})
         for (op, mode, dtype), (over_floor, over_ours) in found.items()
-        if sum(len(of_group["ours"]) for of_group in over_floor.values()) >= 2
     ]  # fmt: skip
 
 

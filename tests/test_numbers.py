@@ -79,11 +79,14 @@ def test_plots_show_each_case_once_for_each_provider(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="draws")
     rows = [row("a", "floor", 1), row("a", "cpu", 2), row("a", "port", 8), row("a", "best-compiled", 3)]
     rows += [row("b", "floor", 1, "C"), row("b", "cpu", 4, "C"), row("b", "best-compiled", 2, "C")]
-    rows += [row("c", "floor", 1, op="abs_mean"), row("c", "cpu", 2, op="abs_mean")]  # alone: no plot
+    rows += [row("c", "floor", 1, op="abs_mean"), row("c", "cpu", 2, op="abs_mean")]
     drawn = {}
     strips = plots._strips
     monkeypatch.setattr(plots, "_strips", lambda axes, dots: (drawn.setdefault(len(drawn), dots), strips(axes, dots)))
-    assert [path.name for path in plots.draw(rows, tmp_path)] == ["shrink_train-both-fp32.png"]
+    assert [path.name for path in plots.draw(rows, tmp_path)] == [
+        "shrink_train-both-fp32.png",
+        "abs_mean-both-fp32.png",
+    ]
     assert drawn[0] == {"A  core 1-D": {"port": [8], "best-compiled": [3], "ours": [2]},
                         "C  launch-bound": {"best-compiled": [2], "ours": [4]}}  # fmt: skip
     assert drawn[1] == {"A  core 1-D": {"ours": [1.5]}, "C  launch-bound": {"ours": [0.5]}}
