@@ -45,7 +45,7 @@ BACKENDS = {
         ("first derivatives", YES, "ops::shrink_arguments"),
         ("second and higher derivatives", PLAIN, "ops::full_jacobians"),
         ("NaN, Inf, zeros, ties, negative tau as pinned", YES, "pinned::special_values"),
-        ("3 bits an element kept for backward", YES, "autograd_memory::saved_bytes_of_shrink"),
+        ("3 bits an element kept for backward", ("yes", "yes", "with save=\"memory\""), "autograd_memory::saved_bytes_of_shrink"),
         ("hard and leaky thresholds, the gate called", YES, "thresholds::shrink"),
         ("`squeeze_excite`, the gate called", YES, "squeeze_excite::shapes"),
         ("same bits from run to run", ("yes, for any number of threads", "yes", "as torch"),
