@@ -42,6 +42,8 @@ SECTIONS = {
     "Noise and data": [
         "noise.add_noise",
         "data.Dataset",
+        "data.Windows",
+        "data.load_own",
         "data.simulate_bearing",
         "data.load_cwru",
         "data.load_speech",
@@ -59,6 +61,8 @@ SECTIONS = {
         "train.train_step",
         "train.predict",
         "train.accuracy",
+        "train.load",
+        "train.RunInfo",
     ],
 }
 TAIL = """## Environment
