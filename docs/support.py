@@ -67,7 +67,7 @@ OTHERS = {
         ("ONNX, onnxruntime", "plain: ONNX's own operators only", "deploy::onnxruntime_gives_the_same_numbers"),
         ("torch.func: grad, vmap, jvp, hessian", "plain", "transforms::transforms transforms::vmap"),
         ("forward-mode AD", "plain", "transforms::forward_mode"),
-        ("torch.jit.trace", "plain", "sharing::jit_trace"),
+        ("torch.jit.trace, torch.jit.script", "plain", "sharing::jit_trace scripting::modules"),
         ("CUDA graphs", "our kernels; ran on an H100", "gpu::a_training_step_in_a_cuda_graph"),
         ("a whole training step as one, `dk.graphed`", "our kernels; ran on an H100", "graphs::the_same_weights"),
         ("autocast, GradScaler", "our kernels; the fused gate computes in float32",
