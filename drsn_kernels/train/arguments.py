@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         ".mat files (default: simulated bearings); speech: LABEL_SPEAKER_TAKE.wav files; image: idx "
                         "files as of MNIST (default: scikit-learn's digits)")  # fmt: skip
     parser.add_argument("--model", choices=NAMES, help="default drsn-cw")
-    parser.add_argument("--noise", choices=(*KINDS, "none"), 
+    parser.add_argument("--noise", choices=(*KINDS, "none"),
                         help="in training and test; default gaussian, with --task own none")  # fmt: skip
     parser.add_argument("--snr", type=decibels, metavar="DB",
                         help="LOWEST:HIGHEST, drawn for each sample and epoch, or a number; default -5:5")  # fmt: skip

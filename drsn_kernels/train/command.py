@@ -56,7 +56,7 @@ def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
                 f"--out {options.out} already holds a {CHECKPOINT} without its {CONFIG}: name another folder"
             )
         defaults = json.loads(json.dumps(DEFAULTS))
-        if given.get("task") == "own" and "snr" not in given:  # a person's signals as they are, unless noise is asked for
+        if given.get("task") == "own" and "snr" not in given:  # signals as they are, unless noise is asked for
             defaults["noise"] = "none"
         return defaults | given, None
     try:
