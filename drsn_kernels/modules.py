@@ -174,9 +174,9 @@ class SqueezeExcite(nn.Module):
 @functools.cache  # once
 def _warn_of_hard_thresholds() -> None:
     warnings.warn(
-        "threshold='hard': the gradient of y in tau is 0, so the gate, or a learnable tau, does not learn from y; train "
-        "with threshold='soft' (a leaky one has slope > 0) and set module.threshold = 'hard' afterwards, or give tau a "
-        "loss of its own (drsn_kernels.shrink with return_tau=True)",
+        "threshold='hard': the gradient of y in tau is 0, so the gate, or a learnable tau, does not learn from y; "
+        "train with threshold='soft' (a leaky one has slope > 0) and set module.threshold = 'hard' afterwards, or give "
+        "tau a loss of its own (drsn_kernels.shrink with return_tau=True)",
         stacklevel=3,
     )
 

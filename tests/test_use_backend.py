@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import drsn_kernels as dk
-from drsn_kernels.backends import choice
+from drsn_kernels.backends import choice, eager
 
 
 def now() -> tuple[str, bool]:
@@ -86,6 +86,24 @@ def test_it_takes_known_names(name):
     with pytest.raises(ValueError, match=f"use_backend must be one of auto, .*, got {name!r}"):
         dk.use_backend(name)
     assert now() == ("torch", False)
+
+
+def test_what_the_torch_backend_keeps():
+    """x by default; planes for "memory", in the statement, the block and the decorated function."""
+    x = torch.randn(4, 8, 999, requires_grad=True)
+
+    def kept() -> int:
+        return dk.explain(lambda: dk.shrink(x, torch.sigmoid))[0].saved
+
+    planes = dk.use_backend("torch", save="memory")(kept)
+    dk.use_backend("torch")
+    with dk.use_backend("torch", save="memory"):
+        assert kept() < 0.12 * x.nbytes and eager.saves == "memory"
+        with dk.use_backend("torch"):
+            assert kept() > x.nbytes
+    assert kept() > x.nbytes and planes() < 0.12 * x.nbytes and eager.saves == "time"
+    with pytest.raises(ValueError, match="save must be 'time' or 'memory', got 'bits'"):
+        dk.use_backend("torch", save="bits")
 
 
 def test_inside_a_compiled_function():

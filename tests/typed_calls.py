@@ -60,7 +60,7 @@ assert_type(str(report), str)
 with dk.use_backend("torch"):
     for call in dk.explain(model, x):
         assert_type(call.backend, str)
-dk.use_backend("auto", strict=False)
+dk.use_backend("auto", strict=False, save="time")
 
 
 @dk.use_backend("torch")
