@@ -77,7 +77,7 @@ gpu: OUT := gpu-report
 gpu: $(VENV)/installed
 	$(BIN)/python -m benchmarks.gpu_suite --out $(abspath $(OUT)) $(GPU)
 
-# Of their own: linting needs no torch.
+# Of their own: linting and the site need no torch.
 $(VENV)/linters: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt ruff check-jsonschema zizmor
@@ -100,6 +100,20 @@ $(VENV)/wheel: $(SOURCES) | $(BIN)/pip
 $(VENV)/installed: $(CONSTRAINTS) $(SOURCES)
 	$(MAKE) --no-print-directory -j2 $(VENV)/packages $(VENV)/wheel
 	$(BIN)/pip install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
+	touch $@
+
+.PHONY: numbers site
+# The figures of the stored runs into README.md and docs/, and their plots again.
+numbers: $(VENV)/installed
+	$(BIN)/python -m benchmarks.numbers
+
+# The documentation as a site, in site/.
+site: $(VENV)/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/mkdocs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "mkdocs-material>=9.5"
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """What launches of the Triton backend should take on an H200, predicted without one.
 
-    python -m benchmarks.model [--cases ID ...]   the tables of docs/inside/gpu.md, written there between their markers
+    python -m benchmarks.model                the tables of docs/inside/gpu.md, written there between their markers
+    python -m benchmarks.model --cases ID     a case, and its launches one by one
     python -m benchmarks.model --check            predicted against measured, of kernels that were timed
 
     time = START + max(bytes / BANDWIDTH, what all warps issue, how long one program's chain is x how often it follows)
@@ -38,7 +39,6 @@ from .gpu_bench import headlines  # noqa: E402
 from .instructions import Work, work  # noqa: E402
 from .rows import read_json  # noqa: E402
 
-SHOWN = ((128, 64, 1024), (512, 64, 256), (128, 16, 128))  # of the page, launch by launch
 RECORDS = ROOT / "docs" / "benchmarks" / "nvidia-h200"
 PAGE = ROOT / "docs" / "inside" / "gpu.md"
 
@@ -200,7 +200,7 @@ def launches_table(steps: Iterable[PredictedStep]) -> list[str]:
 
 MARKERS = {
     name: (f"<!-- {name}: python -m benchmarks.model -->", f"<!-- end of {name} -->")
-    for name in ("check", "steps", "launches")
+    for name in ("check", "steps")
 }
 
 
@@ -267,11 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     for case in cases:
         steps.append(step(case))
         print(f"{case.id} {steps[-1].us:.1f} us predicted", file=sys.stderr, flush=True)
-    tables = {
-        "check": check_table(records()),
-        "steps": steps_table(steps, measured()),
-        "launches": launches_table(one for one in steps if one.case.shape in SHOWN),
-    }
+    tables = {"check": check_table(records()), "steps": steps_table(steps, measured())}
     if options.cases:
         print("\n".join([*tables["steps"], "", *launches_table(steps)]))
         return 0

@@ -1,4 +1,4 @@
-"""What is made of rows: the figures that the project aims at, the regression gate, and plots.
+"""What is made of rows: the figures that the project aims at, and the regression gate.
 
 The gate compares ratios to the floor of the same run, now and stored, so that a busy machine does not decide. A row of
 ours is a regression where its ratio exceeds the stored one by more than the tolerance and three standard errors of the
@@ -10,9 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from drsn_kernels._extras import require
 from drsn_kernels.demo.speed import PAPER_RATIO
 from drsn_kernels.demo.timing import ratio
 
@@ -88,7 +86,7 @@ def _is(op: str, mode: str, groups: str = "ABDE") -> Callable[[dict], bool]:
     )
 
 
-def _bytes(one: dict) -> int:
+def size_of(one: dict) -> int:
     return math.prod(one["shape"]) * DTYPES[one["dtype"]].itemsize
 
 
@@ -101,7 +99,7 @@ def _bf16(table: Table) -> dict[str, float]:
     found = {}
     for case, rows in table.cases.items():
         other = table.cases.get(case.replace("-fp32-", "-bf16-"), {})
-        if "-fp32-" in case and table.ours in rows and table.ours in other and _bytes(rows[table.ours]) >= LARGE:
+        if "-fp32-" in case and table.ours in rows and table.ours in other and size_of(rows[table.ours]) >= LARGE:
             if rows[table.ours]["op"] in ("shrink_train", "shrink_eval"):
                 found[case] = rows[table.ours]["median_ms"] / other[table.ours]["median_ms"]
     return found
@@ -114,7 +112,7 @@ def figures(rows: Sequence[dict]) -> list[Figure]:
     port = table.gains("port", lambda one: one["op"] == "paper_network", "floor")
     step, evaluated = _is("shrink_train", "both"), _is("shrink_eval", "forward", "ABCDEG")
     over_clone = {case: 1 / gain for case, gain in
-                  table.gains("floor", lambda one: evaluated(one) and _bytes(one) >= LARGE).items()}  # fmt: skip
+                  table.gains("floor", lambda one: evaluated(one) and size_of(one) >= LARGE).items()}  # fmt: skip
     over_best = table.gains("best", lambda one: one["group"] != "F")  # degenerate shapes are there to be right
     worst = min(over_best, key=over_best.get, default=None)
     bf16 = _bf16(table)
@@ -149,8 +147,8 @@ def _scaling(table: Table) -> list[Figure]:
             one = rows[table.ours]
             both = {name: _gain(rows, name) for name in (table.ours, "floor")}
             if None not in both.values():
-                aim = 1.7 if _bytes(one) < LARGE else both["floor"]
-                name = f"1 to 2 threads, {_bytes(one) / 2**20:.0f} MiB"
+                aim = 1.7 if size_of(one) < LARGE else both["floor"]
+                name = f"1 to 2 threads, {size_of(one) / 2**20:.0f} MiB"
                 found.append(Figure(name, both[table.ours], round(aim, 2), True, f"clone {both['floor']:.2f}; {case}"))
     return found
 
@@ -256,36 +254,3 @@ def verdict(changes: Sequence[Change]) -> tuple[list[str], bool]:
     lines = [f"REGRESSION {change}" for change in worse]
     lines.append(f"{len(changes)} rows compared, {len(worse)} regressions; geometric mean x{mean:.3f} of the stored")
     return lines, bool(worse)
-
-
-# ---- plots, drawn without pyplot: no display is needed and no global state is touched --------------------------------
-
-
-def bars(rows: Sequence[dict], out: Path) -> list[Path]:
-    """One PNG for each operator, mode and dtype: percent of the floor's speed, a bar for each provider and shape."""
-    figures: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
-    for one in rows:
-        if one["provider"].startswith("floor") or one["op"] == "scaling":
-            continue
-        label = f"{one['group']} {'x'.join(map(str, one['shape']))}" + (" cl" if one["channels_last"] else "")
-        shapes = figures.setdefault((one["op"], one["mode"], one["dtype"]), {})
-        shapes.setdefault(label, {})[one["provider"]] = one["percent_of_floor"]
-    about = rows[0]["device"] + ("" if rows[0]["clock"] == "wall" else ", GPU time")
-    return [_draw(out / f"{'-'.join(key)}.png", key, shapes, about) for key, shapes in figures.items()]
-
-
-def _draw(path: Path, key: tuple[str, str, str], shapes: dict[str, dict[str, float]], about: str) -> Path:
-    names = list(dict.fromkeys(name for by_provider in shapes.values() for name in by_provider))
-    width = 0.8 / len(names)
-    size = (max(5, 0.55 * len(shapes) + 2), 4)
-    figure = require("matplotlib.figure", "demo").Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    for i, name in enumerate(names):
-        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(shapes))]
-        axes.bar(places, [values.get(name, 0) for values in shapes.values()], width, label=name)
-    axes.axhline(100, color="0.4", linestyle=":")
-    axes.set(title=f"{', '.join(key)}: speed against the floor\n{about}", ylabel="% of the floor's speed")
-    axes.set_xticks(range(len(shapes)), list(shapes), rotation=60, ha="right", fontsize=7)
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=110)
-    return path

@@ -16,7 +16,7 @@ from drsn_kernels import backends
 from drsn_kernels._extras import exit_status, require
 from drsn_kernels.demo.timing import Call, interleaved
 
-from . import report
+from . import plots, report
 from .calls import COMPILE, FLOOR, Provider, build, cost, floor_bytes, providers
 from .cases import NETWORKS, OPS, SAMPLE, SHAPES, Case, select
 from .checks import Judge
@@ -218,7 +218,7 @@ def _write(out: Path, rows: list[dict]) -> None:
     except ImportError as error:
         print(f"no plots: {error}")
     else:
-        written += report.bars(rows, out)
+        written += plots.draw(rows, out)
     print(f"written: {', '.join(map(str, written))}")
 
 

@@ -20,7 +20,7 @@ class KnownRace:
     reason: str
 
 
-# None: the first run's three were races in the last bit, and are mended (docs/triton.md, racecheck).
+# None: the first run's three were races in the last bit, and are mended (docs/inside/gpu.md).
 KNOWN_RACES: tuple[KnownRace, ...] = ()
 
 

@@ -19,8 +19,8 @@ and any other number; strides and memory format are free.
 | float64 | float64 | float64 | the same; without one, float64 |
 
 Under autocast the gate receives float32. Errors come before anything runs or is changed, in one sentence with the
-argument, what was given and what is accepted. Which way a call goes: [plans.md](plans.md). What is supported
-where, with its test: [support.md](support.md). When another way is the better one: [limits.md](limits.md).
+argument, what was given and what is accepted. [What is supported](support.md) where, with its test;
+[which way a call goes](use.md#which-way-a-call-goes); [when not to use it](use.md#when-not-to-use-it).
 """
 SECTIONS = {
     "Operators": ["soft_threshold", "abs_mean", "shrink", "squeeze_excite"],
@@ -42,6 +42,8 @@ SECTIONS = {
     "Noise and data": [
         "noise.add_noise",
         "data.Dataset",
+        "data.Windows",
+        "data.load_own",
         "data.simulate_bearing",
         "data.load_cwru",
         "data.load_speech",
@@ -59,6 +61,8 @@ SECTIONS = {
         "train.train_step",
         "train.predict",
         "train.accuracy",
+        "train.load",
+        "train.RunInfo",
     ],
 }
 TAIL = """## Environment
@@ -67,7 +71,7 @@ TAIL = """## Environment
 |---|---|---|
 | `DRSN_BACKEND` | `auto`, `cpu`, `triton`, `torch` | what `use_backend` would choose, from the start |
 | `DRSN_CACHE_MIB` | a whole number | freed memory of large CPU outputs that is kept for the next ones; 0: none |
-| `DRSN_LAUNCHER` | `1`, `0` | 0: Triton launches on the GPU, not csrc/launch ([triton.md](triton.md#launching)) |
+| `DRSN_LAUNCHER` | `1`, `0` | 0: Triton launches on the GPU, not csrc/launch ([launching](inside/gpu.md#launching)) |
 | `DRSN_NATIVE` | `auto`, `1`, `0` | while installing: compile the C++ kernels if possible, or fail, or leave them out |
 
 Without `DRSN_CACHE_MIB`, 512 MiB are kept, or a sixteenth of the memory if that is less. A value that is none of these
@@ -95,6 +99,8 @@ def markdown(doc: str) -> str:
         lines = block.split("\n")
         if lines[0].startswith("    ") and out and out[-1].endswith("::"):
             out[-1] = out[-1][:-1] + "\n\n```python\n" + textwrap.dedent(block) + "\n```"
+        elif lines[0].startswith("    ") and out and out[-1].endswith("\n```"):  # an empty line within the block
+            out[-1] = out[-1].removesuffix("```") + "\n" + textwrap.dedent(block) + "\n```"
         elif re.fullmatch(r"\w[\w, ]*:", lines[0]):
             out.append(f"**{lines[0][:-1]}**\n\n" + items(lines[1:]))
         else:

@@ -31,7 +31,7 @@ class Shrinkage(nn.Module):
             warning says so once), or leaky. Both may be set on a trained module.
         rd_ratio, rd_channels, rd_divisor: timm's way to say the hidden width, so that the class fits its ``attn_layer``
             slot: channels * rd_ratio rounded to a multiple of rd_divisor (8 unless given), or rd_channels itself.
-            Instead of reduction. Such networks need ``zero_init_last=False`` (docs/deploy.md says why).
+            Instead of reduction. Such networks need ``zero_init_last=False`` (docs/use.md says why).
         device, dtype: of the gate's parameters, as in torch.nn.
 
     Shapes:

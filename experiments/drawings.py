@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for the annotations alone
 
 COLOURS = {"soft threshold": "tab:red", "ReLU": "tab:blue", "sigmoid": "tab:gray"}
 BINS = 10
+SIGNALS = 4  # units whose signals are shown, evenly through the network
 
 
 def _figure(width: float, height: float):
@@ -64,21 +65,22 @@ def thresholds(path: Path, rms: torch.Tensor, taus: dict[str, torch.Tensor], num
 
 
 def signal(path: Path, windows: torch.Tensor, shown: dict[str, Shrunk], numbers: dict, snr_db: float) -> None:
-    """A row for each unit, one channel of it, clean and noisy: the unit on the left, its shrinkage on the right.
+    """A row for each of some units, one channel of it, clean and noisy: the unit on the left, its shrinkage beside it.
 
     Args:
         windows: (2, L), clean and noisy.
         shown: unit -> x, y and identity (2, length), tau (2,).
     """
-    figure = _figure(14, 0.95 * (len(shown) + 1))
+    shown = dict(list(shown.items())[:: -(-len(shown) // SIGNALS)])
+    figure = _figure(10, 1.2 * (len(shown) + 1))
     panels = figure.subplots(len(shown) + 1, 4, sharex=True, squeeze=False)
     for clean, noisy in [pair for row in panels for pair in (row[:2], row[2:])]:
         noisy.sharey(clean)
         noisy.tick_params(labelleft=False)
     length = windows.shape[1]
-    for column, title in enumerate(("clean", f"with Gaussian noise at {snr_db:g} dB")):
+    for column, title in enumerate(("clean", f"noise at {snr_db:g} dB")):
         panels[0, column].plot(windows[column].tolist(), color="black", linewidth=0.7)
-        panels[0, column].set_title(f"the window, {title}", fontsize=9)
+        panels[0, column].set_title(f"the window, {title}", fontsize=8)
         for row, (name, unit) in zip(panels[1:], shown.items(), strict=True):
             time = (torch.arange(unit.x.shape[1]) * (length / unit.x.shape[1])).tolist()
             x, y, identity = (part[column].tolist() for part in (unit.x, unit.y, unit.identity))
@@ -92,7 +94,7 @@ def signal(path: Path, windows: torch.Tensor, shown: dict[str, Shrunk], numbers:
             shrinkage.plot(time, y, color="tab:red", linewidth=0.9, label="the shrinkage's output")
             whole.set_title(f"{label(name)}, channel {numbers[name]['channel'] + 1}", fontsize=8, pad=2)
             share = numbers[name]["zeroed_noisy" if column else "zeroed_clean"]
-            shrinkage.set_title(f"its shrinkage (in all channels {share:.0%} are zero)", fontsize=8, pad=2)
+            shrinkage.set_title(f"its shrinkage, {share:.0%} of all zero", fontsize=8, pad=2)
     for axes, of in zip(panels[0, 2:], panels[1, (0, 2)], strict=True):
         axes.axis("off")
         axes.legend(*of.get_legend_handles_labels(), loc="center", fontsize=8)

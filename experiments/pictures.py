@@ -1,8 +1,9 @@
-"""Pictures of what a shrinkage does, from networks that are trained here, for docs/pictures.md.
+"""Pictures of what a shrinkage does, from networks that are trained here, for docs/experiments/README.md.
 
     python -m experiments.pictures [--vibration FOLDER] [--image FOLDER] [--out docs/pictures] [--epochs N] [--quick]
 
-Without a folder simulated vibration and scikit-learn's digits. OUT gets the PNGs, and numbers.json with what they show.
+Without a folder simulated vibration and scikit-learn's digits. OUT gets the PNGs, and numbers.json with what they show;
+where OUT is docs/pictures, the page gets the tables.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from drsn_kernels.train.recipe import Noise, RandomNoise, Recipe, accuracy, trai
 
 from . import ROOT, drawings
 from .noises import pasted
+from .report import insert
 from .tasks import data
 
+STORED, PAGE = ROOT / "docs" / "pictures", ROOT / "docs" / "experiments" / "README.md"
 SNR_DB = (-5.0, 15.0)  # in training, and of the windows whose thresholds are looked at
 SIGNAL_SNR_DB = 0.0
 EPOCHS, QUICK_EPOCHS = {"vibration": 30, "image": 8}, 2
@@ -162,6 +165,20 @@ def table(units: dict[str, dict]) -> str:
         tau, alpha, untrained = (drawings.signed(unit[key]) for key in ("tau", "alpha", "untrained"))
         lines.append(f"| {drawings.label(name)} | {tau} | {span} | {alpha} | {untrained} | {unit['rises']:.0%} |")
     return "\n".join(lines)
+
+
+def regions_table(units: dict[str, dict]) -> str:
+    """Markdown: what :func:`zeroed` found, a row for each unit."""
+    lines = ["| unit | zero on the digit | on the pasted digit | elsewhere |", "|---|---|---|---|"]
+    for name, unit in units.items():
+        cells = [f"{unit[region]:.0%}" for region in ("digit", "pasted", "background")]
+        lines.append(f"| {drawings.label(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(numbers: dict) -> dict[str, str]:
+    """What stands between the markers of the page, by their name."""
+    return {"thresholds": table(numbers["thresholds"]["units"]), "zeroed": regions_table(numbers["zeroed"]["units"])}
 
 
 # ---- 2. a signal through the units -----------------------------------------------------------------------------------
@@ -342,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.epochs is not None and options.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {options.epochs}")
-    out = options.out or (Path("pictures-quick") if options.quick else ROOT / "docs" / "pictures")
+    out = options.out or (Path("pictures-quick") if options.quick else STORED)
     try:
         numbers = make(
             options.vibration, options.image, out, epochs=options.epochs, quick=options.quick, seed=options.seed
@@ -350,6 +367,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if out.resolve() == STORED:
+        for name, text in tables(numbers).items():
+            insert(PAGE, name, text)
     print(f"{table(numbers['thresholds']['units'])}\nThe pictures and numbers.json are in {out}")
     return 0
 

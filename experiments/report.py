@@ -108,7 +108,7 @@ def plot(path: Path, cells: Cells, task: str, paper: dict[tuple[str, str], dict[
     noises = list(dict.fromkeys(c.noise for c in TASKS[task].conditions if c.snr_db is not None))
     compared = any(noise in noises for _, noise in paper)
     figure = require("matplotlib.figure", "train").Figure(
-        figsize=(4 * len(noises), 7 if compared else 3.8), layout="constrained"
+        figsize=(max(2.9 * len(noises), 6), 6 if compared else 3.4), layout="constrained"
     )
     axes = figure.subplots(1 + compared, len(noises), sharex=True, sharey="row", squeeze=False)
     for column, noise in enumerate(noises):
@@ -124,15 +124,16 @@ def plot(path: Path, cells: Cells, task: str, paper: dict[tuple[str, str], dict[
             axes[0, column].errorbar(list(points), means, spread, capsize=3, **style)
             if published := paper.get((model, noise)):
                 axes[1, column].plot(list(published), list(published.values()), linestyle="--", **style)
-        axes[0, column].set_title(f"{task}, {noise} noise")
+        axes[0, column].set_title(f"{task}, {noise} noise", fontsize=10)
         if compared:
-            axes[1, column].set_title(f"the paper's data, {noise} noise")
+            axes[1, column].set_title(f"the paper's data, {noise} noise", fontsize=10)
         axes[-1, column].set_xlabel("SNR (dB)")
     for row in axes:
         row[0].set_ylabel("test accuracy (%)")
         for one in row:
             one.grid(alpha=0.3)
-    axes[0, -1].legend(fontsize=8)
+    handles, labels = axes[0, -1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
 
 

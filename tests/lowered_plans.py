@@ -1,7 +1,7 @@
 """What the Triton kernels become on each GPU, compiled without one: run by test_triton_lowering.py, and makes a table.
 
     python tests/lowered_plans.py --json FILE                        every case, as the tests read it
-    python tests/lowered_plans.py --table docs/triton_resources.md   the same as a table
+    python tests/lowered_plans.py --table FILE                       the same as a table
 
 Triton must compile, not interpret, so this is a process of its own, without TRITON_INTERPRET=1. A case is one call in
 one layout; it runs through the public operator and its backward pass, and every launch on the way is recorded. A new
@@ -199,9 +199,9 @@ def sample() -> dict:
 HEAD = """\
 # What the Triton kernels become
 
-What the compiler says, not what a GPU does (triton.md has that). Compiled by Triton {triton}, ptxas {ptxas} (cuda:80
-and cuda:90) and {ptxas_blackwell} (cuda:100), through the launchers that production uses. Made by
-`python tests/lowered_plans.py --table docs/triton_resources.md`; `tests/test_triton_lowering.py` asserts what is a
+What the compiler says, not what a GPU does (docs/inside/measurements.md). Compiled by Triton {triton}, ptxas {ptxas}
+(cuda:80 and cuda:90) and {ptxas_blackwell} (cuda:100), through the launchers that production uses. Made by
+`python tests/lowered_plans.py --table FILE`; `tests/test_triton_lowering.py` asserts what is a
 budget: launches, bytes, widths, no spills.
 
 Where the targets differ, a cell holds the values of cuda:80 / cuda:90 / cuda:100. All numbers are those of one program

@@ -168,7 +168,7 @@ sys.exit(os.waitpid(child, 0)[1] != 0)
 
 
 def test_the_storage_of_a_large_output_cannot_be_resized(x):
-    """The one difference, said in docs/limits.md: DLPack gives no way to."""
+    """The one difference, said in docs/use.md: DLPack gives no way to."""
     y = dk.soft_threshold(x, 0.5)
     with pytest.raises(RuntimeError, match="not resizable"):
         y.untyped_storage().resize_(0)

@@ -181,19 +181,27 @@ def test_a_fork_after_use(backend):
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
-# ---- docs/deploy.md --------------------------------------------------------------------------------------------------
+# ---- what the documentation shows ------------------------------------------------------------------------------------
 
 
 LAUNCHED = "init_process_group"  # by torchrun
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/use.md", "docs/networks_and_training.md")
 
 
 def blocks() -> list:
-    """The code of each section; compiler, exporters and torchrun take their time."""
-    text = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text()
-    found = re.findall(r"^## (.+?)$.*?^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(found) == text.count("```python") > 0
+    """The Python of each section, page by page; compiler, exporters and torchrun take their time."""
     slow = re.compile(rf"torch\.compile\(|export\(|{LAUNCHED}")
-    return [pytest.param(code, id=name, marks=[pytest.mark.slow] if slow.search(code) else []) for name, code in found]
+    found = []
+    for page in PAGES:
+        text, heading, count = (ROOT / page).read_text(encoding="utf-8"), page, 0
+        for title, code in re.findall(r"^#+ (.+?)$|^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            heading, count = (title, count) if title else (heading, count + 1)
+            if code and heading != "Your own data":  # a session: test_docs.py
+                marks = [pytest.mark.slow] if slow.search(code) else []
+                found.append(pytest.param(code, id=f"{page}: {heading}", marks=marks))
+        assert count == text.count("```python") > 0, page
+    return found
 
 
 @pytest.mark.parametrize("code", blocks())

@@ -1,5 +1,6 @@
 """experiments/: the noises, the rows, what is done next, repeatable runs, tables; and a command that is killed."""
 
+import json
 import math
 import os
 import signal
@@ -16,7 +17,7 @@ from oracle import seeded
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # behind the installed package
 
-from experiments import noises, report, results, run, tasks, timing  # noqa: E402
+from experiments import noises, pictures, report, results, run, tasks, timing  # noqa: E402
 from experiments.results import Result, Run  # noqa: E402
 from experiments.tasks import TASKS, Condition  # noqa: E402
 
@@ -303,6 +304,15 @@ def test_a_command_reports_the_runs_of_its_epochs(tmp_path, monkeypatch, capsys)
     assert "25.0 (1)" in printed and "50.0" not in printed
     assert run.main([*command, "--paper", str(tmp_path / "none.csv")]) == 1  # before anything is trained
     assert "none.csv" in capsys.readouterr().err
+
+
+def test_the_page_holds_what_the_stored_runs_give():
+    page = (ROOT / "docs" / "experiments" / "README.md").read_text(encoding="utf-8")
+    cells = report.cells(results.read(ROOT / "docs" / "experiments" / "results.csv"), tasks.EPOCHS)
+    found = {task: report.tables(cells, task) for task in ("vibration", "speech", "image")}
+    numbers = json.loads((ROOT / "docs" / "pictures" / "numbers.json").read_text(encoding="utf-8"))
+    for name, text in (found | pictures.tables(numbers)).items():
+        assert f"<!-- {name} -->\n{text}\n<!-- end {name} -->" in page, name
 
 
 def test_the_papers_values_are_in_every_plot(tmp_path, monkeypatch):

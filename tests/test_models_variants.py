@@ -150,7 +150,7 @@ def test_parameter_counts(layout, name):
 
 
 def test_the_counts_of_the_documentation():
-    text = (Path(__file__).resolve().parent.parent / "docs" / "networks.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parent.parent / "docs" / "networks_and_training.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.M)
     assert NAMES == ("convnet", "resnet", "senet", "drsn-cs", "drsn-cw")  # the columns
     for row, layout, inputs, classes in zip(rows, ("paper", "cifar", "18"), (1, 3, 1), (8, 10, 8), strict=True):
@@ -203,7 +203,7 @@ def test_other_thresholds(make, threshold, slope):
 
 
 def test_the_baselines_of_the_class_have_its_layout_in_both_dimensions():
-    """docs/networks.md, "Layouts": by name, images get the authors' layout for CIFAR."""
+    """docs/networks_and_training.md, "Networks": by name, images get the authors' layout for CIFAR."""
     for name, make in (("resnet", resnet), ("senet", senet), ("convnet", convnet)):
         of_class, by_name = make(3, 10, dims=2), network(name, dims=2, in_channels=3, classes=10)
         assert [len(stage) for stage in of_class.stages] == [4, 4, 4] and of_class.stem.out_channels == 4
@@ -216,7 +216,7 @@ def keys(module: nn.Module) -> set[str]:
 
 
 def test_state_dict_layout():
-    """docs/networks.md, "state_dict"."""
+    """docs/networks_and_training.md, "state_dict"."""
     pre = network("drsn-cw", stages=((4, 1, 1), (6, 2, 2)))
     units = ["stages.0.0", "stages.1.0", "stages.1.1"]
     parts = ["residual_function.0", "residual_function.2", "residual_function.3", "residual_function.5"]

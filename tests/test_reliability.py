@@ -172,7 +172,7 @@ def cpu_kernels(kernels):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("sizes", SHAPES | LONG)
 def test_neither_threads_nor_repetition_change_a_bit(cpu_kernels, sizes, layout, dtype):
-    """The guarantee of docs/limits.md for the cpu backend, on every instruction set."""
+    """The guarantee of docs/use.md for the cpu backend, on every instruction set."""
     x, gate = lying((SHAPES | LONG)[sizes], layout, dtype), Doubled() if sizes in LONG else Scaled()
     check_threads(x, gate, OPERATORS, AVERAGES if sizes == "rows" else ["channel"])
 

@@ -1,4 +1,4 @@
-"""Threads that store one sum together must hold the same bits of it (docs/triton.md, "racecheck")."""
+"""Threads that store one sum together must hold the same bits of it (docs/inside/gpu.md)."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 // Memory for large outputs that outlives them: a freed block is kept and handed out again, still mapped.
 //
 // The first touch of a fresh page costs more than the kernel that writes it, and glibc hands large freed blocks back to the
-// system: a training step on 16 MiB pays 8,000 page faults, 13.6 ms instead of 4.7 (docs/measurements.md). Tensors take
+// system: a training step on 16 MiB pays 8,000 page faults for it. Tensors take
 // their memory from here through DLPack, whose deleter returns it when the last owner of the storage is gone.
 #pragma once
 

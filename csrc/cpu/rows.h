@@ -29,7 +29,7 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Memory of one call, uninitialised. Scratch of a thread is a stack that the thread keeps, up to 16 MiB: malloc maps blocks
 // of this size anew, or hands the top of the heap back, and page faults and unmapping beside a second thread cost as much
-// as a product of 128x256x256 (docs/measurements.md). What does not fit comes from malloc, and makes room for the next call.
+// as a product of 128x256x256. What does not fit comes from malloc, and makes room for the next call.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kScratchKept = 0;  // so that an access beyond the end is seen
 #else

@@ -8,6 +8,8 @@ import torch
 from .._extras import require
 from ..train.files import replace
 
+COLOURS = {"DRSN-CW": "tab:red", "ResNet": "tab:blue"}  # as in the plots of experiments/
+
 
 def _axes(title: str, xlabel: str, ylabel: str):
     figure = require("matplotlib.figure", "demo").Figure(figsize=(6, 4), layout="constrained")
@@ -21,7 +23,7 @@ def accuracy(path: Path, snr_db: Sequence[float], curves: Mapping[str, Sequence[
     """Test accuracy (fractions) of each model against SNR in dB, as a PNG; returns the path."""
     figure, axes = _axes("Test accuracy under noise", "SNR (dB)", "accuracy (%)")
     for (label, values), marker in zip(curves.items(), "osd^", strict=False):
-        axes.plot(snr_db, [100 * value for value in values], marker=marker, label=label)
+        axes.plot(snr_db, [100 * value for value in values], marker=marker, label=label, color=COLOURS.get(label))
     lowest = 100 * min(min(values) for values in curves.values())
     axes.set_ylim(max(0, lowest - 10) if lowest > 60 else 0, 101)  # saturated curves would lie on one another
     axes.axhline(100 * chance, color="0.5", linestyle=":", label=f"chance, {100 * chance:.0f} %")

@@ -96,12 +96,12 @@ DECOMPOSED, OPAQUE = "decomposed", "opaque ops"
 _NOT_TIMED = "opaque was not timed"
 _ON_CUDA = f"{_NOT_TIMED}; compiled, a unit took 0.64 and 0.75 of our eager one's time on an H200"
 
-# What a compiled call becomes, by device, dtype (None: any other) and mode, and why (docs/plans.md). The CPU times
-# have no stored row: the script that took them was not kept. The compiler's own code stays until a stored row shows
-# that the ops are faster; a line is switched by its first word.
+# What a compiled call becomes, by device, dtype (None: any other) and mode, and why; docs/inside/architecture.md
+# has the stored rows. The compiler's own code stays until a row shows that the ops are faster; a line is switched by
+# its first word.
 IN_GRAPHS: dict[tuple[str, torch.dtype | None, str], tuple[str, str]] = {
-    ("cpu", torch.float32, "training"): (DECOMPOSED, "opaque took 1.6 of its CPU time on 1 MiB, 0.8 to 1.1 from 8 on"),
-    ("cpu", torch.float32, "inference"): (DECOMPOSED, "opaque took 1.5 of its CPU time on 1 MiB, 0.9 to 1.3 from 8 on"),
+    ("cpu", torch.float32, "training"): (DECOMPOSED, "opaque took 1.5 of its time on 1 MiB, 1.0 to 1.6 on 8 to 25"),
+    ("cpu", torch.float32, "inference"): (DECOMPOSED, _NOT_TIMED),
     ("cpu", None, "training"): (DECOMPOSED, _NOT_TIMED),
     ("cpu", None, "inference"): (DECOMPOSED, _NOT_TIMED),
     ("cuda", None, "training"): (DECOMPOSED, _ON_CUDA),

@@ -23,7 +23,7 @@ from .native import Piece, Source
 from .plans import OnePassPlan, Planned, TilePlan, cdiv, group, up_to
 from .walk import Walk
 
-# A sum across lanes must leave the same bits in each of them, for all of them store it (docs/triton.md, "racecheck").
+# A sum across lanes must leave the same bits in each of them, for all of them store it (docs/inside/gpu.md).
 # Contracted, the first step is fma(a, b, the other lane's product): it rounds one product and not the other.
 _NO_CONTRACTION = {"enable_fp_fusion": False}
 
