@@ -41,27 +41,73 @@ def product(a, b, total, PRECISION: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
+# A long product is shared by the warps of a program: each makes SLICES-th of it, and the slices are added at the end.
+# Then the index that is summed over is (slices, depth), the tiles that have it as rows or columns are (slices, rows,
+# columns), and everything else is broadcast. With one slice there is no such dimension.
+
+
+@triton.jit
+def steps_of(start, SLICES: tl.constexpr, DEPTH: tl.constexpr):
+    """What one step of a product sums over, from start on: (depth,) or (slices, depth)."""
+    if SLICES == 1:
+        return start + tl.arange(0, DEPTH)
+    else:
+        return (start + tl.arange(0, SLICES) * DEPTH)[:, None] + tl.arange(0, DEPTH)[None, :]
+
+
+@triton.jit
+def nothing(SLICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+    """What a product is added to."""
+    if SLICES == 1:
+        return tl.zeros((ROWS, COLUMNS), dtype)
+    else:
+        return tl.zeros((SLICES, ROWS, COLUMNS), dtype)
+
+
+@triton.jit
+def added_slices(total):
+    if len(total.shape) == 2:
+        return total
+    else:
+        return tl.sum(total, 0)
+
+
+@triton.jit
+def across(column):
+    """Something of each column, for all rows of a tile."""
+    if len(column.shape) == 1:
+        return column[None, :]
+    else:
+        return column[:, None, :]
+
+
+@triton.jit
+def down(row):
+    """Something of each row, for all columns of a tile."""
+    if len(row.shape) == 1:
+        return row[:, None]
+    else:
+        return row[:, :, None]
+
+
 @triton.jit
 def rows(matrix, row, end, column, columns):
     """matrix[row, column] (rows, columns) of what lies before row `end`, else 0."""
-    return tl.load(
-        matrix + (row * columns)[:, None] + column[None, :], (row < end)[:, None] & (column < columns)[None, :], 0.0
-    )
+    live = down(row < end) & across(column < columns)
+    return tl.load(matrix + down(row * columns) + across(column), live, 0.0)
 
 
 @triton.jit
 def transposed(matrix, row, end, column, columns):
     """The same, (columns, rows)."""
-    return tl.load(
-        matrix + (row * columns)[None, :] + column[:, None], (row < end)[None, :] & (column < columns)[:, None], 0.0
-    )
+    live = across(row < end) & down(column < columns)
+    return tl.load(matrix + across(row * columns) + down(column), live, 0.0)
 
 
 @triton.jit
 def store_rows(matrix, value, row, end, column, columns):
-    tl.store(
-        matrix + (row * columns)[:, None] + column[None, :], value, (row < end)[:, None] & (column < columns)[None, :]
-    )
+    live = down(row < end) & across(column < columns)
+    tl.store(matrix + down(row * columns) + across(column), value, live)
 
 
 @triton.jit
@@ -87,14 +133,14 @@ def relu(v):
 
 @triton.jit
 def standardised(u, center, scale):
-    return (u - center[None, :]) * scale[None, :]
+    return (u - across(center)) * across(scale)
 
 
 @triton.jit
 def scaled(xhat, h, live, scale, gamma, beta):
     """v of (u - mean) / std, and dv / du."""
     weight = tl.load(gamma + h, live, 0.0)
-    return xhat * weight[None, :] + tl.load(beta + h, live, 0.0)[None, :], weight * scale
+    return xhat * across(weight) + across(tl.load(beta + h, live, 0.0)), weight * scale
 
 
 @triton.jit
@@ -193,7 +239,7 @@ def added_up(partial, row, end, column, columns, parts, SPLIT: tl.constexpr):
 def hidden_kernel(
     partial, pooled, w1, b1, state, statistics, N, CA, HA, parts, tiles,
     BATCH_STATS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u; A (N, C), where it comes in parts (SPLIT); with BATCH_STATS each tile's statistics, (tiles, 2, H).
 
@@ -206,14 +252,14 @@ def hidden_kernel(
     n = tile * BN + tl.arange(0, BN)
     h = block * BH + tl.arange(0, BH)
     bias = tl.load(b1 + h, h < H, 0.0)  # here, so that it is waited for together with the first step's loads
-    u = tl.zeros((BN, BH), w1.dtype.element_ty)
-    for c0 in range(0, C, BK):
-        c = c0 + tl.arange(0, BK)
+    u = nothing(SLICES, BN, BH, w1.dtype.element_ty)
+    for c0 in range(0, C, SLICES * BK):
+        c = steps_of(c0, SLICES, BK)
         a = added_up(partial, n, N, c, C, parts, SPLIT)
         u = product(a, transposed(w1, h, H, c, C), u, PRECISION)
         if SPLIT:  # the programs of a tile share its channels
-            store_rows(pooled, a, n, tl.where(c0 // BK % tl.cdiv(H, BH) == block, N, 0), c, C)
-    u += bias[None, :]
+            store_rows(pooled, a, n, tl.where(c0 // (SLICES * BK) % tl.cdiv(H, BH) == block, N, 0), c, C)
+    u = added_slices(u) + bias[None, :]
     store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
         count = tl.minimum(N - tile * BN, BN).to(u.dtype)
@@ -251,7 +297,7 @@ def alpha_kernel(
     pooled, state, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
     MERGE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none).
 
@@ -269,9 +315,9 @@ def alpha_kernel(
         bias = tl.load(b2 + o, o < C, 0.0)
         if AVERAGE == "channel":
             a = rows(pooled, n, N, o, C)
-    z = tl.zeros((BN, BK if ONE else BC), w2.dtype.element_ty)
-    for h0 in range(0, H, BK):
-        h = h0 + tl.arange(0, BK)
+    z = nothing(SLICES, BN, BK if ONE else BC, w2.dtype.element_ty)
+    for h0 in range(0, H, SLICES * BK):
+        h = steps_of(h0, SLICES, BK)
         live = h < H
         v = rows(state, n, N, h, H)
         if BATCH_STATS:
@@ -281,9 +327,10 @@ def alpha_kernel(
         else:
             v, _, _ = normalise(v, h, live, mean, var, gamma, beta, EPS)
         if ONE:
-            z += relu(v) * tl.load(w2 + h, live, 0.0)[None, :]
+            z += relu(v) * across(tl.load(w2 + h, live, 0.0))
         else:
             z = product(relu(v), transposed(w2, o, outputs, h, H), z, PRECISION)
+    z = added_slices(z)
     if BATCH_STATS:
         if tile == 0:  # they share the units: by the first program, in the loop, the launch took 18 us and not 12
             batch_mean, batch_var = statistics_of(state, N, H, outputs)

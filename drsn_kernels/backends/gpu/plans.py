@@ -160,7 +160,7 @@ PRODUCTS = 32
 # Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Called, by cuBLAS's
 # five products and a dozen small launches, a training step of (128, 512, 32) in bfloat16 took 93 us and fused 83, a
 # forward pass in eval 32 and 23. That cuBLAS is faster beyond these sizes is an estimate.
-MOST_CHANNELS = 512
+MOST_CHANNELS = 1024
 MOST_PRODUCTS = 1 << 28
 # A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, by products of
 # GATE_DEPTH; a product takes at least 16. Small tiles, as there are few: 64 for the first layer of (512, 64). Beyond
@@ -170,20 +170,24 @@ GATE_SAMPLES = 32
 WIDE_SAMPLES = 16
 GATE_TILE = 16
 WIDE_TILE = 32
-# Up to WIDE channels and units one step: with two, a training step of (16, 64, 4800) took 50 us and not 45.
+# Up to WIDE channels or units a product is one step: with two, a training step of (16, 64, 4800) took 50 us and not 45.
 # Where rows are not aligned, addresses of 64 spill 120 bytes, and in float64 696.
 GATE_DEPTH = 64
 ODD_DEPTH = 32
+# Beyond that, each of WIDE_SLICES warps makes a part of the sum, WIDE_DEPTH at a time: there are about as many programs
+# as multiprocessors, and a warp that has a quarter of its multiprocessor to itself waits for each of its instructions.
+WIDE_SLICES = 8
 WIDE_DEPTH = 32
-# Steps of a product whose loads are under way together. A narrow gate has one.
+# Steps of a product whose loads are under way together.
 GATE_STAGES = 1
-WIDE_STAGES = 3
+WIDE_STAGES = 2
 # How float32 is multiplied, in Triton's words. Forward, a weight is read along the products, and as "ieee" wants it in
 # shared memory lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3". The way back reads it
 # across: there "tf32x3" took 7 us for what "ieee" does in 3.5, and pays in large tiles of a weight's gradient only.
 FORWARD_PRECISION = "tf32x3"
 BACKWARD_PRECISION = "ieee"
 WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE
+WIDE_PRECISION = "tf32x3"  # of sums in slices
 # 8 warps take 1.0 to 1.6 times as long.
 GATE_WARPS = 4
 GATE_REGISTERS = 255
@@ -191,7 +195,6 @@ GATE_REGISTERS = 255
 # or more: 37 and 25 us for (128, 512), 7 and 13 for (64, 128), where few programs would have all of the work.
 WEIGHT_TILE = 64
 WEIGHT_TILES = 64
-WEIGHT_STAGES = 2  # at most; 3 take 0.98 of the time, and spill 8 bytes on compute capability 8.0
 # It is a sum over the batch: a program walks it by GATE_STEP samples, or by WIDE_STEP, because 32 spill 16 to 48 bytes.
 # Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each multiprocessor,
 # and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4
@@ -226,6 +229,27 @@ class OnePassPlan:
     registers: int | None  # that ptxas may use a thread, where it is told
 
 
+class Product(NamedTuple):
+    """How a sum over channels or units is made."""
+
+    depth: int  # BK, of a slice in a step
+    slices: int  # each made by a warp of its own; 1: the warps share the tile
+    stages: int  # of the loop
+    warps: int
+
+    @classmethod
+    def over(cls, size: int, align: int, itemsize: int) -> "Product":
+        if size <= WIDE:
+            deepest = GATE_DEPTH if align * itemsize == 16 else ODD_DEPTH
+            return cls(min(max(power_of_two(size), 16), deepest), 1, GATE_STAGES, GATE_WARPS)
+        if itemsize == 8:  # three dimensions are not multiplied on tensor cores
+            return cls(WIDE_DEPTH, 1, WIDE_STAGES, GATE_WARPS)
+        return cls(WIDE_DEPTH, WIDE_SLICES, WIDE_STAGES, WIDE_SLICES)
+
+
+APART = Product(16, 1, 1, GATE_WARPS)  # of a launch that makes no product
+
+
 @dataclass(frozen=True)
 class GatePlan:
     """The gate's own launches: tiles of samples, channels, units and outputs."""
@@ -233,16 +257,18 @@ class GatePlan:
     samples: int  # BN
     channels: int  # BC, outputs too
     units: int  # BH
-    depth: int  # BK, of a product
+    over_channels: Product
+    over_units: Product
     weights: int  # BW: tiles of a weight's gradient are square
     step: int  # WALK, samples of a step of it
-    stages: int  # of a product's loop
     align: int  # elements that divide C and H, as rows are aligned
     tiles: int  # of samples
-    groups: int  # statistics that come to the launches that need them; 1 where a launch has merged them before
+    groups: int  # statistics that come to alpha_kernel; 1 where a launch has merged them before
     group: int  # samples in each
-    merge: bool  # these merge them; False: they take the first
+    merge: bool  # it merges them; False: it takes the first, and on the way back a launch of its own makes du
+    sums: int  # that come to the launches of the way back; 1 where one has merged them before
     at_a_time: int  # groups
+    normed: int  # samples that a program of that launch takes
     shares: int  # of samples, one a program, in the gradients of the weights
     share: int  # samples in one
 
@@ -289,11 +315,11 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     wide = max(channels, hidden) > WIDE
     samples, tile = (WIDE_SAMPLES, WIDE_TILE) if wide else (GATE_SAMPLES, GATE_TILE)
     align = 4 if channels % 4 == hidden % 4 == 0 else 1
-    deepest = WIDE_DEPTH if wide else GATE_DEPTH if align * itemsize == 16 else ODD_DEPTH
-    depth = min(max(power_of_two(max(channels, hidden)), 16), deepest)
+    over_channels, over_units = (Product.over(size, align, itemsize) for size in (channels, hidden))
     tiles = cdiv(n, samples)
     merge = hidden <= MERGED_BY_ALL
-    apart = not merge or tiles > MOST_GROUPS
+    many = tiles > MOST_GROUPS
+    apart = many or not merge
 
     def weights_of(size: int) -> int:
         return cdiv(hidden, size) * (cdiv(channels, size) + cdiv(outputs, size))
@@ -303,9 +329,11 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     step = WIDE_STEP if wide else GATE_STEP
     share = cdiv(cdiv(n, shares), step) * step
     return GatePlan(
-        samples=samples, channels=tile, units=tile, depth=depth, weights=weights, step=step,
-        stages=WIDE_STAGES if wide else GATE_STAGES, align=align, tiles=tiles, groups=1 if apart else tiles,
-        group=n if apart else samples, merge=merge, at_a_time=GATE_MERGED // depth,
+        samples=samples, channels=tile, units=tile, over_channels=over_channels, over_units=over_units,
+        weights=weights, step=step, align=align, tiles=tiles, groups=1 if apart else tiles,
+        group=n if apart else samples, merge=merge, sums=1 if many else tiles,
+        at_a_time=GATE_MERGED // over_units.depth,
+        normed=up_to(cdiv(n, cdiv(GATE_PROGRAMS * sms, cdiv(hidden, tile))), samples),
         shares=cdiv(n, share), share=share,
     )  # fmt: skip
 
