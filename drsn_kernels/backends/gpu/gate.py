@@ -44,15 +44,27 @@ def product(a, b, total, PRECISION: tl.constexpr):
 # A long product is shared by the warps of a program: each makes SLICES-th of it, and the slices are added at the end.
 # Then the index that is summed over is (slices, depth), the tiles that have it as rows or columns are (slices, rows,
 # columns), and everything else is broadcast. With one slice there is no such dimension.
+#
+# What a thread loads, four numbers side by side, it also multiplies: a product may sum in any order, and in that of
+# ordered() a thread of a tensor core holds just these. In ascending order each went through shared memory by itself.
 
 
 @triton.jit
 def steps_of(start, SLICES: tl.constexpr, DEPTH: tl.constexpr):
-    """What one step of a product sums over, from start on: (depth,) or (slices, depth)."""
+    """What one step of a product sums over, ascending from start on: (depth,) or (slices, depth)."""
     if SLICES == 1:
         return start + tl.arange(0, DEPTH)
     else:
         return (start + tl.arange(0, SLICES) * DEPTH)[:, None] + tl.arange(0, DEPTH)[None, :]
+
+
+@triton.jit
+def ordered(k):
+    """The same as they stand in tiles: of each sixteen, (slices, depth), 0 4 8 12 1 5 9 13 ..."""
+    if len(k.shape) == 1:
+        return k
+    else:
+        return k // 16 * 16 + k % 4 * 4 + k // 4 % 4
 
 
 @triton.jit
@@ -91,17 +103,36 @@ def down(row):
 
 
 @triton.jit
+def sixteens(matrix, row, end, column, columns):
+    """matrix[row, column] of columns (slices, depth): (rows, slices, depth / 16, 4, 4).
+
+    With the slices in front, lanes met in a bank where warps read the tile again: 17 us instead of 9.
+    """
+    live = (row < end)[:, None, None] & (column < columns)[None, :, :]
+    tile = tl.load(matrix + (row * columns)[:, None, None] + column[None, :, :], live, 0.0)
+    return tl.reshape(tile, (row.shape[0], column.shape[0], column.shape[1] // 16, 4, 4))
+
+
+@triton.jit
 def rows(matrix, row, end, column, columns):
     """matrix[row, column] (rows, columns) of what lies before row `end`, else 0."""
-    live = down(row < end) & across(column < columns)
-    return tl.load(matrix + down(row * columns) + across(column), live, 0.0)
+    if len(column.shape) == 2:
+        tile = tl.permute(sixteens(matrix, row, end, column, columns), (1, 0, 2, 4, 3))
+        return tl.reshape(tile, (column.shape[0], row.shape[0], column.shape[1]))
+    else:
+        live = down(row < end) & across(column < columns)
+        return tl.load(matrix + down(row * columns) + across(column), live, 0.0)
 
 
 @triton.jit
 def transposed(matrix, row, end, column, columns):
     """The same, (columns, rows)."""
-    live = across(row < end) & down(column < columns)
-    return tl.load(matrix + across(row * columns) + down(column), live, 0.0)
+    if len(column.shape) == 2:
+        tile = tl.permute(sixteens(matrix, row, end, column, columns), (1, 2, 4, 3, 0))
+        return tl.reshape(tile, (column.shape[0], column.shape[1], row.shape[0]))
+    else:
+        live = (row < end)[None, :] & (column < columns)[:, None]
+        return tl.load(matrix + (row * columns)[None, :] + column[:, None], live, 0.0)
 
 
 @triton.jit
@@ -258,7 +289,8 @@ def hidden_kernel(
         a = added_up(partial, n, N, c, C, parts, SPLIT)
         u = product(a, transposed(w1, h, H, c, C), u, PRECISION)
         if SPLIT:  # the programs of a tile share its channels
-            store_rows(pooled, a, n, tl.where(c0 // (SLICES * BK) % tl.cdiv(H, BH) == block, N, 0), c, C)
+            here = tl.where(c0 // (SLICES * BK) % tl.cdiv(H, BH) == block, N, 0)
+            store_rows(pooled, a, n, here, ordered(c), C)
     u = added_slices(u) + bias[None, :]
     store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
@@ -317,9 +349,10 @@ def alpha_kernel(
             a = rows(pooled, n, N, o, C)
     z = nothing(SLICES, BN, BK if ONE else BC, w2.dtype.element_ty)
     for h0 in range(0, H, SLICES * BK):
-        h = steps_of(h0, SLICES, BK)
+        k = steps_of(h0, SLICES, BK)
+        h = ordered(k)
         live = h < H
-        v = rows(state, n, N, h, H)
+        v = rows(state, n, N, k, H)
         if BATCH_STATS:
             center, spread = of_batch(statistics, h, live, N, H, groups, group, MERGE, GROUPS)
             scale = 1 / tl.sqrt(spread / N.to(spread.dtype) + EPS)
@@ -329,7 +362,7 @@ def alpha_kernel(
         if ONE:
             z += relu(v) * across(tl.load(w2 + h, live, 0.0))
         else:
-            z = product(relu(v), transposed(w2, o, outputs, h, H), z, PRECISION)
+            z = product(relu(v), transposed(w2, o, outputs, k, H), z, PRECISION)
     z = added_slices(z)
     if BATCH_STATS:
         if tile == 0:  # they share the units: by the first program, in the loop, the launch took 18 us and not 12

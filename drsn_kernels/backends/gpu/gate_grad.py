@@ -23,6 +23,7 @@ from .gate import (
     merged_sums,
     normalise,
     nothing,
+    ordered,
     product,
     relu,
     rows,
@@ -31,6 +32,7 @@ from .gate import (
     statistics_of,
     steps_of,
     store_rows,
+    transposed,
 )
 from .launch import kernel
 
@@ -145,10 +147,10 @@ def hidden_grad_kernel(
             logits, past = logit_grads(d, rows(pooled, n, N, c, C), value, total, average, channels, AVERAGE, ONE)
             here = tl.where(c0 // (SLICES * BK) % blocks == block, N, 0)  # the programs of a tile share its channels
             if not ONE:
-                delta = product(logits, rows(w2, c, C, h, H), delta, PRECISION)
-                store_rows(dz, logits, n, here, c, C)
+                delta = product(logits, rows(w2, ordered(c), C, h, H), delta, PRECISION)
+                store_rows(dz, logits, n, here, ordered(c), C)
             if direct is not None:
-                store_rows(direct, past + tl.zeros_like(d), n, here, c, C)
+                store_rows(direct, past + tl.zeros_like(d), n, here, ordered(c), C)
     delta = added_slices(delta)
     if ONE:
         value = alphas_at(alphas, n, n, N, C, ONE)
@@ -218,13 +220,14 @@ def pooled_grad_tile(
     c = pid // tiles * BC + tl.arange(0, BC)
     total = nothing(SLICES, BN, BC, w1.dtype.element_ty)
     for h0 in range(0, H, SLICES * BK):
-        h = steps_of(h0, SLICES, BK)
-        du = rows(dv, n, N, h, H)
+        k = steps_of(h0, SLICES, BK)
+        h = ordered(k)
+        du = rows(dv, n, N, k, H)
         if mean is not None and not READY:
             xhat, average, average_xhat = du, du, du
             center, scale = center_and_scale(mean, var, h, h < H, EPS)
             if BATCH_STATS:
-                xhat = standardised(rows(state, n, N, h, H), center, scale)
+                xhat = standardised(rows(state, n, N, k, H), center, scale)
                 average, average_xhat = batch_averages(sums, h, h < H, N, H, groups, GROUPS)
             slope = tl.load(gamma + h, h < H, 0.0) * scale
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
@@ -237,23 +240,47 @@ def pooled_grad_tile(
 
 @triton.jit
 def weight_grad_tile(
-    of_second, block, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, positive, sums, dw, along_h,
-    along_c, db1, db2, dgamma, dbeta, N, C, H, outputs, groups, start, stop,
-    BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, GROUPS: tl.constexpr,
-    BW: tl.constexpr, WALK: tl.constexpr, PRECISION: tl.constexpr,
+    of_second, h, c, columns, pooled, dz, dv, positive, H, start, stop, BW: tl.constexpr, WALK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BW units of BW columns of dw1 = du' A or, of_second, of dw2' = relu(v)' dz, from samples start to stop.
+    """du' A or, of_second, relu(v)' dz, units h by columns c, from samples start to stop.
 
-    Element (h, c) of the gradient lies at dw + h * along_h + c * along_c. Both are the same code on other pointers. The
-    first of a row of tiles also makes the vectors. Their sums over samples are taken at the end: in the loop they are
-    one addition an element.
+    Nothing else is made of what is loaded: then it stands in shared memory as tensor cores read it.
+    """
+    left = tl.where(of_second, positive, dv)
+    right = tl.where(of_second, dz, pooled)
+    total = tl.zeros((BW, BW), dv.dtype.element_ty)
+    for n0 in range(start, stop, WALK):
+        n = n0 + tl.arange(0, WALK)
+        total = product(transposed(left, n, stop, h, H), rows(right, n, stop, c, columns), total, PRECISION)
+    return total
+
+
+@triton.jit
+def summed_rows(matrix, start, stop, c, columns, ROWS: tl.constexpr):
+    """Of columns c, over rows start to stop."""
+    total = tl.zeros((ROWS, c.shape[0]), matrix.dtype.element_ty)
+    for n0 in range(start, stop, ROWS):
+        total += rows(matrix, n0 + tl.arange(0, ROWS), stop, c, columns)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def weight_grad_tile_of_dv(
+    of_second, h, c, columns, of_first_column, pooled, state, mean, var, gamma, beta, dz, dv, sums, db1, db2, dgamma,
+    dbeta, N, H, groups, start, stop,
+    BATCH_STATS: tl.constexpr, EPS: tl.constexpr, GROUPS: tl.constexpr, BW: tl.constexpr, WALK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same without READY, and the vectors by the first of a row of tiles.
+
+    What the other gradient needs is not loaded, its mask ends at sample 0. Sums over samples are taken at the end: in
+    the loop they are one addition an element.
     """
     ACC: tl.constexpr = dv.dtype.element_ty
-    h = block // blocks * BW + tl.arange(0, BW)
-    c = block % blocks * BW + tl.arange(0, BW)
     live = h < H
-    vectors = live & (block % blocks == 0) & (of_second == 0)
-    if mean is not None and not READY:
+    vectors = live & of_first_column & (of_second == 0)
+    if mean is not None:
         center, scale = center_and_scale(mean, var, h, live, EPS)
         average, average_xhat = scale, scale
         if BATCH_STATS:
@@ -264,36 +291,28 @@ def weight_grad_tile(
     sum_dv_xhat = tl.zeros((WALK, BW), ACC)
     sum_right = tl.zeros((WALK, BW), ACC)
     right_of = tl.where(of_second, dz, pooled)
-    left_of = dv
-    if READY:
-        left_of = tl.where(of_second, positive, dv)
-    end_of_first = tl.where(of_second, 0, stop)  # what the other gradient needs is not loaded
     for n0 in range(start, stop, WALK):
         n = n0 + tl.arange(0, WALK)
-        if READY:
-            left = rows(left_of, n, stop, h, H)
-        else:
-            du = rows(left_of, n, end_of_first, h, H)
-            xhat = rows(state, n, stop, h, H)
-            v = xhat
-            if mean is not None:
-                xhat = standardised(xhat, center, scale)
-                v, slope = scaled(xhat, h, live, scale, gamma, beta)
-                sum_dv += du
-                sum_dv_xhat += du * xhat
-                du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
-            left = tl.where((n < stop)[:, None], tl.where(of_second, relu(v), du), 0.0)
+        du = rows(dv, n, tl.where(of_second, 0, stop), h, H)
+        xhat = rows(state, n, stop, h, H)
+        v = xhat
+        if mean is not None:
+            xhat = standardised(xhat, center, scale)
+            v, slope = scaled(xhat, h, live, scale, gamma, beta)
+            sum_dv += du
+            sum_dv_xhat += du * xhat
+            du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
+        left = tl.where((n < stop)[:, None], tl.where(of_second, relu(v), du), 0.0)
         right = rows(right_of, n, stop, c, columns)
         sum_left += left
         sum_right += right
         total = product(tl.trans(left), right, total, PRECISION)
-    at = (h * along_h)[:, None] + (c * along_c)[None, :]
-    tl.store(dw + at, total, live[:, None] & (c < columns)[None, :])
     tl.store(db1 + h, tl.sum(sum_left, 0), vectors)
-    tl.store(db2 + c, tl.sum(sum_right, 0), (c < columns) & (block // blocks == 0) & of_second)
-    if mean is not None and not READY:
+    tl.store(db2 + c, tl.sum(sum_right, 0), (c < columns) & (tl.min(h, 0) == 0) & of_second)
+    if mean is not None:
         tl.store(dgamma + h, tl.sum(sum_dv_xhat, 0), vectors)
         tl.store(dbeta + h, tl.sum(sum_dv, 0), vectors)
+    return total
 
 
 @triton.jit
@@ -304,7 +323,7 @@ def _up_to_4(n):  # as plans.up_to does where sequence.py lays out the gradients
 @kernel(pointers=14, aligned=("pooled", "state", "w1", "dz", "dv", "positive", "direct", "dA", "grads"))
 def linear_grad_kernel(
     pooled, state, mean, var, gamma, beta, w1, dz, dv, positive, sums, direct, dA, grads,
-    N, CA, HA, tiles, groups, first, second, share, total,
+    N, CA, HA, tiles, groups, first, second, third, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, WALK: tl.constexpr,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -312,9 +331,9 @@ def linear_grad_kernel(
     """Gradients of the parameters and, where wanted, dA (N, C).
 
     Programs from 0 on make tiles of dw1, from `first` on of dw2 (the same code: both are units by columns, summed over
-    the batch), of `share` samples each, and from `second` on of dA. A share's gradients are its row of grads (shares,
-    total): w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm and without READY, gamma (H,) and beta (H,), each at
-    a multiple of 4 elements.
+    the batch), of `share` samples each, from `second` on, with READY, the biases', and from `third` on tiles of dA. A
+    share's gradients are its row of grads (shares, total): w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm and
+    without READY, gamma (H,) and beta (H,), each at a multiple of 4 elements.
     """
     C = CA * ALIGN
     H = HA * ALIGN
@@ -322,28 +341,49 @@ def linear_grad_kernel(
     if BATCH_STATS:
         mean, var = statistics_of(state, N, H, outputs)
     pid = tl.program_id(0)
-    if pid < second:
-        of_second = pid >= first
+    if pid < third:
+        of_second = (pid >= first) & (pid < second)
         columns = tl.where(of_second, outputs, C)
         blocks = tl.cdiv(columns, BW)
-        block = pid - tl.where(of_second, first, 0)
         kind = tl.cdiv(H, BW) * blocks
-        part = block // kind
+        if READY:  # blocks of units, then of outputs
+            vectors = tl.cdiv(H, BW) + tl.cdiv(outputs, BW)
+            kind = tl.where(pid >= second, vectors, kind)
+        place = pid - tl.where(pid >= second, second, tl.where(of_second, first, 0))
+        part = place // kind
+        block = place % kind
         start = part * share
+        stop = tl.minimum(start + share, N)
         dw1 = grads + part.to(tl.int64) * total
         db1 = dw1 + _up_to_4(H * C)
         dw2 = db1 + _up_to_4(H)
         db2 = dw2 + _up_to_4(outputs * H)
         dgamma = db2 + _up_to_4(outputs)
-        weight_grad_tile(
-            of_second, block % kind, blocks, columns, pooled, state, mean, var, gamma, beta, dz, dv, positive,
-            sums, tl.where(of_second, dw2, dw1), tl.where(of_second, 1, C), tl.where(of_second, H, 1),
-            db1, db2, dgamma, dgamma + _up_to_4(H), N, C, H, outputs, groups, start, tl.minimum(start + share, N),
-            BATCH_STATS, EPS, READY, GROUPS, BW, WALK, PRECISION,
-        )  # fmt: skip
+        h = block // blocks * BW + tl.arange(0, BW)
+        c = block % blocks * BW + tl.arange(0, BW)
+        if READY and pid >= second:
+            of_units = block < tl.cdiv(H, BW)
+            length = tl.where(of_units, H, outputs)
+            k = (block - tl.where(of_units, 0, tl.cdiv(H, BW))) * BW + tl.arange(0, BW)
+            summed = summed_rows(tl.where(of_units, dv, dz), start, stop, k, length, WALK)
+            tl.store(tl.where(of_units, db1, db2) + k, summed, k < length)
+        else:
+            if READY:
+                made = weight_grad_tile(
+                    of_second, h, c, columns, pooled, dz, dv, positive, H, start, stop, BW, WALK, PRECISION
+                )  # fmt: skip
+            else:
+                made = weight_grad_tile_of_dv(
+                    of_second, h, c, columns, block % blocks == 0, pooled, state, mean, var, gamma, beta, dz, dv, sums,
+                    db1, db2, dgamma, dgamma + _up_to_4(H), N, H, groups, start, stop,
+                    BATCH_STATS, EPS, GROUPS, BW, WALK, PRECISION,
+                )  # fmt: skip
+            # element (h, c) of dw1 (H, C), or of dw2 (outputs, H) transposed
+            at = (h * tl.where(of_second, 1, C))[:, None] + (c * tl.where(of_second, H, 1))[None, :]
+            tl.store(tl.where(of_second, dw2, dw1) + at, made, (h < H)[:, None] & (c < columns)[None, :])
     elif dA is not None:
         pooled_grad_tile(
-            pid - second, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+            pid - third, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
             BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, PRECISION,
         )  # fmt: skip
 
