@@ -77,11 +77,27 @@ def nothing(SLICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dty
 
 
 @triton.jit
+def halved(tile):
+    """(rows, columns, 2 k) -> (rows, columns, k), pairs added up."""
+    a, b = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2)))
+    return a + b
+
+
+@triton.jit
 def added_slices(total):
+    """By tl.sum, which meets in shared memory one number a thread at a time, 512 sums of 8 took 3 us."""
     if len(total.shape) == 2:
         return total
     else:
-        return tl.sum(total, 0)
+        tile = tl.permute(total, (1, 2, 0))
+        tile = halved(tile)
+        if total.shape[0] >= 4:
+            tile = halved(tile)
+        if total.shape[0] >= 8:
+            tile = halved(tile)
+        if total.shape[0] >= 16:
+            tile = halved(tile)
+        return tl.reshape(tile, (total.shape[1], total.shape[2]))
 
 
 @triton.jit

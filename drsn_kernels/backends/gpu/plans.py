@@ -176,7 +176,8 @@ GATE_DEPTH = 64
 ODD_DEPTH = 32
 # Beyond that, each of WIDE_SLICES warps makes a part of the sum, WIDE_DEPTH at a time: there are about as many programs
 # as multiprocessors, and a warp that has a quarter of its multiprocessor to itself waits for each of its instructions.
-WIDE_SLICES = 8
+WIDE_SLICES = 4
+BACK_SLICES = 1
 WIDE_DEPTH = 32
 # Steps of a product whose loads are under way together.
 GATE_STAGES = 1
@@ -200,7 +201,7 @@ WEIGHT_TILES = 64
 # and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4
 # steps 6 and adding up 1.5, by torch 4.
 GATE_STEP = 32
-WIDE_STEP = 16
+WIDE_STEP = 32
 GATE_WALK = 128
 GATE_PROGRAMS = 2
 ADDED = 64
@@ -244,7 +245,7 @@ class Product(NamedTuple):
             return cls(min(max(power_of_two(size), 16), deepest), 1, GATE_STAGES, GATE_WARPS)
         if itemsize == 8:  # three dimensions are not multiplied on tensor cores
             return cls(WIDE_DEPTH, 1, WIDE_STAGES, GATE_WARPS)
-        return cls(WIDE_DEPTH, WIDE_SLICES, WIDE_STAGES, WIDE_SLICES)
+        return cls(WIDE_DEPTH, WIDE_SLICES, WIDE_STAGES, max(WIDE_SLICES, GATE_WARPS))
 
 
 APART = Product(16, 1, 1, GATE_WARPS)  # of a launch that makes no product
@@ -258,6 +259,7 @@ class GatePlan:
     channels: int  # BC, outputs too
     units: int  # BH
     over_channels: Product
+    back: Product  # the same on the way back
     over_units: Product
     weights: int  # BW: tiles of a weight's gradient are square
     step: int  # WALK, samples of a step of it
@@ -316,6 +318,9 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     samples, tile = (WIDE_SAMPLES, WIDE_TILE) if wide else (GATE_SAMPLES, GATE_TILE)
     align = 4 if channels % 4 == hidden % 4 == 0 else 1
     over_channels, over_units = (Product.over(size, align, itemsize) for size in (channels, hidden))
+    back = over_channels
+    if over_channels.slices > 1 and BACK_SLICES == 1:
+        back = Product(WIDE_DEPTH, 1, 3, GATE_WARPS)
     tiles = cdiv(n, samples)
     merge = hidden <= MERGED_BY_ALL
     many = tiles > MOST_GROUPS
@@ -329,7 +334,7 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     step = WIDE_STEP if wide else GATE_STEP
     share = cdiv(cdiv(n, shares), step) * step
     return GatePlan(
-        samples=samples, channels=tile, units=tile, over_channels=over_channels, over_units=over_units,
+        samples=samples, channels=tile, units=tile, over_channels=over_channels, back=back, over_units=over_units,
         weights=weights, step=step, align=align, tiles=tiles, groups=1 if apart else tiles,
         group=n if apart else samples, merge=merge, sums=1 if many else tiles,
         at_a_time=GATE_MERGED // over_units.depth,

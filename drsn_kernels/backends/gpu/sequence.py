@@ -368,7 +368,7 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     hidden = merge = between = add = None
     if parts is not None:
         hidden = _of_gate(
-            gate_grad.hidden_grad_kernel, step, plan, plan.over_channels, plan.tiles * cdiv(h, plan.units),
+            gate_grad.hidden_grad_kernel, step, plan, plan.back, plan.tiles * cdiv(h, plan.units),
             gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plans.BACKWARD_PRECISION,
             parts=parts, SPLIT=parts > 1,
         )  # fmt: skip
