@@ -323,25 +323,26 @@ def _up_to_4(n):  # as plans.up_to does where sequence.py lays out the gradients
 @kernel(pointers=14, aligned=("pooled", "state", "w1", "dz", "dv", "positive", "direct", "dA", "grads"))
 def linear_grad_kernel(
     pooled, state, mean, var, gamma, beta, w1, dz, dv, positive, sums, direct, dA, grads,
-    N, CA, HA, tiles, groups, first, second, third, share, total,
+    N, CA, HA, tiles, groups, pooled_programs, first, second, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, WALK: tl.constexpr,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters and, where wanted, dA (N, C).
 
-    Programs from 0 on make tiles of dw1, from `first` on of dw2 (the same code: both are units by columns, summed over
-    the batch), of `share` samples each, from `second` on, with READY, the biases', and from `third` on tiles of dA. A
-    share's gradients are its row of grads (shares, total): w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm and
-    without READY, gamma (H,) and beta (H,), each at a multiple of 4 elements.
+    The first pooled_programs make tiles of dA: they take longest. Of the others those from 0 on make tiles of dw1, from
+    `first` on of dw2 (the same code: both are units by columns, summed over the batch), of `share` samples each, and
+    from `second` on, with READY, the biases'. A share's gradients are its row of grads (shares, total): w1 (H, C), b1
+    (H,), w2 (O, H), b2 (O,) and, with a norm and without READY, gamma (H,) and beta (H,), each at a multiple of 4
+    elements.
     """
     C = CA * ALIGN
     H = HA * ALIGN
     outputs = 1 if ONE else C
     if BATCH_STATS:
         mean, var = statistics_of(state, N, H, outputs)
-    pid = tl.program_id(0)
-    if pid < third:
+    pid = tl.program_id(0) - pooled_programs
+    if pid >= 0:
         of_second = (pid >= first) & (pid < second)
         columns = tl.where(of_second, outputs, C)
         blocks = tl.cdiv(columns, BW)
@@ -383,7 +384,7 @@ def linear_grad_kernel(
             tl.store(tl.where(of_second, dw2, dw1) + at, made, (h < H)[:, None] & (c < columns)[None, :])
     elif dA is not None:
         pooled_grad_tile(
-            pid - third, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+            pid + pooled_programs, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
             BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, PRECISION,
         )  # fmt: skip
 

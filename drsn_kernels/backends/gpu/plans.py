@@ -181,7 +181,7 @@ BACK_SLICES = 1
 WIDE_DEPTH = 32
 # Steps of a product whose loads are under way together.
 GATE_STAGES = 1
-WIDE_STAGES = 2
+WIDE_STAGES = 3
 # How float32 is multiplied, in Triton's words. Forward, a weight is read along the products, and as "ieee" wants it in
 # shared memory lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3". The way back reads it
 # across: there "tf32x3" took 7 us for what "ieee" does in 3.5, and pays in large tiles of a weight's gradient only.

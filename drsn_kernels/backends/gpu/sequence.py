@@ -384,14 +384,14 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     row = made * step.sums.itemsize
     first = plan.shares * cdiv(h, plan.weights) * cdiv(c, plan.weights)
     second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
-    third = second + ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
-    programs = third + dA * plan.tiles * cdiv(c, plan.channels)
+    last = second + ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
+    pooled = dA * plan.tiles * cdiv(c, plan.channels)
     linear = _of_gate(
-        gate_grad.linear_grad_kernel, step, plan, plan.over_units, programs,
+        gate_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + last,
         gate_grad.linear_grad_cost(step, 0 if ready else plan.sums, plan.shares * row, dA, direct),
         plans.WEIGHT_PRECISION if plan.weights == plans.WEIGHT_TILE else plans.BACKWARD_PRECISION,
-        groups=plan.sums, first=first, second=second, third=third, share=plan.share, total=made, WALK=plan.step,
-        BW=plan.weights, READY=ready,
+        groups=plan.sums, pooled_programs=pooled, first=first, second=second, share=plan.share, total=made,
+        WALK=plan.step, BW=plan.weights, READY=ready,
     )  # fmt: skip
     if plan.shares > 1:
         values = {"shares": plan.shares, "total": made, "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}
