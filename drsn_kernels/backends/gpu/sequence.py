@@ -73,11 +73,11 @@ def _of_gate(
         "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": over.depth, "SLICES": over.slices,
         "GROUPS": plan.at_a_time,
-        "PRECISION": "ieee" if step.sums == torch.float64 else plans.WIDE_PRECISION if over.slices > 1 else precision,
+        "PRECISION": "ieee" if step.sums == torch.float64 else precision,
     } | values  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=over.warps, stages=over.stages,
-        registers=min(plans.GATE_REGISTERS, 65536 // (32 * over.warps)),
+        fn, step.device, programs, values, plan, cost_of, warps=max(plans.GATE_WARPS, over.slices),
+        stages=over.stages, registers=plans.GATE_REGISTERS,
     )  # fmt: skip
 
 
@@ -376,7 +376,7 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
         if batch_stats and not plan.merge:
             pieces = cdiv(step.layout.n, plan.normed)
             between = _of_gate(
-                gate_grad.norm_grad_kernel, step, plan, plans.APART, pieces * cdiv(h, plan.units),
+                gate_grad.norm_grad_kernel, step, plan, plans.NO_PRODUCT, pieces * cdiv(h, plan.units),
                 gate_grad.norm_grad_cost(step, plan.sums), groups=plan.sums, pieces=pieces, share=plan.normed,
                 after_gamma=sizes[4],
             )  # fmt: skip
@@ -386,10 +386,11 @@ def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
     last = second + ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
     pooled = dA * plan.tiles * cdiv(c, plan.channels)
+    tensor_cores = plan.weights == plans.WEIGHT_TILE or plan.over_units.slices > 1
     linear = _of_gate(
         gate_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + last,
         gate_grad.linear_grad_cost(step, 0 if ready else plan.sums, plan.shares * row, dA, direct),
-        plans.WEIGHT_PRECISION if plan.weights == plans.WEIGHT_TILE else plans.BACKWARD_PRECISION,
+        plans.WEIGHT_PRECISION if tensor_cores else plans.BACKWARD_PRECISION,
         groups=plan.sums, pooled_programs=pooled, first=first, second=second, share=plan.share, total=made,
         WALK=plan.step, BW=plan.weights, READY=ready,
     )  # fmt: skip
