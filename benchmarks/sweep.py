@@ -94,8 +94,10 @@ CHOICES: tuple[Choice, ...] = (
         STEPS,
         tuple({"GATE_SAMPLES": n, "GATE_TILE": tile} for n, tile in ((16, 16), (32, 16), (32, 32), (64, 16))),
     ),
-    Choice(STEPS, tuple({"WIDE": wide, "WIDE_TILE": 32} for wide in (32, 64, 128))),
+    Choice(STEPS, tuple({"MIDDLE": middle} for middle in ((64, 512), (128, 512), (128, 1024), (1024, 1024)))),
     Choice(STEPS, tuple({"WIDE_STAGES": stages} for stages in (2, 3, 4))),
+    Choice(STEPS, tuple({"WIDE_SLICES": slices} for slices in (4, 8))),
+    Choice(STEPS[:1], ({"BACK_DEPTH": 32}, {"BACK_DEPTH": 64})),
     Choice(STEPS, ({"GATE_DEPTH": 32}, {"GATE_DEPTH": 64})),
     Choice(STEPS, ({"WIDE_DEPTH": 32}, {"WIDE_DEPTH": 64})),
     Choice(STEPS, ({"WIDE_SAMPLES": 16}, {"WIDE_SAMPLES": 32})),
@@ -103,9 +105,8 @@ CHOICES: tuple[Choice, ...] = (
     Choice(STEPS[:1], ({"BACKWARD_PRECISION": "ieee"}, {"BACKWARD_PRECISION": "tf32x3"})),
     Choice(STEPS[:1], ({"WEIGHT_PRECISION": "ieee"}, {"WEIGHT_PRECISION": "tf32x3"})),
     Choice(STEPS[:1], tuple({"WEIGHT_TILES": n} for n in (16, 64, 256))),
-    Choice(STEPS[:1], ({"WIDE_STEP": 16}, {"WIDE_STEP": 32})),
     Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
-    Choice(STEPS[:1], tuple({"GATE_STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (64, 128, 256, 512))),
+    Choice(STEPS[:1], tuple({"STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (64, 128, 256, 512))),
     Choice(STEPS[:1], tuple({"MERGED_BY_ALL": n, "MOST_GROUPS": m} for n in (0, 64, 128) for m in (32, 128))),
     # one pass: whole samples in registers, walked from L2 too, or neither, which leaves several launches
     Choice(

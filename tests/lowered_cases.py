@@ -233,7 +233,7 @@ def gate_case(
 
 def several(shape: tuple[int, ...], dtype: torch.dtype, merge: bool = False):
     """reduce, the gate, map; and grad, the gate, grad. merge: a launch merges the batch's statistics."""
-    long, merged = _long(shape, dtype), ("merge_kernel",) if merge else ()
+    long, merged, normed = _long(shape, dtype), ("merge_kernel",) * merge, ("norm_grad_kernel",) * merge
     forward = (
         expected("reduce_kernel", {"x": 1}, loop=long),
         *map(expected, ("hidden_kernel", *merged, "alpha_kernel")),
@@ -241,7 +241,7 @@ def several(shape: tuple[int, ...], dtype: torch.dtype, merge: bool = False):
     )
     backward = (
         expected("grad_kernel", {"g": 1}, loop=long),
-        *map(expected, ("hidden_grad_kernel", *merged, "linear_grad_kernel")),
+        *map(expected, ("hidden_grad_kernel", *normed, "linear_grad_kernel")),
         expected("grad_kernel", {"g": 1}, {"dx": 1}),
     )
     return forward, backward

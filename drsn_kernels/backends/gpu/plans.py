@@ -28,7 +28,7 @@ TILE = 512
 WHOLE, PART = 16, 8
 # In tiles: what channels_last takes, so that a thread has several rows for what its columns need; and the bytes of it
 # that a thread holds. With 64, half the warps of a multiprocessor are too few for sums: 1.4 times as long in bfloat16.
-SHARED, SHARED_THREAD = 4, 32
+SHARED, SHARED_THREAD = 8, 32
 # Where rows are not aligned, or elements not adjacent, every element has an address of its own: so many elements a
 # thread, because with 16 rows of 49 took 96 to 153 registers, and so many tiles.
 RAGGED_THREAD, RAGGED = 8, 2
@@ -158,24 +158,36 @@ ONE_PASS_CHANNELS = 128
 # Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
 # Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Called, by cuBLAS's
-# five products and a dozen small launches, a training step of (128, 512, 32) in bfloat16 took 93 us and fused 83, a
-# forward pass in eval 32 and 23. That cuBLAS is faster beyond these sizes is an estimate.
-MOST_CHANNELS = 512
+# products and a dozen small launches, a training step of (16, 1024, 300) took 133 us and fused 104, a forward pass in
+# eval 57 and 37; of (128, 512, 32) 53 and 18. That cuBLAS is faster beyond these sizes is an estimate.
+MOST_CHANNELS = 1024
 MOST_PRODUCTS = 1 << 28
-# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels, by products of
-# GATE_DEPTH; a product takes at least 16. Small tiles, as there are few: 64 for the first layer of (512, 64). Beyond
-# WIDE units or channels products are long, and what counts is how many programs share them.
+# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels. Small tiles, as
+# there are few: 64 for the first layer of (512, 64). Beyond WIDE units or channels products are long, and what counts
+# is how many programs share them; WIDE_TILE for MIDDLE[0] < units <= MIDDLE[1], where weights are read less often then:
+# a training step of (128, 512, 32) takes 58.5 us and not 61, but of (64, 128, 32) 23 and not 21.5, of (16, 1024, 300)
+# 109 and not 104.
 WIDE = 64
 GATE_SAMPLES = 32
 WIDE_SAMPLES = 16
 GATE_TILE = 16
 WIDE_TILE = 32
-# Up to WIDE channels and units one step: with two, a training step of (16, 64, 4800) took 50 us and not 45.
+MIDDLE = (128, 512)
+# Up to WIDE channels or units a product is one step: with two, a training step of (16, 64, 4800) took 50 us and not 45.
 # Where rows are not aligned, addresses of 64 spill 120 bytes, and in float64 696.
 GATE_DEPTH = 64
 ODD_DEPTH = 32
+# Beyond that, each of WIDE_SLICES warps makes a part of the sum, WIDE_DEPTH at a time: there are about as many programs
+# as multiprocessors, and a warp that has a quarter of its multiprocessor to itself waits for each of its instructions.
+# The second layer of (128, 512) took 12 us without slices and takes 7. With 8 or 16 it takes as long, and the gradients
+# of the weights, in the same launch as dA, get fewer programs on a multiprocessor.
+WIDE_SLICES = 4
 WIDE_DEPTH = 32
-# Steps of a product whose loads are under way together. A narrow gate has one.
+# Not on the way back to the hidden units: what is multiplied there is worked out from three tensors first, and in the
+# order of ordered() that took 17 us instead of 8.
+BACK_DEPTH = 64
+# Steps of a product whose loads are under way together: by 2, 3 and 4 the first layer of (128, 512) took 6.5, 5.1 and
+# 5.2 us.
 GATE_STAGES = 1
 WIDE_STAGES = 3
 # How float32 is multiplied, in Triton's words. Forward, a weight is read along the products, and as "ieee" wants it in
@@ -183,7 +195,7 @@ WIDE_STAGES = 3
 # across: there "tf32x3" took 7 us for what "ieee" does in 3.5, and pays in large tiles of a weight's gradient only.
 FORWARD_PRECISION = "tf32x3"
 BACKWARD_PRECISION = "ieee"
-WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE
+WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE, and in the same launch as a sum in slices
 # 8 warps take 1.0 to 1.6 times as long.
 GATE_WARPS = 4
 GATE_REGISTERS = 255
@@ -191,20 +203,18 @@ GATE_REGISTERS = 255
 # or more: 37 and 25 us for (128, 512), 7 and 13 for (64, 128), where few programs would have all of the work.
 WEIGHT_TILE = 64
 WEIGHT_TILES = 64
-WEIGHT_STAGES = 2  # at most; 3 take 0.98 of the time, and spill 8 bytes on compute capability 8.0
-# It is a sum over the batch: a program walks it by GATE_STEP samples, or by WIDE_STEP, because 32 spill 16 to 48 bytes.
-# Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each multiprocessor,
-# and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4
-# steps 6 and adding up 1.5, by torch 4.
-GATE_STEP = 32
-WIDE_STEP = 16
+# It is a sum over the batch: a program walks it by STEP samples. Above GATE_WALK samples it is shared out, while there
+# are fewer programs than GATE_PROGRAMS for each multiprocessor, and the shares are added up, ADDED elements of
+# ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4 steps 6 and adding up 1.5, by torch 4.
+STEP = 32
 GATE_WALK = 128
 GATE_PROGRAMS = 2
 ADDED = 64
 ADDED_SHARES = 32
 # Programs merge the statistics of the batch's tiles themselves, GATE_MERGED (tiles x units) at a time, where there are
 # at most MERGED_BY_ALL units and MOST_GROUPS tiles. Else one launch does it, MERGED at a time, by programs of
-# MERGED_UNITS units: for 128 units 4 us in both directions, and 5 less in the others.
+# MERGED_UNITS units: 2 us. On the way back that launch also makes du and relu(v), which the weights' gradients took
+# long to make as they loaded: 25 us for both of (128, 512), and 15 since. For 64 units it is as fast either way.
 GATE_MERGED = 1024
 MERGED_BY_ALL = 64
 MOST_GROUPS = 128
@@ -226,6 +236,26 @@ class OnePassPlan:
     registers: int | None  # that ptxas may use a thread, where it is told
 
 
+class Product(NamedTuple):
+    """How a sum over channels or units is made."""
+
+    depth: int  # BK, of a slice in a step
+    slices: int  # each made by a warp of its own; 1: the warps share the tile
+    stages: int  # of the loop
+
+    @classmethod
+    def over(cls, size: int, align: int, itemsize: int, sliced: bool = True) -> "Product":
+        deepest = GATE_DEPTH if align * itemsize == 16 else ODD_DEPTH
+        if size <= WIDE:
+            return cls(min(max(power_of_two(size), 16), deepest), 1, GATE_STAGES)
+        if sliced and itemsize == 4:  # float64 is multiplied in two dimensions
+            return cls(WIDE_DEPTH, WIDE_SLICES, WIDE_STAGES)
+        return cls(min(BACK_DEPTH, deepest), 1, WIDE_STAGES)
+
+
+NO_PRODUCT = Product(16, 1, 1)
+
+
 @dataclass(frozen=True)
 class GatePlan:
     """The gate's own launches: tiles of samples, channels, units and outputs."""
@@ -233,16 +263,19 @@ class GatePlan:
     samples: int  # BN
     channels: int  # BC, outputs too
     units: int  # BH
-    depth: int  # BK, of a product
+    over_channels: Product
+    back: Product  # over channels, on the way back
+    over_units: Product
     weights: int  # BW: tiles of a weight's gradient are square
     step: int  # WALK, samples of a step of it
-    stages: int  # of a product's loop
     align: int  # elements that divide C and H, as rows are aligned
     tiles: int  # of samples
-    groups: int  # statistics that come to the launches that need them; 1 where a launch has merged them before
+    groups: int  # statistics that come to alpha_kernel; 1 where a launch has merged them before
     group: int  # samples in each
-    merge: bool  # these merge them; False: they take the first
+    merge: bool  # it merges them; False: it takes the first, and on the way back a launch of its own makes du
+    sums: int  # that come to the launches of the way back; 1 where one has merged them before
     at_a_time: int  # groups
+    normed: int  # samples that a program of that launch takes
     shares: int  # of samples, one a program, in the gradients of the weights
     share: int  # samples in one
 
@@ -286,26 +319,28 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
 
 def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: int = 4) -> GatePlan:
     """The plan of the gate's own launches, on numbers of `itemsize` bytes. Only counts depend on n."""
-    wide = max(channels, hidden) > WIDE
-    samples, tile = (WIDE_SAMPLES, WIDE_TILE) if wide else (GATE_SAMPLES, GATE_TILE)
+    wide = max(channels, hidden)
+    samples = GATE_SAMPLES if wide <= WIDE else WIDE_SAMPLES
+    tile = WIDE_TILE if MIDDLE[0] < wide <= MIDDLE[1] else GATE_TILE
     align = 4 if channels % 4 == hidden % 4 == 0 else 1
-    deepest = WIDE_DEPTH if wide else GATE_DEPTH if align * itemsize == 16 else ODD_DEPTH
-    depth = min(max(power_of_two(max(channels, hidden)), 16), deepest)
     tiles = cdiv(n, samples)
-    merge = hidden <= MERGED_BY_ALL
-    apart = not merge or tiles > MOST_GROUPS
+    merge, many = hidden <= MERGED_BY_ALL, tiles > MOST_GROUPS
+    apart = many or not merge
+    over_units = Product.over(hidden, align, itemsize)
 
     def weights_of(size: int) -> int:
         return cdiv(hidden, size) * (cdiv(channels, size) + cdiv(outputs, size))
 
     weights = WEIGHT_TILE if weights_of(WEIGHT_TILE) >= WEIGHT_TILES else tile
     shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights_of(weights)), 1)
-    step = WIDE_STEP if wide else GATE_STEP
-    share = cdiv(cdiv(n, shares), step) * step
+    share = up_to(cdiv(n, shares), STEP)
     return GatePlan(
-        samples=samples, channels=tile, units=tile, depth=depth, weights=weights, step=step,
-        stages=WIDE_STAGES if wide else GATE_STAGES, align=align, tiles=tiles, groups=1 if apart else tiles,
-        group=n if apart else samples, merge=merge, at_a_time=GATE_MERGED // depth,
+        samples=samples, channels=tile, units=tile, over_channels=Product.over(channels, align, itemsize),
+        back=Product.over(channels, align, itemsize, sliced=False), over_units=over_units,
+        weights=weights, step=STEP, align=align, tiles=tiles, groups=1 if apart else tiles,
+        group=n if apart else samples, merge=merge, sums=1 if many else tiles,
+        at_a_time=GATE_MERGED // over_units.depth,
+        normed=up_to(cdiv(n, cdiv(GATE_PROGRAMS * sms, cdiv(hidden, tile))), samples),
         shares=cdiv(n, share), share=share,
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from . import gate, gate_grad, one_pass, plans, stream
 from .gate import Sizes
 from .launch import Pass, Prepared, Room, multiprocessors, tile_values
 from .native import Piece, Source
-from .plans import GatePlan, OnePassPlan, cdiv, up_to
+from .plans import GatePlan, OnePassPlan, Product, cdiv, up_to
 from .walk import Strides, Walk, walk
 
 _PLANES = (0, 1, 2)  # rows of kept, sign and nonzero, as layout.thresholded has them
@@ -65,24 +65,25 @@ def _gate_plan(step: Step) -> GatePlan:
 
 
 def _of_gate(
-    fn: Any, step: Step, plan: GatePlan, programs: int, cost_of: Cost, precision: str, stages: int | None = None,
+    fn: Any, step: Step, plan: GatePlan, over: Product, programs: int, cost_of: Cost, precision: str = "ieee",
     **values: int,
 ) -> Prepared:  # fmt: skip
-    values |= _gate_values(step) | {
+    values = _gate_values(step) | {
         "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
         "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
-        "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": plan.depth, "GROUPS": plan.at_a_time,
+        "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": over.depth, "SLICES": over.slices,
+        "GROUPS": plan.at_a_time,
         "PRECISION": "ieee" if step.sums == torch.float64 else precision,
-    }  # fmt: skip
+    } | values  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=plans.GATE_WARPS, stages=stages or plan.stages,
-        registers=plans.GATE_REGISTERS,
+        fn, step.device, programs, values, plan, cost_of, warps=max(plans.GATE_WARPS, over.slices),
+        stages=over.stages, registers=plans.GATE_REGISTERS,
     )  # fmt: skip
 
 
 def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
-    """The launch between the gate's two, where there is one."""
-    if not step.gate.batch_stats or plan.groups == plan.tiles:
+    """The launch that merges what tiles of the batch have left, where there is one."""
+    if not step.gate.batch_stats or (plan.groups if statistics else plan.sums) == plan.tiles:
         return None
     values = {
         "N": step.layout.n, "H": step.gate.hidden, "groups": plan.tiles, "group": plan.samples,
@@ -226,12 +227,12 @@ def _prepare_gate(step: Step, parts: int) -> Gate:
     """parts: partial sums that A comes in."""
     plan = _gate_plan(step)
     hidden = _of_gate(
-        gate.hidden_kernel, step, plan, plan.tiles * cdiv(step.gate.hidden, plan.units),
+        gate.hidden_kernel, step, plan, plan.over_channels, plan.tiles * cdiv(step.gate.hidden, plan.units),
         gate.hidden_cost(step, parts, plan.tiles), plans.FORWARD_PRECISION, parts=parts, SPLIT=parts > 1,
     )  # fmt: skip
     merge = _merge(step, plan, statistics=True)
     alpha = _of_gate(
-        gate.alpha_kernel, step, plan, plan.tiles * cdiv(step.gate.outputs, plan.channels),
+        gate.alpha_kernel, step, plan, plan.over_units, plan.tiles * cdiv(step.gate.outputs, plan.channels),
         gate.alpha_cost(step, plan.groups), plans.FORWARD_PRECISION,
     )  # fmt: skip
     return Gate(hidden, merge, alpha, hidden.cost + (Cost() if merge is None else merge.cost) + alpha.cost)
@@ -247,6 +248,7 @@ class GateGrad(NamedTuple):
 
     hidden: Prepared | None  # None where one pass has made dz and dv
     merge: Prepared | None
+    norm: Prepared | None
     linear: Prepared
     add: Prepared | None  # the shares of a large batch
     dA: bool
@@ -254,23 +256,32 @@ class GateGrad(NamedTuple):
     cost: Cost
 
     @property
+    def total(self) -> int:
+        """Elements of the gradients that `linear` makes, those of a share."""
+        return sum(self.sizes[:4] if self.norm else self.sizes)
+
+    @property
     def launches(self) -> tuple[Prepared, ...]:
-        return tuple(launch for launch in (self.hidden, self.merge, self.linear, self.add) if launch is not None)
+        return tuple(launch for launch in (self.hidden, self.merge, self.norm, self.linear, self.add) if launch)
 
     def wired(
         self, step: Step, room: Room, dtau: Source | None, dz: Source, dv: Source, pooled: Source, state: Source
     ) -> tuple[Wired, Piece | None]:
         """And dA, where it is wanted. dz (N, O) and dv (N, H) are filled from dtau, or come filled."""
-        size, direct, sums, before = step.layout.n * step.layout.c, None, None, []
+        size, direct, sums, before, positive = step.layout.n * step.layout.c, None, None, [], None
         given = {"pooled": pooled, "state": state, "dz": dz, "dv": dv, **_same("mean", "var", "gamma", "beta")}
         if self.hidden is not None:
             direct = room.take(size) if self.dA and step.average is not None else None
             tiles, sums, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
             own = {"dtau": dtau, "sums": tiles, "direct": direct, **_same("tau_grad", "w2")}
             before = [(self.hidden, given | own), *between]
+        if self.norm is not None:
+            positive, norms = room.take(step.layout.n * step.gate.hidden), Piece("grads", self.total, step.sums)
+            own = {"state": state, "sums": sums, "dv": dv, "positive": positive, "norms": norms}
+            before.append((self.norm, own | _same("gamma", "beta")))
         dA = room.take(size) if self.dA else None
-        shares = "grads" if self.add is None else room.take(self.linear.plan.shares * sum(self.sizes))
-        own = {"sums": sums, "direct": direct, "dA": dA, "grads": shares, **_same("w1")}
+        shares = "grads" if self.add is None else room.take(self.linear.plan.shares * self.total)
+        own = {"sums": sums, "positive": positive, "direct": direct, "dA": dA, "grads": shares, **_same("w1")}
         after = [] if self.add is None else [(self.add, {"shares_of": shares, "added": "grads"})]
         return [*before, (self.linear, given | own), *after], dA
 
@@ -351,39 +362,47 @@ def _one_backward(step: Step, g: Strides, want_dx: bool) -> Prepared | None:
 
 def _prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     """parts: partial sums that dtau comes in; None where dz and dv come instead."""
-    plan, (h, o, norm, *_), c = _gate_plan(step), step.gate, step.layout.c
+    plan, (h, o, norm, batch_stats, *_), c = _gate_plan(step), step.gate, step.layout.c
     sizes = tuple(up_to(length, 4) for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
-    row = sum(sizes) * step.sums.itemsize
     direct = dA and step.average is not None
-    total, hidden, merge = Cost(), None, None
+    hidden = merge = between = add = None
     if parts is not None:
         hidden = _of_gate(
-            gate_grad.hidden_grad_kernel, step, plan, plan.tiles * cdiv(h, plan.units),
+            gate_grad.hidden_grad_kernel, step, plan, plan.back, plan.tiles * cdiv(h, plan.units),
             gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plans.BACKWARD_PRECISION,
             parts=parts, SPLIT=parts > 1,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
-        total += hidden.cost + (Cost() if merge is None else merge.cost)
+        if batch_stats and not plan.merge:
+            pieces = cdiv(step.layout.n, plan.normed)
+            between = _of_gate(
+                gate_grad.norm_grad_kernel, step, plan, plans.NO_PRODUCT, pieces * cdiv(h, plan.units),
+                gate_grad.norm_grad_cost(step, plan.sums), groups=plan.sums, pieces=pieces, share=plan.normed,
+                after_gamma=sizes[4],
+            )  # fmt: skip
+    ready, made = between is not None, sum(sizes[:4] if between else sizes)
+    row = made * step.sums.itemsize
     first = plan.shares * cdiv(h, plan.weights) * cdiv(c, plan.weights)
     second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
-    programs = second + dA * plan.tiles * cdiv(c, plan.channels)
+    last = second + ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
+    pooled = dA * plan.tiles * cdiv(c, plan.channels)
+    tensor_cores = plan.weights == plans.WEIGHT_TILE or plan.over_units.slices > 1
     linear = _of_gate(
-        gate_grad.linear_grad_kernel, step, plan, programs,
-        gate_grad.linear_grad_cost(step, plan.groups, plan.shares * row, dA, direct),
-        plans.WEIGHT_PRECISION if plan.weights == plans.WEIGHT_TILE else plans.BACKWARD_PRECISION,
-        min(plan.stages, plans.WEIGHT_STAGES),
-        first=first, second=second, share=plan.share, total=sum(sizes), WALK=plan.step, BW=plan.weights,
+        gate_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + last,
+        gate_grad.linear_grad_cost(step, 0 if ready else plan.sums, plan.shares * row, dA, direct),
+        plans.WEIGHT_PRECISION if tensor_cores else plans.BACKWARD_PRECISION,
+        groups=plan.sums, pooled_programs=pooled, first=first, second=second, share=plan.share, total=made,
+        WALK=plan.step, BW=plan.weights, READY=ready,
     )  # fmt: skip
-    total, add = total + linear.cost, None
     if plan.shares > 1:
-        values = {"shares": plan.shares, "total": sum(sizes), "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}
+        values = {"shares": plan.shares, "total": made, "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}
         spent = gate_grad.add_shares_cost(row, plan.shares)
-        programs = cdiv(sum(sizes), plans.ADDED)
+        programs = cdiv(made, plans.ADDED)
         add = Prepared(
             gate_grad.add_shares_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS
         )  # fmt: skip
-        total += add.cost
-    return GateGrad(hidden, merge, linear, add, dA, sizes, total)
+    total = sum((launch.cost for launch in (hidden, merge, between, linear, add) if launch), Cost())
+    return GateGrad(hidden, merge, between, linear, add, dA, sizes, total)
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
