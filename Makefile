@@ -105,7 +105,7 @@ $(VENV)/installed: $(CONSTRAINTS) $(SOURCES)
 .PHONY: numbers site
 # The figures of the stored runs into README.md and docs/, and their plots again.
 numbers: $(VENV)/installed
-	$(BIN)/python -m benchmarks.numbers
+	$(BIN)/python -m benchmarks.pages
 
 # The documentation as a site, in site/.
 site: $(VENV)/mkdocs

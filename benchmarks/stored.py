@@ -1,4 +1,4 @@
-"""The runs stored under docs/benchmarks, and ratios of their rows, for the pages (numbers.py)."""
+"""The runs stored under docs/benchmarks, and ratios of their rows, for the pages (pages.py)."""
 
 import math
 import statistics

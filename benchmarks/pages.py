@@ -1,9 +1,9 @@
 """The figures in README.md and docs/ that stored runs hold, written there between markers; result tables and plots.
 
-    python -m benchmarks.numbers        after a run was stored under docs/benchmarks, docs/experiments or docs/demo
+    python -m benchmarks.pages        after a run was stored under docs/benchmarks, docs/experiments or docs/demo
 
 A page says `<!-- numbers: NAME -->` and `<!-- end of numbers -->`, and NAME is a function here. For each run under
-docs/benchmarks it also writes results.md and the plots, and summary.png over the runs that count. tests/test_numbers.py
+docs/benchmarks it also writes results.md and the plots, and summary.png over the runs that count. tests/test_pages.py
 fails where a page, or a results.md, is not what the stored runs give.
 """
 

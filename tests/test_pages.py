@@ -1,38 +1,38 @@
-"""benchmarks/numbers.py: pages and result tables say what the stored runs hold."""
+"""benchmarks/pages.py: pages and result tables say what the stored runs hold."""
 
 import re
 
 import pytest
 import repository  # noqa: F401 - benchmarks/ from the repository
 
-from benchmarks import numbers, plots, stored
+from benchmarks import pages, plots, stored
 from benchmarks.rows import write_json
 
 
-@pytest.mark.parametrize("page", numbers.pages(), ids=lambda page: str(page.relative_to(numbers.ROOT)))
+@pytest.mark.parametrize("page", pages.pages(), ids=lambda page: str(page.relative_to(pages.ROOT)))
 def test_a_page_says_what_the_runs_hold(page):
     text = page.read_text("utf-8")
-    assert numbers.filled(text) == text, "run: python -m benchmarks.numbers"
+    assert pages.filled(text) == text, "run: python -m benchmarks.pages"
 
 
 def test_every_block_is_on_a_page():
-    used = {name for page in numbers.pages() for _, name, _ in numbers.MARKED.findall(page.read_text("utf-8"))}
-    assert used == set(numbers.BLOCKS)
+    used = {name for page in pages.pages() for _, name, _ in pages.MARKED.findall(page.read_text("utf-8"))}
+    assert used == set(pages.BLOCKS)
 
 
-@pytest.mark.parametrize("name", numbers.names())
+@pytest.mark.parametrize("name", pages.names())
 def test_the_table_of_a_run_is_up_to_date(name, tmp_path):
-    stored = numbers.RUNS / name / "results.md"
-    written = numbers.results(name, tmp_path / "results.md")
-    assert stored.read_text("utf-8") == written.read_text("utf-8"), "run: python -m benchmarks.numbers"
+    stored = pages.RUNS / name / "results.md"
+    written = pages.results(name, tmp_path / "results.md")
+    assert stored.read_text("utf-8") == written.read_text("utf-8"), "run: python -m benchmarks.pages"
 
 
 def test_a_number_that_drifts_is_put_right():
-    text = (numbers.ROOT / "README.md").read_text("utf-8")
+    text = (pages.ROOT / "README.md").read_text("utf-8")
     block = re.search(r"<!-- numbers: measured -->.*?<!-- end of numbers -->", text, re.S)[0]
     row = next(line for line in block.splitlines() if line.startswith("| over torch.compile"))
     other = text.replace(row, re.sub(r"\d+(\.\d+)?", "77", row))
-    assert other != text and numbers.filled(other) == text
+    assert other != text and pages.filled(other) == text
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_number_that_drifts_is_put_right():
 )
 def test_markers_that_are_wrong(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        numbers.filled(text)
+        pages.filled(text)
 
 
 def row(case: str, provider: str, seconds: float, group: str = "A", op: str = "shrink_train") -> dict:
@@ -56,21 +56,21 @@ def row(case: str, provider: str, seconds: float, group: str = "A", op: str = "s
 
 
 def test_a_replaced_run_gives_no_figure_of_today(monkeypatch):
-    assert "nvidia-h100-80gb-hbm3" in numbers.current()
-    monkeypatch.setitem(numbers.REPLACED, numbers.run("nvidia-h100-80gb-hbm3")[0]["commit"], "older")
-    assert "nvidia-h100-80gb-hbm3" not in numbers.current() and "nvidia-h100-80gb-hbm3" in numbers.gpus()
+    assert "nvidia-h100-80gb-hbm3" in pages.current()
+    monkeypatch.setitem(pages.REPLACED, pages.run("nvidia-h100-80gb-hbm3")[0]["commit"], "older")
+    assert "nvidia-h100-80gb-hbm3" not in pages.current() and "nvidia-h100-80gb-hbm3" in pages.gpus()
 
 
 def test_a_run_of_a_few_cases_leaves_its_other_cells_empty(monkeypatch, tmp_path):
     for name in ("cpu", "nvidia-h100-80gb-hbm3"):
         (tmp_path / name).symlink_to(stored.RUNS / name)
-    rows = [one | {"device": "NVIDIA B200"} for one in numbers.run("nvidia-h100-80gb-hbm3") if one["op"] == "abs_mean"]
+    rows = [one | {"device": "NVIDIA B200"} for one in pages.run("nvidia-h100-80gb-hbm3") if one["op"] == "abs_mean"]
     write_json(tmp_path / "nvidia-b200" / "results.json", rows, "a command")
     monkeypatch.setattr(stored, "RUNS", tmp_path)
-    assert numbers.names() == ["cpu", "nvidia-b200", "nvidia-h100-80gb-hbm3"]
-    for name, block in numbers.BLOCKS.items():
+    assert pages.names() == ["cpu", "nvidia-b200", "nvidia-h100-80gb-hbm3"]
+    for name, block in pages.BLOCKS.items():
         assert block(), name
-    assert "B200" in numbers.measured()[0] and "nvidia-b200" in "".join(numbers.status())
+    assert "B200" in pages.measured()[0] and "nvidia-b200" in "".join(pages.status())
     stored.run.cache_clear()
     stored.table.cache_clear()
 
@@ -95,5 +95,5 @@ def test_plots_show_each_case_once_for_each_provider(monkeypatch, tmp_path):
 
 def test_the_summary_has_a_panel_for_each_run(tmp_path):
     pytest.importorskip("matplotlib", reason="draws")
-    path = plots.summary({name: numbers.run(name) for name in numbers.current()}, tmp_path / "summary.png")
+    path = plots.summary({name: pages.run(name) for name in pages.current()}, tmp_path / "summary.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000
