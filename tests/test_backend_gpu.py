@@ -336,14 +336,14 @@ def test_gates_that_torch_computes_faster_are_called(monkeypatch):
         x, gate = torch.empty(n, c, 1, device="meta"), wide_gate(c, hidden, c, "batch norm").to("meta")
         return ours.gate_unsupported(x, standard_gate(gate, x))
 
-    for c, hidden in ((513, 4), (4, 513)):
+    for c, hidden in ((1025, 4), (4, 1025)):
         assert reason(4, c, hidden) == (
-            f"{c} channels and {hidden} hidden units, the fused gate takes at most 512 of each"
+            f"{c} channels and {hidden} hidden units, the fused gate takes at most 1024 of each"
         )
     assert reason(1024, 512, 512) is None and reason(65536, 64, 64) is None
     assert reason(1025, 512, 512) == "1025 samples x 512 channels x 512 hidden units are more than 268435456 products"
-    monkeypatch.setattr(plans, "MOST_CHANNELS", 513)
-    assert reason(4, 513, 4) is None
+    monkeypatch.setattr(plans, "MOST_CHANNELS", 1025)
+    assert reason(4, 1025, 4) is None
 
 
 def test_a_pointer_of_another_name_is_refused():

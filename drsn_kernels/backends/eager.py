@@ -151,8 +151,10 @@ def _thresholded(x: torch.Tensor, t: torch.Tensor, residual: torch.Tensor | None
     """reference.soft_threshold, the same numbers, in fewer passes and buffers where no tau is negative.
 
     That is asked of the CPU only: on another device the answer would be waited for. Tensors without memory have none.
+    What autograd records is not written in place.
     """
-    if rule != SOFT or not (t.is_cpu or t.is_meta):
+    recorded = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, t, residual))
+    if rule != SOFT or recorded or not (t.is_cpu or t.is_meta):
         return reference.soft_threshold(x, t, residual, rule)
     negative = (t < 0).any()
     if not t.is_meta and negative:
