@@ -256,6 +256,13 @@ def test_another_rate_is_resampled_and_said(trained, tmp_path, command, caplog):
     assert len(rows) == 5 and {row["class"] for row in rows} == {"low"}
 
 
+def test_a_rate_means_nothing_to_a_run_that_knows_none(trained, tmp_path):
+    info = load(trained[0])[1]
+    np.savez(tmp_path / "fast.npz", x=tone(20, 64 * 8, rate=2 * RATE), fs=2 * RATE)
+    with pytest.raises(ValueError, match="fast.npz is at 200 Hz, but the run does not know at which rate"):
+        file_windows(tmp_path / "fast.npz", info._replace(sampling_rate=None))
+
+
 def test_a_table_file_and_a_line_for_each_recording(trained, tmp_path, command):
     folder, _ = trained
     out = tmp_path / "predictions.csv"

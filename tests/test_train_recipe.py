@@ -213,3 +213,15 @@ def test_a_sample_that_is_not_finite_is_named():
     x[5, 0, 3] = math.nan
     with pytest.raises(ValueError, match="x must hold finite numbers, but sample 5 holds NaN or Inf"):
         train_epochs(Recipe(1, 8), tiny(), x, y)
+
+
+def test_prediction_refuses_what_training_refuses():
+    model, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 3)), torch.zeros(4, 1, 8)
+    with pytest.raises(ValueError, match="below 3, the model's outputs, got 3"):
+        accuracy(model, x, torch.arange(4))
+    with pytest.raises(ValueError, match="at least one sample"):
+        accuracy(model, x[:0], torch.arange(0))
+    with pytest.raises(ValueError, match="batch must be a whole number"):
+        predict(model, x, batch=0)
+    with pytest.raises(ValueError, match="sample 2 holds NaN or Inf"):
+        predict(model, x.index_fill(0, torch.tensor([2]), torch.inf))

@@ -117,3 +117,13 @@ def test_inside_a_compiled_function():
     torch._dynamo.reset()
     assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
     assert now() == ("auto", False)
+
+
+def test_what_it_cannot_decorate():
+    async def later():
+        pass
+
+    for thing, kind in ((later, "an async function"), (type("Thing", (), {}), "a class")):
+        with pytest.raises(TypeError, match=f"decorates functions and generators, got {kind}"):
+            dk.use_backend("torch")(thing)
+        assert now() == ("auto", False)

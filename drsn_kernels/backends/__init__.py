@@ -4,6 +4,7 @@ A backend is a class (step.py says of what) and a line in BACKENDS; in the tests
 `torch` (eager.py, pure PyTorch, any device) is the reference for all of them.
 """
 
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -88,6 +89,9 @@ class use_backend(_DecoratorContextManager):
 
     def __call__(self, function: _F) -> _F:
         self._set(*self.before)  # in the function's calls only
+        if inspect.isclass(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            kind = "a class" if inspect.isclass(function) else "an async function"
+            raise TypeError(f"use_backend decorates functions and generators, got {kind}: use `with` inside it")
         return super().__call__(function)
 
     def clone(self) -> "use_backend":

@@ -74,7 +74,8 @@ def read_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint, so it may be damaged: {error}") from error
+        said = str(error).split("\n")[0].split(". ")[0]  # torch goes on to advise weights_only=False
+        raise ValueError(f"{path} cannot be read as a checkpoint, so it may be damaged: {said}") from error
 
 
 def _figure(**options):

@@ -122,6 +122,11 @@ def file_windows(
         raise ValueError(
             f"{path} has {len(signal)} channels, but the run was trained on {info.shape[0]}: choose with --channels"
         )
+    if wanted is None and recording.rate is not None:
+        raise ValueError(
+            f"{path} is at {recording.rate:g} Hz, but the run does not know at which rate it was trained: "
+            "train with --rate"
+        )
     found = recording.rate or rate
     check_rate(path, found, wanted)
     if found is not None and wanted is not None and found != wanted:

@@ -158,11 +158,15 @@ def labels(y: "Array", count: int) -> torch.Tensor:
     return whole
 
 
-def _check_classes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-    """ValueError where a label has no output of the model, or a sample is not finite."""
+def _check_finite(x: torch.Tensor) -> None:
     finite = x.flatten(1).isfinite().all(1)
     if not finite.all():
         raise ValueError(f"x must hold finite numbers, but sample {int((~finite).nonzero()[0])} holds NaN or Inf")
+
+
+def _check_classes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    """ValueError where a label has no output of the model, or a sample is not finite."""
+    _check_finite(x)
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile for this one sample
     with torch.no_grad(), evaluating(model):
         outputs = model(x[:1].to(next(model.parameters()).device)).shape[-1]
@@ -296,9 +300,11 @@ def train_epochs(
 def predict(model: nn.Module, x: "Array", batch: int = 256) -> torch.Tensor:
     """Predicted classes (N,) of x (N, *shape), int64 on the CPU, computed in eval mode; the model is left in its own.
 
-    x: a tensor or a NumPy array of any real numbers; computed in the dtype of the model.
+    x: a tensor or a NumPy array of any finite numbers; computed in the dtype of the model, `batch` samples at a time.
     """
+    check_counts(1, batch=batch)
     x = samples(model, x)
+    _check_finite(x)
     device = next(model.parameters()).device
     with evaluating(model):
         return torch.cat([model(part.to(device)).argmax(1).cpu() for part in x.split(batch)])
@@ -308,4 +314,7 @@ def accuracy(model: nn.Module, x: "Array", y: "Array") -> float:
     """Share of x (N, *shape) whose predicted class is y (N,), between 0 and 1. x, y: as in :func:`train_epochs`."""
     x = samples(model, x)
     y = labels(y, len(x))
+    if not len(x):
+        raise ValueError("x must hold at least one sample, got none")
+    _check_classes(model, x, y)
     return float((predict(model, x) == y.cpu()).double().mean())
