@@ -127,7 +127,7 @@ def describe(recorded, case: Case) -> dict:
             for name in pointers
             for kind in ("ld", "st")
         },
-        "unattributed": sum(not access.pointers for access in launch.accesses),
+        "unattributed": sum(not access.attributed for access in launch.accesses),
         "tile_bytes": tile_elements(recorded) * case.dtype.itemsize,
         "steps": tile_steps(recorded),
     }

@@ -37,6 +37,10 @@ _AMD_WIDTHS = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "sho
 _AMD_WIDTHS |= {f"dwordx{n}": 4 * n for n in (2, 3, 4)}
 
 
+# What linear_grad_kernel chooses from at run time: either weight's factors, and what the biases' gradients add up.
+CHOSEN = ({"pooled", "dz"}, {"dv", "positive"}, {"dv", "dz"})
+
+
 class Access(NamedTuple):
     """One instruction. `pointers`: names of the kernel arguments that its address is computed from, one as a rule."""
 
@@ -44,6 +48,11 @@ class Access(NamedTuple):
     width: int  # bytes a thread
     loop: bool  # inside a loop
     pointers: frozenset[str]
+
+    @property
+    def attributed(self) -> bool:
+        """To one argument, or to a pair of CHOSEN."""
+        return len(self.pointers) == 1 or self.pointers in CHOSEN
 
 
 class Resources(NamedTuple):
