@@ -56,14 +56,31 @@ class Want(NamedTuple):
     """Which gradients a backward pass has to make, if there is one, and whether tau is returned."""
 
     x: bool = False
-    threshold: bool = False  # of tau, of the gate's output, or of squeeze_excite's factors
+    threshold: bool = False  # of tau, the gate's output, squeeze_excite's factors, or the norm's weight and bias
     tau: bool = False  # returned
+
+
+class Norm(NamedTuple):
+    """batch_norm_relu but for its tensors."""
+
+    slope: float  # of the activation below 0: 0 ReLU, 1 none
+    batch: bool  # statistics of the batch; else given ones, the running
+    eps: float
+
+
+class Running(NamedTuple):
+    """Running statistics, which a forward pass moves towards those of the batch, in place."""
+
+    mean: torch.Tensor  # (C,), in the dtype of sums, as var
+    var: torch.Tensor  # towards the unbiased one, M2 / (M - 1) with M = N * L
+    factor: float  # how far: new = old + factor * (batch's - old)
+    batches: torch.Tensor | None  # their number, int64, raised by one
 
 
 class Step(NamedTuple):
     """One operator call. `strides`, `residual`: as they lie; the residual's are None without one."""
 
-    op: str  # abs_mean, soft_threshold, shrink or squeeze_excite
+    op: str  # abs_mean, soft_threshold, shrink, squeeze_excite or batch_norm_relu
     layout: Layout
     strides: Strides
     dtype: torch.dtype
@@ -75,6 +92,7 @@ class Step(NamedTuple):
     residual: Strides | None = None
     keep: bool = False  # something is kept for a backward pass
     want: Want = Want()
+    norm: Norm | None = None  # of batch_norm_relu
 
     @property
     def one_tau(self) -> bool:
@@ -276,6 +294,41 @@ class Backend:
 
     def gated(self, step: Step) -> "Gated":
         """The passes of a step with the standard gate, prepared."""
+        raise NotImplementedError
+
+    # ---- batch normalisation and an activation: y = act(weight * (x - mean) * rstd + bias), by channel
+
+    def norm(
+        self, x: torch.Tensor, layout: Layout, norm: Norm, weight: torch.Tensor | None, bias: torch.Tensor | None,
+        given: tuple[torch.Tensor, torch.Tensor] | None = None, running: Running | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """y and the statistics used, (2, C): mean and rstd = 1 / sqrt(var + eps).
+
+        weight, bias, given: (C,), contiguous, in the dtype of sums. given: mean and var, unless norm.batch.
+        """
+        raise NotImplementedError
+
+    def norm_statistics(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(2, C): mean and M2, the sum of squared deviations from it."""
+        raise NotImplementedError
+
+    def norm_grad(
+        self, g: torch.Tensor, x: torch.Tensor, layout: Layout, norm: Norm, weight: torch.Tensor | None,
+        bias: torch.Tensor | None, stats: torch.Tensor, want_x: bool, want_sums: bool,
+        given: tuple[torch.Tensor, int] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """dx and sums (2, C), dbias and dweight, each if wanted. stats: norm's.
+
+            g' = act'(z) g                     z is computed from x again, as forward did
+            dbias = sum g'                     dweight = sum g' (x - mean) rstd
+            dx = weight rstd (g' - (dbias + (x - mean) rstd dweight) / M)        norm.batch; else weight rstd g'
+
+        given: sums and M of all processes, in the place of this one's.
+        """
+        raise NotImplementedError
+
+    def norm_cost(self, step: Step) -> tuple[Cost, Cost]:
+        """Forward and backward."""
         raise NotImplementedError
 
     # ---- fresh memory
