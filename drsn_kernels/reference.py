@@ -8,6 +8,7 @@ full tensors); the operators in `drsn_kernels.ops` keep three bits an element in
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Rule(NamedTuple):
@@ -110,3 +111,17 @@ def scale(x: torch.Tensor, s: torch.Tensor, residual: torch.Tensor | None = None
     acc = accumulate_dtype(x.dtype)
     y = x.to(acc) * align_tau(s.to(acc), x)
     return (y if residual is None else y + residual).to(x.dtype)
+
+
+def batch_norm_act(
+    x: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None, weight: torch.Tensor | None,
+    bias: torch.Tensor | None, training: bool, momentum: float, eps: float, slope: float,
+) -> torch.Tensor:  # fmt: skip
+    """Batch normalisation, and z where z > 0, slope * z elsewhere; PyTorch's own, which moves the running statistics."""
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activation(z, slope)
+
+
+def activation(z: torch.Tensor, slope: float) -> torch.Tensor:
+    """ReLU by slope 0, nothing by slope 1, else leaky."""
+    return F.relu(z) if slope == 0 else z if slope == 1 else F.leaky_relu(z, slope)

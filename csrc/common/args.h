@@ -75,6 +75,35 @@ struct GradArgs {
   const uint8_t *kept = nullptr, *sign = nullptr, *nonzero = nullptr;
 };
 
+// y = act(weight (x - mean) rstd + bias), by channel; norm.h. Parameters and statistics are float, or double for f64.
+struct NormArgs {
+  DType dtype = DType::f32;
+  Walk walk;
+  bool batch = true;  // statistics of the batch
+  double slope = 0, eps = 0, factor = 0;
+  const void* x = nullptr;
+  Strides xs;
+  void* y = nullptr;  // absent: statistics only
+  Strides ys;
+  const void *weight = nullptr, *bias = nullptr, *given_mean = nullptr, *given_var = nullptr;  // (C,)
+  void* stats = nullptr;                                                                       // (2, C): mean and rstd; without y, mean and M2
+  void *running_mean = nullptr, *running_var = nullptr;  // moved by `factor` towards the batch's
+  int64_t* batches = nullptr;
+};
+
+struct NormGradArgs {
+  DType dtype = DType::f32;
+  Walk walk;
+  bool batch = true, given = false;  // given: `sums` and `count` are of all processes, and read
+  double slope = 0, count = 0;
+  const void *g = nullptr, *x = nullptr;
+  Strides gs, xs;
+  void* dx = nullptr;
+  Strides ds;
+  const void *weight = nullptr, *bias = nullptr, *stats = nullptr;
+  void* sums = nullptr;  // (2, C): dbias and dweight; absent where nobody needs them
+};
+
 enum class Average : int { channel = 0, sample = 1, none = 2 };
 
 // The standard gate: u = A w1' + b1, v = relu(norm(u)), alpha = sigmoid(v w2' + b2). float, or double for f64.

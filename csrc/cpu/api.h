@@ -27,6 +27,8 @@ struct Kernels {
   void (*grad)(const GradArgs&);
   void (*gated_forward)(const GatedForwardArgs&);
   void (*gated_backward)(const GatedBackwardArgs&);
+  void (*norm)(const NormArgs&);
+  void (*norm_grad)(const NormGradArgs&);
 };
 
 extern const Kernels kernels_portable;

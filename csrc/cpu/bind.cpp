@@ -102,6 +102,9 @@ const Name kind("kind"), inside("inside"), offset("offset");
 const Name x("x"), times("times"), out("out"), y("y"), t("t"), residual("residual"), shift("shift");
 const Name planes("planes"), kept("kept"), sign("sign"), nonzero("nonzero");
 const Name g("g"), dA("dA"), dx("dx"), dtau("dtau");
+const Name batch("batch"), slope("slope"), eps("eps"), factor("factor"), count("count");
+const Name weight("weight"), bias("bias"), mean("mean"), var("var"), stats("stats"), sums("sums");
+const Name running_mean("running_mean"), running_var("running_var"), batches("batches");
 }  // namespace names
 
 // The address of a tensor that a caller hands in, and of one that is made for the call; null where there is none.
@@ -202,6 +205,55 @@ void grad(const BoundWalk& w, Named& call) {
   kernels->grad(a);
 }
 
+void norm(const BoundWalk& w, Named& call) {
+  NormArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  a.batch = call.integer(names::batch, 1);
+  a.slope = call.number(names::slope, 0);
+  a.eps = call.number(names::eps, 0);
+  a.x = given(w, call, names::x, a.xs);
+  a.y = made(call, names::y);
+  a.ys = w.shape.dense;
+  a.weight = given(call, names::weight);
+  a.bias = given(call, names::bias);
+  a.stats = made(call, names::stats);
+  a.given_mean = given(call, names::mean);
+  a.given_var = given(call, names::var);
+  a.running_mean = given(call, names::running_mean);
+  a.running_var = given(call, names::running_var);
+  a.factor = call.number(names::factor, 0);
+  a.batches = given<int64_t>(call, names::batches);
+  call.finish();
+  require(w, {{a.x, &names::x}, {a.stats, &names::stats}});
+  if (!a.batch) require(w, {{a.given_mean, &names::mean}, {a.given_var, &names::var}});
+  py::gil_scoped_release release;
+  kernels->norm(a);
+}
+
+void norm_grad(const BoundWalk& w, Named& call) {
+  NormGradArgs a;
+  a.dtype = w.dtype;
+  a.walk = w.shape.walk;
+  a.batch = call.integer(names::batch, 1);
+  a.slope = call.number(names::slope, 0);
+  a.g = given(w, call, names::g, a.gs);
+  a.x = given(w, call, names::x, a.xs);
+  a.dx = made(call, names::dx);
+  a.ds = w.shape.dense;
+  a.weight = given(call, names::weight);
+  a.bias = given(call, names::bias);
+  a.stats = given(call, names::stats);
+  a.sums = made(call, names::sums);
+  a.count = call.number(names::count, 0);
+  a.given = a.count > 0;
+  call.finish();
+  require(w, {{a.g, &names::g}, {a.x, &names::x}, {a.stats, &names::stats}});
+  if (a.batch) require(w, {{a.sums, &names::sums}});
+  py::gil_scoped_release release;
+  kernels->norm_grad(a);
+}
+
 py::tuple available() {
   py::list names;
   names.append(kernels_portable.name);
@@ -238,6 +290,8 @@ PYBIND11_MODULE(_cpu, m) {
   add_named<BoundWalk, reduce>(walk, "reduce", "out (N, C) = mean |x|, mean x, or the sum of x * times; planes sign, nonzero.");
   add_named<BoundWalk, map>(walk, "map", "y = x thresholded at t, or x * t; and the planes kept, sign and nonzero.");
   add_named<BoundWalk, grad>(walk, "grad", "dx = kept g + s dA / L and dtau = -sum s kept g, each where it is given.");
+  add_named<BoundWalk, norm>(walk, "norm", "y = act(weight (x - mean) rstd + bias), the statistics and the running ones.");
+  add_named<BoundWalk, norm_grad>(walk, "norm_grad", "sums (2, C), dbias and dweight, and dx, each where it is given.");
   py::class_<BoundGate> gate(m, "Gate", "The step with the standard gate, for tensors of one dtype, shape and dense strides.");
   gate.def(py::init<const BoundWalk&, int, int64_t, int64_t, bool, bool, double, double, int64_t, bool>(), py::kw_only(),
            py::arg("walk"), py::arg("average"), py::arg("hidden"), py::arg("outputs"), py::arg("norm"),

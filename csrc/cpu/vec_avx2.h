@@ -58,6 +58,7 @@ template <> struct Vec<float> {
   static Mask not_le(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ); }
   Vec keep(Mask m) const { return {_mm256_and_ps(v, m)}; }
   Vec negate(Mask m) const { return {_mm256_xor_ps(v, _mm256_and_ps(m, _mm256_set1_ps(-0.0f)))}; }
+  static Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
   static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
   static uint64_t bits(Mask m) { return uint32_t(_mm256_movemask_ps(m)); }
   static Mask mask(uint64_t bits) {
@@ -113,6 +114,7 @@ template <> struct Vec<double> {
   static Mask not_le(Vec a, Vec b) { return _mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ); }
   Vec keep(Mask m) const { return {_mm256_and_pd(v, m)}; }
   Vec negate(Mask m) const { return {_mm256_xor_pd(v, _mm256_and_pd(m, _mm256_set1_pd(-0.0)))}; }
+  static Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_pd(b.v, a.v, m)}; }
   static Mask both(Mask a, Mask b) { return _mm256_and_pd(a, b); }
   static uint64_t bits(Mask m) { return uint32_t(_mm256_movemask_pd(m)); }
   static Mask mask(uint64_t bits) {

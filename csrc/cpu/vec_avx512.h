@@ -52,6 +52,7 @@ template <> struct Vec<float> {
   static Mask not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
   Vec keep(Mask m) const { return {_mm512_maskz_mov_ps(m, v)}; }
   Vec negate(Mask m) const { return {_mm512_mask_xor_ps(v, m, v, _mm512_set1_ps(-0.0f))}; }
+  static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
   static Mask both(Mask a, Mask b) { return Mask(a & b); }
   static uint64_t bits(Mask m) { return m; }
   static Mask mask(uint64_t bits) { return Mask(bits); }
@@ -94,6 +95,7 @@ template <> struct Vec<double> {
   static Mask not_le(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ); }
   Vec keep(Mask m) const { return {_mm512_maskz_mov_pd(m, v)}; }
   Vec negate(Mask m) const { return {_mm512_mask_xor_pd(v, m, v, _mm512_set1_pd(-0.0))}; }
+  static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_pd(m, b.v, a.v)}; }
   static Mask both(Mask a, Mask b) { return Mask(a & b); }
   static uint64_t bits(Mask m) { return m; }
   static Mask mask(uint64_t bits) { return Mask(bits); }

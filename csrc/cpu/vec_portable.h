@@ -91,6 +91,10 @@ template <class Scalar> struct Vec {
     for (int i = 0; i < W; ++i) r.v[i] = (m >> i) & 1 ? -v[i] : v[i];
     return r;
   }
+  static Vec select(Mask m, Vec a, Vec b) {
+    for (int i = 0; i < W; ++i) a.v[i] = (m >> i) & 1 ? a.v[i] : b.v[i];
+    return a;
+  }
   static Mask both(Mask a, Mask b) { return a & b; }
   static uint64_t bits(Mask m) { return m; }
   static Mask mask(uint64_t bits) { return Mask(bits & ((uint64_t(1) << W) - 1)); }

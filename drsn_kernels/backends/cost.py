@@ -62,6 +62,17 @@ def grad(
     return Cost(read, dx * full + dtau * parts * sums, (kernel,))
 
 
+def norm(step: Step) -> tuple[Cost, Cost]:
+    """Batch normalisation, forward and backward, by a backend that makes each in one launch."""
+    full, numbers = map_bytes(step), step.layout.c * step.sums.itemsize  # (C,)
+    forward = Cost(full + 2 * numbers, full + 2 * numbers, ("norm",))  # weight and bias; mean and rstd
+    if not step.keep:
+        return forward, Cost()
+    sums = step.want.threshold or step.norm.batch
+    backward = Cost(2 * full + 4 * numbers, step.want.x * full + sums * 2 * numbers, ("norm_grad",))
+    return forward + Cost(saved=full + 2 * numbers), backward
+
+
 def added_up(size: int, parts: int) -> Cost:
     """torch adds partial sums of `size` bytes each, which are then of no more use."""
     return Cost() if parts == 1 else Cost(parts * size, size, ("aten::sum",), workspace=parts * size)

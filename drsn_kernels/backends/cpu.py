@@ -2,13 +2,14 @@
 
 import torch
 
-from ..layout import Planes, is_dense
+from ..layout import Layout, Planes, is_dense
+from ..reference import accumulate_dtype
 from . import cost, cpu_called, cpu_gated
 from .cpu_extension import MISSING, _cpu
 from .cpu_gated import walk
 from .cpu_memory import _INNER_BYTES, _empty, empty_cache
 from .cpu_plan import batch_plan, gated_cost
-from .step import Backend, Called, Cost, Plan
+from .step import Backend, Called, Cost, Plan, Running
 
 __all__ = ["MISSING", "Cpu", "empty_cache"]
 
@@ -23,6 +24,12 @@ _STAGED = "x is not dense: its elements are gathered, 512 at a time, into a buff
 
 
 _NO_PLANES = Planes(None, None, None, None)
+_NOT_RUNNING = Running(None, None, 0.0, None)
+
+
+def _by_channel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """(2, C) in the dtype of sums."""
+    return x.new_empty((2, layout.c), dtype=accumulate_dtype(x.dtype))
 
 
 class Cpu(Backend):
@@ -91,6 +98,36 @@ class Cpu(Backend):
     def gated(self, step):
         return cpu_gated.prepared(self, step)
 
+    # ---- batch normalisation and an activation
+
+    def norm(self, x, layout, norm, weight, bias, given=None, running=None):
+        y, stats = self.like(x, layout), _by_channel(x, layout)
+        mean, var = given or (None, None)
+        moved = running or _NOT_RUNNING
+        walk(layout, x.dtype).norm(
+            batch=norm.batch, slope=norm.slope, eps=norm.eps, x=x, y=y, weight=weight, bias=bias, stats=stats,
+            mean=mean, var=var, running_mean=moved.mean, running_var=moved.var, factor=moved.factor,
+            batches=moved.batches,
+        )  # fmt: skip
+        return y, stats
+
+    def norm_statistics(self, x, layout):
+        stats = _by_channel(x, layout)
+        walk(layout, x.dtype).norm(x=x, stats=stats)
+        return stats
+
+    def norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given=None):
+        dx = self.like(g, layout) if want_x else None
+        sums, count = given or (_by_channel(x, layout) if want_sums or norm.batch else None, 0)
+        walk(layout, x.dtype).norm_grad(
+            batch=norm.batch, slope=norm.slope, g=g, x=x, dx=dx, weight=weight, bias=bias, stats=stats, sums=sums,
+            count=count,
+        )  # fmt: skip
+        return dx, sums if want_sums else None
+
+    def norm_cost(self, step):
+        return cost.norm(step)
+
     # ---- costs and plans: bytes of tensors; what the extension allocates for the gate is not in
 
     def reduce_cost(self, step, strides, *, kind="magnitude", keep=False) -> Cost:
@@ -104,9 +141,12 @@ class Cpu(Backend):
 
     def plan(self, step):
         not_taken = () if is_dense(step.layout, step.strides) else (("contiguous runs", _STAGED),)
+        why = "C is innermost" if step.layout.channels_last else "the spatial dimensions are innermost"
+        if step.norm is not None:
+            forward, backward = self.norm_cost(step)
+            return Plan("statistics, then x", why, not_taken, forward=forward, backward=backward)
         if step.gate is None:
             forward, backward = cost.of_streams(self, step)
-            why = "C is innermost" if step.layout.channels_last else "the spatial dimensions are innermost"
             return Plan("passes over x", why, not_taken, forward=forward, backward=backward)
         (forward, backward), batch = gated_cost(step), batch_plan(step)
         if batch.block:

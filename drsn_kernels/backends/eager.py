@@ -115,13 +115,69 @@ class Eager(Backend):
     def called(self, layout, dtype, rule, average):
         return _Called(self, layout, dtype, rule, average)
 
+    # ---- batch normalisation and an activation; the gradients are differentiable in g, x, weight and bias
+
+    def norm(self, x, layout, norm, weight, bias, given=None, running=None):
+        wide, var, mean = x.to(accumulate_dtype(x.dtype)), None, None
+        if norm.batch:
+            var, mean = torch.var_mean(wide, _but_channels(x), correction=0)
+        else:
+            mean, var = given
+        if running is not None:
+            count = layout.n * layout.l
+            running.mean.lerp_(mean, running.factor)
+            running.var.lerp_(var * (count / (count - 1)), running.factor)
+            if running.batches is not None:
+                running.batches.add_(1)
+        stats = torch.stack([mean, torch.rsqrt(var + norm.eps)])
+        z = _affine(_centred(wide, stats), weight, bias)
+        return lay_out(reference.activation(z, norm.slope).to(x.dtype), layout), stats
+
+    def norm_statistics(self, x, layout):
+        var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), _but_channels(x), correction=0)
+        return torch.stack([mean, var * (layout.n * layout.l)])
+
+    def norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given=None):
+        wide, dims = x.to(accumulate_dtype(x.dtype)), _but_channels(x)
+        if norm.batch and given is None and torch.is_grad_enabled():  # mean and rstd depend on x
+            var, mean = torch.var_mean(wide, dims, correction=0)
+            stats = torch.stack([mean, torch.rsqrt(var + norm.eps)])
+        normed = _centred(wide, stats)
+        z, g = _affine(normed, weight, bias), g.to(wide.dtype)
+        if norm.slope != 1:  # NaN counts as positive, as in the kernels
+            g = torch.where(z <= 0, norm.slope * g if norm.slope else 0.0, g)
+        sums, count = given or (torch.stack([g.sum(dims), (g * normed).sum(dims)]), layout.n * layout.l)
+        dx = None
+        if want_x:
+            if norm.batch:
+                dbias, dweight = (_aligned(s, x) for s in sums)
+                g = g - (dbias + normed * dweight) / count
+            factor = stats[1] if weight is None else weight * stats[1]
+            dx = lay_out((g * _aligned(factor, x)).to(x.dtype), layout)
+        return dx, sums if want_sums else None
+
+    def norm_cost(self, step):
+        shape, strides, c = step.layout.shape, step.strides, step.layout.c
+        x, g = cost.like(shape, strides, step.dtype), cost.like(shape, step.layout.strides, step.dtype)
+        given = None if step.norm.batch else (torch.empty(c, dtype=step.sums, device="meta"),) * 2
+        call = x, step.layout, step.norm, *(torch.empty(c, dtype=step.sums, device="meta"),) * 2
+        stats = torch.empty(2, c, dtype=step.sums, device="meta")
+        forward = cost.traced(lambda: self.norm(*call, given))
+        if not step.keep:
+            return forward, Cost()
+        backward = cost.traced(lambda: self.norm_grad(g, *call, stats, step.want.x, step.want.threshold))
+        return forward + Cost(saved=2 * cost.map_bytes(step) + 2 * c * step.sums.itemsize), backward
+
     # ---- costs
 
     def plan(self, step: Step) -> Plan:
         """Counted on tensors without memory: the code above changes."""
+        why = "the kernels' contract in PyTorch, on every device"
+        if step.op == "batch_norm_relu":
+            forward, backward = self.norm_cost(step)
+            return Plan("PyTorch operations", "PyTorch's own batch_norm and activation", forward=forward, backward=backward)
         keeps_x = step.keep and step.op != "squeeze_excite" and self.saves == "time"
         forward, backward = _cost_of_keeping_x(step) if keeps_x else cost.of_streams(self, step)
-        why = "the kernels' contract in PyTorch, on every device"
         return Plan("PyTorch operations", why, forward=forward, backward=backward)
 
     def reduce_cost(self, step: Step, strides, *, kind="magnitude", keep=False) -> Cost:
@@ -260,6 +316,25 @@ def _cost_of_keeping_x(step: Step) -> tuple[Cost, Cost]:
 
     saved = Cost(saved=full + cost.sums_bytes(step) + cost.sums_bytes(step, step.outputs))
     return cost.traced(reference.abs_mean, x) + cost.traced(ahead) + saved, cost.traced(back)
+
+
+def _but_channels(x: torch.Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _aligned(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(C,) along x's channels."""
+    return t.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _centred(wide: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    """(x - mean) * rstd"""
+    return (wide - _aligned(stats[0], wide)) * _aligned(stats[1], wide)
+
+
+def _affine(normed: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    z = normed if weight is None else normed * _aligned(weight, normed)
+    return z if bias is None else z + _aligned(bias, normed)
 
 
 def _stacked(layout: Layout, *masks: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from . import library  # noqa: F401  registers torch.ops.drsn_kernels
 from .abs_mean import abs_mean
+from .batch_norm_relu import batch_norm_relu
 from .shrink import shrink
 from .soft_threshold import soft_threshold
 from .squeeze_excite import squeeze_excite
 
-__all__ = ["abs_mean", "shrink", "soft_threshold", "squeeze_excite"]
+__all__ = ["abs_mean", "batch_norm_relu", "shrink", "soft_threshold", "squeeze_excite"]

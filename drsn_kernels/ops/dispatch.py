@@ -90,6 +90,13 @@ def hooks_on_saved_tensors() -> bool:
     return _top_hooks(False) is not None
 
 
+def overwritten(*tensors: torch.Tensor) -> None:
+    """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
+    for t in tensors:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
 # ---- inside torch.compile --------------------------------------------------------------------------------------------
 
 DECOMPOSED, OPAQUE = "decomposed", "opaque ops"

@@ -18,7 +18,7 @@ from ..backends.step import Gated, Kept, checked
 from ..gates import StandardGate
 from ..layout import thresholded
 from ..reference import threshold
-from .dispatch import direct_apply, is_eager_grad
+from .dispatch import direct_apply, is_eager_grad, overwritten
 
 
 class GatedShrink(torch.autograd.Function):
@@ -53,7 +53,6 @@ class GatedShrink(torch.autograd.Function):
 
 
 _apply = direct_apply(GatedShrink)
-_increment_version = torch.autograd.graph.increment_version
 
 
 def run_gated(
@@ -73,13 +72,6 @@ def run_gated(
     if parts.batch_stats:
         overwritten(parts.mean, parts.var, parts.batches)
     return y, tau
-
-
-def overwritten(*tensors: torch.Tensor) -> None:
-    """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
-    for t in tensors:
-        if not t.is_inference():
-            _increment_version(t)
 
 
 # ---- calls that have been checked ------------------------------------------------------------------------------------

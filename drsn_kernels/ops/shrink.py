@@ -39,9 +39,10 @@ from .dispatch import (
     is_plain_grad,
     keeps_graph,
     not_eager,
+    overwritten,
     will_run,
 )  # fmt: skip
-from .gated_shrink import keep_checked, look_up, overwritten, remember, run_gated
+from .gated_shrink import keep_checked, look_up, remember, run_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 
