@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .backends import use_backend
+from .batch_norm import BatchNormReLU, FusedSequential
 from .convert import convert, revert
 from .explain import explain
 from .graphs import graphed
@@ -18,6 +19,7 @@ from .modules import Shrinkage, SoftThreshold, SqueezeExcite, record_tau
 
 # From the operators' own files: a type checker takes `from .ops import shrink` for the file and not for the function.
 from .ops.abs_mean import abs_mean
+from .ops.batch_norm_relu import batch_norm_relu
 from .ops.shrink import shrink
 from .ops.soft_threshold import soft_threshold
 from .ops.squeeze_excite import squeeze_excite
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
     from . import data, models, noise, train
 
 __all__ = [
+    "BatchNormReLU",
+    "FusedSequential",
     "Shrinkage",
     "SoftThreshold",
     "SqueezeExcite",
     "__version__",
     "abs_mean",
+    "batch_norm_relu",
     "convert",
     "data",
     "explain",

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..batch_norm import FusedSequential, is_norm, run
 from ..ops.checks import positive
+from ..ops.dispatch import not_eager
 from .unit import BATCH_NORM, CONV, ResidualShrinkageUnit, check_choice, check_input, check_options
 
 Stages = Sequence[tuple[int, int, int]]
@@ -27,7 +29,7 @@ class DRSN(nn.Module):
         classes: number of outputs (logits).
         stages: (channels, units, stride of the first unit) for each stage.
         stem: (channels, stride) of the first convolution.
-        dims, kernel_size, attention, order, shortcut, reduction, norm, threshold, slope: as in
+        dims, kernel_size, attention, order, shortcut, reduction, norm, threshold, slope, fused: as in
             :class:`ResidualShrinkageUnit`.
 
     Shapes:
@@ -53,6 +55,7 @@ class DRSN(nn.Module):
         norm: bool = True,
         threshold: str = "soft",
         slope: float = 0.0,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         positive(in_channels=in_channels, classes=classes)
@@ -70,9 +73,11 @@ class DRSN(nn.Module):
         conv = CONV[dims](
             in_channels, channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=order == "pre"
         )
-        self.stem = conv if order == "pre" else nn.Sequential(conv, BATCH_NORM[dims](channels), nn.ReLU())
+        self.fused, sequential = fused, FusedSequential if fused else nn.Sequential
+        self.stem = conv if order == "pre" else sequential(conv, BATCH_NORM[dims](channels), nn.ReLU())
         options = {"dims": dims, "kernel_size": kernel_size, "attention": attention, "order": order}
         options |= {"shortcut": shortcut, "reduction": reduction, "norm": norm, "threshold": threshold, "slope": slope}
+        options |= {"fused": fused}
         layers = []
         for stage_channels, units, stage_stride in stages:
             positive(units=units)
@@ -91,7 +96,8 @@ class DRSN(nn.Module):
         check_input(x, self.in_channels, self.dims)
         x = self.stages(self.stem(x))
         if self.norm is not None:
-            x = F.relu(self.norm(x))
+            fused = self.fused and is_norm(self.norm) and not_eager(x) is None
+            x = run(self.norm, x, 0.0) if fused else F.relu(self.norm(x))
         return self.fc(x.flatten(2).mean(2))
 
     def extra_repr(self) -> str:

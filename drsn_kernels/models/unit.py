@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..batch_norm import FusedSequential
 from ..modules import Shrinkage, SqueezeExcite
 from ..ops import checks
 from ..reference import SOFT
@@ -116,6 +117,8 @@ class ResidualShrinkageUnit(nn.Module):
             convolution and BN where the shape changes. None: no shortcut, with ``attention=None`` a plain ConvNet's.
         reduction, norm: of the attention's gate: hidden width channels // reduction, with BN or without.
         threshold, slope: as in :func:`drsn_kernels.soft_threshold`, for "cw" and "cs": "hard", or leaky.
+        fused: each BN with the ReLU behind it is one operator (:class:`drsn_kernels.FusedSequential`); the same
+            parameters, state_dict and numbers to rounding. False: torch's modules, one after the other.
 
     Shapes:
         (N, in_channels, *lengths) -> (N, out_channels, *ceil(lengths / stride)).
@@ -139,6 +142,7 @@ class ResidualShrinkageUnit(nn.Module):
         norm: bool = True,
         threshold: str = "soft",
         slope: float = 0.0,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         checks.positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
@@ -152,7 +156,7 @@ class ResidualShrinkageUnit(nn.Module):
             layers = [batch_norm(in_channels), nn.ReLU(), first, batch_norm(out_channels), nn.ReLU(), second]
         else:
             layers = [first, batch_norm(out_channels), nn.ReLU(), second, batch_norm(out_channels)]
-        self.residual_function = nn.Sequential(*layers)
+        self.residual_function = (FusedSequential if fused else nn.Sequential)(*layers)
         options = {"reduction": reduction, "norm": norm}
         if attention in THRESHOLDS:
             options |= {"threshold": threshold, "slope": slope}

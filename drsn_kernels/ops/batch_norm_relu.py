@@ -14,20 +14,19 @@ With a process group the statistics, and in the backward pass the two sums, are 
 """
 
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from .. import backends, recording, reference
+from .. import backends, gates, recording, reference
 from ..backends.eager import eager
-from ..backends.step import Backend, Norm, Running, Step, Want
+from ..backends.step import Backend, Norm, Running, Step, Want, checked
 from ..layout import Layout, layout_of
 from ..reference import accumulate_dtype
 from . import checks
 from .dispatch import direct_apply, is_eager_grad, not_eager, overwritten
-
-ACTIVATIONS = ("relu", "leaky", None)
+from .gated_shrink import keep_checked
 
 
 class NormAct(torch.autograd.Function):
@@ -135,63 +134,139 @@ def batch_norm_relu(
         z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = {"relu": F.relu(z), "leaky": F.leaky_relu(z, slope), None: z}[activation]
     """
-    checks.features(x, rank=2)
-    slope = _slope(activation, slope)
-    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, t in tensors.items():
-        _check_channels(name, t, x)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must be given together, got one of them")
-    if training and process_group is None and x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    if not training and running_mean is None:
-        raise ValueError("batch_norm_relu needs running_mean and running_var, or training=True; got neither")
-    if process_group is not None and dist.get_world_size(process_group) == 1:
-        process_group = None
+    slope = slope_of(activation, slope)
+    buffers = running_mean, running_var, num_batches_tracked
+    return normalise(x, weight, bias, buffers, training, momentum, eps, slope, process_group)
 
-    why = not_eager(x, *tensors.values())
-    if why is None and x.numel():
-        backend, layout = backends.select(x), layout_of(x)
-    if why is not None or not x.numel() or (backend is eager and process_group is None):
-        if why is not None or not x.numel():
-            recording.elsewhere("batch_norm_relu", x, why)
-        elif recording.active is not None:
-            recording.active(_step(x, layout, Norm(slope, training, eps), weight, bias), x, eager)
-        if training and num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        return reference.batch_norm_act(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, slope
-        )  # fmt: skip
 
-    sums = accumulate_dtype(x.dtype)
-    weight, bias = (None if t is None else t.to(sums).contiguous() for t in (weight, bias))
-    norm, given, running = Norm(slope, training, eps), None, None
-    buffers = None if running_mean is None else (running_mean, running_var)
-    if buffers is not None:
-        given = tuple(t.to(sums).contiguous() for t in buffers)
-    if training:
-        if buffers is not None:
-            running = Running(*given, momentum, num_batches_tracked)
-        given = None
+class Checked(NamedTuple):
+    """What came of the checks of a call: all that is like it needs none."""
+
+    backend: Backend
+    layout: Layout
+    norm: Norm
+    step: Step
+    guard: "gates.TensorGuards | None"  # of all its tensors
+
+
+Buffers = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def normalise(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, buffers: Buffers, training: bool,
+    momentum: float, eps: float, slope: float, group: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    """batch_norm_relu, the activation by its slope; buffers: running mean and variance, and the number of batches."""
+    why, known, tensors = not_eager(), None, [t for t in (x, weight, bias, *buffers) if t is not None]
+    if why is None and group is None:
+        try:
+            key = (
+                "norm", x.shape, x.stride(), x.dtype, training, eps, slope, backends.choice.backend,
+                torch.is_grad_enabled(), weight is None, bias is None, buffers[0] is None, buffers[2] is None,
+            )  # fmt: skip
+            known = checked.get(key)
+            if known is not None and not known.guard.check(*tensors):
+                known = None
+        except (AttributeError, RuntimeError, TypeError):  # a list, a sparse tensor: the checks say so
+            key = None
+    if known is None:
+        _check(x, weight, bias, buffers, training, group)
+        if group is not None and dist.get_world_size(group) == 1:
+            group = None
+        why = why or not_eager(*tensors)
+        eager_call = why is None and x.numel()
+        backend = backends.select(x) if eager_call else None
+        if backend is None or (backend is eager and group is None):
+            return _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, backend)
+        known = _known(x, weight, bias, training, eps, slope, backend)
+        sums = accumulate_dtype(x.dtype)
+        if any(t.dtype != sums or not t.is_contiguous() for t in (weight, bias, *buffers[:2]) if t is not None):
+            weight, bias = (None if t is None else t.to(sums).contiguous() for t in (weight, bias))
+            own, buffers = buffers, (*(None if t is None else t.to(sums).contiguous() for t in buffers[:2]), buffers[2])
+            y = _run(x, weight, bias, buffers, momentum, known, group)
+            if training and own[0] is not None:
+                own[0].copy_(buffers[0]), own[1].copy_(buffers[1])
+            return y
+        if group is None and gates.TensorGuards is not None and len({id(t) for t in tensors}) == len(tensors):
+            known = known._replace(guard=gates.guard_of(*tensors))
+            keep_checked(key, known)
+    return _run(x, weight, bias, buffers, momentum, known, group)
+
+
+def _run(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, buffers: Buffers, momentum: float,
+    known: Checked, group: Any,
+) -> torch.Tensor:  # fmt: skip
+    backend, layout, norm, step, _ = known
+    mean, var, batches = buffers
+    given, running = None, None
+    if not norm.batch:
+        given = mean, var
+    elif mean is not None:
+        running = Running(mean, var, momentum, batches)
     told = recording.active
     if told is not None:
-        told(_step(x, layout, norm, weight, bias), x, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        y = _apply(x, weight, bias, given, running, norm, layout, backend, process_group)
-    elif norm.batch and process_group is not None:
-        *given, _ = _of_all(x, layout, backend, running, process_group)
-        y, _ = backend.norm(x, layout, norm._replace(batch=False), weight, bias, tuple(given))
+        told(step, x, backend)
+    if step.keep:
+        y = _apply(x, weight, bias, given, running, norm, layout, backend, group)
+    elif norm.batch and group is not None:
+        mean, var, _ = _of_all(x, layout, backend, running, group)
+        y, _ = backend.norm(x, layout, norm._replace(batch=False), weight, bias, (mean, var))
     else:
         y, _ = backend.norm(x, layout, norm, weight, bias, given, running)
     if running is not None:
-        for own, moved in zip(buffers, running[:2], strict=True):
-            if moved is not own:  # of another dtype, or with gaps
-                own.copy_(moved)
-        overwritten(*buffers, *([] if num_batches_tracked is None else [num_batches_tracked]))
+        overwritten(*(t for t in buffers if t is not None))
     return y
 
 
-def _slope(activation: str | None, slope: float) -> float:
+def _known(x, weight, bias, training, eps, slope, backend) -> Checked:
+    layout, norm = layout_of(x), Norm(slope, training, eps)
+    parameters = any(t is not None and t.requires_grad for t in (weight, bias))
+    keep = torch.is_grad_enabled() and (x.requires_grad or parameters)
+    want = Want(x=x.requires_grad, threshold=parameters)
+    step = Step("batch_norm_relu", layout, x.stride(), x.dtype, x.device, keep=keep, want=want, norm=norm)
+    return Checked(backend, layout, norm, step, None)
+
+
+def _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, backend) -> torch.Tensor:
+    """PyTorch's own batch_norm and activation, in ordinary autograd: right under every transform, compiler, subclass."""
+    told = recording.active
+    if backend is None:
+        recording.elsewhere("batch_norm_relu", x, why)
+    elif told is not None:
+        told(_known(x, weight, bias, training, eps, slope, backend).step, x, backend)
+    mean, var, batches = buffers
+    if training and batches is not None:
+        batches.add_(1)
+    return reference.batch_norm_act(x, mean, var, weight, bias, training, momentum, eps, slope)
+
+
+def _check(x, weight, bias, buffers, training, group) -> None:
+    checks.features(x, rank=2)
+    mean, var, batches = buffers
+    for name, t in {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}.items():
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a floating-point tensor of shape ({x.shape[1]},) or None, got {got}")
+        if t.shape != (x.shape[1],):
+            raise ValueError(f"{name} must have shape ({x.shape[1]},), one number a channel of x, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if batches is not None and (batches.dtype != torch.int64 or batches.numel() != 1 or batches.device != x.device):
+        got = f"{batches.dtype} of shape {tuple(batches.shape)} on {batches.device}"
+        raise ValueError(f"num_batches_tracked must be one int64 number on x's device {x.device}, got {got}")
+    if (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var must be given together, got one of them")
+    if training and group is None and x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if not training and mean is None:
+        raise ValueError("batch_norm_relu needs running_mean and running_var, or training=True; got neither")
+
+
+def slope_of(activation: str | None, slope: float) -> float:
+    """The slope below 0 of an activation by name: 0 of "relu", 1 of None, of "leaky" the one given."""
     if activation == "relu":
         return 0.0
     if activation is None:
@@ -201,22 +276,3 @@ def _slope(activation: str | None, slope: float) -> float:
     if not isinstance(slope, numbers.Real) or isinstance(slope, bool):
         raise TypeError(f"slope must be a number, got {slope!r}")
     return float(slope)
-
-
-def _check_channels(name: str, t: torch.Tensor | None, x: torch.Tensor) -> None:
-    if t is None:
-        return
-    if not isinstance(t, torch.Tensor) or not t.is_floating_point():
-        got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a floating-point tensor of shape ({x.shape[1]},) or None, got {got}")
-    if t.shape != (x.shape[1],):
-        raise ValueError(f"{name} must have shape ({x.shape[1]},), one number a channel of x, got {tuple(t.shape)}")
-    if t.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
-
-
-def _step(x, layout, norm, weight, bias) -> Step:
-    parameters = any(t is not None and t.requires_grad for t in (weight, bias))
-    keep = torch.is_grad_enabled() and (x.requires_grad or parameters)
-    want = Want(x=x.requires_grad, threshold=parameters)
-    return Step("batch_norm_relu", layout, x.stride(), x.dtype, x.device, keep=keep, want=want, norm=norm)

@@ -1,0 +1,149 @@
+"""Batch normalisation and the activation behind it as modules: PyTorch's own run fused, and one module for both.
+
+What is fused is read from the modules at each call, and changes nothing that a user can see: their parameters, buffers,
+state_dict and classes stay. A norm or activation that is a subclass, has hooks or a forward of its own is called.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # private; of _BatchNorm, convert_sync_batchnorm would drop the ReLU
+
+from .gates import _GLOBAL_HOOKS
+from .ops.batch_norm_relu import normalise, slope_of
+from .ops.dispatch import not_eager
+
+# The ranks of x that a norm takes; what it raises for others is its own business.
+_NORMS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: tuple(range(2, 9)),
+}  # fmt: skip
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A batch normalisation of PyTorch's that nobody has hooked into."""
+    return type(module) in _NORMS and _is_plain(module)
+
+
+def slope_behind(module: nn.Module | None) -> float | None:
+    """Of an activation that nobody has hooked into: 0 of ReLU, of LeakyReLU its own; None where it is no such module."""
+    if type(module) is nn.ReLU:
+        return 0.0 if _is_plain(module) else None
+    return float(module.negative_slope) if type(module) is nn.LeakyReLU and _is_plain(module) else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own or any(_GLOBAL_HOOKS)
+    )  # fmt: skip
+
+
+def run(norm: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
+    """What a norm (is_norm) and an activation of this slope behind it make of x."""
+    ranks = _NORMS.get(type(norm))
+    if ranks is not None and x.dim() not in ranks:
+        return norm(x)  # raises its own error
+    own = norm.__dict__
+    parameters, (mean, var, batches) = own["_parameters"], own["_buffers"].values()
+    training, momentum = own["training"], own["momentum"]
+    if training and not own["track_running_stats"]:
+        mean = var = batches = None
+    if not training:
+        batches = None
+    elif momentum is None and batches is not None:
+        momentum = 1.0 / (int(batches) + 1)  # the average of all batches
+    of_batch = training or mean is None
+    group = _group(norm) if training else None
+    return normalise(
+        x, parameters["weight"], parameters["bias"], (mean, var, batches), of_batch, momentum or 0.0, own["eps"], slope,
+        group,
+    )  # fmt: skip
+
+
+def _group(norm: nn.Module) -> Any:
+    """The processes that share statistics; None where there is but this one."""
+    if type(norm) is not nn.SyncBatchNorm and not getattr(norm, "sync", False):
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return norm.process_group or dist.group.WORLD
+
+
+class FusedSequential(nn.Sequential):
+    """nn.Sequential, in which each batch normalisation, with the ReLU or LeakyReLU behind it, is one operator.
+
+    The same arguments, children, state_dict and results. Fused are BatchNorm1d, 2d, 3d and SyncBatchNorm without hooks,
+    in eager calls; in what torch.compile, torch.export and torch.fx trace, the children are called.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name for it
+        layers = [*self._modules.values()]
+        if not_eager(input) is not None:
+            return super().forward(input)
+        x, skip = input, False
+        for layer, behind in zip(layers, [*layers[1:], None], strict=True):
+            if skip:
+                skip = False
+            elif type(layer) in _NORMS and _is_plain(layer):
+                slope = slope_behind(behind)
+                skip = slope is not None
+                x = run(layer, x, slope if skip else 1.0)
+            else:
+                x = layer(x)
+        return x
+
+
+class BatchNormReLU(_NormBase):
+    r"""Batch normalisation and an activation in one module, of any number of spatial dimensions.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.nn.BatchNorm1d. momentum
+            None: the running statistics are the average of all batches.
+        activation: "relu", "leaky" or None.
+        slope: of "leaky".
+        sync: in training, statistics over all processes of `process_group` (None: all there are), as in
+            torch.nn.SyncBatchNorm. convert_sync_batchnorm does not know this class and leaves it alone.
+
+    Shapes:
+        (N, C) or (N, C, \*spatial) -> the same.
+
+    Raises:
+        What :func:`drsn_kernels.batch_norm_relu` raises; ValueError: unknown activation.
+
+    The state_dict has the keys of torch.nn.BatchNorm1d: weight, bias, running_mean, running_var, num_batches_tracked.
+    Source: Ioffe and Szegedy 2015, algorithm 1. Equivalent to::
+
+        nn.Sequential(nn.BatchNorm1d(C), nn.ReLU())           # BatchNorm2d, BatchNorm3d by x's rank
+    """
+
+    __call__: Callable[..., torch.Tensor]  # nn.Module's own is of Any
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str | None = "relu",
+        slope: float = 0.01,
+        sync: bool = False,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        slope_of(activation, slope)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.activation, self.slope, self.sync, self.process_group = activation, slope, sync, process_group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return run(self, x, slope_of(self.activation, self.slope))
+
+    def extra_repr(self) -> str:
+        slope = f", slope={self.slope}" if self.activation == "leaky" else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}" + (", sync=True" if self.sync else "")
