@@ -4,11 +4,14 @@
 //   g' = act'(z) g                           z is computed from x again: nothing but x and two numbers a channel is kept
 //   dx = a (g' - sum g' / M - (x - mean) rstd sum g' (x - mean) rstd / M)
 //
-// Statistics: a chunk of x, at most 64 rows that lie in the first-level cache, is read twice: for its mean, and for the
-// squared deviations from it. Chunks are merged in double, first those of a segment, then segments, in a fixed order
-// (Chan, Golub, LeVeque 1983): no cancellation, and the same bits for any number of threads.
+// Statistics: sums of x - centre and of its square over a chunk of at most 4096 elements of a channel, centre being the mean
+// so far, and once more about the chunk's own mean where that was far off: nothing cancels. Chunks are merged in double,
+// first those of a segment, then segments, in a fixed order (Chan, Golub, LeVeque 1983): the same bits for any number of
+// threads.
 //
-// In the row walk the rows of a strip are those of one channel; in channels_last a strip is four vectors of channels.
+// A strip is what is summed together: in the row walk the rows of up to 16 channels, which lie one behind the other (a
+// channel alone would take 16 to 64 KiB steps, all of them to the same lines of the caches), in channels_last four vectors
+// of channels.
 #pragma once
 
 #include "kernels.h"
@@ -16,13 +19,16 @@
 namespace drsn {
 namespace {
 
-constexpr int kStripRows = 64;         // rows of a chunk, at most
-constexpr int kSegmentChunks = 16;     // chunks merged before segments are
+constexpr int kStripRows = 64;      // rows of a chunk, at most
+constexpr int kStripChannels = 16;  // in the row walk
+constexpr int kSegmentChunks = 16;  // chunks merged before segments are
 
 // A channel of few bytes and long rows is still in the second-level cache when its second pass comes, for the thread that
 // made the first: (16, 64, 56, 56) backward 3.9 ms instead of 5.4. Rows of 1 KiB, 64 KiB apart, are not: (128, 64, 256)
 // forward 3.3 ms instead of 2.7.
 constexpr int64_t kCached = 384 << 10, kLongRow = 2 << 10;
+
+constexpr int kStripUnroll = kUnroll > 1 ? 4 : 1;
 
 template <class V> DRSN_INLINE V valid(V v, int lanes) {  // 0 beyond the end of a row
   return lanes == V::W ? v : v.keep(V::mask((uint64_t(1) << lanes) - 1));
@@ -41,81 +47,106 @@ template <bool RELU, class V> DRSN_INLINE V activation_grad(V g, V z, V slope) {
 template <class T, bool CL> struct Strips {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
-  static constexpr int kWidth = 4 * V::W;  // channels of a strip in channels_last
+  static constexpr int kWide = CL ? 4 * V::W : kStripChannels;  // channels of a strip, at most
 
   const int64_t samples, channels, length;
-  int64_t rows, pieces, strips, chunks, segments;  // rows: at most, of a chunk; pieces: of a row, where it is long
+  int64_t rows, pieces, across, strips, chunks, segments;  // rows: of a chunk, at most; pieces: of a long row
 
   explicit Strips(const Walk& w) : samples(w.n), channels(w.c), length(w.l) {
     pieces = CL ? 1 : max64(1, (length + kRun - 1) / kRun);
     rows = CL ? kStripRows : pieces > 1 ? 1 : min64(kStripRows, kRun / max64(1, length));
-    strips = CL ? (channels + kWidth - 1) / kWidth : channels;
+    across = CL ? kWide : max64(1, min64(min64(kWide, kRun / 4 / max64(1, length)), channels / 4));  // a few KiB
+    strips = (channels + across - 1) / across;
     chunks = CL ? (samples * length + rows - 1) / rows : pieces > 1 ? samples * pieces : (samples + rows - 1) / rows;
     segments = (chunks + kSegmentChunks - 1) / kSegmentChunks;
   }
-  int64_t first(int64_t strip) const { return CL ? strip * kWidth : strip; }  // channel
-  int64_t width(int64_t strip) const { return CL ? min64(kWidth, channels - first(strip)) : 1; }
-  int64_t elements() const { return kSegmentChunks * rows * (CL ? kWidth : min64(length, kRun)); }  // of a segment
+  int64_t first(int64_t strip) const { return strip * across; }  // channel
+  int width(int64_t strip) const { return int(min64(across, channels - first(strip))); }
+  int64_t elements() const { return kSegmentChunks * rows * (CL ? kWide : across * min64(length, kRun)); }  // of a segment
   bool stays_cached(int operands) const {
-    return !CL && length * int64_t(sizeof(T)) >= kLongRow && operands * samples * length * int64_t(sizeof(T)) <= kCached;
+    return !CL && length * int64_t(sizeof(T)) >= kLongRow && operands * across * samples * length * int64_t(sizeof(T)) <= kCached;
   }
-  double count() const { return double(samples) * double(length); }                                 // of a channel
-
-  // The rows of a chunk in one strip: how many, how long, and where they are (in `buffer` if they are not contiguous).
-  struct Chunk {
-    int64_t start, count;  // within the rows
-    int rows;
-    double elements() const { return CL ? double(rows) : double(rows) * double(count); }  // of a channel
-  };
-  Chunk chunk(int64_t k, int64_t strip) const {
-    if (CL) return {first(strip), width(strip), int(min64(rows, samples * length - k * rows))};
-    if (pieces == 1) return {0, length, int(min64(rows, samples - k * rows))};
-    const int64_t start = k % pieces * kRun;
-    return {start, min64(kRun, length - start), 1};
-  }
-  void fetch(const Rows<T>& t, int64_t k, int64_t strip, const Chunk& c, const T** at, T* buffer) const {
-    int64_t n = CL ? k * rows / length : pieces == 1 ? k * rows : k / pieces, l = CL ? k * rows % length : 0;
-    for (int r = 0; r < c.rows; ++r) {
-      at[r] = t.fetch(t.row(n, CL ? l : strip), c.start, c.count, buffer + r * c.count);
-      if (!CL || ++l == length) l = 0, ++n;
+  double count() const { return double(samples) * double(length); }  // of a channel
+  // Elements of a channel in chunks [k, last).
+  double count(int64_t k, int64_t last) const {
+    double n = 0;
+    for (; k < last; ++k) {
+      if (CL) n += double(min64(rows, samples * length - k * rows));
+      else if (pieces == 1) n += double(min64(rows, samples - k * rows)) * double(length);
+      else n += double(min64(kRun, length - k % pieces * kRun));
     }
+    return n;
+  }
+  int64_t last(int64_t segment) const { return min64(chunks, (segment + 1) * kSegmentChunks); }
+
+  // SUMS sums, by channel, over a chunk of one strip. add(sums, j, a, b, lanes) adds a vector of the operands to sums[0] and
+  // on; j is the channel in the strip, in channels_last the vector.
+  template <int SUMS, bool TWO, class F>
+  DRSN_INLINE void sum(const Rows<T>& a, const Rows<T>& b, int64_t k, int64_t strip, S (&out)[SUMS][kWide], const F& add) const {
+    alignas(64) T a_buffer[kChunk], b_buffer[TWO ? kChunk : 1];
+    const int64_t from = first(strip);
+    const int channels_here = width(strip);
+    const bool contiguous = a.contiguous && (!TWO || b.contiguous);
+    if constexpr (CL) {
+      V total[4][SUMS];
+      for (auto& one : total) zero(one);
+      const int64_t end = min64(samples * length, (k + 1) * rows);
+      int64_t n = k * rows / length, l = k * rows % length;
+      for (int64_t r = k * rows; r < end; ++r) {
+        const T* const p = a.fetch(a.row(n, l), from, channels_here, a_buffer);
+        const T* const q = TWO ? b.fetch(b.row(n, l), from, channels_here, b_buffer) : p;
+        int left = channels_here;
+#pragma GCC unroll kStripUnroll
+        for (int v = 0; v < 4; ++v, left -= V::W) {
+          const int lanes = left < V::W ? left : V::W;
+          if (lanes > 0) add(total[v], v, load<V>(p + v * V::W, lanes), load<V>(q + v * V::W, lanes), lanes);
+        }
+        if (++l == length) l = 0, ++n;
+      }
+      for (int v = 0; v < 4; ++v)
+        for (int s = 0; s < SUMS; ++s) total[v][s].store(out[s] + v * V::W);
+    } else {
+      V total[kWide][SUMS];
+      for (auto& one : total) zero(one);
+      const int64_t n = pieces == 1 ? k * rows : k / pieces, end = pieces == 1 ? min64(samples, n + rows) : n + 1;
+      const int64_t start = pieces == 1 ? 0 : k % pieces * kRun, count = min64(kRun, length - start);
+      for (int64_t m = n; m < end; ++m)
+        for (int j = 0; j < channels_here; ++j) {
+          T *const a_row = a.row(m, from + j), *const b_row = TWO ? b.row(m, from + j) : a_row;
+          V parts[4][SUMS];
+          for (auto& one : parts) zero(one);
+          drsn::pieces(contiguous, start, count, [&](int64_t i, int64_t len) DRSN_LAMBDA {
+            const T* const p = a.fetch(a_row, i, len, a_buffer);
+            const T* const q = TWO ? b.fetch(b_row, i, len, b_buffer) : p;
+            int64_t e = 0;
+            for (; e + 4 * V::W <= len; e += 4 * V::W)
+#pragma GCC unroll kStripUnroll
+              for (int v = 0; v < 4; ++v) add(parts[v], j, V::load(p + e + v * V::W), V::load(q + e + v * V::W), V::W);
+            for (; e < len; e += V::W) {
+              const int lanes = len - e < V::W ? int(len - e) : V::W;
+              add(parts[0], j, load<V>(p + e, lanes), load<V>(q + e, lanes), lanes);
+            }
+          });
+          for (int s = 0; s < SUMS; ++s)
+            total[j][s] = total[j][s] + ((parts[0][s] + parts[1][s]) + (parts[2][s] + parts[3][s]));
+        }
+      for (int j = 0; j < channels_here; ++j)
+        for (int s = 0; s < SUMS; ++s) out[s][j] = total[j][s].sum();
+    }
+  }
+  // Of numbers by channel of the strip, the vector that `add` needs.
+  static DRSN_INLINE V at(const S* numbers, int j) { return CL ? V::load(numbers + j * V::W) : V::set(numbers[j]); }
+
+ private:
+  template <int SUMS> static DRSN_INLINE void zero(V (&sums)[SUMS]) {
+    for (auto& one : sums) one = V::set(0);
   }
 };
 
-// Runs step(sum, row, element, lanes) over the vectors of a chunk. sum, 0 to 3, is which accumulator takes it: in
-// channels_last, which vector of the strip it is. The loops over them are unrolled, so that they stay in registers.
-constexpr int kStripUnroll = kUnroll > 1 ? 4 : 1;
-template <class V, class F> DRSN_INLINE void over_chunk(int rows, int64_t count, const F& step) {
-  for (int r = 0; r < rows; ++r) {
-    int64_t i = 0;
-    for (; i + 4 * V::W <= count; i += 4 * V::W)
-#pragma GCC unroll kStripUnroll
-      for (int v = 0; v < 4; ++v) step(v, r, i + v * V::W, V::W);
-    int64_t left = count - i;
-#pragma GCC unroll kStripUnroll
-    for (int v = 0; v < 4; ++v, left -= V::W)
-      if (left > 0) step(v, r, i + v * V::W, left < V::W ? int(left) : V::W);
-  }
-}
 template <class V, class F> DRSN_INLINE void over_row(int64_t count, const F& step) {
   int64_t i = 0;
   for (; i + V::W <= count; i += V::W) step(i, V::W);
   if (i < count) step(i, int(count - i));
-}
-
-// The sums of a strip: one number, or in channels_last one a channel.
-template <bool CL, class V, class S> DRSN_INLINE void put_sums(const V (&acc)[4], S* out) {
-  if constexpr (CL) {
-    for (int v = 0; v < 4; ++v) acc[v].store(out + v * V::W);
-  } else {
-    *out = ((acc[0] + acc[1]) + (acc[2] + acc[3])).sum();
-  }
-}
-template <bool CL, class V, class S> DRSN_INLINE V of_strip(const S* p, int v) {
-  return CL ? V::load(p + v * V::W) : V::set(*p);
-}
-template <class V> DRSN_INLINE void clear(V (&acc)[4]) {
-  for (auto& a : acc) a = V::set(0);
 }
 
 // A number of each channel, at the elements of a row: in the row walk one for all of them.
@@ -134,52 +165,49 @@ inline void merge(double n, double& mean, double& m2, double count, double other
   m2 += other_m2 + delta * delta * n * share;
 }
 
-// mean and m2, by channel, of one segment and strip.
+// mean and M2, by channel, of one segment and strip.
 template <class T, bool CL>
 void segment_moments(const Strips<T, CL>& s, const Rows<T>& x, int64_t segment, int64_t strip, double* mean, double* m2) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
-  constexpr int kWide = CL ? 4 * V::W : 1;
-  alignas(64) T buffer[kRun > kStripRows * kWide ? kRun : kStripRows * kWide];
-  alignas(64) S sum[kWide], centre[kWide], deviation[kWide], square[kWide];
-  const T* at[kStripRows];
-  const int64_t width = s.width(strip), last = min64(s.chunks, (segment + 1) * kSegmentChunks);
-  double n = 0;
-  for (int64_t k = segment * kSegmentChunks; k < last; ++k) {
-    const auto c = s.chunk(k, strip);
-    s.fetch(x, k, strip, c, at, buffer);
-    V acc[4], squares[4];
-    clear(acc);
-    over_chunk<V>(c.rows, c.count, [&](int v, int r, int64_t i, int lanes) DRSN_LAMBDA { acc[v] = acc[v] + load<V>(at[r] + i, lanes); });
-    put_sums<CL>(acc, sum);
-    const double count = c.elements();
-    for (int j = 0; j < kWide; ++j) centre[j] = S(sum[j] / count);
-    clear(acc);
-    clear(squares);
-    over_chunk<V>(c.rows, c.count, [&](int v, int r, int64_t i, int lanes) DRSN_LAMBDA {
-      const V d = valid(load<V>(at[r] + i, lanes) - of_strip<CL, V>(centre, v), lanes);
-      acc[v] = acc[v] + d;
-      squares[v] = V::fma(d, d, squares[v]);
-    });
-    put_sums<CL>(acc, deviation);
-    put_sums<CL>(squares, square);
-    for (int64_t j = 0; j < width; ++j) {  // centre is rounded: the mean is `deviation / count` beside it
-      const double beside = deviation[j] / count, chunk_mean = centre[j] + beside, chunk_m2 = square[j] - deviation[j] * beside;
-      if (n == 0) {
-        mean[j] = chunk_mean, m2[j] = chunk_m2;
-      } else {
-        merge(n, mean[j], m2[j], count, chunk_mean, chunk_m2);
+  constexpr int kWide = Strips<T, CL>::kWide;
+  alignas(64) S centre[kWide] = {}, sums[2][kWide];
+  double chunk_mean[kWide], chunk_m2[kWide], n = 0;
+  const int width = s.width(strip);
+  for (int64_t k = segment * kSegmentChunks; k < s.last(segment); ++k) {
+    const double count = s.count(k, k + 1);
+    if (n == 0) {  // the first element, until there is a mean
+      const int64_t row = CL ? k * s.rows : 0, at = CL ? row / s.length : s.pieces == 1 ? k * s.rows : k / s.pieces;
+      for (int j = 0; j < width; ++j) {
+        const int64_t c = s.first(strip) + j;
+        T slot;
+        centre[j] = widen(*x.fetch(x.row(at, CL ? row % s.length : c), CL ? c : k % s.pieces * kRun, 1, &slot));
       }
+    }
+    for (bool again = true, once = false; again; once = true) {
+      s.template sum<2, false>(x, x, k, strip, sums, [&](V* sum, int j, V a, V, int lanes) DRSN_LAMBDA {
+        const V d = valid(a - s.at(centre, j), lanes);
+        sum[0] = sum[0] + d;
+        sum[1] = V::fma(d, d, sum[1]);
+      });
+      again = false;
+      for (int j = 0; j < width; ++j) {
+        const double beside = sums[0][j] / count;
+        chunk_mean[j] = centre[j] + beside;
+        chunk_m2[j] = sums[1][j] - sums[0][j] * beside;
+        if (chunk_m2[j] < 0) chunk_m2[j] = 0;
+        again |= !(sums[1][j] <= 8 * chunk_m2[j]);  // three bits are gone, or NaN
+      }
+      if (!again || once) break;
+      for (int j = 0; j < width; ++j) centre[j] = S(chunk_mean[j]);
+    }
+    for (int j = 0; j < width; ++j) {
+      if (n == 0) mean[j] = chunk_mean[j], m2[j] = chunk_m2[j];
+      else merge(n, mean[j], m2[j], count, chunk_mean[j], chunk_m2[j]);
+      centre[j] = S(mean[j]);
     }
     n += count;
   }
-}
-
-// Elements of a channel in a segment.
-template <class T, bool CL> double segment_count(const Strips<T, CL>& s, int64_t segment) {
-  double n = 0;
-  for (int64_t k = segment * kSegmentChunks; k < min64(s.chunks, (segment + 1) * kSegmentChunks); ++k) n += s.chunk(k, 0).elements();
-  return n;
 }
 
 // What x is multiplied by and moved by, (C,) each; a and bias are 1 and 0 where a parameter is absent.
@@ -213,7 +241,7 @@ template <class T, bool CL, bool RELU> void norm_as(const NormArgs& args) {
     for (int64_t c = first; c < last; ++c) {
       double n = 0, mean = 0, m2 = 0;
       for (int64_t g = 0; g < s.segments; ++g) {
-        const double count = segment_count(s, g);
+        const double count = s.count(g * kSegmentChunks, s.last(g));
         merge(n, mean, m2, count, moments[2 * g * channels + c], moments[(2 * g + 1) * channels + c]);
         n += count;
       }
@@ -260,11 +288,13 @@ template <class T, bool CL, bool RELU> void norm_as(const NormArgs& args) {
       segment_moments(s, x, segment, strip, mean, mean + channels);
     };
     if (a.y && s.stays_cached(1)) {
-      return parallel(channels, s.samples * s.length, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          for (int64_t g = 0; g < s.segments; ++g) measure(g, c);
-          finish(moments.data, c, c + 1);
-          for (int64_t n = 0; n < s.samples; ++n) apply(n, c, 0, s.length);
+      return parallel(s.strips, s.across * s.samples * s.length, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t from = s.first(t), to = from + s.width(t);
+          for (int64_t g = 0; g < s.segments; ++g) measure(g, t);
+          finish(moments.data, from, to);
+          for (int64_t n = 0; n < s.samples; ++n)
+            for (int64_t c = from; c < to; ++c) apply(n, c, 0, s.length);
         }
       });
     }
@@ -284,34 +314,23 @@ void segment_sums(const Strips<T, CL>& s, const Rows<T>& g, const Rows<T>& x, co
                   double slope, int64_t segment, int64_t strip, double* sums, double* products) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
-  constexpr int kWide = CL ? 4 * V::W : 1;
-  constexpr int64_t kBuffer = kRun > kStripRows * kWide ? kRun : kStripRows * kWide;
-  alignas(64) T g_buffer[kBuffer], x_buffer[kBuffer];
-  alignas(64) S mean[kWide] = {}, a[kWide] = {}, bias[kWide] = {}, sum[kWide], product[kWide];
-  const T *g_at[kStripRows], *x_at[kStripRows];
-  const int64_t first = s.first(strip), width = s.width(strip);
-  for (int64_t j = 0; j < width; ++j) {
+  constexpr int kWide = Strips<T, CL>::kWide;
+  alignas(64) S mean[kWide] = {}, a[kWide] = {}, bias[kWide] = {}, found[2][kWide];
+  const int64_t first = s.first(strip);
+  const int width = s.width(strip);
+  for (int j = 0; j < width; ++j) {
     mean[j] = k.mean[first + j], a[j] = k.a[first + j], bias[j] = k.bias[first + j];
     sums[j] = products[j] = 0;
   }
   const V slopes = V::set(S(slope));
-  for (int64_t c = segment * kSegmentChunks; c < min64(s.chunks, (segment + 1) * kSegmentChunks); ++c) {
-    const auto chunk = s.chunk(c, strip);
-    s.fetch(g, c, strip, chunk, g_at, g_buffer);
-    s.fetch(x, c, strip, chunk, x_at, x_buffer);
-    V acc[4], with_x[4];
-    clear(acc);
-    clear(with_x);
-    over_chunk<V>(chunk.rows, chunk.count, [&](int v, int r, int64_t i, int lanes) DRSN_LAMBDA {
-      const V centred = load<V>(x_at[r] + i, lanes) - of_strip<CL, V>(mean, v);
-      const V z = V::fma(centred, of_strip<CL, V>(a, v), of_strip<CL, V>(bias, v));
-      const V passed = activation_grad<RELU>(load<V>(g_at[r] + i, lanes), z, slopes);
-      acc[v] = acc[v] + passed;
-      with_x[v] = V::fma(passed, centred, with_x[v]);
+  for (int64_t c = segment * kSegmentChunks; c < s.last(segment); ++c) {
+    s.template sum<2, true>(g, x, c, strip, found, [&](V* sum, int j, V g_here, V x_here, int) DRSN_LAMBDA {
+      const V centred = x_here - s.at(mean, j);
+      const V passed = activation_grad<RELU>(g_here, V::fma(centred, s.at(a, j), s.at(bias, j)), slopes);
+      sum[0] = sum[0] + passed;
+      sum[1] = V::fma(passed, centred, sum[1]);
     });
-    put_sums<CL>(acc, sum);
-    put_sums<CL>(with_x, product);
-    for (int64_t j = 0; j < width; ++j) sums[j] += sum[j], products[j] += product[j];
+    for (int j = 0; j < width; ++j) sums[j] += found[0][j], products[j] += found[1][j];
   }
 }
 
@@ -377,11 +396,13 @@ template <class T, bool CL, bool RELU> void norm_grad_as(const NormGradArgs& arg
       segment_sums<T, CL, RELU>(s, g, x, k, a.slope, segment, strip, sums, sums + channels);
     };
     if (a.dx && s.stays_cached(2)) {
-      return parallel(channels, 2 * s.samples * s.length, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          for (int64_t t = 0; t < s.segments; ++t) add(t, c);
-          finish(partial.data, c, c + 1);
-          for (int64_t n = 0; n < s.samples; ++n) apply(n, c, 0, s.length);
+      return parallel(s.strips, 2 * s.across * s.samples * s.length, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t from = s.first(t), to = from + s.width(t);
+          for (int64_t segment = 0; segment < s.segments; ++segment) add(segment, t);
+          finish(partial.data, from, to);
+          for (int64_t n = 0; n < s.samples; ++n)
+            for (int64_t c = from; c < to; ++c) apply(n, c, 0, s.length);
         }
       });
     }
