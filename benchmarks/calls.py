@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drsn_kernels import Shrinkage, abs_mean, backends, models, recording, soft_threshold
+from drsn_kernels import FusedSequential, Shrinkage, abs_mean, backends, models, recording, soft_threshold
 from drsn_kernels.backends.step import Cost, Plan
 from drsn_kernels.demo.port import PortShrinkage, standard_gate, swap
 from drsn_kernels.demo.timing import Call
@@ -22,7 +22,7 @@ from .checks import clear_hidden_units, clear_thresholds
 
 @dataclass(frozen=True)
 class Provider:
-    """A form of the step (floor, port, best, ours), and how it runs."""
+    """A form of the step (floor, port, best, ours; resnet), and how it runs."""
 
     name: str
     form: str
@@ -47,6 +47,7 @@ class Provider:
 
 
 FLOOR, PORT = Provider("floor", "floor"), Provider("port", "port")
+PLAIN = ("floor", "resnet")  # forms without a shrinkage, which are not judged by the port's results
 _EAGER, _COMPILED = ("triton", "cpu", "torch"), ("ours", "triton", "cpu")
 OURS = (*_EAGER, *(f"{name}-compiled" for name in _COMPILED))  # names that the gate watches
 COMPILE = ("none", "best", "all")
@@ -77,6 +78,10 @@ def providers(case: Case, device: str, compile: str) -> list[Provider]:
     if compile == "all":
         found.append(Provider("port-compiled", "port", compiled=True))
     found += [Provider(name, "ours", name) for name in names]
+    if case.op in NETWORK:  # of a ResNet, whose floor is PyTorch's own: what our normalisation alone makes of it
+        found.append(Provider("resnet-fused", "resnet", names[0]))
+        if compile == "all":
+            found.append(Provider("floor-compiled", "floor", compiled=True))
     if compile == "all":
         # by default a compiled call is the reference, which the compiler fuses; a forced backend is opaque operators
         found.append(Provider("ours-compiled", "ours", compiled=True))
@@ -125,7 +130,7 @@ class BestShrinkage(nn.Module):
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
-TRAINING = ("shrink_train", "shrink_any_gate", "unit")  # their forward pass is recorded for a backward pass
+TRAINING = ("shrink_train", "shrink_any_gate", "norm_relu", "unit")  # their forward pass is recorded for a backward pass
 SHRINKAGE = {"port": PortShrinkage, "best": BestShrinkage, "ours": Shrinkage}
 _POOL = {"port": port_abs_mean, "best": best_abs_mean, "ours": abs_mean}
 _THRESHOLD = {"port": port_soft_threshold, "best": best_soft_threshold, "ours": soft_threshold}
@@ -160,13 +165,21 @@ def _any_gate(form: str, channels: int) -> nn.Module:
     return SHRINKAGE[form](channels, gate)
 
 
+def _norm_relu(form: str, channels: int, spatial: int) -> nn.Module:
+    norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}.get(spatial, nn.BatchNorm1d)
+    return (FusedSequential if form == "ours" else nn.Sequential)(norm(channels), nn.ReLU())
+
+
 def _formed(build: Callable[..., nn.Module], form: str) -> nn.Module:
-    """A unit or network with this form of shrinkage; its floor is the same without one."""
-    return build(attention=None) if form == "floor" else swap(build(attention="cw"), SHRINKAGE[form])
+    """A unit or network with this form of shrinkage; its floor is the same without one, with PyTorch's own norms."""
+    fused = form in ("ours", "resnet")
+    if form in PLAIN:
+        return build(attention=None, fused=fused)
+    return swap(build(attention="cw", fused=fused), SHRINKAGE[form])
 
 
 def network(op: str, form: str, in_channels: int) -> models.DRSN:
-    """A network of cases.NETWORK; its floor is the ResNet."""
+    """A network of cases.NETWORK; its floor is PyTorch's ResNet, form "resnet" the same with fused norms."""
     options, _ = NETWORK[op]
     return _formed(partial(models.DRSN, in_channels, **options), form)
 
@@ -180,6 +193,8 @@ def module(case: Case, form: str) -> nn.Module:
         built = _Threshold(form, case.shape)
     elif case.op == "shrink_any_gate":
         built = _any_gate(form, channels)
+    elif case.op == "norm_relu":
+        built = _norm_relu(form, channels, len(case.shape) - 2)
     elif case.op == "unit":
         unit = partial(models.ResidualShrinkageUnit, channels, channels, dims=len(case.shape) - 2)
         built = _formed(unit, form)
@@ -251,7 +266,7 @@ class _Calls:
 
     def clear_of_ties(self, port: nn.Module) -> None:
         """Change the port's parameters and x (ties.py). bfloat16 is too coarse for it, a network too deep."""
-        if self.x.dtype == torch.float32 and self.case.op not in (*NETWORK, "abs_mean"):
+        if self.x.dtype == torch.float32 and self.case.op not in (*NETWORK, "abs_mean", "norm_relu"):
             clear_hidden_units(port, self.x)
             if self.case.op != "unit":
                 clear_thresholds(port, self.x)
@@ -328,7 +343,7 @@ def build(case: Case, providers: Iterable[Provider], device: str, seed: int = 0)
 
     def made(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         built = module(case, form)
-        built.load_state_dict(state, strict=form != "floor")
+        built.load_state_dict(state, strict=form not in PLAIN)
         built = built.to(device=device, dtype=dtype)
         return built.to(memory_format=torch.channels_last) if case.channels_last else built
 

@@ -20,7 +20,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 """A core 1-D, B reduced stem, C launch-bound, D long 1-D, E images, F degenerate, G what fits a one-pass kernel."""
 
 SAMPLE = {"A": 5, "B": 1, "C": 2, "D": 2, "E": 1, "F": 0, "G": 0}  # the shape of each group that --quick takes
-OPERATORS = ("abs_mean", "soft_threshold", "shrink_train", "shrink_eval", "shrink_any_gate", "unit")
+OPERATORS = ("abs_mean", "soft_threshold", "shrink_train", "shrink_eval", "shrink_any_gate", "norm_relu", "unit")
 NETWORKS = ("paper_network", "network_1d", "network_image")
 OPS = (*OPERATORS, *NETWORKS, "scaling")
 MODES = ("forward", "backward", "both")
@@ -86,7 +86,7 @@ def _headlines(group: str, shapes: Iterable[tuple[int, ...]], dtypes=("fp32",)) 
         Case(op, group, shape, mode, dtype, channels_last)
         for shape in shapes
         for channels_last in (False, True)
-        for op, mode in (("shrink_train", "both"), ("shrink_eval", "forward"))
+        for op, mode in (("shrink_train", "both"), ("shrink_eval", "forward"), ("norm_relu", "both"))
         for dtype in dtypes
     ]
 

@@ -57,7 +57,7 @@ def _floor(case: Case, part: str) -> float:
     if part == "y":
         return FLOOR[case.dtype]
     tie = 0.0  # where no tie is cleared, rounding decides one term of a sum now and then
-    if case.op == "unit" and case.numel >= 4096:
+    if case.op in ("unit", "norm_relu") and case.numel >= 4096:
         tie = 4 / math.sqrt(case.numel)
     if case.dtype == "bf16" and part == "gradients":
         tie = 2 / math.sqrt(math.prod(case.shape[:2]))  # hidden units of the gate

@@ -110,6 +110,8 @@ def figures(rows: Sequence[dict]) -> list[Figure]:
     table = Table(rows)
     paper = table.gains(table.ours, lambda one: one["op"] == "paper_network", "floor") if table.ours else {}
     port = table.gains("port", lambda one: one["op"] == "paper_network", "floor")
+    resnet = table.gains("resnet-fused", lambda one: one["op"] == "paper_network", table.ours) if table.ours else {}
+    norm = table.gains("best", _is("norm_relu", "both"))
     step, evaluated = _is("shrink_train", "both"), _is("shrink_eval", "forward", "ABCDEG")
     over_clone = {case: 1 / gain for case, gain in
                   table.gains("floor", lambda one: evaluated(one) and size_of(one) >= LARGE).items()}  # fmt: skip
@@ -117,8 +119,12 @@ def figures(rows: Sequence[dict]) -> list[Figure]:
     worst = min(over_best, key=over_best.get, default=None)
     bf16 = _bf16(table)
     found = [
-        Figure("paper network, training step, DRSN-CW over ResNet", _mean(paper), 1.18, False,
+        Figure("paper network, training step, DRSN-CW over PyTorch's ResNet", _mean(paper), 1, False,
                f"popular port {_mean(port) or math.nan:.2f}, the paper {PAPER_RATIO}"),
+        Figure("the same over a ResNet with our normalisation",
+               _mean({case: 1 / gain for case, gain in resnet.items()})),
+        Figure("BatchNorm and ReLU, training, over eager PyTorch, A B D E, geometric mean", _mean(norm), 1.6),
+        Figure("the same, worst", min(norm.values(), default=None), 1, True, min(norm, key=norm.get, default="")),
         Figure("Shrinkage, training, over the eager port, A B D E, geometric mean",
                _mean(table.gains("port", step)), 10),
         Figure("the same over torch.compile of the best form", _mean(table.gains("best-compiled", step)), 1.2),

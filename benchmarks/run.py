@@ -17,7 +17,7 @@ from drsn_kernels._extras import exit_status, require
 from drsn_kernels.demo.timing import Call, interleaved
 
 from . import plots, report
-from .calls import COMPILE, FLOOR, Provider, build, cost, floor_bytes, providers
+from .calls import COMPILE, FLOOR, PLAIN, Provider, build, cost, floor_bytes, providers
 from .cases import NETWORKS, OPS, SAMPLE, SHAPES, Case, select
 from .checks import Judge
 from .clock import CudaClock, WallClock, clock_for, counts
@@ -70,7 +70,7 @@ def measure(
     judge, refused = Judge(case, port, exact), {}
     clock = clock_for(settings.device)
     for name in list(calls):
-        if names[name].form != "floor" and (why := objection(judge, calls[name], clock)) is not None:
+        if names[name].form not in PLAIN and (why := objection(judge, calls[name], clock)) is not None:
             refused[name] = why
             del calls[name]
     del judge, port, exact

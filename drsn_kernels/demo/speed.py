@@ -15,12 +15,18 @@ from .timing import Call, interleaved, ratio, saved_bytes
 PAPER_RATIO = 1.545  # DRSN-CW over ResNet, 1511.1 s over 978.0 s (Zhao et al. 2020, section IV)
 SHAPE = (128, 1, 2048)
 FEATURES = (128, 16, 1024)  # of a unit
-FORMS = {"DRSN-CW, popular port": PortShrinkage, "DRSN-CW, fused": Shrinkage}
+PORT, FUSED = "DRSN-CW, popular port", "DRSN-CW, fused"
+FORMS = {PORT: PortShrinkage, FUSED: Shrinkage}
 
 
 def _networks() -> dict[str, nn.Module]:
-    """The ResNet, and the network with each form of shrinkage."""
-    return {"ResNet": paper_network("resnet")} | {name: swap(paper_network(), form) for name, form in FORMS.items()}
+    """PyTorch's ResNet, the network with each form of shrinkage, and the ResNet with the normalisation of the last."""
+    return {
+        "ResNet": paper_network("resnet", fused=False),
+        PORT: swap(paper_network(fused=False), PortShrinkage),
+        FUSED: paper_network(),
+        "ResNet, fused norms": paper_network("resnet"),
+    }
 
 
 def _kept(form: type[nn.Module]) -> float:
