@@ -130,7 +130,7 @@ class BestShrinkage(nn.Module):
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
-TRAINING = ("shrink_train", "shrink_any_gate", "norm_relu", "unit")  # their forward pass is recorded for a backward pass
+TRAINING = ("shrink_train", "shrink_any_gate", "norm_relu", "unit")  # forward is recorded for a backward pass
 SHRINKAGE = {"port": PortShrinkage, "best": BestShrinkage, "ours": Shrinkage}
 _POOL = {"port": port_abs_mean, "best": best_abs_mean, "ours": abs_mean}
 _THRESHOLD = {"port": port_soft_threshold, "best": best_soft_threshold, "ours": soft_threshold}

@@ -28,7 +28,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def slope_behind(module: nn.Module | None) -> float | None:
-    """Of an activation that nobody has hooked into: 0 of ReLU, of LeakyReLU its own; None where it is no such module."""
+    """Of an activation that nobody has hooked into: 0 of ReLU, of LeakyReLU its own; None of any other module."""
     if type(module) is nn.ReLU:
         return 0.0 if _is_plain(module) else None
     return float(module.negative_slope) if type(module) is nn.LeakyReLU and _is_plain(module) else None

@@ -117,7 +117,7 @@ def batch_norm_act(
     x: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None, weight: torch.Tensor | None,
     bias: torch.Tensor | None, training: bool, momentum: float, eps: float, slope: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Batch normalisation, and z where z > 0, slope * z elsewhere; PyTorch's own, which moves the running statistics."""
+    """PyTorch's own batch normalisation, which moves the running statistics, and z or slope * z by the sign of z."""
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return activation(z, slope)
 

@@ -157,16 +157,30 @@ class Eager(Backend):
         return dx, sums if want_sums else None
 
     def norm_cost(self, step):
-        shape, strides, c = step.layout.shape, step.strides, step.layout.c
-        x, g = cost.like(shape, strides, step.dtype), cost.like(shape, step.layout.strides, step.dtype)
-        given = None if step.norm.batch else (torch.empty(c, dtype=step.sums, device="meta"),) * 2
-        call = x, step.layout, step.norm, *(torch.empty(c, dtype=step.sums, device="meta"),) * 2
-        stats = torch.empty(2, c, dtype=step.sums, device="meta")
-        forward = cost.traced(lambda: self.norm(*call, given))
+        """Of PyTorch's own batch_norm and activation, which this backend's calls are."""
+        norm, shape, strides, c = step.norm, step.layout.shape, step.layout.strides, step.layout.c
+        x, y = cost.like(shape, step.strides, step.dtype), cost.like(shape, strides, step.dtype)
+        by_channel = [torch.empty(c, dtype=step.sums, device="meta") for _ in range(4)]
+        mean, var = (None, None) if norm.batch else by_channel[:2]
+        forward = cost.traced(
+            reference.batch_norm_act, x, mean, var, *by_channel[2:], norm.batch, 0.1, norm.eps, norm.slope
+        )  # fmt: skip
         if not step.keep:
             return forward, Cost()
-        backward = cost.traced(lambda: self.norm_grad(g, *call, stats, step.want.x, step.want.threshold))
-        return forward + Cost(saved=2 * cost.map_bytes(step) + 2 * c * step.sums.itemsize), backward
+
+        def backward() -> tuple[torch.Tensor, ...]:
+            g = y
+            if norm.slope == 0:
+                g = torch.ops.aten.threshold_backward(y, y, 0)
+            elif norm.slope != 1:
+                g = torch.ops.aten.leaky_relu_backward(y, y, norm.slope, False)
+            want = [step.want.x, step.want.threshold, step.want.threshold]
+            return torch.ops.aten.native_batch_norm_backward(
+                g, x, by_channel[2], mean, var, *by_channel[:2], norm.batch, norm.eps, want
+            )  # fmt: skip
+
+        saved = cost.map_bytes(step) * (1 if norm.slope == 1 else 2) + 2 * c * step.sums.itemsize
+        return forward + Cost(saved=saved), cost.traced(backward)
 
     # ---- costs
 
@@ -175,7 +189,8 @@ class Eager(Backend):
         why = "the kernels' contract in PyTorch, on every device"
         if step.op == "batch_norm_relu":
             forward, backward = self.norm_cost(step)
-            return Plan("PyTorch operations", "PyTorch's own batch_norm and activation", forward=forward, backward=backward)
+            why = "PyTorch's own batch_norm and activation"
+            return Plan("PyTorch operations", why, forward=forward, backward=backward)
         keeps_x = step.keep and step.op != "squeeze_excite" and self.saves == "time"
         forward, backward = _cost_of_keeping_x(step) if keeps_x else cost.of_streams(self, step)
         return Plan("PyTorch operations", why, forward=forward, backward=backward)

@@ -6,8 +6,8 @@
     dbias = sum g'            dweight = sum g' (x - mean) rstd
     dx = weight rstd (g' - (dbias + (x - mean) rstd dweight) / M)         M = N L; in eval weight rstd g'
 
-Forward reads x for the statistics, and to write y; backward reads g and x for the two sums, and to write dx. Kept for it
-are x, and mean and rstd (2, C): no plane, and no y, which ReLU alone would keep. The torch backend is PyTorch's own
+Forward reads x for the statistics, and to write y; backward reads g and x for the two sums, and to write dx. Kept for
+it are x, and mean and rstd (2, C): no plane, and no y, which ReLU alone would keep. The torch backend is PyTorch's own
 batch_norm and activation, in ordinary autograd (reference.py).
 
 With a process group the statistics, and in the backward pass the two sums, are those of all its processes.
@@ -229,7 +229,7 @@ def _known(x, weight, bias, training, eps, slope, backend) -> Checked:
 
 
 def _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, backend) -> torch.Tensor:
-    """PyTorch's own batch_norm and activation, in ordinary autograd: right under every transform, compiler, subclass."""
+    """PyTorch's own operations, in ordinary autograd: right under every transform, compiler, subclass."""
     told = recording.active
     if backend is None:
         recording.elsewhere("batch_norm_relu", x, why)
