@@ -21,26 +21,19 @@ namespace {
 
 constexpr int kStripRows = 64;      // rows of a chunk, at most
 constexpr int kStripChannels = 16;  // in the row walk
-constexpr int kSegmentChunks = 16;  // chunks merged before segments are
-
-// A channel of few bytes and long rows is still in the second-level cache when its second pass comes, for the thread that
-// made the first: (16, 64, 56, 56) backward 3.9 ms instead of 5.4. Rows of 1 KiB, 64 KiB apart, are not: (128, 64, 256)
-// forward 3.3 ms instead of 2.7.
-constexpr int64_t kCached = 384 << 10, kLongRow = 2 << 10;
-
+constexpr int kSegmentChunks = 4;   // chunks merged before segments are
 constexpr int kStripUnroll = kUnroll > 1 ? 4 : 1;
 
 template <class V> DRSN_INLINE V valid(V v, int lanes) {  // 0 beyond the end of a row
   return lanes == V::W ? v : v.keep(V::mask((uint64_t(1) << lanes) - 1));
 }
 
-template <bool RELU, class V> DRSN_INLINE V activate(V z, V slope) {
-  const auto positive = V::not_le(z, V::set(0));
-  return RELU ? z.keep(positive) : V::select(positive, z, z * slope);
+// act(z), or what it lets through of a gradient. ReLU is slope 0, and no code of its own: 0 * -inf is masked.
+template <class V> DRSN_INLINE V activate(V z, V slope) {
+  return V::select(V::not_le(z, V::set(0)), z, (z * slope).keep(slope.nonzero()));
 }
-template <bool RELU, class V> DRSN_INLINE V activation_grad(V g, V z, V slope) {
-  const auto positive = V::not_le(z, V::set(0));
-  return RELU ? g.keep(positive) : V::select(positive, g, g * slope);
+template <class V> DRSN_INLINE V activation_grad(V g, V z, V slope) {
+  return V::select(V::not_le(z, V::set(0)), g, (g * slope).keep(slope.nonzero()));
 }
 
 // What is summed where: chunks of rows, segments of chunks, strips of channels.
@@ -55,7 +48,7 @@ template <class T, bool CL> struct Strips {
   explicit Strips(const Walk& w) : samples(w.n), channels(w.c), length(w.l) {
     pieces = CL ? 1 : max64(1, (length + kRun - 1) / kRun);
     rows = CL ? kStripRows : pieces > 1 ? 1 : min64(kStripRows, kRun / max64(1, length));
-    across = CL ? kWide : max64(1, min64(min64(kWide, kRun / 4 / max64(1, length)), channels / 4));  // a few KiB
+    across = CL ? kWide : max64(1, min64(kWide, kRun * 2 / max64(1, length)));
     strips = (channels + across - 1) / across;
     chunks = CL ? (samples * length + rows - 1) / rows : pieces > 1 ? samples * pieces : (samples + rows - 1) / rows;
     segments = (chunks + kSegmentChunks - 1) / kSegmentChunks;
@@ -63,9 +56,6 @@ template <class T, bool CL> struct Strips {
   int64_t first(int64_t strip) const { return strip * across; }  // channel
   int width(int64_t strip) const { return int(min64(across, channels - first(strip))); }
   int64_t elements() const { return kSegmentChunks * rows * (CL ? kWide : across * min64(length, kRun)); }  // of a segment
-  bool stays_cached(int operands) const {
-    return !CL && length * int64_t(sizeof(T)) >= kLongRow && operands * across * samples * length * int64_t(sizeof(T)) <= kCached;
-  }
   double count() const { return double(samples) * double(length); }  // of a channel
   // Elements of a channel in chunks [k, last).
   double count(int64_t k, int64_t last) const {
@@ -223,7 +213,7 @@ template <class S> void put_coefficients(const Coefficients<S>& k, int64_t c, S 
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-template <class T, bool CL, bool RELU> void norm_as(const NormArgs& args) {
+template <class T, bool CL> void norm_as(const NormArgs& args) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   const NormArgs a = args;
@@ -236,9 +226,8 @@ template <class T, bool CL, bool RELU> void norm_as(const NormArgs& args) {
   S *const out_mean = static_cast<S*>(a.stats), *const out_second = out_mean + channels;
   const V slope = V::set(S(a.slope));
 
-  // Channels [first, last) from the moments of their segments, (segments, 2, C).
-  const auto finish = [&](const double* moments, int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
+  const auto finish = [&](const double* moments) {  // (segments, 2, C)
+    for (int64_t c = 0; c < channels; ++c) {
       double n = 0, mean = 0, m2 = 0;
       for (int64_t g = 0; g < s.segments; ++g) {
         const double count = s.count(g * kSegmentChunks, s.last(g));
@@ -266,7 +255,7 @@ template <class T, bool CL, bool RELU> void norm_as(const NormArgs& args) {
       const ByChannel<CL, V, S> mean(k.mean, c), factor(k.a, c), bias(k.bias, c);
       over_row<V>(len, [=](int64_t e, int lanes) DRSN_LAMBDA {
         const V z = V::fma(load<V>(from + e, lanes) - mean.at(e, lanes), factor.at(e, lanes), bias.at(e, lanes));
-        store(activate<RELU>(z, slope), to + e, lanes);
+        store(activate(z, slope), to + e, lanes);
       });
       y.put(y_row, i, len, y_buffer);
     });
@@ -287,21 +276,10 @@ template <class T, bool CL, bool RELU> void norm_as(const NormArgs& args) {
       double* const mean = moments.data + 2 * segment * channels + s.first(strip);
       segment_moments(s, x, segment, strip, mean, mean + channels);
     };
-    if (a.y && s.stays_cached(1)) {
-      return parallel(s.strips, s.across * s.samples * s.length, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t from = s.first(t), to = from + s.width(t);
-          for (int64_t g = 0; g < s.segments; ++g) measure(g, t);
-          finish(moments.data, from, to);
-          for (int64_t n = 0; n < s.samples; ++n)
-            for (int64_t c = from; c < to; ++c) apply(n, c, 0, s.length);
-        }
-      });
-    }
     parallel(s.segments * s.strips, s.elements(), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) measure(t / s.strips, t % s.strips);
     });
-    finish(moments.data, 0, channels);
+    finish(moments.data);
   }
   if (a.y) for_rows(a.walk, [&](int64_t n, int64_t j, int64_t start, int64_t count, int64_t) { apply(n, j, start, count); });
 }
@@ -309,7 +287,7 @@ template <class T, bool CL, bool RELU> void norm_as(const NormArgs& args) {
 // ---- backward --------------------------------------------------------------------------------------------------------
 
 // sum g' and sum g' (x - mean), by channel, of one segment and strip.
-template <class T, bool CL, bool RELU>
+template <class T, bool CL>
 void segment_sums(const Strips<T, CL>& s, const Rows<T>& g, const Rows<T>& x, const Coefficients<typename Compute<T>::type>& k,
                   double slope, int64_t segment, int64_t strip, double* sums, double* products) {
   using S = typename Compute<T>::type;
@@ -326,7 +304,7 @@ void segment_sums(const Strips<T, CL>& s, const Rows<T>& g, const Rows<T>& x, co
   for (int64_t c = segment * kSegmentChunks; c < s.last(segment); ++c) {
     s.template sum<2, true>(g, x, c, strip, found, [&](V* sum, int j, V g_here, V x_here, int) DRSN_LAMBDA {
       const V centred = x_here - s.at(mean, j);
-      const V passed = activation_grad<RELU>(g_here, V::fma(centred, s.at(a, j), s.at(bias, j)), slopes);
+      const V passed = activation_grad(g_here, V::fma(centred, s.at(a, j), s.at(bias, j)), slopes);
       sum[0] = sum[0] + passed;
       sum[1] = V::fma(passed, centred, sum[1]);
     });
@@ -334,7 +312,7 @@ void segment_sums(const Strips<T, CL>& s, const Rows<T>& g, const Rows<T>& x, co
   }
 }
 
-template <class T, bool CL, bool RELU> void norm_grad_as(const NormGradArgs& args) {
+template <class T, bool CL> void norm_grad_as(const NormGradArgs& args) {
   using S = typename Compute<T>::type;
   using V = Vec<S>;
   const NormGradArgs a = args;
@@ -358,8 +336,8 @@ template <class T, bool CL, bool RELU> void norm_grad_as(const NormGradArgs& arg
     shift[c] = S(dbias[c] / count);
     tilt[c] = S(double(dweight[c]) * rstd[c] / count);
   };
-  const auto finish = [&](const double* partial, int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
+  const auto finish = [&](const double* partial) {  // (segments, 2, C)
+    for (int64_t c = 0; c < channels; ++c) {
       double sum = 0, product = 0;
       for (int64_t t = 0; t < s.segments; ++t) {
         sum += partial[2 * t * channels + c];
@@ -380,7 +358,7 @@ template <class T, bool CL, bool RELU> void norm_grad_as(const NormGradArgs& arg
       const ByChannel<CL, V, S> mean(k.mean, c), factor(k.a, c), bias(k.bias, c), shifted(shift, c), tilted(tilt, c);
       over_row<V>(len, [=](int64_t e, int lanes) DRSN_LAMBDA {
         const V centred = load<V>(x_from + e, lanes) - mean.at(e, lanes), a = factor.at(e, lanes);
-        const V passed = activation_grad<RELU>(load<V>(g_from + e, lanes), V::fma(centred, a, bias.at(e, lanes)), slope);
+        const V passed = activation_grad(load<V>(g_from + e, lanes), V::fma(centred, a, bias.at(e, lanes)), slope);
         store(a * (passed - shifted.at(e, lanes) - centred * tilted.at(e, lanes)), to + e, lanes);
       });
       dx.put(dx_row, i, len, dx_buffer);
@@ -393,23 +371,12 @@ template <class T, bool CL, bool RELU> void norm_grad_as(const NormGradArgs& arg
     Scratch<double> partial(s.segments * 2 * channels);
     const auto add = [&](int64_t segment, int64_t strip) {
       double* const sums = partial.data + 2 * segment * channels + s.first(strip);
-      segment_sums<T, CL, RELU>(s, g, x, k, a.slope, segment, strip, sums, sums + channels);
+      segment_sums<T, CL>(s, g, x, k, a.slope, segment, strip, sums, sums + channels);
     };
-    if (a.dx && s.stays_cached(2)) {
-      return parallel(s.strips, 2 * s.across * s.samples * s.length, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t from = s.first(t), to = from + s.width(t);
-          for (int64_t segment = 0; segment < s.segments; ++segment) add(segment, t);
-          finish(partial.data, from, to);
-          for (int64_t n = 0; n < s.samples; ++n)
-            for (int64_t c = from; c < to; ++c) apply(n, c, 0, s.length);
-        }
-      });
-    }
     parallel(s.segments * s.strips, s.elements(), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) add(t / s.strips, t % s.strips);
     });
-    finish(partial.data, 0, channels);
+    finish(partial.data);
   }
   if (a.dx) for_rows(a.walk, [&](int64_t n, int64_t j, int64_t start, int64_t length, int64_t) { apply(n, j, start, length); });
 }
@@ -419,15 +386,13 @@ template <class T, bool CL, bool RELU> void norm_grad_as(const NormGradArgs& arg
 void norm(const NormArgs& a) {
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
-    if (a.walk.channels_last) return a.slope == 0 ? norm_as<T, true, true>(a) : norm_as<T, true, false>(a);
-    a.slope == 0 ? norm_as<T, false, true>(a) : norm_as<T, false, false>(a);
+    a.walk.channels_last ? norm_as<T, true>(a) : norm_as<T, false>(a);
   });
 }
 void norm_grad(const NormGradArgs& a) {
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
-    if (a.walk.channels_last) return a.slope == 0 ? norm_grad_as<T, true, true>(a) : norm_grad_as<T, true, false>(a);
-    a.slope == 0 ? norm_grad_as<T, false, true>(a) : norm_grad_as<T, false, false>(a);
+    a.walk.channels_last ? norm_grad_as<T, true>(a) : norm_grad_as<T, false>(a);
   });
 }
 
