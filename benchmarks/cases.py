@@ -81,13 +81,13 @@ def _possible(case: Case) -> bool:
 
 
 def _headlines(group: str, shapes: Iterable[tuple[int, ...]], dtypes=("fp32",)) -> list[Case]:
-    """What the project's aims are about: a training step of Shrinkage, and its forward pass in eval."""
+    """What the project's aims are about: a training step of Shrinkage, its forward pass in eval, and the norm."""
     return [
         Case(op, group, shape, mode, dtype, channels_last)
         for shape in shapes
         for channels_last in (False, True)
         for op, mode in (("shrink_train", "both"), ("shrink_eval", "forward"), ("norm_relu", "both"))
-        for dtype in dtypes
+        for dtype in (dtypes if op != "norm_relu" else ("fp32",))
     ]
 
 

@@ -34,15 +34,18 @@ def test_a_model_in_training(capsys):
     model = dk.models.paper_network("drsn-cw")
     found = dk.explain(model, torch.randn(4, 1, 2048))
     names = [name for name, module in model.named_modules() if isinstance(module, dk.Shrinkage)]
-    assert [call.module for call in found] == names and len(found) == 12
-    first = found[0]
+    shrinks = [call for call in found if call.op == "shrink"]
+    assert [call.module for call in shrinks] == names and len(shrinks) == 12
+    norms = [call for call in found if call.op == "batch_norm_relu"]
+    assert len(norms) == 25 and len(found) == 37 and {call.backend for call in norms} == {"cpu"}
+    first = shrinks[0]
     assert (first.op, first.shape, first.dtype) == ("shrink", (4, 4, 512), torch.float32)
     assert (first.layout, first.backend, first.fused, first.plan.index_bits) == ("rows", "cpu", True, 64)
     assert first.why == "the default for cpu tensors" and not first.fallback
     forward, backward = steps.cost(steps.shrink((4, 4, 512), residual=True), "cpu")
     assert (first.forward, first.backward, first.saved) == (forward, backward, forward.saved)
     table = str(found)
-    assert table.count("\n") > 13 and "1-12: cpu: the default for cpu tensors" in table
+    assert table.count("\n") > 38 and "1-37: cpu: the default for cpu tensors" in table
     assert all(name in table for name in names)
     assert repr(found) == table and capsys.readouterr().out == ""
 
