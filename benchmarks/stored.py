@@ -56,6 +56,7 @@ def _of(op: str, mode: str, dtype: str) -> Callable[[dict], bool]:
 
 
 TRAIN, TRAIN16 = _of("shrink_train", "both", "fp32"), _of("shrink_train", "both", "bf16")
+NORM = _of("norm_relu", "both", "fp32")
 EVAL, EVAL16 = _of("shrink_eval", "forward", "fp32"), _of("shrink_eval", "forward", "bf16")
 
 
