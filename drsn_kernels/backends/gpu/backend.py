@@ -26,6 +26,12 @@ class Gpu(Backend):
 
         return sequence
 
+    @functools.cached_property
+    def _norm(self):
+        from . import norm_passes
+
+        return norm_passes
+
     def unsupported(self, x: torch.Tensor) -> str | None:
         return unsupported(x)
 
@@ -59,6 +65,17 @@ class Gpu(Backend):
 
     def gated(self, step):
         return self._sequence.Gated(self, step)
+
+    # ---- batch normalisation and an activation
+
+    def norm(self, x, layout, norm, weight, bias, given=None, running=None):
+        return self._norm.norm(self, x, layout, norm, weight, bias, given, running)
+
+    def norm_statistics(self, x, layout):
+        return self._norm.statistics(x, layout)
+
+    def norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given=None):
+        return self._norm.norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given)
 
     # ---- costs and plans
 

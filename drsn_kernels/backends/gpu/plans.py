@@ -345,6 +345,92 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     )  # fmt: skip
 
 
+# ---- batch normalisation ---------------------------------------------------------------------------------------------
+
+# Elements of a channel that one program holds, and reads once: x forward; of x and g backward, so that of each it is
+# half as many. A thread of 16 warps has 32 of them, and two such programs share a multiprocessor.
+NORM_ON_CHIP = 16384
+NORM_ON_CHIP_WARPS = 16
+# The least tile of a channel on chip: batches of fewer elements take the same code.
+NORM_LEAST = 2048
+# Of channels_last, bytes of neighbouring channels that it takes: a sector.
+NORM_SECTOR = 32
+# Elements of a tile where a channel is walked by several programs, and of one where statistics are given; for each of
+# them in a thread of its own, NORM_THREAD. Backward, of x and g, half of them.
+NORM_TILE = 4096
+NORM_GIVEN = 1024
+NORM_THREAD = 16
+# Partial statistics of a channel that every program of the last launch merges: one for each lane of four warps. Of
+# channels_last each would merge those of all its channels, so a launch does it.
+NORM_PARTIALS = 128
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """Launches over tiles of R rows by B columns, each of one channel; channels_last: of B channels.
+
+    A channel is cut into blocks of B columns, and each of them into groups of R rows. A program of the launch that sums
+    walks a piece of the groups, and leaves one of `splits` partial results of its channels.
+    """
+
+    rows: int  # R
+    columns: int  # B
+    on_chip: bool  # a channel is one tile: one launch
+    loop: bool  # more than one group in a piece
+    blocks: int  # of columns; channels_last: of channels
+    splits: int
+    piece: int  # groups
+    merge: bool  # a launch of its own merges partial results
+    walking: int  # programs of the launch that sums
+    programs: int  # of the others, a tile each
+    warps: int
+    why: str = field(default="", compare=False)
+
+
+def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False) -> NormPlan:
+    """The plan of passes over x, or x and g. given: nothing is summed."""
+    ragged, last = _ragged(walk, itemsize), walk.channels_last
+    heavy = operands * (2 if ragged or itemsize == 8 else 1)  # for the registers of a thread
+    extent = walk.rows if last else walk.n
+    columns = max(power_of_two(walk.q), OCTET)
+    sector = min(columns, max(NORM_SECTOR // itemsize, OCTET)) if last else columns
+    held = power_of_two(extent) * sector
+    if not given and held * heavy <= NORM_ON_CHIP:
+        tile = max(held, NORM_LEAST)
+        blocks = cdiv(walk.q, sector) if last else 1
+        programs = blocks if last else walk.p
+        warps = min(tile * heavy // (32 * NORM_THREAD), NORM_ON_CHIP_WARPS)
+        why = "a program keeps a channel in registers"
+        return NormPlan(tile // sector, sector, True, False, blocks, 1, 1, False, programs, programs, warps, why)
+
+    tile = (NORM_GIVEN if given else NORM_TILE) // heavy
+    if last:
+        columns = min(columns, CHANNELS)
+    elif columns > tile:  # of three lengths the one with fewest idle lanes
+        columns = min((tile, tile // 2, tile // 4), key=lambda b: cdiv(walk.q, b) * b)
+    rows = max(tile // columns, 1)
+    blocks, groups = max(cdiv(walk.q, columns), 1), max(cdiv(extent, rows), 1)
+    side = blocks if last else walk.p * blocks  # programs for each piece
+    pieces = groups
+    if not given:
+        most = groups if last else max(NORM_PARTIALS // blocks, 1)
+        pieces = min(groups, most, cdiv(PROGRAMS_PER_SM * sms, max(side, 1)))
+    piece = cdiv(groups, pieces)
+    pieces = cdiv(groups, piece)
+    splits = pieces if last else pieces * blocks
+    merge = not given and (last or splits > NORM_PARTIALS)
+    if given:
+        why = "statistics are given: every tile is a program of its own"
+    else:
+        why = f"a channel does not fit the registers of a program: it is walked by {splits}"
+        why += ", and a launch merges what they leave" if merge else ""
+    warps = max(rows * columns * heavy // (32 * NORM_THREAD), 1)
+    return NormPlan(
+        rows, columns, False, piece > 1, blocks, splits, piece, merge, side * pieces, side * groups,
+        min(warps, MOST_WARPS), why,
+    )  # fmt: skip
+
+
 # ---- other constants, for a while ------------------------------------------------------------------------------------
 
 _caches: list[Any] = []
