@@ -46,7 +46,7 @@ def plan(request, monkeypatch) -> str:
         monkeypatch.setattr(plans, "NORM_ON_CHIP", 0)
         monkeypatch.setattr(plans, "NORM_TILE", 256)
         monkeypatch.setattr(plans, "NORM_GIVEN", 256)
-        monkeypatch.setattr(plans, "PROGRAMS_PER_SM", 1 / 16)
+        monkeypatch.setattr(norm_passes, "multiprocessors", lambda device: 3)
         monkeypatch.setattr(plans, "MERGED", 32)  # several turns
     if request.param == "merged":
         monkeypatch.setattr(plans, "NORM_PARTIALS", 1)

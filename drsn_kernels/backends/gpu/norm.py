@@ -137,7 +137,7 @@ def moments_kernel(
             w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
             off = elements(w, DTYPE, GROUP) - mean
             live = rows_live.to(ACC)
-            turn = live / (t + 1).to(ACC)  # 0 where there is no such row, which then changes nothing
+            turn = live / (t + 1)  # 0 where there is no such row, which then changes nothing
             mean = tl.fma(off, turn[:, None], mean)
             spread = tl.fma(off * off, (live - turn)[:, None], spread)
             count += live
@@ -184,11 +184,12 @@ def _settle(center, rstd, around, n, c, c_live, channels, stats, mean, var, batc
     tl.store(stats + c, center, c_live)
     tl.store(stats + channels + c, rstd, c_live)
     if mean is not None:
-        by = factor.to(center.dtype) + rest.to(center.dtype)
         before = tl.load(mean + c, c_live, 0.0)
-        tl.store(mean + c, before + by * (center - before), c_live)
+        way = center - before
+        tl.store(mean + c, before + (factor * way + rest * way), c_live)
         before = tl.load(var + c, c_live, 0.0)
-        tl.store(var + c, before + by * (around / (n - 1) - before), c_live)
+        way = around / (n - 1) - before
+        tl.store(var + c, before + (factor * way + rest * way), c_live)
         if batches is not None:
             at = batches + c * 0
             tl.store(at, tl.load(at, c == 0) + 1, c == 0)
