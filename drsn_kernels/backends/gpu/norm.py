@@ -28,7 +28,10 @@ from .tiles import length_of_rows, load, store
 
 
 @triton.jit
-def place(P, Q, blocks, B: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr):
+def place(
+    P, Q, blocks, BLOCKED: tl.constexpr, B: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
     """This program's number along the pieces, its block of columns, its channels (1,) or (B,), and their mask.
 
     Programs side by side have neighbouring channels: together they read whole samples.
@@ -43,9 +46,13 @@ def place(P, Q, blocks, B: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.c
         c = column * B + tl.arange(0, B)
         return pid // blocks, column, c, c < Q
     else:
-        rest = pid // P
+        number = pid // P
+        column = number * 0
         c = pid % P + tl.arange(0, 1)
-        return rest // blocks, rest % blocks, c, c < P
+        if BLOCKED:
+            column = number % blocks
+            number = number // blocks
+        return number, column, c, c < P
 
 
 @triton.jit
@@ -114,15 +121,15 @@ def _moments(mean, spread, count, columns_live, n, CHANNELS_LAST: tl.constexpr):
 
 @kernel(pointers=2, aligned=("x",))
 def moments_kernel(
-    x, partial, N, P, QA, blocks, splits, piece, row_sizes, q_sizes, xs, X_UNIT: tl.constexpr, R: tl.constexpr,
-    B: tl.constexpr, LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, GROUP: tl.constexpr,
+    x, partial, N, P, QA, blocks, splits, piece, row_sizes, q_sizes, xs, X_UNIT: tl.constexpr,
+    BLOCKED: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of a piece of a channel."""
     Q = length_of_rows(QA, ALIGN, WIDE)
     DTYPE: tl.constexpr = x.dtype.element_ty
     extent = height(N, P, CHANNELS_LAST, WIDE)
-    number, column, c, c_live = place(P, Q, blocks, B, CHANNELS_LAST, WIDE, False)
+    number, column, c, c_live = place(P, Q, blocks, BLOCKED, B, CHANNELS_LAST, WIDE, False)
     first = number * piece
     row, rows_live = rows_at(first, c, N, P, R, CHANNELS_LAST, WIDE)
     w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
@@ -161,8 +168,8 @@ def partials(partial, split, c, c_live, channels, splits, CHANNELS_LAST: tl.cons
 
 @triton.jit
 def _merged(
-    partial, split, c, c_live, N, P, Q, blocks, splits, piece, R: tl.constexpr, B: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    partial, split, c, c_live, N, P, Q, blocks, splits, piece, BLOCKED: tl.constexpr, R: tl.constexpr,
+    B: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """How many elements the channels have in these pieces, (1,), and their mean and squared deviations."""
     means, around, live = partials(partial, split, c, c_live, Q if CHANNELS_LAST else P, splits, CHANNELS_LAST)
@@ -170,7 +177,10 @@ def _merged(
     if CHANNELS_LAST:
         count = tl.minimum(piece * R, extent - split * (piece * R))
     else:
-        count = tl.minimum(piece * R, extent - split // blocks * (piece * R)) * tl.minimum(B, Q - split % blocks * B)
+        share, width = split, Q
+        if BLOCKED:
+            share, width = split // blocks, tl.minimum(B, Q - split % blocks * B)
+        count = tl.minimum(piece * R, extent - share * (piece * R)) * width
     size = tl.where(split < splits, count, 0).to(means.dtype)[:, None]
     n = tl.sum(size, 0)
     mean = tl.sum(size * means, 0) / n
@@ -220,14 +230,15 @@ def _activated(z, SLOPE: tl.constexpr):
 def norm_kernel(
     x, y, partial, stats, weight, bias, mean, var, batches, N, P, QA, blocks, splits, piece, factor, rest, row_sizes,
     q_sizes, xs, ys, SOURCE: tl.constexpr, EPS: tl.constexpr, SLOPE: tl.constexpr, SPLITS: tl.constexpr,
-    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, BLOCKED: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """A tile of y. SOURCE of the statistics: "tile", "partial", "given" (mean, var) or "stats" (mean, rstd)."""
     Q = length_of_rows(QA, ALIGN, WIDE)
     DTYPE: tl.constexpr = x.dtype.element_ty
     channels = Q if CHANNELS_LAST else P
-    t, column, c, c_live = place(P, Q, blocks, B, CHANNELS_LAST, WIDE, True)
+    t, column, c, c_live = place(P, Q, blocks, BLOCKED, B, CHANNELS_LAST, WIDE, True)
     row, rows_live = rows_at(t, c, N, P, R, CHANNELS_LAST, WIDE)
     w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True)
     v = elements(w, DTYPE, GROUP)
@@ -247,7 +258,8 @@ def norm_kernel(
                 center, around = _moments(v, None, rows_live.to(ACC), columns_live, n, CHANNELS_LAST)
             else:
                 n, center, around = _merged(
-                    partial, tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, piece, R, B, CHANNELS_LAST, WIDE
+                    partial, tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, piece, BLOCKED, R, B,
+                    CHANNELS_LAST, WIDE,
                 )  # fmt: skip
             rstd = 1 / tl.sqrt(around / n + EPS)
         if t + (0 if CHANNELS_LAST else column) == 0:  # one program of these channels
@@ -265,8 +277,8 @@ def norm_kernel(
 @kernel(pointers=5)
 def merge_kernel(
     partial, merged, mean, var, batches, N, P, QA, blocks, splits, piece, factor, rest, KIND: tl.constexpr,
-    EPS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    EPS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, BLOCKED: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """merged (2, C). KIND: "sums", "moments" (mean, squared deviations) or "stats" (mean, rstd)."""
     ACC: tl.constexpr = partial.dtype.element_ty
@@ -289,8 +301,8 @@ def merge_kernel(
         around = tl.zeros((UNITS,), ACC)
         for start in range(0, splits, SPLITS):
             here, average, within = _merged(
-                partial, start + tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, piece, R, B, CHANNELS_LAST,
-                WIDE,
+                partial, start + tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, piece, BLOCKED, R, B,
+                CHANNELS_LAST, WIDE,
             )  # fmt: skip
             apart = average - center
             center += apart * (here / (n + here))

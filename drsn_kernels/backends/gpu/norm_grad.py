@@ -42,14 +42,14 @@ def _gradient(
 @kernel(pointers=7, aligned=("g", "x", "dx"))
 def sums_kernel(
     g, x, dx, partial, stats, weight, bias, N, P, QA, blocks, splits, piece, row_sizes, q_sizes, gs, xs, ds,
-    SLOPE: tl.constexpr, G_UNIT: tl.constexpr, X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr,
-    B: tl.constexpr, LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+    SLOPE: tl.constexpr, G_UNIT: tl.constexpr, X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, BLOCKED: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """dbias and dweight of a piece of a channel; dx of given statistics."""
     Q = length_of_rows(QA, ALIGN, WIDE)
     channels = Q if CHANNELS_LAST else P
-    number, column, c, c_live = place(P, Q, blocks, B, CHANNELS_LAST, WIDE, False)
+    number, column, c, c_live = place(P, Q, blocks, BLOCKED, B, CHANNELS_LAST, WIDE, False)
     center = tl.load(stats + c, c_live, 0.0)
     rstd = tl.load(stats + channels + c, c_live, 0.0)
     scale, shift = affine(rstd, weight, bias, c, c_live)
@@ -80,13 +80,14 @@ def sums_kernel(
 def norm_grad_kernel(
     g, x, dx, partial, sums, stats, weight, bias, N, P, QA, blocks, splits, M, row_sizes, q_sizes, gs, xs, ds,
     SOURCE: tl.constexpr, BATCH: tl.constexpr, SLOPE: tl.constexpr, SPLITS: tl.constexpr, G_UNIT: tl.constexpr,
-    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, BLOCKED: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """A tile of dx. SOURCE of the sums: "tile", "partial", "sums", or None where nothing needs them."""
     Q = length_of_rows(QA, ALIGN, WIDE)
     channels = Q if CHANNELS_LAST else P
-    t, column, c, c_live = place(P, Q, blocks, B, CHANNELS_LAST, WIDE, True)
+    t, column, c, c_live = place(P, Q, blocks, BLOCKED, B, CHANNELS_LAST, WIDE, True)
     row, rows_live = rows_at(t, c, N, P, R, CHANNELS_LAST, WIDE)
     center = tl.load(stats + c, c_live, 0.0)
     rstd = tl.load(stats + channels + c, c_live, 0.0)

@@ -84,20 +84,24 @@ class Over(NamedTuple):
     def scratch(self) -> Room:
         return Room("scratch", accumulate_dtype(self.dtype))
 
-    def prepared(self, fn: Any, programs: int, read: int, written: int, **values: Any) -> Prepared:
+    def _values(self) -> dict[str, Any]:
         plan = self.plan
-        values |= tile_values(self.on, plan, self.dtype, self.operands) | {
-            "R": plan.rows, "blocks": plan.blocks, "splits": plan.splits, "piece": plan.piece,
-            "SPLITS": plans.NORM_PARTIALS,
+        return tile_values(self.on, plan, self.dtype, self.operands) | {
+            "R": plan.rows, "blocks": plan.blocks, "BLOCKED": plan.blocks > 1, "splits": plan.splits,
+            "piece": plan.piece, "SPLITS": plans.NORM_PARTIALS,
         }  # fmt: skip
+
+    def prepared(self, fn: Any, programs: int, read: int, written: int, **values: Any) -> Prepared:
+        spent = Cost(read, written, (fn.__name__,))
+        warps = self.plan.warps
         return Prepared(
-            fn, self.device, programs, values, plan, Cost(read, written, (fn.__name__,)), warps=plan.warps
+            fn, self.device, programs, self._values() | values, self.plan, spent, warps=warps,
+            registers=64 if warps == plans.NORM_ON_CHIP_WARPS else None,
         )  # fmt: skip
 
     def merging(self, kind: str, norm: Norm | None = None, factor: float | None = None) -> Prepared:
-        values = tile_values(self.on, self.plan, self.dtype, self.operands) | _settled(factor) | {
-            "R": self.plan.rows, "blocks": self.plan.blocks, "splits": self.plan.splits, "piece": self.plan.piece,
-            "SPLITS": plans.MERGED // plans.MERGED_UNITS, "UNITS": plans.MERGED_UNITS, "KIND": kind,
+        values = self._values() | _settled(factor) | {
+            "SPLITS": plans.NORM_MERGED // plans.MERGED_UNITS, "UNITS": plans.MERGED_UNITS, "KIND": kind,
             "EPS": 0.0 if norm is None else norm.eps,
         }  # fmt: skip
         moved = self.running(factor)

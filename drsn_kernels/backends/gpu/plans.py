@@ -355,14 +355,15 @@ NORM_ON_CHIP_WARPS = 16
 NORM_LEAST = 2048
 # Of channels_last, bytes of neighbouring channels that it takes: a sector.
 NORM_SECTOR = 32
-# Elements of a tile where a channel is walked by several programs, and of one where statistics are given; for each of
-# them in a thread of its own, NORM_THREAD. Backward, of x and g, half of them.
+# Elements of a tile where a channel is walked by several programs, and of one where statistics are given; those of a
+# thread. In float64, and where every element has an address of its own, half as many.
 NORM_TILE = 4096
 NORM_GIVEN = 1024
 NORM_THREAD = 16
 # Partial statistics of a channel that every program of the last launch merges: one for each lane of four warps. Of
 # channels_last each would merge those of all its channels, so a launch does it.
 NORM_PARTIALS = 128
+NORM_MERGED = 2048  # partial results at a time, for MERGED_UNITS channels; with 4,096 it spills
 
 
 @dataclass(frozen=True)
@@ -390,16 +391,16 @@ class NormPlan:
 def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False) -> NormPlan:
     """The plan of passes over x, or x and g. given: nothing is summed."""
     ragged, last = _ragged(walk, itemsize), walk.channels_last
-    heavy = operands * (2 if ragged or itemsize == 8 else 1)  # for the registers of a thread
+    heavy = 2 if ragged or itemsize == 8 else 1  # an element in a thread, as registers go
     extent = walk.rows if last else walk.n
     columns = max(power_of_two(walk.q), OCTET)
     sector = min(columns, max(NORM_SECTOR // itemsize, OCTET)) if last else columns
     held = power_of_two(extent) * sector
-    if not given and held * heavy <= NORM_ON_CHIP:
+    if not given and held * heavy * operands <= NORM_ON_CHIP:
         tile = max(held, NORM_LEAST)
         blocks = cdiv(walk.q, sector) if last else 1
         programs = blocks if last else walk.p
-        warps = min(tile * heavy // (32 * NORM_THREAD), NORM_ON_CHIP_WARPS)
+        warps = min(tile * heavy * operands // (32 * NORM_THREAD), NORM_ON_CHIP_WARPS)
         why = "a program keeps a channel in registers"
         return NormPlan(tile // sector, sector, True, False, blocks, 1, 1, False, programs, programs, warps, why)
 
