@@ -77,6 +77,9 @@ class Gpu(Backend):
     def norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given=None):
         return self._norm.norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given)
 
+    def norm_cost(self, step: Step) -> tuple[Cost, Cost]:
+        return self._norm.costs(step)
+
     # ---- costs and plans
 
     def reduce_cost(self, step: Step, strides: Strides, *, kind="magnitude", keep=False) -> Cost:
@@ -95,6 +98,11 @@ class Gpu(Backend):
     def plan(self, step: Step) -> Plan:
         if step.gate is not None:
             return self._sequence.plan(step)
+        if step.norm is not None:
+            found = [launch for each in self._norm.of_step(step) if each is not None for launch in each.launches]
+            why = "; ".join(dict.fromkeys(launch.plan.why for launch in found))
+            name = "statistics given" if not step.norm.batch else "on chip" if found[0].plan.on_chip else "two passes"
+            return self._sequence.described(name, why, (), *self.norm_cost(step), tuple(found))
         found = _Launches(self)
         forward, backward = cost.of_streams(found, step)
         why = "; ".join(dict.fromkeys(launch.plan.why for launch in found.launches))

@@ -223,7 +223,7 @@ def _activated(z, SLOPE: tl.constexpr):
     elif SLOPE == 1.0:
         return z
     else:
-        return tl.where(z > 0, z, SLOPE * z)
+        return tl.where(z <= 0, SLOPE * z, z)
 
 
 @kernel(pointers=9, aligned=("x", "y"))

@@ -32,10 +32,7 @@ def _gradient(
     passed = elements(w, g.dtype.element_ty, GROUP)
     if SLOPE != 1.0:
         z = tl.fma(off, across(scale, CHANNELS_LAST), across(shift, CHANNELS_LAST))
-        if SLOPE == 0.0:
-            passed = tl.where(z <= 0, 0.0, passed)
-        else:
-            passed = tl.where(z > 0, passed, SLOPE * passed)
+        passed = tl.where(z <= 0, SLOPE * passed if SLOPE != 0.0 else 0.0, passed)  # of NaN as of what is above 0
     return passed, off
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ...layout import Layout
 from ...reference import accumulate_dtype
-from ..step import Backend, Cost, Norm, Running, Strides
+from ..step import Backend, Cost, Norm, Running, Step, Strides
 from . import plans
 from .launch import Pass, Prepared, Room, multiprocessors, tile_values
 from .native import Source
@@ -249,3 +249,26 @@ def norm_grad(
     back = prepare_grad(layout, g.stride(), x.stride(), x.dtype, x.device, norm, want_x, want_sums, count)
     back.run((g, x, dx, sums, back.scratch.new(stats), stats, weight, bias))
     return dx, sums if want_sums else None
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+def of_step(step: Step) -> tuple[Launches, Launches | None]:
+    """Forward and, where something is kept, backward of a dense g; with running statistics."""
+    factor = 0.1 if step.norm.batch else None
+    ahead = prepare_norm(step.layout, step.strides, step.dtype, step.device, step.norm, factor)
+    if not step.keep:
+        return ahead, None
+    want_sums = step.want.threshold or step.norm.batch
+    return ahead, prepare_grad(
+        step.layout, step.layout.strides, step.strides, step.dtype, step.device, step.norm, step.want.x, want_sums, None
+    )  # fmt: skip
+
+
+def costs(step: Step) -> tuple[Cost, Cost]:
+    ahead, back = of_step(step)
+    if back is None:
+        return ahead.cost, Cost()
+    saved = step.layout.numel * step.dtype.itemsize + 2 * step.layout.c * step.sums.itemsize  # x; mean and rstd
+    return ahead.cost + Cost(saved=saved), back.cost

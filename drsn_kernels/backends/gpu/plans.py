@@ -410,12 +410,12 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
     elif columns > tile:  # of three lengths the one with fewest idle lanes
         columns = min((tile, tile // 2, tile // 4), key=lambda b: cdiv(walk.q, b) * b)
     rows = max(tile // columns, 1)
-    blocks, groups = max(cdiv(walk.q, columns), 1), max(cdiv(extent, rows), 1)
+    blocks, groups = cdiv(walk.q, columns), cdiv(extent, rows)
     side = blocks if last else walk.p * blocks  # programs for each piece
     pieces = groups
     if not given:
         most = groups if last else max(NORM_PARTIALS // blocks, 1)
-        pieces = min(groups, most, cdiv(PROGRAMS_PER_SM * sms, max(side, 1)))
+        pieces = min(groups, most, cdiv(PROGRAMS_PER_SM * sms, side))
     piece = cdiv(groups, pieces)
     pieces = cdiv(groups, piece)
     splits = pieces if last else pieces * blocks
