@@ -55,6 +55,8 @@ def tile_steps(launch) -> int:
     if not tile_elements(launch):
         return 0
     columns = _cdiv(a["QA"] * a["ALIGN"], a["B"])
+    if "BLOCKED" in a:  # norm.py, norm_grad.py: rows of one channel
+        return columns * (_cdiv(a["N"] * a["P"], a["R"]) if a["CHANNELS_LAST"] else a["P"] * _cdiv(a["N"], a["R"]))
     if "PB" in a:
         return _cdiv(a["N"], a["S"]) * (_cdiv(a["P"], a["PB"]) if a["CHANNELS_LAST"] else columns)
     if a["CHANNELS_LAST"]:
@@ -195,6 +197,40 @@ def squeeze_excite_case(shape: tuple[int, ...], dtype: torch.dtype, residual: bo
     )  # fmt: skip
 
 
+NORM_ON_CHIP = (expected("norm_kernel", {"x": 1}, {"y": 1}),), (
+    expected("norm_grad_kernel", {"g": 1, "x": 1}, {"dx": 1}),
+)
+
+
+def norm_case(
+    shape: tuple[int, ...], dtype: torch.dtype, launches: tuple[tuple[Expected, ...], ...], note: str = ""
+) -> Case:
+    """dk.BatchNormReLU, in training, or without a backward pass in eval."""
+    training = len(launches) == 2
+
+    def make():
+        module, x = dk.BatchNormReLU(shape[1]).train(training), feature_map(shape, dtype)
+        if not training:
+            return torch.no_grad()(lambda: module(x))
+        x.requires_grad_()
+        return lambda: module(x)
+
+    return Case(
+        _name("norm", shape, dtype, note), make, shape, dtype,
+        cost_of("norm", shape, dtype, training=training, grad=training), *launches, width=width_of(shape, dtype),
+    )  # fmt: skip
+
+
+def norm_of_pieces(loop: bool = False, merge: bool = False) -> tuple[tuple[Expected, ...], ...]:
+    """A channel in several programs; loop: each takes several tiles; merge: by a launch of its own."""
+    merged = (expected("merge_kernel"),) * merge
+    (norm,), (norm_grad,) = NORM_ON_CHIP
+    return (
+        (expected("moments_kernel", {"x": 1}, loop=loop), *merged, norm),
+        (expected("sums_kernel", {"g": 1, "x": 1}, loop=loop), *merged, norm_grad),
+    )
+
+
 def _any_gate(channels: int) -> torch.nn.Module:
     return torch.nn.Sigmoid()
 
@@ -291,6 +327,15 @@ CASES += [
     gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32, merge=True)),
 ]
 
+# Batch normalisation: a channel on chip, in pieces, walked, and merged; rows that are aligned, ragged, long.
+CASES += [norm_case((8, 16, 1024), dtype, NORM_ON_CHIP) for dtype in (F32, BF16, F16)]
+CASES += [norm_case((64, 64, 49), F32, NORM_ON_CHIP), norm_case((128, 16, 128), F32, (*NORM_ON_CHIP[:1],
+          norm_of_pieces()[1]))]
+CASES += [norm_case((256, 64, 512), dtype, norm_of_pieces(loop=True)) for dtype in (F32, BF16)]
+CASES += [norm_case(shape, F32, norm_of_pieces()) for shape in ((128, 4, 512), (4, 8, 9600))]
+CASES += [norm_case((4, 64, 28, 28), dtype, norm_of_pieces(merge=True)) for dtype in (F32, BF16)]
+CASES += [norm_case((8, 16, 1000), F32, NORM_ON_CHIP[:1], "eval")]
+
 # Machine instructions an element on 9.0, at most: reduce, map with three planes, grad (dtau), grad (dx). A little above
 # what Triton 3.7.1 makes, and half or less of what comparisons, selects and sums over 32 lanes took.
 INSTRUCTIONS = {
@@ -301,6 +346,12 @@ INSTRUCTIONS = {
     "shrink 4x64x28x28 float32 channels_last": (None, 43, None, 37),
     "shrink 8x64x49 bfloat16": (31, 66, 53, 60),
     "shrink 8x64x49 float32": (31, 66, 53, 60),
+    # Batch normalisation and ReLU: moments, norm, sums, norm_grad, or norm and norm_grad of a channel on chip. What a
+    # program does once is most of it: the last but one merges 128 pieces and settles the running statistics.
+    "norm 256x64x512 float32": (None, 27, None, 26),
+    "norm 256x64x512 bfloat16": (None, 23, None, 25),
+    "norm 8x16x1024 bfloat16": (25, 30),
+    "norm 64x64x49 float32": (57, 59),
 }
 
 # What make test compiles, the rest is make test-all's: every kernel and plan, both layouts, rows that are aligned, that
@@ -320,6 +371,12 @@ SAMPLE = {
     "soft_threshold 4x64x28x28 float32 channels_last leaky",
     "squeeze_excite 8x16x1024 float32 residual",
     "squeeze_excite 4x64x28x28 bfloat16 channels_last",
+    "norm 8x16x1024 bfloat16",
+    "norm 64x64x49 float32",
+    "norm 256x64x512 float32",
+    "norm 256x64x512 bfloat16",
+    "norm 4x64x28x28 bfloat16 channels_last",
+    "norm 8x16x1000 float32 eval",
     "Shrinkage 8x16x1024 float32 eval",
     "Shrinkage 8x16x1024 float32 no BatchNorm",
     "Shrinkage 8x16x1024 float32 BatchNorm",

@@ -131,15 +131,12 @@ def moments_kernel(
     extent = height(N, P, CHANNELS_LAST, WIDE)
     number, column, c, c_live = place(P, Q, blocks, BLOCKED, B, CHANNELS_LAST, WIDE, False)
     first = number * piece
-    row, rows_live = rows_at(first, c, N, P, R, CHANNELS_LAST, WIDE)
-    w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
-    mean = elements(w, DTYPE, GROUP)
-    count = rows_live.to(ACC)
     n = tl.minimum(piece * R, extent - first * R)
-    spread = None
     if LOOP:
+        mean = tl.zeros((R, B), ACC)
         spread = tl.zeros((R, B), ACC)
-        for t in range(1, tl.cdiv(n, R)):
+        count = tl.zeros((R,), ACC)
+        for t in range(0, tl.cdiv(n, R)):
             row, rows_live = rows_at(first + t, c, N, P, R, CHANNELS_LAST, WIDE)
             w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
             off = elements(w, DTYPE, GROUP) - mean
@@ -148,6 +145,12 @@ def moments_kernel(
             mean = tl.fma(off, turn[:, None], mean)
             spread = tl.fma(off * off, (live - turn)[:, None], spread)
             count += live
+    else:
+        row, rows_live = rows_at(first, c, N, P, R, CHANNELS_LAST, WIDE)
+        w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
+        mean = elements(w, DTYPE, GROUP)
+        spread = None
+        count = rows_live.to(ACC)
     channels, split = Q, number
     if not CHANNELS_LAST:
         n *= tl.minimum(B, Q - column * B)
@@ -168,19 +171,18 @@ def partials(partial, split, c, c_live, channels, splits, CHANNELS_LAST: tl.cons
 
 @triton.jit
 def _merged(
-    partial, split, c, c_live, N, P, Q, blocks, splits, piece, BLOCKED: tl.constexpr, R: tl.constexpr,
-    B: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    partial, split, c, c_live, N, P, Q, blocks, splits, rows, width, BLOCKED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """How many elements the channels have in these pieces, (1,), and their mean and squared deviations."""
+    """How many elements the channels have in these pieces of `rows` by `width`, (1,); mean and squared deviations."""
     means, around, live = partials(partial, split, c, c_live, Q if CHANNELS_LAST else P, splits, CHANNELS_LAST)
     extent = height(N, P, CHANNELS_LAST, WIDE)
     if CHANNELS_LAST:
-        count = tl.minimum(piece * R, extent - split * (piece * R))
+        count = tl.minimum(rows, extent - split * rows)
+    elif BLOCKED:
+        count = tl.minimum(rows, extent - split // blocks * rows) * tl.minimum(width, Q - split % blocks * width)
     else:
-        share, width = split, Q
-        if BLOCKED:
-            share, width = split // blocks, tl.minimum(B, Q - split % blocks * B)
-        count = tl.minimum(piece * R, extent - share * (piece * R)) * width
+        count = tl.minimum(rows, extent - split * rows) * Q
     size = tl.where(split < splits, count, 0).to(means.dtype)[:, None]
     n = tl.sum(size, 0)
     mean = tl.sum(size * means, 0) / n
@@ -258,7 +260,7 @@ def norm_kernel(
                 center, around = _moments(v, None, rows_live.to(ACC), columns_live, n, CHANNELS_LAST)
             else:
                 n, center, around = _merged(
-                    partial, tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, piece, BLOCKED, R, B,
+                    partial, tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, piece * R, B, BLOCKED,
                     CHANNELS_LAST, WIDE,
                 )  # fmt: skip
             rstd = 1 / tl.sqrt(around / n + EPS)
@@ -276,9 +278,9 @@ def norm_kernel(
 
 @kernel(pointers=5)
 def merge_kernel(
-    partial, merged, mean, var, batches, N, P, QA, blocks, splits, piece, factor, rest, KIND: tl.constexpr,
-    EPS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, BLOCKED: tl.constexpr,
-    R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    partial, merged, mean, var, batches, N, P, QA, blocks, splits, rows, width, factor, rest, KIND: tl.constexpr,
+    EPS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, BLOCKED: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """merged (2, C). KIND: "sums", "moments" (mean, squared deviations) or "stats" (mean, rstd)."""
     ACC: tl.constexpr = partial.dtype.element_ty
@@ -301,7 +303,7 @@ def merge_kernel(
         around = tl.zeros((UNITS,), ACC)
         for start in range(0, splits, SPLITS):
             here, average, within = _merged(
-                partial, start + tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, piece, BLOCKED, R, B,
+                partial, start + tl.arange(0, SPLITS), c, c_live, N, P, Q, blocks, splits, rows, width, BLOCKED,
                 CHANNELS_LAST, WIDE,
             )  # fmt: skip
             apart = average - center

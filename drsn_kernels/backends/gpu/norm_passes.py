@@ -102,7 +102,8 @@ class Over(NamedTuple):
     def merging(self, kind: str, norm: Norm | None = None, factor: float | None = None) -> Prepared:
         values = self._values() | _settled(factor) | {
             "SPLITS": plans.NORM_MERGED // plans.MERGED_UNITS, "UNITS": plans.MERGED_UNITS, "KIND": kind,
-            "EPS": 0.0 if norm is None else norm.eps,
+            "EPS": 0.0 if norm is None else norm.eps, "rows": self.plan.rows * self.plan.piece,
+            "width": self.plan.columns,
         }  # fmt: skip
         moved = self.running(factor)
         spent = Cost(self.plan.splits * self.pair + moved, self.pair + moved, ("merge_kernel",))
