@@ -2,6 +2,7 @@
 
     python -m benchmarks.model                the tables of docs/inside/gpu.md, written there between their markers
     python -m benchmarks.model --cases ID     a case, and its launches one by one
+    python -m benchmarks.model --norms        the table of batch_norm_relu alone, written to the page as well
     python -m benchmarks.model --check            predicted against measured, of kernels that were timed
 
     time = START + max(bytes / BANDWIDTH, what all warps issue, how long one program's chain is x how often it follows)
@@ -19,7 +20,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from .installed import ROOT, ensure_installed
 
 ensure_installed()
 
+import drsn_kernels as dk  # noqa: E402
 from drsn_kernels.backends import cost, use_backend  # noqa: E402
 from drsn_kernels.backends.gpu.lowering import lowering  # noqa: E402
+from drsn_kernels.backends.gpu.plans import L2_BYTES  # noqa: E402
 from drsn_kernels.demo.timing import Call  # noqa: E402
 
 from .calls import module, plans_of  # noqa: E402
@@ -200,7 +203,7 @@ def launches_table(steps: Iterable[PredictedStep]) -> list[str]:
 
 MARKERS = {
     name: (f"<!-- {name}: python -m benchmarks.model -->", f"<!-- end of {name} -->")
-    for name in ("check", "steps")
+    for name in ("check", "steps", "norms")
 }
 
 
@@ -215,6 +218,63 @@ def written(text: str, name: str, lines: Sequence[str]) -> str:
     if not pattern.search(text):
         raise ValueError(f"the page has no {begin} ... {finish}")
     return pattern.sub(lambda _: "\n".join(["", *lines, "", ""]), text)
+
+
+# ---- batch normalisation ---------------------------------------------------------------------------------------------
+
+# Shape, dtype, channels_last: of the paper's network, of the benchmarks' groups A, D and E.
+NORMS = [
+    ((128, 4, 512), "fp32", False), ((128, 16, 128), "fp32", False), ((128, 64, 1024), "fp32", False),
+    ((128, 512, 128), "fp32", False), ((16, 64, 4800), "fp32", False), ((64, 64, 56, 56), "fp32", False),
+    ((64, 512, 7, 7), "fp32", False), ((128, 64, 1024), "bf16", False), ((64, 64, 56, 56), "bf16", True),
+]  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def norm_passes(shape: tuple[int, ...], dtype: str, channels_last: bool) -> tuple[list[Predicted], list[Predicted]]:
+    """Launches of batch_norm_relu in training, forward and backward, with nothing in the L2.
+
+    What a pass's last launch reads for the second time, `again`, is in the L2 up to L2_BYTES.
+    """
+    x = torch.empty(shape, dtype=DTYPES[dtype])
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def call() -> None:
+        module = dk.BatchNormReLU(shape[1])
+        y = module(x.requires_grad_())
+        y.backward(torch.empty_like(y))
+
+    with lowering("cuda:90") as recorded, use_backend("triton", strict=True):
+        (plan,) = plans_of(Call(call))
+    found = [predict(a.kernel, a.cost.bytes, work(b)) for a, b in zip(plan.launches, recorded, strict=True)]
+    return found[: plan.forward.launches], found[plan.forward.launches :]
+
+
+def in_graph(launches: Sequence[Predicted], again: int) -> tuple[float, float]:
+    """Microseconds of launches in a CUDA graph: everything from memory, and `again` bytes of the last from the L2."""
+    total = GAP * (len(launches) - 1) + sum(one.us for one in launches)
+    last = launches[-1]
+    found = min(again, L2_BYTES) if len(launches) > 1 else 0
+    return total, total - last.us + replace(last, memory=last.memory - found / BANDWIDTH).us
+
+
+def norms_table() -> list[str]:
+    lines = [
+        "| case | MB | forward: launches | SASS an element | **predicted** us | accesses | backward: launches "
+        "| SASS an element | **predicted** us | accesses |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for shape, dtype, channels_last in NORMS:
+        size = math.prod(shape)
+        full = size * DTYPES[dtype].itemsize
+        cells = [f"{'x'.join(map(str, shape))} {dtype}{' channels_last' if channels_last else ''}", f"{full / 1e6:.1f}"]
+        for reads, launches in zip((1, 2), norm_passes(shape, dtype, channels_last), strict=True):
+            cold, warm = in_graph(launches, reads * full)
+            each = sum(one.instructions for one in launches) / size
+            cells += [f"{len(launches)}", f"{each:.0f}", f"{cold:.1f}, {warm:.1f}"]
+            cells += [f"{cold / (full / BANDWIDTH):.1f}, {warm / (full / BANDWIDTH):.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------
@@ -253,7 +313,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="predicted against measured, of kernels that were timed")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="print these of the page's cases, and write nothing")
+    parser.add_argument("--norms", action="store_true", help="write the table of batch_norm_relu alone")
     options = parser.parse_args(arguments)
+    os.environ["TRITON_INTERPRET"] = "0"
+    if options.norms:
+        PAGE.write_text(written(PAGE.read_text("utf-8"), "norms", norms_table()), "utf-8")
+        return 0
     if options.check:
         print("\n".join(check_table(records())))
         return 0
@@ -262,12 +327,13 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown := set(options.cases) - {case.id for case in cases}:
             parser.error(f"--cases takes ids of the page's, got {', '.join(sorted(unknown))}")
         cases = [case for case in cases if case.id in options.cases]
-    os.environ["TRITON_INTERPRET"] = "0"
     steps = []
     for case in cases:
         steps.append(step(case))
         print(f"{case.id} {steps[-1].us:.1f} us predicted", file=sys.stderr, flush=True)
     tables = {"check": check_table(records()), "steps": steps_table(steps, measured())}
+    if not options.cases:
+        tables["norms"] = norms_table()
     if options.cases:
         print("\n".join([*tables["steps"], "", *launches_table(steps)]))
         return 0

@@ -202,6 +202,7 @@ def test_sums_of_other_processes_are_taken(plan):
     torch.testing.assert_close(dx, whole[:4], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_nan_and_infinity(plan):
     """As torch's: a channel with one is NaN, the others are not touched; ReLU of a NaN is NaN."""
     x = features((4, 3, 40))

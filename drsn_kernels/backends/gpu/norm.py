@@ -141,7 +141,7 @@ def moments_kernel(
             w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
             off = elements(w, DTYPE, GROUP) - mean
             live = rows_live.to(ACC)
-            turn = live / (t + 1)  # 0 where there is no such row, which then changes nothing
+            turn = live * (1 / tl.full((1,), t + 1, ACC))  # 0 where there is no such row: it changes nothing then
             mean = tl.fma(off, turn[:, None], mean)
             spread = tl.fma(off * off, (live - turn)[:, None], spread)
             count += live
