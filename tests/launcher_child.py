@@ -75,6 +75,11 @@ def same_to_the_driver(stub) -> dict:
         "eval": training(dk.Shrinkage(16).eval(), x.clone().requires_grad_()),
         "no norm, not aligned": training(dk.Shrinkage(16, norm=False), odd(SHAPE).requires_grad_()),
         "not aligned": training(dk.Shrinkage(16), odd(SHAPE).requires_grad_()),
+        "norm": training(dk.BatchNormReLU(16), x.clone().requires_grad_()),
+        "norm, in pieces": training(dk.BatchNormReLU(16, affine=False), torch.randn(64, 16, 1024, requires_grad=True)),
+        "norm, channels_last": training(
+            dk.BatchNormReLU(64), torch.randn(4, 28, 28, 64).permute(0, 3, 1, 2).requires_grad_()
+        ),
         "abs_mean": lambda: dk.abs_mean(x),
         "soft_threshold": lambda: dk.soft_threshold(x.clone().requires_grad_(), tau).sum().backward(),
         "float64": lambda: dk.abs_mean(x.double()),

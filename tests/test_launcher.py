@@ -44,6 +44,9 @@ def test_the_driver_is_given_what_triton_gives_it(found):
     launches = {name: len(each["ours"]) for name, each in passes.items()}
     assert (launches["train 0"], launches["train 1"]) == (4, 4)
     assert (launches["eval 0"], launches["eval 1"]) == (1, 2)
+    assert [launches[f"norm{kind} {i}"] for kind in ("", ", in pieces", ", channels_last") for i in (0, 1)] == [
+        1, 1, 2, 2, 3, 3,
+    ]  # fmt: skip
     assert launches["abs_mean 0"] == launches["soft_threshold 1"] == 1
 
 

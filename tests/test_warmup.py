@@ -128,6 +128,26 @@ def test_the_model_stays_as_it_was(folder):
     assert done.returncode == 0, done.stderr
 
 
+NORMED = """
+import drsn_kernels as dk
+from drsn_kernels.warmup import warmup
+
+module = dk.BatchNormReLU(16)
+found = [one.name for one in warmup(module, (64, 16, 1024), target="cuda:90")]
+names = ["moments_kernel", "norm_kernel", "sums_kernel", "norm_grad_kernel", "norm_kernel"]  # the last is eval's
+assert found == names, found
+assert warmup(module, (80, 16, 1024), target="cuda:90") == []
+assert [one.name for one in warmup(module, (8, 16, 1024), target="cuda:90")] == ["norm_kernel", "norm_grad_kernel"]
+"""
+
+
+@needs_triton
+def test_a_norm_is_compiled_for_other_batches_too(tmp_path, triton_cache):
+    """And for a channel that fits one program, once more."""
+    done = child("-c", NORMED, cwd=tmp_path, cache=triton_cache)
+    assert done.returncode == 0, done.stderr
+
+
 FIRST_STEP = """
 import torch, networks, drsn_kernels as dk
 from drsn_kernels import warmup

@@ -5,6 +5,8 @@ stream.py    the kernels that read x or g: reduce, map and grad. They know no ga
 gate.py, gate_grad.py   the standard gate's own kernels, forward and backward
 one_pass.py  step and standard gate in one launch
 sequence.py  which launches a step with the standard gate takes, in order
+norm.py, norm_grad.py   batch normalisation and its activation, forward and backward
+norm_passes.py   which launches a pass of it takes, in order
 
 walk.py    how the operands of a call lie in memory     plans.py     tiles and programs, with reasons
 tiles.py   what the kernels share: addresses, memory    launch.py    passes: arguments by name, compiled kernels
