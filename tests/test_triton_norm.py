@@ -51,7 +51,7 @@ def plan(request, monkeypatch) -> str:
         monkeypatch.setattr(plans, "NORM_TILE", 256)
         monkeypatch.setattr(plans, "NORM_GIVEN", 256)
         monkeypatch.setattr(norm_passes, "multiprocessors", lambda device: 3)
-        monkeypatch.setattr(plans, "NORM_MERGED", 32)  # several turns
+        monkeypatch.setattr(plans, "NORM_MERGED", 4)  # several turns
     if request.param == "merged":
         monkeypatch.setattr(plans, "NORM_PARTIALS", 1)
     if request.param == "64-bit offsets":

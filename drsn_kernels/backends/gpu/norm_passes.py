@@ -93,15 +93,14 @@ class Over(NamedTuple):
 
     def prepared(self, fn: Any, programs: int, read: int, written: int, **values: Any) -> Prepared:
         spent = Cost(read, written, (fn.__name__,))
-        warps = self.plan.warps
         return Prepared(
-            fn, self.device, programs, self._values() | values, self.plan, spent, warps=warps,
-            registers=64 if warps == plans.NORM_ON_CHIP_WARPS else None,
+            fn, self.device, programs, self._values() | values, self.plan, spent, warps=self.plan.warps,
+            registers=self.plan.registers,
         )  # fmt: skip
 
     def merging(self, kind: str, norm: Norm | None = None, factor: float | None = None) -> Prepared:
         values = self._values() | _settled(factor) | {
-            "SPLITS": plans.NORM_MERGED // plans.MERGED_UNITS, "UNITS": plans.MERGED_UNITS, "KIND": kind,
+            "SPLITS": plans.NORM_MERGED, "UNITS": plans.MERGED_UNITS, "KIND": kind,
             "EPS": 0.0 if norm is None else norm.eps, "rows": self.plan.rows * self.plan.piece,
             "width": self.plan.columns,
         }  # fmt: skip
@@ -109,7 +108,8 @@ class Over(NamedTuple):
         spent = Cost(self.plan.splits * self.pair + moved, self.pair + moved, ("merge_kernel",))
         programs = cdiv(self.layout.c, plans.MERGED_UNITS)
         return Prepared(
-            merge_kernel, self.device, programs, values, self.plan, spent, warps=plans.MERGE_WARPS
+            merge_kernel, self.device, programs, values, self.plan, spent, warps=plans.NORM_MERGE_WARPS,
+            registers=plans.NORM_WIDE_REGISTERS,
         )  # fmt: skip
 
     def running(self, factor: float | None) -> int:

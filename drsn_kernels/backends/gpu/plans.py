@@ -348,9 +348,12 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
 # ---- batch normalisation ---------------------------------------------------------------------------------------------
 
 # Elements of a channel that one program holds, and reads once: x forward; of x and g backward, so that of each it is
-# half as many. A thread of 16 warps has 32 of them, and two such programs share a multiprocessor.
+# half as many. A thread of 16 warps has 32 of them, and two such programs share a multiprocessor in 64 registers, where
+# addresses of every element, and float64, would spill.
 NORM_ON_CHIP = 16384
 NORM_ON_CHIP_WARPS = 16
+NORM_REGISTERS = 64
+NORM_WIDE_REGISTERS = 128  # of float64 and of the launch that merges: alone, ptxas stops at 64 and spills 8 bytes
 # The least tile of a channel on chip: batches of fewer elements take the same code.
 NORM_LEAST = 2048
 # Of channels_last, bytes of neighbouring channels that it takes: a sector.
@@ -363,7 +366,10 @@ NORM_THREAD = 16
 # Partial statistics of a channel that every program of the last launch merges: one for each lane of four warps. Of
 # channels_last each would merge those of all its channels, so a launch does it.
 NORM_PARTIALS = 128
-NORM_MERGED = 2048  # partial results at a time, for MERGED_UNITS channels; with 4,096 it spills
+# It takes so many of MERGED_UNITS channels at once, and by that many programs a channel is walked at most. With 8 warps
+# it spills.
+NORM_MERGED = 512
+NORM_MERGE_WARPS = 16
 
 
 @dataclass(frozen=True)
@@ -385,6 +391,7 @@ class NormPlan:
     walking: int  # programs of the launch that sums
     programs: int  # of the others, a tile each
     warps: int
+    registers: int | None  # that ptxas may use a thread, where it is told: of two programs a multiprocessor
     why: str = field(default="", compare=False)
 
 
@@ -392,6 +399,7 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
     """The plan of passes over x, or x and g. given: nothing is summed."""
     ragged, last = _ragged(walk, itemsize), walk.channels_last
     heavy = 2 if ragged or itemsize == 8 else 1  # an element in a thread, as registers go
+    registers = NORM_WIDE_REGISTERS if itemsize == 8 else None
     extent = walk.rows if last else walk.n
     columns = max(power_of_two(walk.q), OCTET)
     sector = min(columns, max(NORM_SECTOR // itemsize, OCTET)) if last else columns
@@ -400,9 +408,13 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
         tile = max(held, NORM_LEAST)
         blocks = cdiv(walk.q, sector) if last else 1
         programs = blocks if last else walk.p
-        warps = min(tile * heavy * operands // (32 * NORM_THREAD), NORM_ON_CHIP_WARPS)
+        each = NORM_THREAD // (2 if itemsize == 8 else 1)
+        warps = min(tile * operands // (32 * each), NORM_ON_CHIP_WARPS)
         why = "a program keeps a channel in registers"
-        return NormPlan(tile // sector, sector, True, False, blocks, 1, 1, False, programs, programs, warps, why)
+        registers = NORM_REGISTERS if warps == NORM_ON_CHIP_WARPS and heavy == 1 else registers
+        return NormPlan(
+            tile // sector, sector, True, False, blocks, 1, 1, False, programs, programs, warps, registers, why
+        )  # fmt: skip
 
     tile = (NORM_GIVEN if given else NORM_TILE) // heavy
     if last:
@@ -414,7 +426,7 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
     side = blocks if last else walk.p * blocks  # programs for each piece
     pieces = groups
     if not given:
-        most = groups if last else max(NORM_PARTIALS // blocks, 1)
+        most = NORM_MERGED if last else max(NORM_PARTIALS // blocks, 1)
         pieces = min(groups, most, cdiv(PROGRAMS_PER_SM * sms, side))
     piece = cdiv(groups, pieces)
     pieces = cdiv(groups, piece)
@@ -428,7 +440,7 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
     warps = max(rows * columns * heavy // (32 * NORM_THREAD), 1)
     return NormPlan(
         rows, columns, False, piece > 1, blocks, splits, piece, merge, side * pieces, side * groups,
-        min(warps, MOST_WARPS), why,
+        min(warps, MOST_WARPS), registers, why,
     )  # fmt: skip
 
 
