@@ -9,6 +9,7 @@
 A merge of its own is for channels_last, and for more than plans.NORM_PARTIALS pieces of a channel.
 """
 
+import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ class Over(NamedTuple):
 def _settled(factor: float | None) -> dict[str, float]:
     """factor as two numbers that float32 holds."""
     by = 0.0 if factor is None else factor
-    near = torch.tensor(by, dtype=torch.float32).item()
+    (near,) = struct.unpack("f", struct.pack("f", by))
     return {"factor": near, "rest": by - near}
 
 

@@ -4,7 +4,7 @@ What a plan puts into a constexpr depends on the length of a row, the dtype and 
 also on C and H (in one pass the next powers of two, else whether one is beyond WIDE, and whether both are multiples of
 4); never on the batch size: within a plan, another batch runs the kernel that is
 compiled already (tests/test_triton_lowering.py counts). Which plan it is may depend on the batch: one pass or several
-launches. Grids and splits are run-time values.
+launches, and of a normalised channel on chip the power of two that holds it. Grids and splits are run-time values.
 """
 
 import contextlib
