@@ -3,7 +3,7 @@
 import torch
 
 from drsn_kernels.backends import BACKENDS
-from drsn_kernels.backends.step import Cost, GateShape, Step, Want
+from drsn_kernels.backends.step import Cost, GateShape, Norm, Step, Want
 from drsn_kernels.gates import StandardGate
 from drsn_kernels.layout import dense, is_dense
 from drsn_kernels.reference import SOFT, Rule, accumulate_dtype
@@ -62,6 +62,15 @@ def squeeze_excite(
     outputs = shape[1] if outputs is None else outputs
     return _step("squeeze_excite", shape, dtype, channels_last, strides, device, outputs=outputs, residual=added,
                  keep=grad and (input_grad or gate_grad), want=Want(x=input_grad, threshold=gate_grad))  # fmt: skip
+
+
+def batch_norm_relu(
+    shape, dtype=F32, *, slope=0.0, training=True, channels_last=False, grad=True, input_grad=True, parameter_grad=True,
+    strides=None, device=None,
+) -> Step:  # fmt: skip
+    want = Want(x=input_grad, threshold=parameter_grad)
+    return _step("batch_norm_relu", shape, dtype, channels_last, strides, device, norm=Norm(slope, training, 1e-5),
+                 keep=grad and (input_grad or parameter_grad), want=want)  # fmt: skip
 
 
 def fuses(backend: str, step: Step) -> bool:
