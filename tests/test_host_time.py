@@ -55,7 +55,7 @@ STEPS = {
     "soft_threshold, step": (lambda: torch.autograd.grad(dk.soft_threshold(LEAF, TAU), LEAF, G), 25, 3, 2),
     "Shrinkage, eval": (torch.no_grad()(lambda: EVALUATED(X)), 9, 1, 1),
     "Shrinkage, step": (lambda: torch.autograd.grad(TRAINED(LEAF), INPUTS, G), 18, 10, 2),
-    "BatchNormReLU, step": (lambda: torch.autograd.grad(NORM(LEAF), NORMED, G), 20, 4, 2),
+    "BatchNormReLU, step": (lambda: torch.autograd.grad(NORM(LEAF), NORMED, G), 25, 4, 2),
     "shrink with a called gate, step": (lambda: torch.autograd.grad(dk.shrink(LEAF, IDENTITY), LEAF, G), 26, 5, 4),
 }
 
