@@ -15,6 +15,7 @@ from drsn_kernels.backends.step import Backend
 SHAPES = [(2, 3, 17), (2, 3, 65), (2, 3, 1027), (1, 2, 32771), (5, 7), (300, 3), (3, 1, 1), (2, 70, 3), (9, 33, 1, 1)]
 SHAPES += [(2, 4, 56, 56), (2, 64, 7, 7), (70, 4, 8, 2), (2, 3, 2, 3, 5), (2, 3, 1, 2, 1, 2, 1, 3)]
 ACTIVATIONS = [("relu", 0.01), ("leaky", 0.2), ("leaky", -0.5), ("leaky", 1.5), ("leaky", 0), (None, 0.01)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 native = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
 
@@ -26,8 +27,8 @@ def kernels(kernels):
     return kernels
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
 def affine(x: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +89,7 @@ def test_shapes(kernels, shape, layout, dtype, training):
     if kernels.backend == "torch" and dtype in DTYPES[2:]:
         pytest.skip("PyTorch's own sums of halves are less exact")
     x = (torch.randn(shape) * 2 + 1).to(kernels.device, dtype)
-    check_step(kernels.batch_norm_relu, channels_last(x) if layout == "channels_last" else x, training)
+    check_step(kernels.batch_norm_relu, laid_out(x, layout), training)
 
 
 @MODES
@@ -96,9 +97,7 @@ def test_shapes(kernels, shape, layout, dtype, training):
 @pytest.mark.parametrize("layout", ["rows", "channels_last"])
 def test_activations(kernels, layout, activation, slope, training):
     x = torch.randn(5, 6, 70, device=kernels.device)
-    check_step(
-        kernels.batch_norm_relu, channels_last(x) if layout == "channels_last" else x, training, activation, slope
-    )
+    check_step(kernels.batch_norm_relu, laid_out(x, layout), training, activation, slope)
 
 
 @MODES
@@ -124,7 +123,7 @@ def test_layouts(kernels, x_layout, g_layout, training):
 @pytest.mark.parametrize("layout", ["rows", "channels_last"])
 def test_without_parameters(kernels, layout, absent, training):
     x = torch.randn(5, 6, 70, device=kernels.device)
-    x = channels_last(x) if layout == "channels_last" else x
+    x = laid_out(x, layout)
     weight, bias = affine(x)
     weight, bias = None if "weight" in absent else weight, None if "bias" in absent else bias
     check_all(kernels.batch_norm_relu, x, weight, bias, statistics(x), training)
@@ -153,7 +152,7 @@ def test_statistics_that_are_slices(kernels):
 def test_a_large_mean_does_not_cancel(kernels, layout, offset):
     """The variance of x about a mean that is much larger; mean is rounded to float32 once."""
     x = torch.randn(40, 6, 700, device=kernels.device) + offset
-    x = channels_last(x) if layout == "channels_last" else x
+    x = laid_out(x, layout)
     mean, var = torch.zeros(6, device=x.device), torch.zeros(6, device=x.device)
     y = kernels.batch_norm_relu(x, mean, var, training=True, momentum=1.0, activation=None)
     exact_var, exact_mean = torch.var_mean(x.double(), [0, 2])
@@ -168,7 +167,7 @@ def test_a_large_mean_does_not_cancel(kernels, layout, offset):
 def test_a_constant_channel_has_no_variance(kernels, layout):
     x = torch.randn(6, 5, 90, device=kernels.device)
     x[:, 3] = 0.1
-    x = channels_last(x) if layout == "channels_last" else x
+    x = laid_out(x, layout)
     mean, var = statistics(x)
     y = kernels.batch_norm_relu(x, mean, var, bias=torch.full((5,), 2.0, device=x.device), training=True, momentum=1.0)
     assert mean[3] == x[0, 3, 0] and var[3] == 0 and (y[:, 3] == 2).all()
@@ -184,7 +183,7 @@ def test_nan_and_inf_as_in_pytorch(kernels, value, layout, training):
     """They stay in their channel."""
     x = torch.randn(6, 20, 9, device=kernels.device)
     x[2, 3, 4] = value
-    x = (channels_last(x) if layout == "channels_last" else x).requires_grad_()
+    x = laid_out(x, layout).requires_grad_()
     g, running = torch.randn_like(x), statistics(x)
     results = []
     for run in (kernels.batch_norm_relu, lambda *of, **how: F.relu(F.batch_norm(*of, **how))):
@@ -243,7 +242,7 @@ def test_the_same_bits_with_any_number_of_threads(kernels, shape, layout):
     """Several segments of a sum, and of the last not all."""
     if kernels.interpreted:
         pytest.skip("one program after another")
-    x, g = (channels_last(t) if layout == "channels_last" else t for t in (torch.randn(shape) + 1 for _ in range(2)))
+    x, g = (laid_out(torch.randn(shape) + 1, layout) for _ in range(2))
     weight, bias = affine(x)
     results = []
     for threads in (1, 2):
