@@ -124,9 +124,8 @@ def test_layouts(kernels, x_layout, g_layout, training):
 def test_without_parameters(kernels, layout, absent, training):
     x = torch.randn(5, 6, 70, device=kernels.device)
     x = laid_out(x, layout)
-    weight, bias = affine(x)
-    weight, bias = None if "weight" in absent else weight, None if "bias" in absent else bias
-    check_all(kernels.batch_norm_relu, x, weight, bias, statistics(x), training)
+    parameters = (None if name in absent else t for name, t in zip(("weight", "bias"), affine(x), strict=True))
+    check_all(kernels.batch_norm_relu, x, *parameters, statistics(x), training)
 
 
 @MODES
@@ -199,8 +198,7 @@ def test_nan_and_inf_as_in_pytorch(kernels, value, layout, training):
 def test_an_empty_batch(kernels, shape, training):
     """Training counts it and moves no statistics, as in torch."""
     x = torch.randn(shape, device=kernels.device, requires_grad=True)
-    weight, bias = affine(x)
-    mean, var = running = statistics(x)
+    (weight, bias), (mean, var) = affine(x), (running := statistics(x))
     before, batches = [t.clone() for t in running], torch.tensor(0, device=x.device)
     y = kernels.batch_norm_relu(x, mean, var, weight, bias, training, num_batches_tracked=batches)
     assert y.shape == x.shape and int(batches) == training
