@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # private; of _BatchNorm, convert_sync_batchnorm would drop the ReLU
 
 from .gates import _GLOBAL_HOOKS
+from .ops import scripted
 from .ops.batch_norm_relu import normalise, slope_of
 from .ops.dispatch import not_eager
 
@@ -20,6 +21,7 @@ from .ops.dispatch import not_eager
 _NORMS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: tuple(range(2, 9)),
 }  # fmt: skip
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -48,7 +50,12 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
     if ranks is not None and x.dim() not in ranks:
         return norm(x)  # raises its own error
     own = norm.__dict__
-    parameters, (mean, var, batches) = own["_parameters"], own["_buffers"].values()
+    parameters, buffers = own["_parameters"], own["_buffers"]
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # parametrised, pruned, or set to a tensor
+        weight, bias, mean, var, batches = (getattr(norm, name) for name in _TENSORS)
     training, momentum = own["training"], own["momentum"]
     if training and not own["track_running_stats"]:
         mean = var = batches = None
@@ -58,10 +65,7 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
         momentum = 1.0 / (int(batches) + 1)  # the average of all batches
     of_batch = training or mean is None
     group = _group(norm) if training else None
-    return normalise(
-        x, parameters["weight"], parameters["bias"], (mean, var, batches), of_batch, momentum or 0.0, own["eps"], slope,
-        group,
-    )  # fmt: skip
+    return normalise(x, weight, bias, (mean, var, batches), of_batch, momentum or 0.0, own["eps"], slope, group)
 
 
 def _group(norm: nn.Module) -> Any:
@@ -81,20 +85,24 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name for it
-        layers = [*self._modules.values()]
-        if not_eager(input) is not None:
-            return super().forward(input)
-        x, skip = input, False
-        for layer, behind in zip(layers, [*layers[1:], None], strict=True):
-            if skip:
-                skip = False
-            elif type(layer) in _NORMS and _is_plain(layer):
-                slope = slope_behind(behind)
-                skip = slope is not None
-                x = run(layer, x, slope if skip else 1.0)
-            else:
-                x = layer(x)
-        return x
+        if torch.jit.is_scripting():
+            for layer in self:
+                input = layer(input)
+            return input
+        else:  # which TorchScript does not look at
+            if not_eager(input) is not None:
+                return super().forward(input)
+            layers, skip = [*self._modules.values()], False
+            for layer, behind in zip(layers, [*layers[1:], None], strict=True):
+                if skip:
+                    skip = False
+                elif is_norm(layer):
+                    slope = slope_behind(behind)
+                    skip = slope is not None
+                    input = run(layer, input, slope if skip else 1.0)
+                else:
+                    input = layer(input)
+            return input
 
 
 class BatchNormReLU(_NormBase):
@@ -142,7 +150,13 @@ class BatchNormReLU(_NormBase):
         self.activation, self.slope, self.sync, self.process_group = activation, slope, sync, process_group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return run(self, x, slope_of(self.activation, self.slope))
+        if torch.jit.is_scripting():
+            return scripted.batch_norm_act(
+                x, self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked, self.training,
+                self.track_running_stats, self.momentum, self.eps, self.activation, float(self.slope),
+            )  # fmt: skip
+        else:  # which TorchScript does not look at
+            return run(self, x, slope_of(self.activation, self.slope))
 
     def extra_repr(self) -> str:
         slope = f", slope={self.slope}" if self.activation == "leaky" else ""

@@ -26,7 +26,7 @@ from .untouched import untouched
 class Call:
     """One operator call."""
 
-    op: str  # abs_mean, soft_threshold, shrink or squeeze_excite
+    op: str  # abs_mean, soft_threshold, shrink, squeeze_excite or batch_norm_relu
     module: str  # qualified name of the innermost module it happened in, "" outside of modules
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -178,7 +178,8 @@ class _Recorder:
         ))  # fmt: skip
 
     def _compiled(self, place: dict, x: torch.Tensor, gate: Any, rows: bool) -> None:
-        form, reason = in_graph(x, rows) if place["op"] != "squeeze_excite" else (DECOMPOSED, "it has none")
+        has_ops = place["op"] not in ("squeeze_excite", "batch_norm_relu")
+        form, reason = in_graph(x, rows) if has_ops else (DECOMPOSED, "it has none")
         plan = Plan(DECOMPOSED, _FUSES, ((OPAQUE, reason),), None)
         if form == OPAQUE:
             plan = Plan(OPAQUE, reason, (), None)

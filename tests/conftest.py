@@ -125,6 +125,10 @@ class Variant:
     def squeeze_excite(self) -> Callable:
         return self._call(dk.squeeze_excite)
 
+    @functools.cached_property
+    def batch_norm_relu(self) -> Callable:
+        return self._call(dk.batch_norm_relu)
+
 
 # A new backend joins the suite here, by one line.
 KERNELS = [

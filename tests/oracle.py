@@ -57,6 +57,19 @@ def squeeze_excite(x, gate: Callable, residual=None) -> torch.Tensor:
     return y if residual is None else y + residual
 
 
+def batch_norm_act(
+    x, weight=None, bias=None, mean=None, var=None, eps: float = 1e-5, activation: str | None = "relu", slope=0.01
+) -> torch.Tensor:  # fmt: skip
+    """Statistics of the batch unless mean and var (C,) are given."""
+    by_channel = (1, -1, *[1] * (x.dim() - 2))
+    if mean is None:
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    z = (x - mean.view(by_channel)) / (var.view(by_channel) + eps).sqrt()
+    z = z if weight is None else z * weight.view(by_channel)
+    z = z if bias is None else z + bias.view(by_channel)
+    return {"relu": z.relu(), "leaky": torch.where(z > 0, z, slope * z), None: z}[activation]
+
+
 class Evaluated:
     """Outputs and gradients of one function of tensors, in one dtype, for random output gradients."""
 

@@ -52,6 +52,26 @@ class Network(nn.Module):
         return self.head(x.mean(2))
 
 
+class Normed(nn.Module):
+    """Normalisation and an activation after a convolution. kind: "FusedSequential", "BatchNormReLU" or, of PyTorch's
+    own modules, "Sequential"."""
+
+    def __init__(self, kind: str = "Sequential"):
+        super().__init__()
+        torch.manual_seed(3)
+        conv, norm = nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6)
+        if kind == "BatchNormReLU":
+            self.layers = nn.Sequential(conv, dk.BatchNormReLU(6, activation="leaky", slope=0.2, sync=True))
+        else:
+            kinds = {"FusedSequential": dk.FusedSequential, "Sequential": nn.Sequential}
+            self.layers = kinds[kind](conv, norm, nn.LeakyReLU(0.2))
+        self.head = nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x, leave_out: bool = False):
+        return self.head(self.layers(x).mean(2))
+
+
 class Checkpointed(Network):
     """The same, recomputing the part before the second shrinkage in the backward pass."""
 
@@ -173,3 +193,51 @@ def distributed_tensors(rank: int, backend: str) -> tuple[list, str]:
     module = dk.Shrinkage(2).double()
     fully_shard(module, mesh=mesh)
     return found, standard_gate(module.fc, plain)
+
+
+def normed(rank: int, backend: str, kind: str) -> tuple[dict, list[str]]:
+    """DistributedDataParallel around Normed with the statistics of both ranks."""
+    model = Normed(kind)
+    wrapped = DistributedDataParallel(model)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # DDP on a CPU refuses a model that has some, and looks once
+    with dk.use_backend(backend, strict=True):
+        found = trained(model, rank, wrapped)
+        model.eval()  # where there is nothing to wait for
+        return found, [call.op for call in dk.explain(model, batches()[0][0])]
+
+
+def unequal_shares(rank: int, backend: str, sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    """y, dx, the sums of dweight and dbias over the ranks, and the running statistics, of this rank's samples."""
+    generator = torch.Generator().manual_seed(6)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, g, weight, bias = draw(sum(sizes), 5, 7) + 3, draw(sum(sizes), 5, 7), draw(5), draw(5)
+    x, g = (t.split(sizes)[rank] if rank >= 0 else t for t in (x, g))
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    mean, var, batches = torch.zeros(5).double(), torch.ones(5).double(), torch.tensor(0)
+    with dk.use_backend(backend, strict=rank >= 0):
+        group = torch.distributed.group.WORLD if rank >= 0 else None
+        y = dk.batch_norm_relu(
+            leaves[0], mean, var, *leaves[1:], True, 0.3, num_batches_tracked=batches, process_group=group
+        )
+        dx, dweight, dbias = torch.autograd.grad(y, leaves, g)
+    for t in (dweight, dbias):
+        if rank >= 0:
+            torch.distributed.all_reduce(t)
+    return [y.detach(), dx, dweight, dbias, mean, var, batches]
+
+
+def refused(rank: int) -> list[str]:
+    """What synchronised statistics do not do."""
+    x = torch.randn(4, 6, 9, requires_grad=True)
+    module = dk.BatchNormReLU(6, sync=True)
+    (dx,) = torch.autograd.grad(module(x).square().sum(), x, retain_graph=True)
+    y, found = module(x), []
+    for attempt in (
+        lambda: torch.autograd.grad(y.square().sum(), x, create_graph=True),
+        lambda: torch.func.vmap(module)(x[None]),
+    ):
+        try:
+            attempt()
+        except RuntimeError as error:
+            found.append(str(error))
+    return found

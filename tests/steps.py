@@ -64,12 +64,13 @@ def squeeze_excite(
                  keep=grad and (input_grad or gate_grad), want=Want(x=input_grad, threshold=gate_grad))  # fmt: skip
 
 
-def norm(
-    shape, dtype=F32, *, slope=0.0, training=True, channels_last=False, grad=True, input_grad=True, parameters=True,
+def batch_norm_relu(
+    shape, dtype=F32, *, slope=0.0, training=True, channels_last=False, grad=True, input_grad=True, parameter_grad=True,
     strides=None, device=None, eps=1e-5,
 ) -> Step:  # fmt: skip
-    return _step("batch_norm_relu", shape, dtype, channels_last, strides, device, keep=grad,
-                 want=Want(x=input_grad, threshold=parameters), norm=Norm(slope, training, eps))  # fmt: skip
+    want = Want(x=input_grad, threshold=parameter_grad)
+    return _step("batch_norm_relu", shape, dtype, channels_last, strides, device, norm=Norm(slope, training, eps),
+                 keep=grad and (input_grad or parameter_grad), want=want)  # fmt: skip
 
 
 def fuses(backend: str, step: Step) -> bool:

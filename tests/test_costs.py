@@ -220,6 +220,41 @@ def test_squeeze_excite(backend, measured, layout, residual, columns, wants):
     check(lambda: dk.squeeze_excite(x, lambda _: w, residual=added), costs, measured, leaves, given=given)
 
 
+@pytest.mark.parametrize("wants", ["x and parameters", "x", "parameters", "none"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_norm_relu(backend, measured, layout, dtype, training, wants):
+    """weight and bias are kept too, and are the caller's."""
+    if backend != "cpu":
+        pytest.skip("PyTorch's own operations, or no kernels of it")
+    shape = (4, 6, 100)
+    x, parameters = features(shape, layout, dtype), [torch.rand(6) for _ in range(2)]
+    running = [torch.zeros(6), torch.ones(6)]
+    x.requires_grad_("x" in wants), [t.requires_grad_("parameters" in wants) for t in parameters]
+    forward, backward = steps.cost(steps.batch_norm_relu(
+        shape, dtype, training=training, channels_last=layout == "channels_last", input_grad=x.requires_grad,
+        parameter_grad="parameters" in wants), backend)  # fmt: skip
+    leaves = [t for t in (x, *parameters) if t.requires_grad]
+    with Saved() as saved, measured() as ran:
+        y = dk.batch_norm_relu(x, *running, *parameters, training)
+    small = 6 * 4
+    assert tuple(ran.kernels) == forward.kernels == ("norm",)
+    assert ran.allocated == y.nbytes + 2 * small
+    assert saved.bytes == forward.saved + (2 * small if leaves else 0)
+    assert forward.saved == (x.nbytes + 2 * small if leaves else 0)
+    if leaves:
+        g = torch.ones_like(y)
+        with measured() as ran:
+            gradients = torch.autograd.grad(y, leaves, g)
+        assert tuple(ran.kernels) == backward.kernels == ("norm_grad",)
+        made = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gradients}
+        assert sum(made.values()) <= ran.allocated <= x.requires_grad * x.nbytes + 2 * small
+        assert backward.read == 2 * x.nbytes + 4 * small
+    else:
+        assert backward.launches == 0
+
+
 FULL, PLANE, SMALL = 128 * 64 * 1024 * 4, 128 * 64 * 1024 // 8, 128 * 64 * 4
 
 

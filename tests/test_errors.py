@@ -290,3 +290,52 @@ def test_a_fall_back_is_said_once(caplog):
             dk.abs_mean(torch.empty(SHAPE, device="meta"))
     said = [r.message for r in caplog.records if r.name == "drsn_kernels"]
     assert len(said) == 1 and "meta" in said[0]
+
+
+# ---- batch_norm_relu -------------------------------------------------------------------------------------------------
+
+BAD_NORMS = {
+    "momentum": ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+    "eps": ({"eps": "1"}, TypeError, "eps must be a number, got '1'"),
+    "eps of 0": ({"eps": 0.0}, ValueError, "eps must be a positive number in training, got 0.0"),
+    "training": ({"training": None}, TypeError, "training must be True or False, got None"),
+    "activation": ({"activation": "gelu"}, ValueError, "activation must be 'relu', 'leaky' or None, got 'gelu'"),
+    "slope": ({"activation": "leaky", "slope": None}, TypeError, "slope must be a number, got None"),
+    "weight": ({"weight": 1.0}, TypeError, r"weight must be .* \(3,\) or None, got float"),
+    "integer bias": ({"bias": torch.ones(3, dtype=torch.int64)}, TypeError, "bias must .*got torch.int64"),
+    "weight's shape": (
+        {"weight": torch.ones(4)}, ValueError, r"weight must have shape \(3,\), one number a channel of x, got \(4,\)"
+    ),
+    "bias's device": ({"bias": torch.ones(3, device="meta")}, ValueError, "bias must be on x's device .*, got meta"),
+    "one statistic": ({"running_var": None}, ValueError, "running_mean and running_var must be given together"),
+    "no statistics": (
+        {"running_mean": None, "running_var": None, "training": False}, ValueError,
+        "batch_norm_relu needs running_mean and running_var, or training=True; got neither",
+    ),
+    "statistics that require grad": (
+        {"running_var": torch.ones(3, requires_grad=True)}, ValueError, "running_var must not require grad"
+    ),
+    "num_batches_tracked": (
+        {"num_batches_tracked": 3}, TypeError, "num_batches_tracked must be a tensor or None, got int"
+    ),
+    "num_batches_tracked's dtype": (
+        {"num_batches_tracked": torch.tensor(0.0)}, ValueError, "num_batches_tracked must be one int64 .*torch.float32"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_NORMS)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_batch_norm_arguments_are_checked_before_anything_runs(backend, case):
+    arguments, error, message = BAD_NORMS[case]
+    buffers = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "num_batches_tracked": torch.tensor(0)}
+    before = copy.deepcopy(buffers)
+    with dk.use_backend(backend), pytest.raises(error, match=message):
+        dk.batch_norm_relu(features(SHAPE), **{"training": True, **buffers, **arguments})
+    assert all(torch.equal(t, before[name]) for name, t in buffers.items())
+
+
+@pytest.mark.parametrize("make, error, message", BAD_FEATURES[3:], ids=[message for _, _, message in BAD_FEATURES[3:]])
+def test_batch_norm_features(make, error, message):
+    with pytest.raises(error, match=message):
+        dk.batch_norm_relu(make(), training=True)

@@ -16,7 +16,7 @@ from drsn_kernels.backends import cpu
 
 PACKAGE = os.path.dirname(dk.__file__)
 FRESH = ("empty", "empty_strided", "empty_like", "new_empty", "zeros", "clone", "detach")
-EXTENSION = ("Walk.reduce", "Walk.map", "Walk.grad", "Gate.forward", "Gate.backward")
+EXTENSION = ("Walk.reduce", "Walk.map", "Walk.grad", "Walk.norm", "Walk.norm_grad", "Gate.forward", "Gate.backward")
 
 
 def counts(step) -> dict[str, int]:
@@ -46,6 +46,8 @@ X, TAU, G = torch.randn(4, 8, 16), torch.rand(4, 8), torch.randn(4, 8, 16)
 LEAF = X.clone().requires_grad_()
 EVALUATED, TRAINED, IDENTITY = dk.Shrinkage(8).eval(), dk.Shrinkage(8), torch.nn.Identity()
 INPUTS = (LEAF, *TRAINED.parameters())
+NORM = dk.BatchNormReLU(8)
+NORMED = (LEAF, *NORM.parameters())
 # Python calls, fresh tensors and extension calls of a warm call, as on Python 3.11; later ones inline some.
 STEPS = {
     "abs_mean": (lambda: dk.abs_mean(X), 9, 1, 1),
@@ -53,6 +55,7 @@ STEPS = {
     "soft_threshold, step": (lambda: torch.autograd.grad(dk.soft_threshold(LEAF, TAU), LEAF, G), 25, 3, 2),
     "Shrinkage, eval": (torch.no_grad()(lambda: EVALUATED(X)), 9, 1, 1),
     "Shrinkage, step": (lambda: torch.autograd.grad(TRAINED(LEAF), INPUTS, G), 18, 10, 2),
+    "BatchNormReLU, step": (lambda: torch.autograd.grad(NORM(LEAF), NORMED, G), 25, 4, 2),
     "shrink with a called gate, step": (lambda: torch.autograd.grad(dk.shrink(LEAF, IDENTITY), LEAF, G), 26, 5, 4),
 }
 

@@ -5,7 +5,7 @@ import copy
 import other_device
 import pytest
 import torch
-from oracle import AVERAGES, LAYOUTS, features, shrink, smooth_gate, soft_threshold
+from oracle import AVERAGES, LAYOUTS, batch_norm_act, features, shrink, smooth_gate, soft_threshold
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -137,7 +137,7 @@ def test_export_holds_aten_ops_only(backend, strict, make):
 
 SHRINKS = {f"shrink {average}": {"average": average} for average in AVERAGES}
 SHRINKS |= {"hard": {"average": "channel", "threshold": "hard"}, "leaky": {"average": "channel", "slope": 0.3}}
-FUNCTIONS = ("abs_mean", "soft_threshold", "squeeze_excite", *SHRINKS)
+FUNCTIONS = ("abs_mean", "soft_threshold", "squeeze_excite", "batch_norm_relu", *SHRINKS)
 
 
 def pair_of(function: str) -> tuple:
@@ -147,6 +147,10 @@ def pair_of(function: str) -> tuple:
     if function == "soft_threshold":
         tau = torch.full((2, 3), 0.4, dtype=torch.float64)
         return lambda x: dk.soft_threshold(x, tau), lambda x: soft_threshold(x, tau)
+    if function == "batch_norm_relu":
+        weight, bias = torch.tensor([[0.5, -1, 2], [0.1, 0.2, -0.3]], dtype=torch.float64)
+        options = {"weight": weight, "bias": bias, "activation": "leaky", "slope": 0.2}
+        return lambda x: dk.batch_norm_relu(x, training=True, **options), lambda x: batch_norm_act(x, **options)
     gate = smooth_gate(3).double()
     if function == "squeeze_excite":
         return lambda x: dk.squeeze_excite(x, gate), lambda x: x * gate(x.mean(2))[..., None]

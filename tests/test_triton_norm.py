@@ -223,7 +223,7 @@ def test_plans_are_as_said():
         (1, 2, 1 << 20): (["moments", "merge", "norm"], ["sums", "merge", "norm_grad"]),
     }
     for shape, expected in kernels.items():
-        step = steps.norm(shape, channels_last=len(shape) == 4)
+        step = steps.batch_norm_relu(shape, channels_last=len(shape) == 4)
         ahead, back = norm_passes.of_step(step)
         found = [[launch.name.removesuffix("_kernel") for launch in each.launches] for each in (ahead, back)]
         assert tuple(found) == expected, shape
@@ -233,7 +233,7 @@ def test_plans_are_as_said():
         passes = 1 if expected[0] == ["norm"] else 2
         assert 0 <= plan.forward.read - passes * full < full / 16 and 0 <= plan.forward.written - full < full / 16
         assert 0 <= plan.backward.read - 2 * passes * full < full / 16 and 0 <= plan.backward.written - full < full / 16
-    given = norm_passes.of_step(steps.norm((64, 64, 56), training=False, parameters=False))
+    given = norm_passes.of_step(steps.batch_norm_relu((64, 64, 56), training=False, parameter_grad=False))
     assert [launch.name for each in given for launch in each.launches] == ["norm_kernel", "norm_grad_kernel"]
 
 

@@ -318,7 +318,7 @@ template <class T, bool CL> void norm_grad_as(const NormGradArgs& args) {
   const NormGradArgs a = args;
   const Strips<T, CL> s(a.walk);
   const auto g = rows<T>(a.g, a.gs, a.walk), x = rows<T>(a.x, a.xs, a.walk), dx = rows<T>(a.dx, a.ds, a.walk);
-  const bool contiguous = g.contiguous && x.contiguous && dx.contiguous;
+  const bool contiguous = g.contiguous && x.contiguous && dx.contiguous, batch = args.batch;
   const int64_t channels = s.channels;
   Scratch<S> numbers(5 * channels);
   const Coefficients<S> k{numbers.data, numbers.data + channels, numbers.data + 2 * channels};
@@ -359,7 +359,9 @@ template <class T, bool CL> void norm_grad_as(const NormGradArgs& args) {
       over_row<V>(len, [=](int64_t e, int lanes) DRSN_LAMBDA {
         const V centred = load<V>(x_from + e, lanes) - mean.at(e, lanes), a = factor.at(e, lanes);
         const V passed = activation_grad(load<V>(g_from + e, lanes), V::fma(centred, a, bias.at(e, lanes)), slope);
-        store(a * (passed - shifted.at(e, lanes) - centred * tilted.at(e, lanes)), to + e, lanes);
+        // of given statistics dx is finite where x is not
+        const V direct = batch ? passed - shifted.at(e, lanes) - centred * tilted.at(e, lanes) : passed;
+        store(a * direct, to + e, lanes);
       });
       dx.put(dx_row, i, len, dx_buffer);
     });

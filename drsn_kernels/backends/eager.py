@@ -144,8 +144,10 @@ class Eager(Backend):
             stats = torch.stack([mean, torch.rsqrt(var + norm.eps)])
         normed = _centred(wide, stats)
         z, g = _affine(normed, weight, bias), g.to(wide.dtype)
-        if norm.slope != 1:  # NaN counts as positive, as in the kernels
-            g = torch.where(z <= 0, norm.slope * g if norm.slope else 0.0, g)
+        if norm.slope == 0:  # NaN counts as positive for ReLU and as negative for leaky, as in torch
+            g = torch.where(z <= 0, 0.0, g)
+        elif norm.slope != 1:
+            g = torch.where(z > 0, g, norm.slope * g)
         sums, count = given or (torch.stack([g.sum(dims), (g * normed).sum(dims)]), layout.n * layout.l)
         dx = None
         if want_x:

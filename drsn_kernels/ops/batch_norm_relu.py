@@ -170,27 +170,39 @@ def normalise(
         except (AttributeError, RuntimeError, TypeError):  # a list, a sparse tensor: the checks say so
             key = None
     if known is None:
-        _check(x, weight, bias, buffers, training, group)
+        _check(x, weight, bias, buffers, training, momentum, eps, group)
+        if any(not _is_ready(t, x) for t in (weight, bias, *buffers[:2])):
+            return _converted(x, weight, bias, buffers, training, momentum, eps, slope, group)
         if group is not None and dist.get_world_size(group) == 1:
             group = None
         why = why or not_eager(*tensors)
-        eager_call = why is None and x.numel()
-        backend = backends.select(x) if eager_call else None
+        if group is not None and why is not None:
+            raise RuntimeError(f"batch_norm_relu over several processes takes eager calls only; {why}")
+        backend = backends.select(x) if why is None and (x.numel() or group is not None) else None
         if backend is None or (backend is eager and group is None):
             return _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, backend)
         known = _known(x, weight, bias, training, eps, slope, backend)
-        sums = accumulate_dtype(x.dtype)
-        if any(t.dtype != sums or not t.is_contiguous() for t in (weight, bias, *buffers[:2]) if t is not None):
-            weight, bias = (None if t is None else t.to(sums).contiguous() for t in (weight, bias))
-            own, buffers = buffers, (*(None if t is None else t.to(sums).contiguous() for t in buffers[:2]), buffers[2])
-            y = _run(x, weight, bias, buffers, momentum, known, group)
-            if training and own[0] is not None:
-                own[0].copy_(buffers[0]), own[1].copy_(buffers[1])
-            return y
         if group is None and gates.TensorGuards is not None and len({id(t) for t in tensors}) == len(tensors):
             known = known._replace(guard=gates.guard_of(*tensors))
             keep_checked(key, known)
     return _run(x, weight, bias, buffers, momentum, known, group)
+
+
+def _is_ready(t: torch.Tensor | None, x: torch.Tensor) -> bool:
+    return t is None or (t.dtype == accumulate_dtype(x.dtype) and t.is_contiguous())
+
+
+def _converted(x, weight, bias, buffers, training, *rest) -> torch.Tensor:
+    """With parameters and statistics in the dtype of sums; the statistics are put back."""
+    mean, var, batches = buffers
+    own = weight, bias, mean, var
+    sums = accumulate_dtype(x.dtype)
+    weight, bias, *moved = (None if t is None else t.to(sums).contiguous() for t in own)
+    y = normalise(x, weight, bias, (*moved, batches), training, *rest)
+    for t, new in zip((mean, var), moved, strict=True):
+        if training and new is not t:
+            t.copy_(new)
+    return y
 
 
 def _run(
@@ -204,6 +216,8 @@ def _run(
         given = mean, var
     elif mean is not None:
         running = Running(mean, var, momentum, batches)
+    elif batches is not None:
+        batches.add_(1)
     told = recording.active
     if told is not None:
         told(step, x, backend)
@@ -236,14 +250,22 @@ def _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, bac
     elif told is not None:
         told(_known(x, weight, bias, training, eps, slope, backend).step, x, backend)
     mean, var, batches = buffers
+    y = reference.batch_norm_act(x, mean, var, weight, bias, training, momentum, eps, slope)
     if training and batches is not None:
         batches.add_(1)
-    return reference.batch_norm_act(x, mean, var, weight, bias, training, momentum, eps, slope)
+    return y
 
 
-def _check(x, weight, bias, buffers, training, group) -> None:
+def _check(x, weight, bias, buffers, training, momentum, eps, group) -> None:
     checks.features(x, rank=2)
     mean, var, batches = buffers
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be True or False, got {training!r}")
+    for name, value in {"momentum": momentum, "eps": eps}.items():
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if training and not eps > 0:
+        raise ValueError(f"eps must be a positive number in training, got {eps}")
     for name, t in {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}.items():
         if t is None:
             continue
@@ -254,12 +276,16 @@ def _check(x, weight, bias, buffers, training, group) -> None:
             raise ValueError(f"{name} must have shape ({x.shape[1]},), one number a channel of x, got {tuple(t.shape)}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+        if (t is mean or t is var) and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require grad, because batch_norm_relu has no gradient for it")
+    if batches is not None and not isinstance(batches, torch.Tensor):
+        raise TypeError(f"num_batches_tracked must be a tensor or None, got {type(batches).__name__}")
     if batches is not None and (batches.dtype != torch.int64 or batches.numel() != 1 or batches.device != x.device):
         got = f"{batches.dtype} of shape {tuple(batches.shape)} on {batches.device}"
         raise ValueError(f"num_batches_tracked must be one int64 number on x's device {x.device}, got {got}")
     if (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must be given together, got one of them")
-    if training and group is None and x.numel() == x.shape[1]:
+    if training and group is None and 0 < x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     if not training and mean is None:
         raise ValueError("batch_norm_relu needs running_mean and running_var, or training=True; got neither")

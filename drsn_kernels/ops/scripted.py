@@ -6,6 +6,7 @@ A scripted module is run without Python, so without the kernels. The modules tak
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 
 
 def averages(x: torch.Tensor, of_magnitude: bool, gate: torch.Tensor) -> torch.Tensor:
@@ -52,6 +53,34 @@ def squeeze_excite(x: torch.Tensor, s: torch.Tensor, residual: Optional[torch.Te
     wide = x if x.dtype == torch.float64 else x.float()
     y = wide * s.to(wide.dtype).reshape(list(s.shape) + [1] * (x.dim() - 2))
     return _added(y, residual, x.dtype)
+
+
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: Optional[torch.Tensor],  # noqa: UP045
+    bias: Optional[torch.Tensor],  # noqa: UP045
+    mean: Optional[torch.Tensor],  # noqa: UP045
+    var: Optional[torch.Tensor],  # noqa: UP045
+    batches: Optional[torch.Tensor],  # noqa: UP045
+    training: bool,
+    tracked: bool,
+    momentum: Optional[float],  # noqa: UP045
+    eps: float,
+    activation: Optional[str],  # noqa: UP045
+    slope: float,
+) -> torch.Tensor:
+    """tracked: training moves the running statistics."""
+    factor = 0.0 if momentum is None else momentum
+    if training and not tracked:
+        mean, var = None, None
+    elif training and batches is not None:
+        batches.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(batches)
+    z = F.batch_norm(x, mean, var, weight, bias, training or mean is None, factor, eps)
+    if activation is None:
+        return z
+    return F.relu(z) if activation == "relu" else F.leaky_relu(z, slope)
 
 
 def _added(y: torch.Tensor, residual: Optional[torch.Tensor], dtype: int) -> torch.Tensor:  # noqa: UP045
