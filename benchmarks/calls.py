@@ -80,8 +80,9 @@ def providers(case: Case, device: str, compile: str) -> list[Provider]:
     found += [Provider(name, "ours", name) for name in names]
     if case.op in NETWORK:  # of a ResNet, whose floor is PyTorch's own: what our normalisation alone makes of it
         found.append(Provider("resnet-fused", "resnet", names[0]))
-        if compile == "all":
+        if compile != "none":
             found.append(Provider("floor-compiled", "floor", compiled=True))
+            found += [Provider("ours-compiled", "ours", compiled=True)] if compile == "best" else []
     if compile == "all":
         # by default a compiled call is the reference, which the compiler fuses; a forced backend is opaque operators
         found.append(Provider("ours-compiled", "ours", compiled=True))

@@ -40,6 +40,8 @@ def compiled_forms(case: Case, settings: Settings) -> str:
     """Which compiled providers a case has; compiling takes longer than timing, so by default not everywhere."""
     if settings.compile != "auto":
         return settings.compile
+    if case.op == "paper_network" and settings.grid != "quick":
+        return "best"
     if case.op in NETWORKS or case.op == "scaling" or case.mode != "both" or case.dtype != "fp32":
         return "none"
     sampled = case.shape == SHAPES[case.group][SAMPLE[case.group]]
