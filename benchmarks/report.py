@@ -121,10 +121,11 @@ def figures(rows: Sequence[dict]) -> list[Figure]:
     found = [
         Figure("paper network, training step, DRSN-CW over PyTorch's ResNet", _mean(paper), 1, False,
                f"popular port {_mean(port) or math.nan:.2f}, the paper {PAPER_RATIO}"),
-        Figure("the same over a ResNet with our normalisation",
+        Figure("paper network, the same over a ResNet with our normalisation",
                _mean({case: 1 / gain for case, gain in resnet.items()})),
         Figure("BatchNorm and ReLU, training, over eager PyTorch, A B D E, geometric mean", _mean(norm), 1.6),
-        Figure("the same, worst", min(norm.values(), default=None), 1, True, min(norm, key=norm.get, default="")),
+        Figure("BatchNorm and ReLU, worst", min(norm.values(), default=None), 1, True,
+               min(norm, key=norm.get, default="")),
         Figure("Shrinkage, training, over the eager port, A B D E, geometric mean",
                _mean(table.gains("port", step)), 10),
         Figure("the same over torch.compile of the best form", _mean(table.gains("best-compiled", step)), 1.2),

@@ -13,7 +13,8 @@ from .rows import read_json
 RUNS = ROOT / "docs" / "benchmarks"
 # Commits whose kernels are no longer those of the tree: their runs are listed, and give no figure of today's.
 REPLACED = {"6d60fe5": "the kernels of wide gates since replaced"}
-SHORT = {"cpu": "CPU, 2 cores"}
+SHORT = {"cpu": "CPU, 2 cores", "cpu-norms": "CPU, 2 cores, AVX2"}
+NORMS = "cpu-norms"  # the CPU run of batch normalisation, and of the networks that it is fused in
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
