@@ -30,7 +30,7 @@ class Row:
     outcome: str  # "converted", "left alone", "written inline"; of batch norms "norms fused", "norms left alone"
     detail: str  # what runs now, or why it is left alone, or the lines to change
     difference: float | None = None  # the largest on the probes in float64, relative: y, gradients, statistics
-    own_difference: float | None = None  # of y in the module's own dtype
+    own_difference: float | None = None  # of y in the module's own dtype; of norms all of these
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,10 @@ def convert(model: nn.Module, *, norms: bool = True) -> Report:
             rows.append(row("left alone", found.why))
     for module, found in of_norms.items():
         row = partial(Row, tuple(names[module]), type(module).__name__)
-        rows.append(row("norms fused", found.detail, found.difference) if found.plans else row("norms left alone", found.why))
+        if found.plans:
+            rows.append(row("norms fused", found.detail, own_difference=found.own_difference))
+        else:
+            rows.append(row("norms left alone", found.why))
     return Report(tuple(rows), (*_notes(names), *_norms_in(model, of_norms)))
 
 

@@ -24,7 +24,7 @@ from ..gates import looks_standard
 from .conditions import Conditions, class_of, code_of
 from .family import step_of
 from .plans import Fused, Ref, Sink, Step
-from .probe import Finding, Shape, difference, dtype_for, random
+from .probe import Finding, Shape, difference, own_dtype, random
 from .reasons import Unexplained
 from .tracing import Trace, private_copy
 
@@ -37,7 +37,7 @@ class Norms:
     fused: tuple[str, ...] = ()  # with the activation behind them
     detail: str = ""  # what runs now
     why: str = ""  # there are no plans
-    difference: float | None = None  # the largest on a probe, as of Finding
+    own_difference: float | None = None  # the largest of outputs, gradients and statistics, relative
 
 
 def runs_norms(module: nn.Module) -> bool:
@@ -252,7 +252,7 @@ def of_forward(module: nn.Module, found: Finding) -> Norms | None:
 
 
 def _fused(module: nn.Module, shape: Shape, training: bool, norms: Norms) -> Fused:
-    dtype = dtype_for(module, shape)
+    dtype = own_dtype(module)  # on the torch backend the plan's operations are the forward's, and rounded alike
     trace = Trace(private_copy(module, dtype).train(training), random(shape(0), module, dtype), _ends_in_norm)
     try:
         if trace.effects:
@@ -272,7 +272,7 @@ def _fused(module: nn.Module, shape: Shape, training: bool, norms: Norms) -> Fus
     if len(shape.sizes) == 1:
         conditions = conditions._replace(spatial=shape.sizes[0])
     norms.fused = tuple(steps[pair.norm - 1].target for pair in pairs if pair.act is not None)
-    norms.detail, norms.difference = _said(said, alone), max(apart, norms.difference or 0.0)
+    norms.detail, norms.own_difference = _said(said, alone), max(apart, norms.own_difference or 0.0)
     return Fused(plan, conditions)
 
 

@@ -127,7 +127,7 @@ def _device(module: nn.Module) -> torch.device:
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
-def _own_dtype(module: nn.Module) -> torch.dtype:
+def own_dtype(module: nn.Module) -> torch.dtype:
     floats = (t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     return next(floats, torch.get_default_dtype())
 
@@ -146,7 +146,7 @@ def dtype_for(module: nn.Module, shape: Shape) -> torch.dtype:
         with Watch(trial):
             run_forward(trial, random(shape(0), module, torch.float64))
         return torch.float64
-    return _own_dtype(module)
+    return own_dtype(module)
 
 
 def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
@@ -155,7 +155,7 @@ def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
     calls: list = []
     error: Exception | None = None
     found: dict[Shape, Unexplained | None] = {}
-    dtype = _own_dtype(module)
+    dtype = own_dtype(module)
     try:
         trial = private_copy(module).eval()
     except Exception as problem:
@@ -373,7 +373,7 @@ def _outcome(module: nn.Module, x: torch.Tensor, training: bool) -> dict[str, to
 def _own_difference(module: nn.Module, fused: dict[bool, Fused], shape: Shape) -> float:
     """The fused form as it will run, in the module's dtype: it must run, and how far its output is off the module's."""
     worst = 0.0
-    dtype = _own_dtype(module)
+    dtype = own_dtype(module)
     for training, form in fused.items():
         x = random(shape(0), module, dtype, 6)
         own = _outcome(private_copy(module, vary=False), x, training)["output"]
