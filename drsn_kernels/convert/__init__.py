@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import fx, nn
 
-from ..batch_norm import _NORMS
+from ..batch_norm import _NORMS, BatchNormReLU, FusedSequential
 from ..modules import Shrinkage, SqueezeExcite
 from ..untouched import untouched
 from .advice import advise
-from .conditions import at, class_of
-from .norms import Norms, is_chain, of_chain, of_forward, runs_norms
+from .conditions import class_of
+from .norms import Norms, fused_in, is_chain, of_chain, of_forward, runs_norms
 from .plans import Converted, converted_class, install, remove
 from .probe import Finding, configuration, examine
 from .reasons import first_line
@@ -175,7 +175,7 @@ def convert(model: nn.Module, *, norms: bool = True) -> Report:
             rows.append(row("norms fused", found.detail, own_difference=found.own_difference))
         else:
             rows.append(row("norms left alone", found.why))
-    return Report(tuple(rows), (*_notes(names), *_norms_in(model, of_norms)))
+    return Report(tuple(rows), (*_notes(names), *search.counted(model)))
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -204,7 +204,8 @@ _MODELS = f"{__package__.split('.')[0]}.models"  # built on the fused operators
 
 
 def _is_users(module: nn.Module) -> bool:
-    return not isinstance(module, _OURS) and not type(module).__module__.startswith(("torch.", _MODELS))
+    ours = (*_OURS, FusedSequential, BatchNormReLU)
+    return not isinstance(module, ours) and not type(module).__module__.startswith(("torch.", _MODELS))
 
 
 def _bar(modules: int):
@@ -223,6 +224,7 @@ class _Search:
         self.bar, self.with_norms = bar, with_norms
         self.findings: dict[nn.Module, Finding] = {}
         self.norms: dict[nn.Module, Norms] = {}
+        self.all_norms: set[nn.Module] = set()  # outside of what is ours
         self._known: dict[Hashable, tuple[Finding, Norms | None]] = {}  # by configuration
 
     def look_at(self, module: nn.Module) -> None:
@@ -245,6 +247,8 @@ class _Search:
             self._keep(module, Norms(why="its forward was written by torch.fx: convert before it is traced"))
             self.with_norms = False
         for child in module.children():
+            if class_of(child) in _NORMS and not isinstance(module, FusedSequential):
+                self.all_norms.add(child)
             self.look_at(child)
         self.with_norms = before
         if found is not None and found.amid:
@@ -272,12 +276,10 @@ class _Search:
             self._known[key] = found, norms
         return self._known[key]
 
-
-def _norms_in(model: nn.Module, found: dict[nn.Module, Norms]):
-    if found:
-        fused = {at(module, path) for module, norms in found.items() if norms.plans for path in norms.fused}
-        count = sum(class_of(m) in _NORMS for m in model.modules())
-        yield f"{len(fused)} of {count} batch normalisations run as one with the ReLU behind them"
+    def counted(self, model: nn.Module) -> list[str]:
+        fused = {norm for module in model.modules() for norm in fused_in(module)}
+        share = f"{len(fused)} of {len(self.all_norms)} batch normalisations run as one with the ReLU behind them"
+        return [share] if self.norms else []
 
 
 def _notes(names: dict[nn.Module, list[str]]):

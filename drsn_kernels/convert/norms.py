@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..batch_norm import _NORMS, _is_plain, is_norm, run, run_layers, slope_behind
 from ..gates import looks_standard
-from .conditions import Conditions, class_of, code_of
+from .conditions import Conditions, at, class_of, code_of
 from .family import step_of
 from .plans import Fused, Ref, Sink, Step
 from .probe import Finding, Shape, difference, own_dtype, random
@@ -34,7 +34,6 @@ class Norms:
     """What was found of a module's batch normalisations; paths below the module."""
 
     plans: dict[tuple[int, bool], Fused] = field(default_factory=dict)
-    fused: tuple[str, ...] = ()  # with the activation behind them
     detail: str = ""  # what runs now
     why: str = ""  # there are no plans
     own_difference: float | None = None  # the largest of outputs, gradients and statistics, relative
@@ -44,6 +43,13 @@ def runs_norms(module: nn.Module) -> bool:
     """Converted for its normalisations, not for a shrinkage."""
     plans = module.__dict__.get("_drsn_plans", {})
     return any(isinstance(fused.plan, (ChainPlan, ForwardPlan)) for fused in plans.values())
+
+
+def fused_in(module: nn.Module) -> Iterator[nn.Module]:
+    """The normalisations that it runs with the activation behind them."""
+    for plan in [fused.plan for fused in module._drsn_plans.values()] if runs_norms(module) else ():
+        paths = [norm for norm, _ in _in_chain(module)] if isinstance(plan, ChainPlan) else plan.fused
+        yield from (at(module, path) for path in paths)
 
 
 # ---- chains ----------------------------------------------------------------------------------------------------------
@@ -72,18 +78,22 @@ def is_chain(module: nn.Module) -> bool:
 
 def of_chain(chain: nn.Module) -> Norms | None:
     """None: no normalisation in it has an activation behind it. Hooks do not count here, they come and go."""
-    names, layers = [*chain._modules], [*chain._modules.values()]
-    fused = [
-        (name, behind)
-        for name, layer, behind, act in zip(names, layers, names[1:], layers[1:], strict=False)
-        if class_of(layer) in _NORMS and class_of(act) in _ACTIVATIONS
-    ]
-    if not fused:
+    pairs = [f"{norm} + {act}" for norm, act in _in_chain(chain)]
+    if not pairs:
         return None
     conditions = Conditions(forward=code_of(nn.Sequential.forward), eager=True)
     ranks = {rank for ranks in _NORMS.values() for rank in ranks}
     plans = {(rank, training): Fused(ChainPlan(), conditions) for rank in ranks for training in (False, True)}
-    return Norms(plans, tuple(name for name, _ in fused), _said([f"{norm} + {act}" for norm, act in fused], []))
+    return Norms(plans, _said(pairs, []))
+
+
+def _in_chain(chain: nn.Module) -> list[tuple[str, str]]:
+    layers = [*chain._modules.items()]
+    return [
+        (name, behind)
+        for (name, layer), (behind, act) in zip(layers, layers[1:], strict=False)
+        if class_of(layer) in _NORMS and class_of(act) in _ACTIVATIONS
+    ]
 
 
 # ---- forwards --------------------------------------------------------------------------------------------------------
@@ -121,6 +131,10 @@ class ForwardPlan:
 
     def __call__(self, module: nn.Module, x: torch.Tensor, sink: Sink = None) -> torch.Tensor:
         return self._function(module, x)
+
+    @property
+    def fused(self) -> list[str]:
+        return [self.steps[pair.norm - 1].target for pair in self.pairs if pair.act is not None]
 
     @functools.cached_property
     def _function(self) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
@@ -263,15 +277,14 @@ def _fused(module: nn.Module, shape: Shape, training: bool, norms: Norms) -> Fus
         said = [_shown(pair, steps) for pair in pairs if pair.act is not None]
         alone = [f"{steps[p.norm - 1].target} ({_goes_to(trace.nodes[p.norm])})" for p in pairs if p.act is None]
         if not said:
-            raise Unexplained(f"no ReLU alone gets what its norms give: {', '.join(alone) or 'it calls none itself'}")
+            raise Unexplained(f"none of its norms feeds a ReLU alone: {', '.join(alone) or 'its forward calls none'}")
         plan = ForwardPlan(steps, tuple(pairs), index[trace.y])
-        apart = difference(module, plan, [random(shape(1), module, dtype, 1)], dtype, training)
         conditions = trace.conditions(module, {*trace.nodes})._replace(eager=True)
+        apart = difference(module, plan, [random(shape(1), module, dtype, 1)], dtype, training)
     finally:
         trace.watch.restore()
     if len(shape.sizes) == 1:
         conditions = conditions._replace(spatial=shape.sizes[0])
-    norms.fused = tuple(steps[pair.norm - 1].target for pair in pairs if pair.act is not None)
     norms.detail, norms.own_difference = _said(said, alone), max(apart, norms.own_difference or 0.0)
     return Fused(plan, conditions)
 

@@ -177,7 +177,7 @@ class Converted(Quiet):
     A call that has none (another rank, a second argument) runs the module's own forward, and so does every call while
     anything that it reads is not what it was, or somebody listens to a child that the fused form does not call."""
 
-    _drsn_plans: dict[tuple[int, bool], Fused] = {}  # of a slice of a Sequential, which nobody converted
+    _drsn_plans = {}  # of a slice of a Sequential, which has the class only; torch.jit.script takes no annotation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
