@@ -12,6 +12,7 @@ from test_convert import assert_close, calls_of, outcome
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 import drsn_kernels as dk
 from drsn_kernels.convert.plans import Converted
@@ -349,6 +350,15 @@ class NoGradient(Kept):
         return F.relu(z) * x
 
 
+class Checkpointed(Kept):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(3, 3)
+
+    def forward(self, x):
+        return checkpoint(self.conv, F.relu(self.bn(x)), use_reentrant=False)
+
+
 class OfItsOwn(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x) + 1
@@ -372,6 +382,7 @@ LEFT = {
     Remembers: "keeps the attribute z",
     TwoInputs: "cannot be called with one tensor",
     NoGradient: "runs lines under torch.no_grad",
+    Checkpointed: "calls torch.utils.checkpoint",
     Derived: "other (its result goes to +)",
 }
 

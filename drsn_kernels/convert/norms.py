@@ -328,7 +328,7 @@ def _calls(node: fx.Node, x: fx.Node, classes: tuple[type[nn.Module], ...]) -> b
 
 
 def _of_function(node: fx.Node, x: fx.Node) -> tuple[float | None, bool]:
-    """The slope of an activation that is a function or method of x, None of anything else; and whether it is in place."""
+    """The slope of an activation that is a function or method of x, else None; and whether it is in place."""
     if node.op not in ("call_function", "call_method") or node.target not in _RELU + _RELU_ + _LEAKY + _LEAKY_:
         return None, False
     names = ("input", "negative_slope", "inplace") if node.target in _LEAKY + _LEAKY_ else ("input", "inplace")
