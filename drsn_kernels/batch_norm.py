@@ -77,6 +77,21 @@ def _group(norm: nn.Module) -> Any:
     return norm.process_group or dist.group.WORLD
 
 
+def run_layers(sequential: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """What its layers make of x in an eager call, each batch normalisation with the activation behind it."""
+    layers, skip = [*sequential._modules.values()], False
+    for layer, behind in zip(layers, [*layers[1:], None], strict=True):
+        if skip:
+            skip = False
+        elif is_norm(layer):
+            slope = slope_behind(behind)
+            skip = slope is not None
+            x = run(layer, x, slope if skip else 1.0)
+        else:
+            x = layer(x)
+    return x
+
+
 class FusedSequential(nn.Sequential):
     """nn.Sequential, in which each batch normalisation, with the ReLU or LeakyReLU behind it, is one operator.
 
@@ -90,19 +105,7 @@ class FusedSequential(nn.Sequential):
                 input = layer(input)
             return input
         else:  # which TorchScript does not look at
-            if not_eager(input) is not None:
-                return super().forward(input)
-            layers, skip = [*self._modules.values()], False
-            for layer, behind in zip(layers, [*layers[1:], None], strict=True):
-                if skip:
-                    skip = False
-                elif is_norm(layer):
-                    slope = slope_behind(behind)
-                    skip = slope is not None
-                    input = run(layer, input, slope if skip else 1.0)
-                else:
-                    input = layer(input)
-            return input
+            return super().forward(input) if not_eager(input) is not None else run_layers(self, input)
 
 
 class BatchNormReLU(_NormBase):

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 
+from ..ops.dispatch import not_eager
 from .reasons import Unexplained
 
 _MOST_BYTES = 16 << 10  # of one value, pickled: about 20 us a call
@@ -292,9 +293,12 @@ class Conditions(NamedTuple):
     aliases: tuple[tuple[str, str], ...] = ()  # paths of one module or parameter
     forward: Code | None = None  # the class's
     spatial: tuple[int, ...] | None = None  # the only size that the module takes
+    eager: bool = False  # where a call is traced or transformed, the module's own forward runs
 
     def hold(self, module: nn.Module, x: torch.Tensor) -> bool:
         if self.spatial is not None and x.shape[2:] != self.spatial:
+            return False
+        if self.eager and not_eager(x) is not None:
             return False
         if torch.compiler.is_compiling():
             if not self._in_graphs():

@@ -4,6 +4,8 @@ On random numbers a clamp at 1e4, a crop to 1,024 samples or a cast to float32 s
 known by name, and of the threshold it is asked whether it may become negative: there some forms of the step differ.
 """
 
+import operator
+
 import torch
 from torch import fx, nn
 
@@ -24,7 +26,7 @@ _SHAPES = _names(
     """view reshape flatten unflatten squeeze unsqueeze expand expand_as view_as reshape_as permute transpose repeat
     contiguous clone alias getitem getattr size dim numel shape tuple add sub mul floordiv mean"""
 )
-_SCALING = _SHAPES | _names("imul multiply to type_as type broadcast_to")
+_SCALING = _SHAPES | _names("multiply to type_as type broadcast_to")
 _POOLING = _SHAPES | _names(
     """abs absolute sum div truediv norm linalg_vector_norm l1_loss adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d"""
@@ -32,7 +34,7 @@ _POOLING = _SHAPES | _names(
 _POOLED = _POOLING | _names("detach")  # steps that the plan carries out on the average
 _SHELL = _POOLING | _names(
     """sign sgn copysign relu max maximum min minimum fmax fmin clamp clamp_min clamp_max clip where masked_fill neg
-    negative rsub isub iadd imul multiply gt lt ge le ne eq logical_or logical_and or and bool float to type_as
+    negative rsub multiply gt lt ge le ne eq logical_or logical_and or and bool float to type_as
     zeros_like ones_like full_like zeros new_zeros tensor softshrink threshold heaviside type broadcast_to"""
 )
 _LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.Dropout, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
@@ -40,7 +42,11 @@ _LAYERS += (nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 def _name(node: fx.Node) -> str:
-    return (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")).strip("_")
+    name = (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")).strip("_")
+    return name[1:] if node.target in _IN_PLACE else name
+
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv)  # y += z
 
 
 def check_dropped(trace: Trace, match: Match, found: Found) -> None:
@@ -125,7 +131,7 @@ def _again(value: object) -> object:
 
 _POSITIVE = _names("sigmoid softplus relu hardsigmoid exp abs absolute softmax relu6 square")
 _POSITIVE_LAYERS = (nn.Sigmoid, nn.Softplus, nn.ReLU, nn.Hardsigmoid, nn.Softmax, nn.ReLU6)
-_KEEPS_SIGN = (_POOLED | _SCALING | _names("iadd")) - {"sub"}
+_KEEPS_SIGN = (_POOLED | _SCALING) - {"sub"}
 
 
 def _never_negative(node: fx.Node) -> bool:
@@ -138,7 +144,7 @@ def _never_negative(node: fx.Node) -> bool:
     if _name(node) in _POSITIVE:
         return True
     inputs = [n for n in node.all_input_nodes if is_float(n)]
-    if _name(node) in ("mul", "imul", "multiply", "add", "iadd", "div", "truediv"):
+    if _name(node) in ("mul", "multiply", "add", "div", "truediv"):
         if any(isinstance(a, (int, float)) and a < 0 for a in node.args):
             return False
     return bool(inputs) and all(map(_never_negative, inputs))

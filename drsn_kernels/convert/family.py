@@ -214,7 +214,7 @@ def _threshold_plan(trace: Trace, match: Match, pool: str | None, averages: dict
             if node.op == "placeholder":
                 return None
             index[node] = len(index)
-            steps.append(_step(node, index))
+            steps.append(step_of(node, index))
     effects = tuple((name, index[node]) for name, node in trace.effects)
     plan = ThresholdPlan(pool, tuple(ranks), tuple(steps), index[match.t], effects, match.scales)
     run = frozenset(index).difference(given)
@@ -228,7 +228,7 @@ def _takes_planes(node: fx.Node, elements: int) -> bool:
     return any(isinstance(v, torch.Tensor) and v.dim() > 2 and v.shape[2:].numel() == elements > 1 for v in values)
 
 
-def _step(node: fx.Node, index: dict[fx.Node, int]) -> Step:
+def step_of(node: fx.Node, index: dict[fx.Node, int]) -> Step:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: Ref(index[n]))
     return Step(node.op, path_of(node) if node.op in ("call_module", "get_attr") else node.target, _plain(args),
                 {k: _plain(v) for k, v in kwargs.items()})  # fmt: skip
@@ -236,7 +236,7 @@ def _step(node: fx.Node, index: dict[fx.Node, int]) -> Step:
 
 def path_of(node: fx.Node) -> str:
     if not node.target.startswith("inner."):
-        raise Unexplained("its threshold uses a tensor that its forward makes anew")
+        raise Unexplained("it uses a tensor that its forward makes anew")
     return node.target.removeprefix("inner.")
 
 

@@ -12,7 +12,7 @@ import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -161,7 +161,10 @@ class ThresholdPlan:
         return f"soft_threshold(x, its own code of {'the mean of x' if self.pool else 'its parameters'})"
 
 
-Plan = GatePlan | ThresholdPlan
+class Plan(Protocol):
+    scales: bool  # it has no threshold that record_tau could tell
+
+    def __call__(self, module: nn.Module, x: torch.Tensor, sink: Sink = None) -> torch.Tensor: ...
 
 
 class Fused(NamedTuple):
@@ -173,6 +176,8 @@ class Converted(Quiet):
     """Before the user's class in the bases of a converted module. Fused forms are looked up by x's rank and the mode.
     A call that has none (another rank, a second argument) runs the module's own forward, and so does every call while
     anything that it reads is not what it was, or somebody listens to a child that the fused form does not call."""
+
+    _drsn_plans = {}  # of a slice of a Sequential, which has the class only; torch.jit.script takes no annotation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,7 @@ class Finding:
     own_difference: float | None = None  # of outputs in the module's own dtype
     amid: tuple[Shape, ...] = ()  # the operator may stand in it amid other code
     advice: str = ""  # it does: what to change
+    shapes: tuple[Shape, ...] = ()  # that it takes
 
 
 def examine(module: nn.Module) -> Finding:
@@ -61,7 +62,7 @@ def examine(module: nn.Module) -> Finding:
         shapes, calls = _shapes(module)
     except Unexplained as reason:
         return Finding(why=str(reason))
-    found = Finding()
+    found = Finding(shapes=tuple(shapes))
     for shape, against in shapes.items():
         try:
             if against is not None:
@@ -126,7 +127,7 @@ def _device(module: nn.Module) -> torch.device:
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
-def _own_dtype(module: nn.Module) -> torch.dtype:
+def own_dtype(module: nn.Module) -> torch.dtype:
     floats = (t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     return next(floats, torch.get_default_dtype())
 
@@ -145,7 +146,7 @@ def dtype_for(module: nn.Module, shape: Shape) -> torch.dtype:
         with Watch(trial):
             run_forward(trial, random(shape(0), module, torch.float64))
         return torch.float64
-    return _own_dtype(module)
+    return own_dtype(module)
 
 
 def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
@@ -154,7 +155,7 @@ def _shapes(module: nn.Module) -> tuple[dict[Shape, Unexplained | None], list]:
     calls: list = []
     error: Exception | None = None
     found: dict[Shape, Unexplained | None] = {}
-    dtype = _own_dtype(module)
+    dtype = own_dtype(module)
     try:
         trial = private_copy(module).eval()
     except Exception as problem:
@@ -282,7 +283,8 @@ def _explain(module: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[dict[
                     conditions = trace.conditions(module, candidate.steps - candidate.pooled)
                     if len(shape.sizes) == 1:
                         conditions = conditions._replace(spatial=shape.sizes[0])
-                    worst = max(worst, _difference(module, plan, shape, dtype, training))
+                    xs = _probes(module, shape, dtype, training)
+                    worst = max(worst, difference(module, plan, xs, dtype, training))
                 except Unexplained as problem:
                     reason = reason or problem
                     continue
@@ -318,9 +320,10 @@ def _probes(module: nn.Module, shape: Shape, dtype: torch.dtype, training: bool)
         yield random(shape(1, batch=1), module, dtype, 4)
 
 
-def _difference(module: nn.Module, plan: Plan, shape: Shape, dtype: torch.dtype, training: bool) -> float:
+def difference(module: nn.Module, plan: Plan, xs: Iterable[torch.Tensor], dtype: torch.dtype, training: bool) -> float:
+    """The largest of the plan's outputs, gradients and what it leaves behind from the module's own, relative."""
     worst = 0.0
-    for x in _probes(module, shape, dtype, training):
+    for x in xs:
         own = _outcome(private_copy(module, dtype), x, training)
         copy = private_copy(module, dtype)
         install(copy, {(x.dim(), training): Fused(plan)})
@@ -370,7 +373,7 @@ def _outcome(module: nn.Module, x: torch.Tensor, training: bool) -> dict[str, to
 def _own_difference(module: nn.Module, fused: dict[bool, Fused], shape: Shape) -> float:
     """The fused form as it will run, in the module's dtype: it must run, and how far its output is off the module's."""
     worst = 0.0
-    dtype = _own_dtype(module)
+    dtype = own_dtype(module)
     for training, form in fused.items():
         x = random(shape(0), module, dtype, 6)
         own = _outcome(private_copy(module, vary=False), x, training)["output"]

@@ -10,8 +10,9 @@ import dis
 import functools
 import inspect
 import itertools
+import operator
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -98,6 +99,13 @@ class _Root(nn.Module):
         return run_forward(self.inner, x)
 
 
+def _in_place(function: Callable) -> Callable:
+    def method(self: "_Value", other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
 class _Value(fx.Proxy):
     """A symbolic value that knows its real one where that is the same for every batch and length."""
 
@@ -112,6 +120,10 @@ class _Value(fx.Proxy):
                 return self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
         return super().__getattr__(name)
 
+    # torch.fx itself takes y += z for y = y + z, which other names of the same tensor would not see
+    __iadd__, __isub__, __imul__ = map(_in_place, (operator.iadd, operator.isub, operator.imul))
+    __itruediv__, __ifloordiv__, __ipow__ = map(_in_place, (operator.itruediv, operator.ifloordiv, operator.ipow))
+
     def __len__(self) -> int:
         value = self.node.meta["value"]
         if isinstance(value, (tuple, list)):
@@ -122,8 +134,9 @@ class _Value(fx.Proxy):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, x: torch.Tensor, watch: Watch) -> None:
+    def __init__(self, x: torch.Tensor, watch: Watch, opens: Callable[[nn.Module], bool]) -> None:
         super().__init__()
+        self.opens = opens
         self.x, self.watch, self.known, self.calling = x, watch, set(watch.inner.modules()), False
         self.random, self.draws = torch.get_rng_state(), False
         watch.symbol = lambda path: self.create_proxy("get_attr", f"inner.{path}", (), {})
@@ -148,14 +161,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if self.calling or m not in self.known:  # one that forward makes for the call, as nn.ReLU()(x)
             return forward(*args, **kwargs)
-        helper = is_own(class_of(m)) and not [*m.parameters(), *m.buffers()]  # a pooling, a soft threshold
-        if (
-            (helper or class_of(m) is nn.Sequential)
-            and args
-            and _has_planes(args[0])
-            and not any(m.__dict__[kind] for kind in HOOKS)
-        ):
-            self.watch.opened.append(self.path_of_module(m).removeprefix("inner."))  # what in it is the pooling?
+        if args and _has_planes(args[0]) and self.opens(m) and not any(m.__dict__[kind] for kind in HOOKS):
+            self.watch.opened.append(self.path_of_module(m).removeprefix("inner."))
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -192,6 +199,11 @@ class _Tracer(fx.Tracer):
         if kind == "output":
             return args[0]
         return call(kind, target, args, kwargs, self.root)
+
+
+def _may_pool(m: nn.Module) -> bool:
+    """What in it is the pooling? Asked of helpers, a pooling or a soft threshold, and of chains."""
+    return class_of(m) is nn.Sequential or (is_own(class_of(m)) and not [*m.parameters(), *m.buffers()])
 
 
 def _has_planes(x: Any) -> bool:
@@ -253,9 +265,11 @@ def _asserted(frame: FrameType | None) -> bool:
 
 
 class Trace:
-    """One forward pass of `inner`, a private copy: nodes, input x, output y, and attributes that the pass has set."""
+    """One forward pass of `inner`, a private copy: nodes, input x, output y, and attributes that the pass has set.
 
-    def __init__(self, inner: nn.Module, x: torch.Tensor) -> None:
+    opens: of a child, whether the calls that it makes take the place of its own."""
+
+    def __init__(self, inner: nn.Module, x: torch.Tensor, opens: Callable[[nn.Module], bool] = _may_pool) -> None:
         training = inner.training
         self.watch = Watch(inner)
         version = x._version
@@ -263,7 +277,7 @@ class Trace:
         try:
             # without gradients in eval only: else no_grad around some lines would not be seen
             with torch.set_grad_enabled(training), self.watch:
-                tracer = _Tracer(x, self.watch)
+                tracer = _Tracer(x, self.watch, opens)
                 self.root = _Root(inner)
                 graph = tracer.trace(self.root)
                 tracer.look_at_random()

@@ -68,6 +68,7 @@ _CHANGING = _words(
 )
 _WRAPPERS = {"contextlib", "torch.utils._contextlib", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode"}
 _USERS = "the user's"
+_CHECKPOINT = "torch.utils.checkpoint"  # what it calls is seen, but not that it is called again
 _LABELS = {"record_function", "profile"}  # contexts that change nothing
 
 
@@ -197,6 +198,8 @@ class Watch:
         root = name.partition(".")[0]
         if self._is_users(frame):
             return _USERS
+        if name == _CHECKPOINT:
+            return _CHECKPOINT
         if code.co_name in ("__enter__", "__init__"):
             return "context"
         if not (is_shipped(name, code.co_filename) or root in _COMPUTING):
@@ -222,6 +225,12 @@ class Watch:
                 self._code(frame)
             elif kind == "context":
                 self._context(frame)
+            elif kind == _CHECKPOINT:
+                caller = frame.f_back  # torch calls it through decorators
+                while caller is not None and not self._is_users(caller):
+                    caller = caller.f_back
+                if caller is not None:
+                    self.note(f"calls {_CHECKPOINT}", caller)
             elif self._is_users(frame.f_back):
                 self.note(kind, frame.f_back)
         elif event == "c_call" and kind == _USERS:
