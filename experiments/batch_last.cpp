@@ -95,12 +95,14 @@ std::vector<at::Tensor> convolution_weight(const at::Tensor& grad, const at::Ten
   return {weight, bias};
 }
 
-// relu(batch_norm(x)) between zeros (C, L + 2, N); mean, biased variance and 1 / std of the channels.
-std::vector<at::Tensor> norm_relu(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, double eps) {
+// relu(batch_norm(x)) between zeros (C, L + 2, N); mean and 1 / std of the channels. Moves the running statistics.
+std::vector<at::Tensor> norm_relu(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, double eps,
+                                  at::Tensor running_mean, at::Tensor running_var, double momentum) {
   check(x);
   const int64_t channels = x.size(0), batch = x.size(2), count = x.size(1) * batch;
   at::Tensor padded = at::empty({channels, x.size(1) + 2, batch}, x.options());
-  at::Tensor mean = at::empty({channels}, x.options()), variance = at::empty_like(mean), rstd = at::empty_like(mean);
+  at::Tensor mean = at::empty({channels}, x.options()), rstd = at::empty_like(mean);
+  float *kept_mean = running_mean.data_ptr<float>(), *kept_var = running_var.data_ptr<float>();
   for (int64_t c = 0; c < channels; ++c) {
     const float* from = x.const_data_ptr<float>() + c * count;
     float* to = padded.data_ptr<float>() + c * (count + 2 * batch);
@@ -113,7 +115,8 @@ std::vector<at::Tensor> norm_relu(const at::Tensor& x, const at::Tensor& gamma, 
     }
     const double var = sum(squares) / count, scale = 1 / std::sqrt(var + eps);
     mean.data_ptr<float>()[c] = middle;
-    variance.data_ptr<float>()[c] = var;
+    kept_mean[c] += momentum * (middle - kept_mean[c]);
+    kept_var[c] += momentum * (var * count / (count - 1) - kept_var[c]);
     rstd.data_ptr<float>()[c] = scale;
     const float slope = scale * gamma.const_data_ptr<float>()[c];
     const float offset = beta.const_data_ptr<float>()[c];
@@ -124,7 +127,7 @@ std::vector<at::Tensor> norm_relu(const at::Tensor& x, const at::Tensor& gamma, 
       at(to + batch + n) = value > 0.f ? value : Vector{};
     }
   }
-  return {padded, mean, variance, rstd};
+  return {padded, mean, rstd};
 }
 
 // Through the convolution, the ReLU and the norm: gradients of x, gamma and beta from that of the convolution's output.
@@ -175,56 +178,6 @@ std::vector<at::Tensor> norm_relu_convolution_backward(const at::Tensor& grad, c
   return {found, gamma_grad, beta_grad};
 }
 
-// mean of |x| over the length, (C, N)
-at::Tensor pooled(const at::Tensor& x) {
-  check(x);
-  const int64_t length = x.size(1), batch = x.size(2);
-  at::Tensor y = at::zeros({x.size(0), batch}, x.options());
-  const float* from = x.const_data_ptr<float>();
-  float* to = y.data_ptr<float>();
-  for (int64_t c = 0; c < x.size(0); ++c, to += batch)
-    for (int64_t l = 0; l < length; ++l, from += batch)
-      for (int64_t n = 0; n < batch; n += LANES) {
-        const Vector value = at(from + n);
-        at(to + n) += value > 0.f ? value : -value;
-      }
-  return y.div_(length);
-}
-
-// sign(x) relu(|x| - tau), tau (C or 1, N)
-at::Tensor shrink(const at::Tensor& x, const at::Tensor& tau) {
-  check(x);
-  const int64_t length = x.size(1), batch = x.size(2), step = tau.size(0) == 1 ? 0 : batch;
-  at::Tensor y = at::empty_like(x);
-  const float *from = x.const_data_ptr<float>(), *threshold = tau.const_data_ptr<float>();
-  float* to = y.data_ptr<float>();
-  for (int64_t c = 0; c < x.size(0); ++c, threshold += step)
-    for (int64_t l = 0; l < length; ++l, from += batch, to += batch)
-      for (int64_t n = 0; n < batch; n += LANES) {
-        const Vector value = at(from + n), t = at(threshold + n), above = value - t, below = value + t;
-        at(to + n) = (above > 0.f ? above : Vector{}) + (below < 0.f ? below : Vector{});
-      }
-  return y;
-}
-
-// Gradients of x and of tau (C, N) from that of shrink's result y.
-std::vector<at::Tensor> shrink_backward(const at::Tensor& grad, const at::Tensor& y) {
-  check(grad), check(y);
-  const int64_t length = y.size(1), batch = y.size(2);
-  at::Tensor found = at::empty_like(y), tau = at::zeros({y.size(0), batch}, y.options());
-  const float *g = grad.const_data_ptr<float>(), *value = y.const_data_ptr<float>();
-  float *to = found.data_ptr<float>(), *of_tau = tau.data_ptr<float>();
-  for (int64_t c = 0; c < y.size(0); ++c, of_tau += batch)
-    for (int64_t l = 0; l < length; ++l, g += batch, value += batch, to += batch)
-      for (int64_t n = 0; n < batch; n += LANES) {
-        const Vector slope = at(g + n), sign = at(value + n);
-        const Vector up = sign > 0.f ? slope : Vector{}, down = sign < 0.f ? slope : Vector{};
-        at(to + n) = up + down;
-        at(of_tau + n) += down - up;
-      }
-  return {found, tau};
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -232,7 +185,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("convolution_weight", &convolution_weight);
   m.def("norm_relu", &norm_relu);
   m.def("norm_relu_convolution_backward", &norm_relu_convolution_backward);
-  m.def("pooled", &pooled);
-  m.def("shrink", &shrink);
-  m.def("shrink_backward", &shrink_backward);
 }

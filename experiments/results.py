@@ -29,9 +29,13 @@ class Run:
     protocol: str = "fresh"
     gate_bias: float | None = None
 
+    @property
+    def network(self) -> str:
+        """The model, with what its gates begin at where that is not the default: "drsn-cw", "drsn-cw -2"."""
+        return self.model if self.gate_bias is None else f"{self.model} {self.gate_bias:g}"
+
     def __str__(self) -> str:
-        bias = "" if self.gate_bias is None else f", gate bias {self.gate_bias:g}"
-        return f"{self.task}, {self.condition}, {self.model}{bias}, seed {self.seed}"
+        return f"{self.task}, {self.condition}, {self.network}, seed {self.seed}"
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,14 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from drsn_kernels.graphs import graphed
 from drsn_kernels.models import NAMES, network, parameter_groups
 from drsn_kernels.train.recipe import Recipe, accuracy, epoch_batches, train_step
 
@@ -33,11 +36,23 @@ QUICK_EPOCHS = 2
 FOLDERS = {"vibration": "CWRU .mat files", "speech": "LABEL_SPEAKER_TAKE.wav files", "image": "MNIST's idx files"}
 
 
-def execute(run: Run, folder: Path | None, quick: bool, faster: bool = False) -> Result:
+@dataclass(frozen=True)
+class How:
+    """What changes how fast a run is, and its accuracy by rounding only.
+
+    Attributes:
+        batch_last: train signals by batch_last.py.
+        device: "cuda" makes each step one CUDA graph.
+    """
+
+    batch_last: bool = False
+    device: str = "cpu"
+
+
+def execute(run: Run, folder: Path | None, quick: bool, how: How = How()) -> Result:
     """Train and test one network by the paper's recipe, on one thread; the same run gives the same accuracy.
 
-    The seed decides the weights, the order and all noise; the models of a condition see the same noise. faster: train
-    signals by batch_last.py, which is the same up to rounding.
+    The seed decides the weights, the order and all noise; the models of a condition see the same noise.
     """
     torch.set_num_threads(1)
     task, dataset = TASKS[run.task], data(run.task, folder, quick)
@@ -47,22 +62,26 @@ def execute(run: Run, folder: Path | None, quick: bool, faster: bool = False) ->
     if run.gate_bias is not None:
         options["gate_bias"] = run.gate_bias
     net = network(run.model, **options)
-    model = nn.Sequential(dataset.transform, BatchLast(net) if faster and net.dims == 1 else net)
+    model = nn.Sequential(dataset.transform, BatchLast(net) if how.batch_last and net.dims == 1 else net)
+    model.to(how.device)
     test_generator = torch.Generator().manual_seed(1_000_000 + run.seed)
     tests = [test_noise(dataset.test_x, test_generator) for _ in range(task.draws)]
 
     recipe, generator, start = Recipe(epochs=run.epochs), torch.Generator().manual_seed(run.seed), time.process_time()
-    x, y = dataset.train_x, dataset.train_y
+    x, y = dataset.train_x, dataset.train_y.to(how.device)
     if run.protocol == "fixed":
-        x, train_noise = train_noise(x, generator), None
+        x, train_noise = train_noise(x, generator).to(how.device), None
     groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
     schedule = recipe.schedule(optimizer)
+    step = partial(train_step, model, optimizer)
+    if how.device != "cpu":
+        step = graphed(step, optimizer)
     curve = []
     for _ in range(run.epochs):
         model.train()
         batches = epoch_batches(x, y, recipe.batch, generator=generator, noise=train_noise)
-        right = sum(train_step(model, optimizer, *batch)[1] for batch in batches)
+        right = sum(step(*batch)[1] for batch in batches)
         schedule.step()
         curve.append(accuracy(model, tests[0], dataset.test_y))
     seconds = time.process_time() - start
@@ -83,7 +102,7 @@ def _end_with_the_command() -> None:
 
 
 def run_all(
-    runs: list[Run], folders: dict[str, Path], path: Path, *, jobs: int, until: float, quick: bool, faster: bool = False
+    runs: list[Run], folders: dict[str, Path], path: Path, *, jobs: int, until: float, quick: bool, how: How = How()
 ) -> int:
     """Do the runs in processes of one thread each, none begun after the time `until`; the number of runs done."""
     left, done = list(reversed(runs)), 0
@@ -94,7 +113,7 @@ def run_all(
             while left and len(under_way) < jobs and time.monotonic() < until:
                 run = left.pop()
                 folder = folders.get(TASKS[run.task].source)
-                under_way[pool.submit(execute, run, folder, quick, faster)] = run
+                under_way[pool.submit(execute, run, folder, quick, how)] = run
             if not under_way:
                 break
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
@@ -119,6 +138,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--batch-last", action="store_true", help="train signals by batch_last.cpp; needs a compiler")
     parser.add_argument("--seeds", type=int, help="of every cell; default: complete the first that is not complete")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: each step one CUDA graph")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--quick", action="store_true", help="a few samples and epochs, to see that everything works")
@@ -131,6 +151,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="for the plots; default: docs/experiments/paper.csv",
     )
     options = parser.parse_args(arguments)
+    if options.batch_last and options.device != "cpu":
+        parser.error("--batch-last is for --device cpu")
     for name in ("epochs", "seeds", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -167,10 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
         runs = missing(read(path), options.chosen, options.seeds)
         print(f"{len(runs)} runs are missing in {path}", flush=True)
         until = time.monotonic() + 60 * options.minutes
-        run_all(
-            runs, options.folders, path, jobs=options.jobs, until=until, quick=options.quick, faster=options.batch_last
-        )
-        return report.write(options.out, paper)
+        how = How(options.batch_last, options.device)
+        run_all(runs, options.folders, path, jobs=options.jobs, until=until, quick=options.quick, how=how)
+        return report.write(options.out, paper, options.chosen.epochs)
     except KeyboardInterrupt:
         print(f"\nstopped; what is done is in {path}, the same command goes on with the rest", file=sys.stderr)
         return 130

@@ -93,7 +93,7 @@ _THREE = tuple(Condition(kind, snr) for kind in _KINDS for snr in (-5.0, 0.0, 5.
 _SMALL_IMAGES = {"dims": 2, "stem": (8, 1), "stages": ((8, 1, 2), (16, 1, 2), (16, 1, 2))}
 TASKS = {
     "cwru": Task(_cwru, _THREE, source="vibration", epochs=LONG, protocol="fixed"),
-    "other load": Task(_other_load, _THREE, source="vibration", epochs=LONG, protocol="fixed"),
+    "cwru-load": Task(_other_load, _THREE, source="vibration", epochs=LONG, protocol="fixed"),
     "bearings": Task(_bearings, _THREE, epochs=LONG, protocol="fixed"),
     "vibration": Task(_vibration, _SIGNALS, source="vibration"),
     "speech": Task(

@@ -22,8 +22,8 @@ class DRSN(nn.Module):
     (Table II) for one input channel: Conv(4, stride 2), then stages of four units with 4, 8 and 16 channels, each
     halving the length. :func:`network` builds it and its relatives by name.
 
-    Weights are drawn from a normal distribution of std sqrt(2 / fan_in) truncated at two std; biases start at 0, but for
-    those of `gate_bias`.
+    Weights are drawn from a normal distribution of std sqrt(2 / fan_in) truncated at two std; biases start at 0, those
+    of `gate_bias` there.
 
     Args:
         in_channels: channels of the input.
