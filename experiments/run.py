@@ -42,11 +42,13 @@ class How:
 
     Attributes:
         batch_last: train signals by batch_last.py.
-        device: "cuda" makes each step one CUDA graph.
+        device: of the network, and of the data where their noise is fixed.
+        graph: each step is one CUDA graph.
     """
 
     batch_last: bool = False
     device: str = "cpu"
+    graph: bool = False
 
 
 def execute(run: Run, folder: Path | None, quick: bool, how: How = How()) -> Result:
@@ -75,7 +77,7 @@ def execute(run: Run, folder: Path | None, quick: bool, how: How = How()) -> Res
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
     schedule = recipe.schedule(optimizer)
     step = partial(train_step, model, optimizer)
-    if how.device != "cpu":
+    if how.graph:
         step = graphed(step, optimizer)
     curve = []
     for _ in range(run.epochs):
@@ -189,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs = missing(read(path), options.chosen, options.seeds)
         print(f"{len(runs)} runs are missing in {path}", flush=True)
         until = time.monotonic() + 60 * options.minutes
-        how = How(options.batch_last, options.device)
+        how = How(options.batch_last, options.device, graph=options.device == "cuda")
         run_all(runs, options.folders, path, jobs=options.jobs, until=until, quick=options.quick, how=how)
         return report.write(options.out, paper, options.chosen.epochs)
     except KeyboardInterrupt:

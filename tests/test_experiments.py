@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import recorded_graph
 import torch
 from oracle import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # behind the installed package
 
+import drsn_kernels as dk  # noqa: E402
 from drsn_kernels.data import Dataset  # noqa: E402
 from drsn_kernels.models import NAMES, network  # noqa: E402
 from experiments import batch_last, noises, paired, pictures, report, results, run, tasks, timing  # noqa: E402
@@ -258,6 +260,22 @@ def test_the_gates_of_a_run_begin_at_its_bias(monkeypatch):
     for bias in (None, -2.0):
         run.execute(Run("cwru", "drsn-cw", Condition("gaussian", 0.0), 0, 1, "fixed", bias), None, True)
     assert [options.get("gate_bias") for options in made] == [None, -2.0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("protocol", ["fresh", "fixed"])
+def test_a_run_whose_steps_are_a_graph(monkeypatch, device, protocol):
+    """The same training accuracy and curve; on the CPU by a graph that records."""
+    few(monkeypatch, 256)
+    if device == "cpu":
+        recorded_graph.install(monkeypatch)
+    chosen, found = Run("cwru", "drsn-cw", Condition("gaussian", 5.0), 0, 4, protocol), []
+    with dk.use_backend("torch" if device == "cpu" else "auto"):
+        for graph in (False, True):
+            found.append(run.execute(chosen, None, True, run.How(device=device, graph=graph)))
+    plain, replayed = found
+    assert replayed.train_acc == pytest.approx(plain.train_acc, abs=0.03)
+    assert replayed.curve == pytest.approx(plain.curve, abs=0.05)
 
 
 def test_windows_of_the_papers_protocol_stay_on_their_side(tmp_path, monkeypatch):
