@@ -152,6 +152,6 @@ def gains(path: Path, cells: Cells) -> None:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [f"{where}: {label(network)}" for where, network, _ in rows], fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlabel("points of test accuracy over the ResNet; dots: seeds, lines: 95 % intervals", fontsize=9)
+    axis.set_xlabel("points over the ResNet (small dots: seeds)", fontsize=9)
     axis.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=110)
