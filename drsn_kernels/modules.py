@@ -29,6 +29,8 @@ class Shrinkage(nn.Module):
         activation: the class of the gate's activation.
         threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which the gate does not learn (a
             warning says so once), or leaky. Both may be set on a trained module.
+        gate_bias: what the bias of the gate's last layer starts at. -2 starts with tau near 0.12 A, where torch's own
+            start, None, is near 0.5 A.
         rd_ratio, rd_channels, rd_divisor: timm's way to say the hidden width, so that the class fits its ``attn_layer``
             slot: channels * rd_ratio rounded to a multiple of rd_divisor (8 unless given), or rd_channels itself.
             Instead of reduction. Such networks need ``zero_init_last=False`` (docs/use.md says why).
@@ -39,8 +41,8 @@ class Shrinkage(nn.Module):
 
     Raises:
         TypeError, ValueError: channels, reduction, rd_channels or rd_divisor not a positive integer, rd_ratio not a
-        positive number, reduction beside rd_ratio or rd_channels, gap_size not 1, unknown average; in forward what
-        :func:`drsn_kernels.shrink` raises.
+        positive number, reduction beside rd_ratio or rd_channels, gap_size not 1, unknown average, a gate_bias that is
+        no finite number; in forward what :func:`drsn_kernels.shrink` raises.
 
     Equivalent to::
 
@@ -63,6 +65,7 @@ class Shrinkage(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
         threshold: str = "soft",
         slope: float = 0.0,
+        gate_bias: float | None = None,
         rd_ratio: float | None = None,
         rd_channels: int | None = None,
         rd_divisor: int = 8,
@@ -71,6 +74,7 @@ class Shrinkage(nn.Module):
     ) -> None:
         super().__init__()
         hidden = _hidden(channels, reduction, rd_ratio, rd_channels, rd_divisor)
+        check_gate_bias(gate_bias)
         _check_gap_size(gap_size)
         checks.average(average)
         self.channels = channels
@@ -81,6 +85,8 @@ class Shrinkage(nn.Module):
             _warn_of_hard_thresholds()
         outputs = 1 if average == "sample" else channels
         self.fc = _gate(channels, hidden, outputs, norm, activation, device=device, dtype=dtype)
+        if gate_bias is not None:
+            nn.init.constant_(self.fc[-2].bias, gate_bias)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -189,6 +195,13 @@ def _rule_repr(module: "Shrinkage | SoftThreshold") -> str:
 def _check_gap_size(gap_size: int | tuple[int, ...]) -> None:
     if gap_size not in (1, (1,), (1, 1), [1], [1, 1]) or isinstance(gap_size, bool):
         raise ValueError(f"gap_size must be 1, (1,) or (1, 1), because the average is global; got {gap_size!r}")
+
+
+def check_gate_bias(value: float | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"gate_bias must be a finite number or None, got {value!r}")
 
 
 def _gate(channels: int, hidden: int, outputs: int, norm: bool, activation, bias=True, **where) -> nn.Sequential:

@@ -2,9 +2,10 @@
 
     python -m experiments.report [--out docs/experiments] [--epochs 40] [--paper docs/experiments/paper.csv]
 
-Prints the tables of the runs of so many epochs, writes them into OUT/README.md between its markers, and draws accuracy
-against SNR beside the paper's values: a CSV with the columns panel,noise,snr_db,method,accuracy_pct, of which the rows
-of the panel "test" are used.
+Prints the tables, writes them into OUT/README.md between its markers, and draws accuracy against SNR beside the paper's
+values: a CSV with the columns panel,noise,snr_db,method,accuracy_pct, of which the rows of the panel "test" are used.
+Tasks of fixed noise have several seeds: paired.py has their tables and pictures. Of each task the runs of its own
+number of epochs count, or with --epochs those of another.
 """
 
 import argparse
@@ -18,31 +19,29 @@ from pathlib import Path
 from drsn_kernels._extras import require
 from drsn_kernels.models import NAMES
 
-from . import ROOT
+from . import ROOT, paired
+from .paired import Cells, label
 from .results import Result, Run, read
-from .tasks import EPOCHS, TASKS, Condition
+from .tasks import TASKS, Condition
 
 PAPER = ROOT / "docs" / "experiments" / "paper.csv"
-LABELS = {"convnet": "ConvNet", "resnet": "ResNet", "senet": "SENet", "drsn-cs": "DRSN-CS", "drsn-cw": "DRSN-CW"}
 PAPER_NOISE = {"laplacian": "laplace"}
-COLOURS = dict(zip(NAMES, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
-Cells = dict[tuple[str, Condition, str], list[Result]]
 
 
-def cells(done: dict[Run, Result], epochs: int) -> Cells:
-    """The results of all seeds by (task, condition, model)."""
+def cells(done: dict[Run, Result], epochs: int | None = None) -> Cells:
+    """The results by seed of each (task, condition, network), of the runs of so many epochs; None: of the task's."""
     found: Cells = {}
     for run, result in done.items():
-        if run.epochs == epochs:
-            found.setdefault((run.task, run.condition, run.model), []).append(result)
+        if run.epochs == (epochs or TASKS[run.task].epochs):
+            found.setdefault((run.task, run.condition, run.network), {})[run.seed] = result
     return found
 
 
-def _cell(results: list[Result]) -> str:
+def _cell(results: dict[int, Result]) -> str:
     """Mean test accuracy in %, the standard deviation over seeds where there are several, and their number."""
     if not results:
         return ""
-    values = [100 * result.test_acc for result in results]
+    values = [100 * result.test_acc for result in results.values()]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread} ({len(values)})"
 
@@ -53,7 +52,7 @@ def _mean(cells: Cells, task: str, conditions: Iterable[Condition], model: str) 
     for condition in conditions:
         if not (results := cells.get((task, condition, model))):
             return ""
-        means.append(statistics.mean(100 * result.test_acc for result in results))
+        means.append(statistics.mean(100 * result.test_acc for result in results.values()))
     return f"{statistics.mean(means):.1f}"
 
 
@@ -71,8 +70,8 @@ def tables(cells: Cells, task: str) -> str:
         heads = [c.noise if c.snr_db is None else f"{c.snr_db:g} dB" for c in conditions]
         lines += [_row([noise or "noise", *heads, "mean"]), "|---" * (len(conditions) + 2) + "|"]
         for model in NAMES:
-            values = [_cell(cells.get((task, condition, model), [])) for condition in conditions]
-            lines.append(_row([LABELS[model], *values, _mean(cells, task, conditions, model)]))
+            values = [_cell(cells.get((task, condition, model), {})) for condition in conditions]
+            lines.append(_row([label(model), *values, _mean(cells, task, conditions, model)]))
         lines.append("")
     return "\n".join(lines)
 
@@ -88,7 +87,7 @@ def insert(page: Path, name: str, text: str) -> None:
 
 def read_paper(path: Path) -> dict[tuple[str, str], dict[float, float]]:
     """The paper's test accuracies in %: (model, noise) -> SNR in dB -> accuracy."""
-    names = {label: model for model, label in LABELS.items()}
+    names = {name: model for model, name in paired.LABELS.items()}
     found: dict[tuple[str, str], dict[float, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -114,11 +113,11 @@ def plot(path: Path, cells: Cells, task: str, paper: dict[tuple[str, str], dict[
     for column, noise in enumerate(noises):
         for model in NAMES:
             points = {
-                c.snr_db: [100 * r.test_acc for r in cells[task, c, model]]
+                c.snr_db: [100 * r.test_acc for r in cells[task, c, model].values()]
                 for c in TASKS[task].conditions
                 if c.noise == noise and (task, c, model) in cells
             }
-            style = {"color": COLOURS[model], "label": LABELS[model], "marker": "o", "markersize": 4}
+            style = {"color": paired.COLOURS[model], "label": label(model), "marker": "o", "markersize": 4}
             means = [statistics.mean(values) for values in points.values()]
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in points.values()]
             axes[0, column].errorbar(list(points), means, spread, capsize=3, **style)
@@ -137,31 +136,50 @@ def plot(path: Path, cells: Cells, task: str, paper: dict[tuple[str, str], dict[
     figure.savefig(path, dpi=110)
 
 
-def write(out: Path, paper: dict[tuple[str, str], dict[float, float]], epochs: int) -> int:
-    """Print the tables of the runs of so many epochs, draw the plots, and fill OUT/README.md where there is one; 0."""
+def blocks(found: Cells) -> dict[str, str]:
+    """The Markdown of each task with runs, and of "gate_bias" where there are runs with one."""
+    made = {}
+    for name, task in TASKS.items():
+        if any(key[0] == name for key in found):
+            made[name] = (paired.table if task.protocol == "fixed" else tables)(found, name)
+    if any(" " in key[2] for key in found):
+        made["gate_bias"] = paired.gate_bias(found)
+    return made
+
+
+def write(out: Path, paper: dict[tuple[str, str], dict[float, float]], epochs: int | None = None) -> int:
+    """Print the tables, draw the plots, and fill OUT/README.md where there is one; 0.
+
+    epochs: of the runs that count; None: each task's own.
+    """
     path = out / "results.csv"
     found = cells(read(path), epochs)
+    of_epochs = "" if epochs is None else f" of {epochs} epochs"
     if not found:
-        raise ValueError(f"{path} has no runs of {epochs} epochs yet: python -m experiments.run makes them")
-    page = out / "README.md"
-    for task in TASKS:
-        on_page = page.exists() and f"<!-- {task} -->" in page.read_text(encoding="utf-8")
-        made = any(key[0] == task for key in found)
-        if not (made or on_page):
-            continue
-        text = tables(found, task) if made else f"No runs of {epochs} epochs yet.\n"
-        print(f"\n{task}: test accuracy in %, mean ± standard deviation (seeds)\n\n{text}")
-        if any(condition.snr_db is not None for condition in TASKS[task].conditions):
-            plot(out / f"{task}.png", found, task, paper)  # without a run too: an old plot would contradict the page
+        raise ValueError(f"{path} has no runs{of_epochs} yet: python -m experiments.run makes them")
+    page, made = out / "README.md", blocks(found)
+    for name in (*TASKS, "gate_bias"):
+        on_page = page.exists() and f"<!-- {name} -->" in page.read_text(encoding="utf-8")
+        text = made.get(name, f"No runs{of_epochs} yet.\n")
+        if name in made:
+            print(f"\n{name}: test accuracy in %\n\n{text}")
         if on_page:
-            insert(page, task, text)
+            insert(page, name, text)
+        # Without a run too: an old plot would contradict the page.
+        if name in TASKS and (name in made or on_page):
+            if TASKS[name].protocol == "fixed":
+                paired.curves(out / f"{name}-curves.png", found, name)
+            elif any(condition.snr_db is not None for condition in TASKS[name].conditions):
+                plot(out / f"{name}.png", found, name, paper)
+    if any(TASKS[key[0]].protocol == "fixed" for key in found):
+        paired.gains(out / "gains.png", found)
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "experiments", help="default: docs/experiments")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of the runs that count (default: {EPOCHS})")
+    parser.add_argument("--epochs", type=int, help="of the runs that count; default: each task's own")
     parser.add_argument("--paper", type=Path, metavar="CSV", default=PAPER, help="default: docs/experiments/paper.csv")
     options = parser.parse_args(arguments)
     try:

@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from drsn_kernels.models import NAMES
 
 from .tasks import TASKS, Condition
 
-FIELDS = ("task", "model", "noise", "snr_db", "seed", "epochs", "test_acc", "seconds")
+FIELDS = (
+    "task", "model", "noise", "snr_db", "seed", "epochs", "test_acc", "seconds", "protocol", "gate_bias", "train_acc",
+    "curve",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,33 @@ class Run:
     condition: Condition
     seed: int
     epochs: int
+    protocol: str = "fresh"
+    gate_bias: float | None = None
+
+    @property
+    def network(self) -> str:
+        """The model, with what its gates begin at where that is not the default: "drsn-cw", "drsn-cw -2"."""
+        return self.model if self.gate_bias is None else f"{self.model} {self.gate_bias:g}"
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.condition}, {self.model}, seed {self.seed}"
+        return f"{self.task}, {self.condition}, {self.network}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Result:
+    """What a run gave; accuracies between 0 and 1.
+
+    Attributes:
+        test_acc: after the last epoch.
+        seconds: of the processor.
+        train_acc: over the steps of the last epoch, in training mode; None in rows of before it was kept.
+        curve: test accuracy after each epoch; empty in rows of before it was kept.
+    """
+
     test_acc: float
     seconds: float
+    train_acc: float | None = None
+    curve: tuple[float, ...] = ()
 
 
 def read(path: Path) -> dict[Run, Result]:
@@ -43,9 +64,14 @@ def read(path: Path) -> dict[Run, Result]:
     for row in csv.DictReader(whole):
         try:
             condition = Condition(row["noise"], float(row["snr_db"]) if row["snr_db"] else None)
-            run = Run(row["task"], row["model"], condition, int(row["seed"]), int(row["epochs"]))
-            found[run] = Result(float(row["test_acc"]), float(row["seconds"]))
-        except (KeyError, TypeError, ValueError) as error:
+            bias = float(row["gate_bias"]) if row["gate_bias"] else None
+            run = Run(
+                row["task"], row["model"], condition, int(row["seed"]), int(row["epochs"]), row["protocol"], bias
+            )
+            train_acc = float(row["train_acc"]) if row["train_acc"] else None
+            curve = tuple(map(float, row["curve"].split()))
+            found[run] = Result(float(row["test_acc"]), float(row["seconds"]), train_acc, curve)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} must have the columns {','.join(FIELDS)}, but has the row {row}") from error
     return found
 
@@ -63,28 +89,56 @@ def append(path: Path, run: Run, result: Result) -> None:
         file.truncate(whole)  # a row that was cut off
         if not whole:
             writer.writerow(FIELDS)
-        writer.writerow((*row, f"{result.test_acc:.5f}", f"{result.seconds:.1f}"))
+        train_acc = "" if result.train_acc is None else f"{result.train_acc:.5f}"
+        bias = "" if run.gate_bias is None else f"{run.gate_bias:g}"
+        curve = " ".join(f"{value:.4f}" for value in result.curve)
+        writer.writerow(
+            (*row, f"{result.test_acc:.5f}", f"{result.seconds:.1f}", run.protocol, bias, train_acc, curve)
+        )
         file.write(text.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def grid(tasks: Iterable[str], seeds: Iterable[int], epochs: int, models: Sequence[str] = NAMES) -> Iterator[Run]:
-    """All runs: seed by seed, and of each condition all models together, so that a part of it can be compared."""
-    for seed in seeds:
-        for task in tasks:
-            for condition in TASKS[task].conditions:
-                for model in models:
-                    yield Run(task, model, condition, seed, epochs)
+@dataclass(frozen=True)
+class Selection:
+    """Which runs of the grid are meant.
+
+    Attributes:
+        tasks, models: names.
+        epochs: None for each task's own.
+        noises, snr_db: None for all.
+        gate_bias: of the networks with thresholds, which alone are then meant.
+    """
+
+    tasks: tuple[str, ...]
+    models: tuple[str, ...] = NAMES
+    epochs: int | None = None
+    noises: tuple[str, ...] | None = None
+    snr_db: tuple[float, ...] | None = None
+    gate_bias: float | None = None
+
+    def runs(self, seeds: Iterable[int]) -> Iterator[Run]:
+        """Seed by seed, and of each condition all models together, so that a part of it can be compared."""
+        models = [name for name in self.models if self.gate_bias is None or name.startswith("drsn")]
+        for seed in seeds:
+            for name in self.tasks:
+                task = TASKS[name]
+                for condition in task.conditions:
+                    if self.noises is not None and condition.noise not in self.noises:
+                        continue
+                    if self.snr_db is not None and condition.snr_db not in self.snr_db:
+                        continue
+                    for model in models:
+                        epochs = self.epochs or task.epochs
+                        yield Run(name, model, condition, seed, epochs, task.protocol, self.gate_bias)
 
 
-def missing(
-    done: Mapping[Run, Result], tasks: Sequence[str], epochs: int, seeds: int | None, models: Sequence[str] = NAMES
-) -> list[Run]:
+def missing(done: Mapping[Run, Result], chosen: Selection, seeds: int | None) -> list[Run]:
     """The runs to do for so many seeds; with None for the first seed that is not complete."""
     if seeds is not None:
-        return [run for run in grid(tasks, range(seeds), epochs, models) if run not in done]
+        return [run for run in chosen.runs(range(seeds)) if run not in done]
     seed = 0
-    while not (left := [run for run in grid(tasks, [seed], epochs, models) if run not in done]):
+    while not (left := [run for run in chosen.runs([seed]) if run not in done]):
         seed += 1
     return left

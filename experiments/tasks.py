@@ -13,6 +13,7 @@ from drsn_kernels.train.recipe import Noise
 from . import noises
 
 EPOCHS = 40
+LONG, DENSE = 12, 96  # epochs of about 23,900 windows of 512 samples, whose starts are 96 apart
 SNR_DB = (-5.0, -3.0, 0.0, 3.0, 5.0)
 RECORDINGS, SECONDS = 200, 3.0  # of street and workshop noise, for training and again for testing
 
@@ -36,6 +37,9 @@ class Task:
         load: folder -> Dataset.
         conditions: of the grid, in order.
         network: options of drsn_kernels.models.network.
+        source: the option of the command that gives the folder; None where no files are needed.
+        epochs: unless the command says how many.
+        protocol: "fresh", other noise in every epoch; "fixed", the paper's: noise is added to the training data once.
         draws: times that the test set is tested, each with noise of its own; small test sets need several.
     """
 
@@ -43,10 +47,29 @@ class Task:
     conditions: tuple[Condition, ...]
     network: dict = field(default_factory=dict)
     draws: int = 1
+    source: str | None = None
+    epochs: int = EPOCHS
+    protocol: str = "fresh"
 
 
 def _vibration(folder: Path) -> Dataset:
     return load_cwru(folder, length=512, stride=512)
+
+
+def _cwru(folder: Path) -> Dataset:
+    return load_cwru(folder, length=512, stride=DENSE)
+
+
+def _other_load(folder: Path) -> Dataset:
+    """Training windows of loads 0 and 1, and as test nearly all of load 2, which no training window is from."""
+    train = load_cwru(folder, length=512, stride=DENSE, loads=(0, 1))
+    test = load_cwru(folder, length=512, train_fraction=0.05, loads=(2,))
+    description = f"{train.description} They are of loads 0 and 1; for testing {len(test.test_x)} windows of load 2."
+    return replace(train, test_x=test.test_x, test_y=test.test_y, description=description)
+
+
+def _bearings(_: None) -> Dataset:
+    return simulate_bearing(100, 12, 30, length=512, generator=torch.Generator().manual_seed(0))
 
 
 def _speech(folder: Path) -> Dataset:
@@ -63,18 +86,24 @@ def _images(folder: Path) -> Dataset:
     return replace(data, description=f"{data.description} The first {len(data.train_x)} are used for training.")
 
 
-_SIGNALS = tuple(Condition(kind, snr) for kind in ("gaussian", "laplace", "pink") for snr in SNR_DB)
+_KINDS = ("gaussian", "laplace", "pink")
+_SIGNALS = tuple(Condition(kind, snr) for kind in _KINDS for snr in SNR_DB)
+_THREE = tuple(Condition(kind, snr) for kind in _KINDS for snr in (-5.0, 0.0, 5.0))
 # The layout of the authors' CIFAR network at half its width and a quarter of its area, which two cores can train.
 _SMALL_IMAGES = {"dims": 2, "stem": (8, 1), "stages": ((8, 1, 2), (16, 1, 2), (16, 1, 2))}
 TASKS = {
-    "vibration": Task(_vibration, _SIGNALS),
+    "cwru": Task(_cwru, _THREE, source="vibration", epochs=LONG, protocol="fixed"),
+    "cwru-load": Task(_other_load, _THREE, source="vibration", epochs=LONG, protocol="fixed"),
+    "bearings": Task(_bearings, _THREE, epochs=LONG, protocol="fixed"),
+    "vibration": Task(_vibration, _SIGNALS, source="vibration"),
     "speech": Task(
         _speech,
         tuple(Condition(kind, snr) for kind in ("street", "workshop") for snr in (-10.0, -5.0)),
         _SMALL_IMAGES,
         draws=2,
+        source="speech",
     ),
-    "image": Task(_images, (Condition("uniform"), Condition("pasted")), _SMALL_IMAGES),
+    "image": Task(_images, (Condition("uniform"), Condition("pasted")), _SMALL_IMAGES, source="image"),
     "simulated": Task(_simulated, _SIGNALS),
 }
 _PLACES = {"street": noises.street, "workshop": noises.workshop}

@@ -23,7 +23,8 @@ from drsn_kernels.models import paper_network
 from drsn_kernels.train.recipe import Recipe, train_step
 
 from . import ROOT
-from .report import LABELS, insert
+from .paired import LABELS
+from .report import insert
 
 PAPER = {"convnet": 0.983, "resnet": 1.0, "drsn-cs": 1.621, "drsn-cw": 1.545}
 FORMS = {

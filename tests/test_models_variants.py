@@ -1,6 +1,7 @@
 """The variants of the networks: order, shortcut, gate, factories; their parameters, keys, and thresholds."""
 
 import itertools
+import math
 import random
 import re
 from pathlib import Path
@@ -202,6 +203,19 @@ def test_other_thresholds(make, threshold, slope):
     assert all((m.threshold, m.slope) == (threshold, slope) for m in model.modules() if isinstance(m, Shrinkage))
 
 
+@pytest.mark.parametrize("name", ["drsn-cs", "drsn-cw"])
+@pytest.mark.parametrize("make", [network, network18])
+def test_gate_bias(make, name):
+    """The gates of all units begin at it; every other parameter is the default network's."""
+    torch.manual_seed(0)
+    plain = dict(make(name, stages=((4, 1, 1), (8, 2, 2)), stem=(4, 1)).named_parameters())
+    torch.manual_seed(0)
+    own = dict(make(name, stages=((4, 1, 1), (8, 2, 2)), stem=(4, 1), gate_bias=-2.0).named_parameters())
+    last = [key for key in own if key.endswith("shrinkage.fc.3.bias")]
+    assert len(last) == 3 and all((own[key] == -2).all() and (plain[key] == 0).all() for key in last)
+    assert all(torch.equal(own[key], plain[key]) for key in plain if key not in last)
+
+
 def test_the_baselines_of_the_class_have_its_layout_in_both_dimensions():
     """docs/networks_and_training.md, "Networks": by name, images get the authors' layout for CIFAR."""
     for name, make in (("resnet", resnet), ("senet", senet), ("convnet", convnet)):
@@ -337,6 +351,8 @@ def test_three_conditions(name, backend, seed):
             ValueError,
             "threshold and slope need a threshold, .* got attention='se', threshold='hard', slope=0.0",
         ),
+        (lambda: network(gate_bias=math.nan), ValueError, "gate_bias must be a finite number or None, got nan"),
+        (lambda: network("senet", gate_bias=-2.0), ValueError, "gate_bias needs a threshold, .* got 'se'"),
         (lambda: network("resnet", slope=0.1), ValueError, "got attention=None, threshold='soft', slope=0.1"),
     ],
 )

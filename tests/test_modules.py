@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from functools import partial
@@ -61,9 +62,33 @@ def test_widths(average, outputs, reduction, hidden):
     torch.testing.assert_close(y, soft_threshold(x, taus[""]))
 
 
+@pytest.mark.parametrize("average", ["channel", "sample", None])
+@pytest.mark.parametrize("norm", [True, False])
+def test_gate_bias(average, norm):
+    """It is where the last layer's bias starts, and nothing else: with the same seed the other numbers stay."""
+    torch.manual_seed(0)
+    plain = dk.Shrinkage(12, average=average, norm=norm).state_dict()
+    torch.manual_seed(0)
+    module = dk.Shrinkage(12, average=average, norm=norm, gate_bias=-2)
+    own = module.state_dict()
+    last = "fc.3.bias" if norm else "fc.2.bias"
+    assert own.keys() == plain.keys() and (own.pop(last) == -2).all() and (plain.pop(last) > -1).all()
+    assert all(torch.equal(own[key], plain[key]) for key in plain)
+    nn.init.zeros_(module.fc[-2].weight)
+    x = features((3, 12, 40))
+    with dk.record_tau(module) as taus:
+        module(x)
+    pooled = x.abs().mean(2)
+    wanted = (pooled.mean(1, keepdim=True) if average == "sample" else pooled if average else 1.0) / (1 + math.exp(2))
+    torch.testing.assert_close(taus[""], torch.as_tensor(wanted).expand_as(taus[""]))
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
+        ({"channels": 4, "gate_bias": math.inf}, ValueError, "gate_bias must be a finite number or None, got inf"),
+        ({"channels": 4, "gate_bias": "-2"}, ValueError, "gate_bias must be a finite number or None, got '-2'"),
+        ({"channels": 4, "gate_bias": True}, ValueError, "gate_bias must be a finite number or None, got True"),
         ({"channels": 0}, ValueError, "channels must be a positive integer, got 0"),
         ({"channels": 4.0}, TypeError, "channels must be a positive integer, got 4.0"),
         ({"channels": True}, TypeError, "channels must be a positive integer, got True"),

@@ -15,7 +15,8 @@ from data_files import sound, write_wav
 from train_jobs import new_run
 
 from drsn_kernels.__main__ import main
-from drsn_kernels.train import files, run
+from drsn_kernels.data import load_speech
+from drsn_kernels.train import command, files, run
 from drsn_kernels.train.arguments import decibels
 from drsn_kernels.train.progress import Progress
 from drsn_kernels.train.run import Stopped
@@ -243,6 +244,59 @@ def test_command_writes_its_files(tmp_path, speech, capsys):
     assert f"--out {out} already holds a run: continue it with --resume" in capsys.readouterr().err
 
 
+def test_noise_that_is_added_once(tmp_path, speech, monkeypatch, capsys):
+    """Every epoch trains on the same noisy samples, and so does a run that is stopped and continued."""
+    pytest.importorskip("scipy")
+    seen, real = [], run.epoch_batches
+
+    def batches(x, y, batch, **options):
+        seen.append((x.clone(), options["noise"]))
+        return real(x, y, batch, **options)
+
+    monkeypatch.setattr(run, "epoch_batches", batches)
+    options = ("--task", "speech", "--data", speech, "--model", "resnet", "--snr", "-3", "--epochs", 3, "--batch", 4)
+    options += ("--noise-protocol", "fixed")
+    assert train(*options, "--out", tmp_path / "whole") == 0
+    assert "noise: gaussian at -3 dB, the same in every epoch" in capsys.readouterr().out
+    assert [noise for _, noise in seen] == [None] * 3
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][0], seen[2][0])
+    clean = load_speech(speech).train_x
+    snr = 10 * (clean.square().mean((1, 2)) / (seen[0][0] - clean).square().mean((1, 2))).log10()
+    torch.testing.assert_close(snr, torch.full_like(snr, -3.0), atol=1e-3, rtol=0)
+
+    with monkeypatch.context() as patch:
+        after(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        assert train(*options, "--out", tmp_path / "parts") == 128 + signal.SIGTERM
+    assert train("--resume", "--out", tmp_path / "parts") == 0
+    whole, parts = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "parts"))
+    assert_equal_states(parts["network"], whole["network"])
+
+
+def test_a_run_from_before_there_were_protocols_is_one_of_fresh_noise(tmp_path, speech):
+    out = tmp_path / "out"
+    options = ("--task", "speech", "--data", speech, "--model", "resnet", "--epochs", 1, "--batch", 4, "--out", out)
+    assert train(*options) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"].pop("noise_protocol") == "fresh"
+    (out / "config.json").write_text(json.dumps(config))
+    assert train("--resume", "--noise-protocol", "fresh", "--out", out) == 0
+    assert train("--resume", "--noise-protocol", "fixed", "--out", out) == 1
+
+
+def test_windows_of_cwru_recordings(tmp_path, monkeypatch):
+    """--length and --stride reach load_cwru where they are given."""
+    asked = []
+
+    def load(folder, **options):
+        asked.append(options)
+        raise ValueError("no need to read them")
+
+    monkeypatch.setattr(command, "load_cwru", load)
+    assert train("--data", tmp_path, "--length", 512, "--stride", 96, "--out", tmp_path / "out") == 1
+    assert train("--data", tmp_path, "--out", tmp_path / "out") == 1
+    assert asked == [{"normal": True, "length": 512, "stride": 96}, {"normal": True}]
+
+
 @pytest.mark.parametrize("picture", ["curves", "confusion"])
 def test_results_are_there_whatever_comes_of_a_picture(tmp_path, speech, monkeypatch, capsys, caplog, picture):
     out = tmp_path / "out"
@@ -360,6 +414,9 @@ def test_command_refuses_to_resume_something_else(tmp_path, speech, capsys):
         (["--task", "image", "--test-speakers", "ann"], "--test-speakers belongs to --task speech, got --task image"),
         (["--task", "speech", "--data", "x", "--without-normal"], "--without-normal belongs to --task vibration"),
         (["--data", "nowhere"], "folder does not exist: "),
+        (["--stride", "96"], "--stride belongs to --task own, got --task vibration"),
+        (["--data", "nowhere", "--rate", "9"], "--rate belongs to --task own, got --task vibration"),
+        (["--noise", "none", "--noise-protocol", "fixed"], "--noise-protocol fixed needs noise, got --noise none"),
         (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
         (["--batch", "1"], "batch must be a whole number of at least 2, got 1"),
         (["--lr", "nan"], "lr must be a number of at least 0, got nan"),

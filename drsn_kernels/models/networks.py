@@ -22,14 +22,15 @@ class DRSN(nn.Module):
     (Table II) for one input channel: Conv(4, stride 2), then stages of four units with 4, 8 and 16 channels, each
     halving the length. :func:`network` builds it and its relatives by name.
 
-    Weights are drawn from a normal distribution of std sqrt(2 / fan_in) truncated at two std; biases start at 0.
+    Weights are drawn from a normal distribution of std sqrt(2 / fan_in) truncated at two std; biases start at 0, those
+    of `gate_bias` there.
 
     Args:
         in_channels: channels of the input.
         classes: number of outputs (logits).
         stages: (channels, units, stride of the first unit) for each stage.
         stem: (channels, stride) of the first convolution.
-        dims, kernel_size, attention, order, shortcut, reduction, norm, threshold, slope, fused: as in
+        dims, kernel_size, attention, order, shortcut, reduction, norm, threshold, slope, gate_bias, fused: as in
             :class:`ResidualShrinkageUnit`.
 
     Shapes:
@@ -55,11 +56,12 @@ class DRSN(nn.Module):
         norm: bool = True,
         threshold: str = "soft",
         slope: float = 0.0,
+        gate_bias: float | None = None,
         fused: bool = True,
     ) -> None:
         super().__init__()
         positive(in_channels=in_channels, classes=classes)
-        check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope)
+        check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope, gate_bias)
         if not isinstance(stem, Sequence) or len(stem) != 2:
             raise ValueError(f"stem must be (channels, stride), got {stem!r}")
         if not (isinstance(stages, Sequence) and stages) or any(
@@ -77,7 +79,7 @@ class DRSN(nn.Module):
         self.stem = conv if order == "pre" else sequential(conv, BATCH_NORM[dims](channels), nn.ReLU())
         options = {"dims": dims, "kernel_size": kernel_size, "attention": attention, "order": order}
         options |= {"shortcut": shortcut, "reduction": reduction, "norm": norm, "threshold": threshold, "slope": slope}
-        options |= {"fused": fused}
+        options |= {"gate_bias": gate_bias, "fused": fused}
         layers = []
         for stage_channels, units, stage_stride in stages:
             positive(units=units)
@@ -91,6 +93,9 @@ class DRSN(nn.Module):
         self.norm = BATCH_NORM[dims](channels) if order == "pre" else None
         self.fc = nn.Linear(channels, classes)
         self.apply(_initialise)
+        if gate_bias is not None:
+            for unit in (unit for stage in self.stages for unit in stage):
+                nn.init.constant_(unit.shrinkage.fc[-2].bias, gate_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels, self.dims)
@@ -153,7 +158,8 @@ def network(name: str = "drsn-cw", *, dims: int = 1, in_channels: int = 1, class
         dims: 1, :func:`paper_network`'s layout, or 2, :func:`cifar_network`'s.
         in_channels, classes: of the input, of the output.
         options: other keyword arguments of :class:`DRSN`, instead of the layout's: stages, stem, kernel_size, order,
-            reduction, norm, shortcut ("convnet" has none), and threshold and slope ("drsn-cs" and "drsn-cw" only).
+            reduction, norm, shortcut ("convnet" has none), and threshold, slope and gate_bias ("drsn-cs" and "drsn-cw"
+            only).
 
     Raises:
         TypeError, ValueError: an argument outside the above.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..batch_norm import FusedSequential
-from ..modules import Shrinkage, SqueezeExcite
+from ..modules import Shrinkage, SqueezeExcite, check_gate_bias
 from ..ops import checks
 from ..reference import SOFT
 
@@ -17,7 +17,7 @@ BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 # What a unit applies to its last convolution's output: (channels, reduction=, norm=) -> module with
 # forward(x, residual=None). The gates are the same, so that networks differ in what the gate's output does to x.
-# Those of THRESHOLDS also take threshold= and slope=.
+# Those of THRESHOLDS also take threshold=, slope= and gate_bias=.
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "cw": partial(Shrinkage, average="channel"),
     "cs": partial(Shrinkage, average="sample"),
@@ -43,6 +43,7 @@ def check_options(
     reduction: int,
     threshold: str,
     slope: float,
+    gate_bias: float | None,
 ) -> None:
     if not isinstance(dims, int) or isinstance(dims, bool) or dims not in CONV:
         raise ValueError(f"dims must be 1 or 2, got {dims!r}")
@@ -57,6 +58,9 @@ def check_options(
             f"threshold and slope need a threshold, attention 'cw' or 'cs'; "
             f"got attention={attention!r}, threshold={threshold!r}, slope={slope}"
         )
+    check_gate_bias(gate_bias)
+    if gate_bias is not None and attention not in THRESHOLDS:
+        raise ValueError(f"gate_bias needs a threshold, attention 'cw' or 'cs'; got {attention!r}")
 
 
 def check_input(x: torch.Tensor, channels: int, dims: int) -> None:
@@ -117,6 +121,7 @@ class ResidualShrinkageUnit(nn.Module):
             convolution and BN where the shape changes. None: no shortcut, with ``attention=None`` a plain ConvNet's.
         reduction, norm: of the attention's gate: hidden width channels // reduction, with BN or without.
         threshold, slope: as in :func:`drsn_kernels.soft_threshold`, for "cw" and "cs": "hard", or leaky.
+        gate_bias: of :class:`drsn_kernels.Shrinkage`, for "cw" and "cs".
         fused: each BN with the ReLU behind it is one operator (:class:`drsn_kernels.FusedSequential`); the same
             parameters, state_dict and numbers to rounding. False: torch's modules, one after the other.
 
@@ -142,11 +147,12 @@ class ResidualShrinkageUnit(nn.Module):
         norm: bool = True,
         threshold: str = "soft",
         slope: float = 0.0,
+        gate_bias: float | None = None,
         fused: bool = True,
     ) -> None:
         super().__init__()
         checks.positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
-        check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope)
+        check_options(dims, kernel_size, attention, order, shortcut, reduction, threshold, slope, gate_bias)
         self.in_channels, self.out_channels, self.stride, self.dims = in_channels, out_channels, stride, dims
         self.attention, self.order = attention, order
         conv = partial(CONV[dims], kernel_size=kernel_size, padding=kernel_size // 2, bias=order == "pre")
@@ -159,7 +165,7 @@ class ResidualShrinkageUnit(nn.Module):
         self.residual_function = (FusedSequential if fused else nn.Sequential)(*layers)
         options = {"reduction": reduction, "norm": norm}
         if attention in THRESHOLDS:
-            options |= {"threshold": threshold, "slope": slope}
+            options |= {"threshold": threshold, "slope": slope, "gate_bias": gate_bias}
         self.shrinkage = ATTENTION[attention](out_channels, **options) if attention else None
         self.shortcut: nn.Module | None = None
         if shortcut == "pad":

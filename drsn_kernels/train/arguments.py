@@ -7,7 +7,7 @@ from pathlib import Path
 from ..models import NAMES
 from ..noise import KINDS
 
-# Of --task own: how recordings become windows.
+# Of --task own, the first two of CWRU recordings too: how recordings become windows.
 OWN = {"length": None, "stride": None, "rate": None, "channels": None, "normalise": "window"}
 # What a run is: stored in its config.json, and taken from there by --resume.
 DEFAULTS = {
@@ -16,6 +16,7 @@ DEFAULTS = {
     "model": "drsn-cw",
     "noise": "gaussian",
     "snr": (-5.0, 5.0),
+    "noise_protocol": "fresh",
     "epochs": 100,
     "batch": 128,
     "lr": 0.1,
@@ -24,6 +25,7 @@ DEFAULTS = {
     "without_normal": False,
     **OWN,
 }
+PROTOCOLS = ("fresh", "fixed")
 TASKS = ("vibration", "own", "speech", "image")
 
 
@@ -71,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="in training and test; default gaussian, with --task own none")  # fmt: skip
     parser.add_argument("--snr", type=decibels, metavar="DB",
                         help="LOWEST:HIGHEST, drawn for each sample and epoch, or a number; default -5:5")  # fmt: skip
+    parser.add_argument("--noise-protocol", choices=PROTOCOLS,
+                        help="of the training data: new noise and SNR in every epoch, or, as in the paper, once; "
+                        "default fresh")  # fmt: skip
     parser.add_argument("--epochs", type=int, metavar="N", help="default 100")
     parser.add_argument("--batch", type=int, metavar="N", help="samples a step, over all processes; default 128")
     parser.add_argument("--lr", type=float, help="at first; a tenth after 40 %% and 80 %% of the epochs; default 0.1")
@@ -78,10 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-speakers", metavar="NAME,NAME", type=lambda text: tuple(text.split(",")),
                         help="speech: hold these speakers out instead of takes 0 to 4")  # fmt: skip
     parser.add_argument("--without-normal", action="store_true", help="vibration: without the class of Normal_*.mat")
-    own = parser.add_argument_group("of --task own")
+    own = parser.add_argument_group("of --task own", "--length and --stride also of --task vibration with --data")
     own.argument_default = argparse.SUPPRESS
     own.add_argument("--length", type=int, metavar="SAMPLES",
-                     help="a window; default 2048, or less where a recording is short")  # fmt: skip
+                     help="a window; default 2048, or less where a recording of one's own is short")  # fmt: skip
     own.add_argument("--stride", type=int, metavar="SAMPLES",
                      help="from one training window to the next; default half the length")  # fmt: skip
     own.add_argument("--rate", type=float, metavar="HZ", help="bring all recordings to this sampling rate; a file that "

@@ -8,6 +8,7 @@ import math
 import shlex
 import tempfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,7 +62,9 @@ def _settings(options: argparse.Namespace) -> tuple[dict, dict | None]:
         return defaults | given, None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        settings = {name: (OWN | config["settings"])[name] for name in DEFAULTS}  # older runs have none of OWN
+        # older runs have none of these
+        stored = OWN | {"noise_protocol": DEFAULTS["noise_protocol"]} | config["settings"]
+        settings = {name: stored[name] for name in DEFAULTS}
         config["data"]["crc32"]
     except FileNotFoundError:
         raise ValueError(f"--resume needs a run in --out, but {options.out} has no {CONFIG}") from None
@@ -81,6 +84,8 @@ def _check(settings: dict, options: argparse.Namespace) -> None:
     task, folder = settings["task"], settings["data"]
     if settings["noise"] == "none" and hasattr(options, "snr"):
         raise ValueError("--snr is the level of --noise, got --noise none: leave one of the two out")
+    if settings["noise"] == "none" and settings["noise_protocol"] != DEFAULTS["noise_protocol"]:
+        raise ValueError(f"--noise-protocol {settings['noise_protocol']} needs noise, got --noise none")
     if settings["without_normal"] and task == "vibration" and folder is None:
         raise ValueError("--without-normal leaves out Normal_*.mat of --data FOLDER, got no --data")
     if task == "speech" and folder is None:
@@ -88,8 +93,9 @@ def _check(settings: dict, options: argparse.Namespace) -> None:
     if task == "own" and folder is None:
         raise ValueError("--task own needs --data, a folder with a subfolder for each class, or a table .npz or .csv")
     tasks = {"test_speakers": "speech", "without_normal": "vibration", **dict.fromkeys(OWN, "own")}
+    cwru = ("length", "stride") if task == "vibration" and folder is not None else ()
     for name, belongs in tasks.items():
-        if settings[name] not in (DEFAULTS[name], []) and task != belongs:
+        if settings[name] not in (DEFAULTS[name], []) and task != belongs and name not in cwru:
             raise ValueError(f"{_flag(name)} belongs to --task {belongs}, got --task {task}")
     if not 0 <= settings["seed"] < 2**63:
         raise ValueError(f"--seed must be a whole number from 0 to 2^63 - 1, got {settings['seed']}")
@@ -122,7 +128,8 @@ def _load(settings: dict) -> Dataset:
             return simulate_bearing(generator=torch.Generator().manual_seed(settings["seed"]))
         finally:
             torch.set_num_threads(threads)
-    return load_cwru(folder, normal=not settings["without_normal"])
+    windows = {name: settings[name] for name in ("length", "stride") if settings[name] is not None}
+    return load_cwru(folder, normal=not settings["without_normal"], **windows)
 
 
 def _checksum(data: Dataset) -> int:
@@ -249,6 +256,9 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     test_x = data.test_x
     if noise is not None:  # the same at every epoch, and for every model
         test_x = noise(test_x, torch.Generator().manual_seed(settings["seed"] + 1))
+    if settings["noise_protocol"] == "fixed":  # a run that is continued draws the same
+        generator = torch.Generator().manual_seed(settings["seed"] + 2)
+        data, noise = replace(data, train_x=noise(data.train_x, generator)), None
     # Last, so that what is wrong with the options leaves no folder behind.
     ranks.wait()  # all have looked whether there is a run
     new = config is None
@@ -262,13 +272,14 @@ def _train(options: argparse.Namespace, ranks: Ranks) -> None:
     )  # fmt: skip
     if ranks.first:
         low, high = settings["snr"]
-        snr = "" if noise is None else f" at {low:g} dB" if low == high else f" at {low:g} to {high:g} dB"
+        snr = "" if settings["noise"] == "none" else f" at {low:g} dB" if low == high else f" at {low:g} to {high:g} dB"
+        once = ", the same in every epoch" if settings["noise_protocol"] == "fixed" else ""
         processes = "" if ranks.world == 1 else f", {ranks.world} processes"
         replayed = ", its steps as a CUDA graph" if graph else ""
         print(
             "\n".join([data.description, *filter(None, [data.preview]), ""])
             + f"{settings['model']} with {parameters:,} parameters on {ranks.device}"
-            f"{processes}{replayed}; noise: {settings['noise']}{snr}",
+            f"{processes}{replayed}; noise: {settings['noise']}{snr}{once}",
             flush=True,
         )
         if (advice := _few_steps(len(data.train_x), recipe)) and new:
