@@ -315,12 +315,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", metavar="ID", help="print these of the page's cases, and write nothing")
     parser.add_argument("--norms", action="store_true", help="write the table of batch_norm_relu alone")
     options = parser.parse_args(arguments)
+    if options.check:
+        print("\n".join(check_table(records())))
+        return 0
     os.environ["TRITON_INTERPRET"] = "0"
     if options.norms:
         PAGE.write_text(written(PAGE.read_text("utf-8"), "norms", norms_table()), "utf-8")
-        return 0
-    if options.check:
-        print("\n".join(check_table(records())))
         return 0
     cases = sorted(headlines(), key=lambda case: case.group)
     if options.cases:

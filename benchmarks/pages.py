@@ -70,12 +70,11 @@ def bought() -> list[str]:
     norms = over_resnet(gpu, "resnet-fused")
     before = "" if norms else " (measured before batch normalisation was fused as well)"
     return [
-        f"The paper pays {100 * (PAPER_RATIO - 1):.1f} % more training time than its ResNet takes.",
-        f"The popular PyTorch ports pay {ports[0]} on a CPU and {ports[1]} on an {short(gpu)}.",
+        f"The paper pays {100 * (PAPER_RATIO - 1):.1f} % more training time than its ResNet takes, the popular PyTorch"
+        f" ports {ports[0]} on a CPU and {ports[1]} on an {short(gpu)}.",
         f"Here a step takes {over_resnet(NORMS, 'cpu'):.2f} of the time of PyTorch's ResNet on a CPU, and"
-        f" {over_resnet(gpu, 'triton'):.2f} on an {short(gpu)}{before}.",
-        f"A shrinkage keeps {kept('cpu', 'cpu'):.1f} bytes an element for the backward pass instead of"
-        f" {kept('cpu', 'port'):.0f}.",
+        f" {over_resnet(gpu, 'triton'):.2f} on an {short(gpu)}{before}. A shrinkage keeps"
+        f" {kept('cpu', 'cpu'):.1f} bytes an element for the backward pass instead of {kept('cpu', 'port'):.0f}.",
     ]
 
 

@@ -23,8 +23,8 @@ argument, what was given and what is accepted. [What is supported](support.md) w
 [which way a call goes](use.md#which-way-a-call-goes); [when not to use it](use.md#when-not-to-use-it).
 """
 SECTIONS = {
-    "Operators": ["soft_threshold", "abs_mean", "shrink", "squeeze_excite"],
-    "Modules": ["Shrinkage", "SoftThreshold", "SqueezeExcite", "record_tau"],
+    "Operators": ["soft_threshold", "abs_mean", "shrink", "squeeze_excite", "batch_norm_relu"],
+    "Modules": ["Shrinkage", "SoftThreshold", "SqueezeExcite", "BatchNormReLU", "FusedSequential", "record_tau"],
     "Models that exist": ["convert", "revert"],
     "Looking and choosing": ["explain", "use_backend"],
     "Networks": [

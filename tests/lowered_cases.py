@@ -217,7 +217,8 @@ def norm_case(
 
     return Case(
         _name("norm", shape, dtype, note), make, shape, dtype,
-        cost_of("norm", shape, dtype, training=training, grad=training), *launches, width=width_of(shape, dtype),
+        cost_of("batch_norm_relu", shape, dtype, training=training, grad=training), *launches,
+        width=width_of(shape, dtype),
     )  # fmt: skip
 
 
