@@ -62,12 +62,12 @@ def test_a_replaced_run_gives_no_figure_of_today(monkeypatch):
 
 
 def test_a_run_of_a_few_cases_leaves_its_other_cells_empty(monkeypatch, tmp_path):
-    for name in ("cpu", "nvidia-h200"):
+    for name in ("cpu", "cpu-norms", "nvidia-h200"):
         (tmp_path / name).symlink_to(stored.RUNS / name)
     rows = [one | {"device": "NVIDIA B200"} for one in pages.run("nvidia-h200") if one["op"] == "abs_mean"]
     write_json(tmp_path / "nvidia-b200" / "results.json", rows, "a command")
     monkeypatch.setattr(stored, "RUNS", tmp_path)
-    assert pages.names() == ["cpu", "nvidia-b200", "nvidia-h200"]
+    assert pages.names() == ["cpu", "cpu-norms", "nvidia-b200", "nvidia-h200"]
     for name, block in pages.BLOCKS.items():
         assert block(), name
     assert "B200" in pages.measured()[0] and "nvidia-b200" in "".join(pages.status())
