@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..models import paper_network
+from ..models import network
 from ..modules import Shrinkage
 from ..train.recipe import Recipe, train_step
 from .port import PortShrinkage, swap
@@ -22,10 +22,10 @@ FORMS = {PORT: PortShrinkage, FUSED: Shrinkage}
 def _networks() -> dict[str, nn.Module]:
     """PyTorch's ResNet, the network with each form of shrinkage, and the ResNet with the normalisation of the last."""
     return {
-        "ResNet": paper_network("resnet", fused=False),
-        PORT: swap(paper_network(fused=False), PortShrinkage),
-        FUSED: paper_network(),
-        "ResNet, fused norms": paper_network("resnet"),
+        "ResNet": network("resnet", fused=False),
+        PORT: swap(network(fused=False), PortShrinkage),
+        FUSED: network(),
+        "ResNet, fused norms": network("resnet"),
     }
 
 
