@@ -110,7 +110,10 @@ def measured() -> list[str]:
     def networks(provider: str) -> Callable[[str], str]:
         def value(name: str) -> str:
             found = over_resnet(name, table(name).ours if provider == "ours" else provider)
-            return "" if found is None else number(1 / found)
+            if found is None:
+                return ""
+            older = provider == "ours" and over_resnet(name, "resnet-fused") is None
+            return number(1 / found) + (", PyTorch's norms" if older else "")
 
         return value
 
