@@ -13,25 +13,26 @@ from pathlib import Path
 from drsn_kernels._extras import require
 from drsn_kernels.models import NAMES
 
+from .gates import GATES
 from .results import Result
 from .tasks import TASKS, Condition
 
 BASE = "resnet"
 LABELS = {"convnet": "ConvNet", "resnet": "ResNet", "senet": "SENet", "drsn-cs": "DRSN-CS", "drsn-cw": "DRSN-CW"}
 COLOURS = dict(zip(NAMES, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
-OTHER = "tab:purple"  # with another bias of the gates
+OTHER = "tab:purple"  # with other gates
 Cells = dict[tuple[str, Condition, str], dict[int, Result]]  # (task, condition, network) -> seed -> result
 
 
 def label(network: str) -> str:
-    """ "drsn-cw -2" -> "DRSN-CW, gate bias -2"."""
-    model, _, bias = network.partition(" ")
-    return LABELS[model] + (f", gate bias {bias}" if bias else "")
+    """ "drsn-cw -2" -> "DRSN-CW, gate bias -2"; "drsn-cw warm-up" -> "DRSN-CW, gate warm-up"."""
+    model, *changes = network.split(" ")
+    return LABELS[model] + "".join(f", gate {one if one in GATES else f'bias {one}'}" for one in changes)
 
 
-def _order(network: str) -> tuple[int, str]:
-    model, _, bias = network.partition(" ")
-    return NAMES.index(model), bias
+def _order(network: str) -> tuple[int, list[str]]:
+    model, *changes = network.split(" ")
+    return NAMES.index(model), changes
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -66,12 +67,17 @@ def networks(cells: Cells, task: str, condition: Condition) -> list[str]:
     return sorted((key[2] for key in cells if key[:2] == (task, condition)), key=_order)
 
 
+def _shown(cells: Cells, task: str, condition: Condition) -> list[str]:
+    """Those of the package's own options; what is tried with gates.py stands in the table of gates."""
+    return [name for name in networks(cells, task, condition) if not GATES.keys() & set(name.split(" "))]
+
+
 def table(cells: Cells, task: str) -> str:
     """Markdown: a line for each network under each noise that has runs."""
     lines = ["| noise | network | seeds | test | training | test over ResNet | seeds ahead |", "|---" * 7 + "|"]
     for condition in TASKS[task].conditions:
         base = cells.get((task, condition, BASE), {})
-        for number, name in enumerate(networks(cells, task, condition)):
+        for number, name in enumerate(_shown(cells, task, condition)):
             results = cells[task, condition, name]
             test = _mean([100 * one.test_acc for one in results.values()])
             training = _mean([100 * one.train_acc for one in results.values()])
@@ -81,37 +87,37 @@ def table(cells: Cells, task: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def gate_bias(cells: Cells) -> str:
-    """Markdown: networks whose gates begin at another bias beside the same with the paper's, seed by seed."""
-    lines = ["| data | noise | network | seeds | bias 0 | with the bias | gained |", "|---" * 7 + "|"]
+def gates(cells: Cells) -> str:
+    """Markdown: networks whose gates begin or learn otherwise beside the same with the paper's, seed by seed."""
+    lines = ["| data | noise | network | seeds | paper's gates | these | gained |", "|---" * 7 + "|"]
     for name, task in TASKS.items():
         for condition in task.conditions:
             for network in networks(cells, name, condition):
-                model, _, bias = network.partition(" ")
-                with_bias, plain = cells[name, condition, network], cells.get((name, condition, model), {})
-                seeds = sorted(with_bias.keys() & plain.keys())
-                if not bias or not seeds:
+                model, *changes = network.split(" ")
+                changed, plain = cells[name, condition, network], cells.get((name, condition, model), {})
+                seeds = sorted(changed.keys() & plain.keys())
+                if not changes or not seeds:
                     continue
-                values = [_mean([100 * of[seed].test_acc for seed in seeds]) for of in (plain, with_bias)]
-                row = (name, str(condition), label(network), str(len(seeds)), *values, _over(with_bias, plain)[0])
+                values = [_mean([100 * of[seed].test_acc for seed in seeds]) for of in (plain, changed)]
+                row = (name, str(condition), label(network), str(len(seeds)), *values, _over(changed, plain)[0])
                 lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
 def _style(network: str) -> dict:
-    model, _, bias = network.partition(" ")
-    return {"color": OTHER if bias else COLOURS[model], "label": label(network)}
+    model, *changes = network.split(" ")
+    return {"color": OTHER if changes else COLOURS[model], "label": label(network)}
 
 
 def curves(path: Path, cells: Cells, task: str) -> None:
     """Test accuracy against epochs under each noise that has runs: the mean over seeds, and the range of the seeds."""
-    conditions = [c for c in TASKS[task].conditions if networks(cells, task, c)]
+    conditions = [c for c in TASKS[task].conditions if _shown(cells, task, c)]
     figure = require("matplotlib.figure", "train").Figure(
         figsize=(max(3.6 * len(conditions), 6), 4), layout="constrained"
     )
     axes = figure.subplots(1, max(len(conditions), 1), squeeze=False)[0]
     for one, condition in zip(axes, conditions, strict=False):
-        for network in networks(cells, task, condition):
+        for network in _shown(cells, task, condition):
             runs = [[100 * value for value in r.curve] for r in cells[task, condition, network].values()]
             epochs = range(1, min(map(len, runs)) + 1)
             columns = [[run[epoch - 1] for run in runs] for epoch in epochs]
@@ -132,12 +138,12 @@ def curves(path: Path, cells: Cells, task: str) -> None:
 
 
 def gains(path: Path, cells: Cells) -> None:
-    """Points over the ResNet with their intervals, a row for each task of fixed noise, noise and network."""
+    """Points over the ResNet with their intervals, a row for each paired task, noise and network."""
     rows = []
     for name, task in TASKS.items():
-        for condition in task.conditions if task.protocol == "fixed" else ():
+        for condition in task.conditions if task.paired else ():
             base = cells.get((name, condition, BASE), {})
-            for network in networks(cells, name, condition):
+            for network in _shown(cells, name, condition):
                 found = differences(cells[name, condition, network], base)
                 if network != BASE and found:
                     rows.append((f"{name}, {condition}", network, found))

@@ -4,7 +4,7 @@
 
 Prints the tables, writes them into OUT/README.md between its markers, and draws accuracy against SNR beside the paper's
 values: a CSV with the columns panel,noise,snr_db,method,accuracy_pct, of which the rows of the panel "test" are used.
-Tasks of fixed noise have several seeds: paired.py has their tables and pictures. Of each task the runs of its own
+paired.py has the tables and pictures of the tasks that are compared seed by seed. Of each task the runs of its own
 number of epochs count, or with --epochs those of another.
 """
 
@@ -137,13 +137,13 @@ def plot(path: Path, cells: Cells, task: str, paper: dict[tuple[str, str], dict[
 
 
 def blocks(found: Cells) -> dict[str, str]:
-    """The Markdown of each task with runs, and of "gate_bias" where there are runs with one."""
+    """The Markdown of each task with runs, and of "gates" where there are runs with others than the paper's."""
     made = {}
     for name, task in TASKS.items():
         if any(key[0] == name for key in found):
-            made[name] = (paired.table if task.protocol == "fixed" else tables)(found, name)
+            made[name] = (paired.table if task.paired else tables)(found, name)
     if any(" " in key[2] for key in found):
-        made["gate_bias"] = paired.gate_bias(found)
+        made["gates"] = paired.gates(found)
     return made
 
 
@@ -158,7 +158,7 @@ def write(out: Path, paper: dict[tuple[str, str], dict[float, float]], epochs: i
     if not found:
         raise ValueError(f"{path} has no runs{of_epochs} yet: python -m experiments.run makes them")
     page, made = out / "README.md", blocks(found)
-    for name in (*TASKS, "gate_bias"):
+    for name in (*TASKS, "gates"):
         on_page = page.exists() and f"<!-- {name} -->" in page.read_text(encoding="utf-8")
         text = made.get(name, f"No runs{of_epochs} yet.\n")
         if name in made:
@@ -167,11 +167,11 @@ def write(out: Path, paper: dict[tuple[str, str], dict[float, float]], epochs: i
             insert(page, name, text)
         # Without a run too: an old plot would contradict the page.
         if name in TASKS and (name in made or on_page):
-            if TASKS[name].protocol == "fixed":
+            if TASKS[name].paired:
                 paired.curves(out / f"{name}-curves.png", found, name)
             elif any(condition.snr_db is not None for condition in TASKS[name].conditions):
                 plot(out / f"{name}.png", found, name, paper)
-    if any(TASKS[key[0]].protocol == "fixed" for key in found):
+    if any(TASKS[key[0]].paired for key in found):
         paired.gains(out / "gains.png", found)
     return 0
 

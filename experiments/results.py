@@ -12,8 +12,8 @@ from drsn_kernels.models import NAMES
 from .tasks import TASKS, Condition
 
 FIELDS = (
-    "task", "model", "noise", "snr_db", "seed", "epochs", "test_acc", "seconds", "protocol", "gate_bias", "train_acc",
-    "curve",
+    "task", "model", "noise", "snr_db", "seed", "epochs", "test_acc", "seconds", "protocol", "gate_bias", "gate",
+    "train_acc", "curve",
 )  # fmt: skip
 
 
@@ -28,11 +28,13 @@ class Run:
     epochs: int
     protocol: str = "fresh"
     gate_bias: float | None = None
+    gate: str | None = None
 
     @property
     def network(self) -> str:
-        """The model, with what its gates begin at where that is not the default: "drsn-cw", "drsn-cw -2"."""
-        return self.model if self.gate_bias is None else f"{self.model} {self.gate_bias:g}"
+        """The model, and what is other than the default in its gates: "drsn-cw", "drsn-cw -2", "drsn-cw warm-up"."""
+        changes = ([] if self.gate_bias is None else [f"{self.gate_bias:g}"]) + ([self.gate] if self.gate else [])
+        return " ".join([self.model, *changes])
 
     def __str__(self) -> str:
         return f"{self.task}, {self.condition}, {self.network}, seed {self.seed}"
@@ -65,9 +67,8 @@ def read(path: Path) -> dict[Run, Result]:
         try:
             condition = Condition(row["noise"], float(row["snr_db"]) if row["snr_db"] else None)
             bias = float(row["gate_bias"]) if row["gate_bias"] else None
-            run = Run(
-                row["task"], row["model"], condition, int(row["seed"]), int(row["epochs"]), row["protocol"], bias
-            )
+            size = int(row["seed"]), int(row["epochs"])
+            run = Run(row["task"], row["model"], condition, *size, row["protocol"], bias, row["gate"] or None)
             train_acc = float(row["train_acc"]) if row["train_acc"] else None
             curve = tuple(map(float, row["curve"].split()))
             found[run] = Result(float(row["test_acc"]), float(row["seconds"]), train_acc, curve)
@@ -93,7 +94,7 @@ def append(path: Path, run: Run, result: Result) -> None:
         bias = "" if run.gate_bias is None else f"{run.gate_bias:g}"
         curve = " ".join(f"{value:.4f}" for value in result.curve)
         writer.writerow(
-            (*row, f"{result.test_acc:.5f}", f"{result.seconds:.1f}", run.protocol, bias, train_acc, curve)
+            (*row, f"{result.test_acc:.5f}", f"{result.seconds:.1f}", run.protocol, bias, run.gate, train_acc, curve)
         )
         file.write(text.getvalue().encode())
         file.flush()
@@ -108,7 +109,7 @@ class Selection:
         tasks, models: names.
         epochs: None for each task's own.
         noises, snr_db: None for all.
-        gate_bias: of the networks with thresholds, which alone are then meant.
+        gate_bias, gate: of the networks with thresholds, which alone are then meant.
     """
 
     tasks: tuple[str, ...]
@@ -117,10 +118,12 @@ class Selection:
     noises: tuple[str, ...] | None = None
     snr_db: tuple[float, ...] | None = None
     gate_bias: float | None = None
+    gate: str | None = None
 
     def runs(self, seeds: Iterable[int]) -> Iterator[Run]:
         """Seed by seed, and of each condition all models together, so that a part of it can be compared."""
-        models = [name for name in self.models if self.gate_bias is None or name.startswith("drsn")]
+        changed = self.gate_bias is not None or self.gate is not None
+        models = [name for name in self.models if not changed or name.startswith("drsn")]
         for seed in seeds:
             for name in self.tasks:
                 task = TASKS[name]
@@ -130,8 +133,8 @@ class Selection:
                     if self.snr_db is not None and condition.snr_db not in self.snr_db:
                         continue
                     for model in models:
-                        epochs = self.epochs or task.epochs
-                        yield Run(name, model, condition, seed, epochs, task.protocol, self.gate_bias)
+                        length = self.epochs or task.epochs
+                        yield Run(name, model, condition, seed, length, task.protocol, self.gate_bias, self.gate)
 
 
 def missing(done: Mapping[Run, Result], chosen: Selection, seeds: int | None) -> list[Run]:

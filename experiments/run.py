@@ -29,6 +29,7 @@ from drsn_kernels.train.recipe import Recipe, accuracy, epoch_batches, train_ste
 
 from . import ROOT, report
 from .batch_last import BatchLast, compiled
+from .gates import GATES, WarmUp, without_decay, zero_weights
 from .results import Result, Run, Selection, append, missing, read
 from .tasks import TASKS, data, noise
 
@@ -64,6 +65,8 @@ def execute(run: Run, folder: Path | None, quick: bool, how: How = How()) -> Res
     if run.gate_bias is not None:
         options["gate_bias"] = run.gate_bias
     net = network(run.model, **options)
+    if run.gate == "zero":
+        zero_weights(net)
     model = nn.Sequential(dataset.transform, BatchLast(net) if how.batch_last and net.dims == 1 else net)
     model.to(how.device)
     test_generator = torch.Generator().manual_seed(1_000_000 + run.seed)
@@ -74,16 +77,23 @@ def execute(run: Run, folder: Path | None, quick: bool, how: How = How()) -> Res
     if run.protocol == "fixed":
         x, train_noise = train_noise(x, generator).to(how.device), None
     groups = parameter_groups(model, recipe.weight_decay)
+    if run.gate == "no-decay":
+        groups = without_decay(groups, net)
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
     schedule = recipe.schedule(optimizer)
     step = partial(train_step, model, optimizer)
     if how.graph:
         step = graphed(step, optimizer)
     curve = []
+    warm_up = WarmUp(net, run.epochs * -(-len(x) // recipe.batch)) if run.gate == "warm-up" else None
     for _ in range(run.epochs):
         model.train()
         batches = epoch_batches(x, y, recipe.batch, generator=generator, noise=train_noise)
-        right = sum(step(*batch)[1] for batch in batches)
+        right = 0
+        for batch in batches:
+            if warm_up is not None:
+                warm_up()
+            right += step(*batch)[1]
         schedule.step()
         curve.append(accuracy(model, tests[0], dataset.test_y))
     seconds = time.process_time() - start
@@ -137,6 +147,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--noise", nargs="+", help="default: all of the task's")
     parser.add_argument("--snr", nargs="+", type=float, metavar="DB", help="default: all of the task's")
     parser.add_argument("--gate-bias", type=float, metavar="B", help="DRSNs whose gates begin with this bias")
+    parser.add_argument("--gate", choices=GATES, help="DRSNs whose gates begin or learn otherwise: gates.py")
     parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--batch-last", action="store_true", help="train signals by batch_last.cpp; needs a compiler")
     parser.add_argument("--seeds", type=int, help="of every cell; default: complete the first that is not complete")
@@ -174,6 +185,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.noise and tuple(options.noise),
         options.snr and tuple(options.snr),
         options.gate_bias,
+        options.gate,
     )
     options.out = options.out or (Path("experiments-quick") if options.quick else ROOT / "docs" / "experiments")
     return options

@@ -40,6 +40,7 @@ class Task:
         source: the option of the command that gives the folder; None where no files are needed.
         epochs: unless the command says how many.
         protocol: "fresh", other noise in every epoch; "fixed", the paper's: noise is added to the training data once.
+        paired: networks are compared seed by seed, with their training accuracy and learning curves: paired.py.
         draws: times that the test set is tested, each with noise of its own; small test sets need several.
     """
 
@@ -50,6 +51,7 @@ class Task:
     source: str | None = None
     epochs: int = EPOCHS
     protocol: str = "fresh"
+    paired: bool = False
 
 
 def _vibration(folder: Path) -> Dataset:
@@ -58,6 +60,10 @@ def _vibration(folder: Path) -> Dataset:
 
 def _cwru(folder: Path) -> Dataset:
     return load_cwru(folder, length=512, stride=DENSE)
+
+
+def _whole(folder: Path) -> Dataset:
+    return load_cwru(folder, stride=DENSE)
 
 
 def _other_load(folder: Path) -> Dataset:
@@ -88,13 +94,17 @@ def _images(folder: Path) -> Dataset:
 
 _KINDS = ("gaussian", "laplace", "pink")
 _SIGNALS = tuple(Condition(kind, snr) for kind in _KINDS for snr in SNR_DB)
+_HARD = (Condition("gaussian", -5.0),)
+_BURIED = tuple(Condition("gaussian", snr) for snr in (-10.0, -15.0))
 _THREE = tuple(Condition(kind, snr) for kind in _KINDS for snr in (-5.0, 0.0, 5.0))
 # The layout of the authors' CIFAR network at half its width and a quarter of its area, which two cores can train.
 _SMALL_IMAGES = {"dims": 2, "stem": (8, 1), "stages": ((8, 1, 2), (16, 1, 2), (16, 1, 2))}
 TASKS = {
-    "cwru": Task(_cwru, _THREE, source="vibration", epochs=LONG, protocol="fixed"),
-    "cwru-load": Task(_other_load, _THREE, source="vibration", epochs=LONG, protocol="fixed"),
-    "bearings": Task(_bearings, _THREE, epochs=LONG, protocol="fixed"),
+    "cwru": Task(_cwru, _THREE, source="vibration", epochs=LONG, protocol="fixed", paired=True),
+    "cwru-load": Task(_other_load, _THREE, source="vibration", epochs=LONG, protocol="fixed", paired=True),
+    "bearings": Task(_bearings, _THREE, epochs=LONG, protocol="fixed", paired=True),
+    "cwru-paper": Task(_cwru, _HARD, source="vibration", epochs=109, protocol="fixed", paired=True),
+    "cwru-2048": Task(_whole, _HARD, source="vibration", epochs=LONG, protocol="fixed", paired=True),
     "vibration": Task(_vibration, _SIGNALS, source="vibration"),
     "speech": Task(
         _speech,
@@ -103,7 +113,11 @@ TASKS = {
         draws=2,
         source="speech",
     ),
+    "speech-long": Task(
+        _speech, (Condition("street", -10.0),), _SMALL_IMAGES, draws=2, source="speech", epochs=4 * EPOCHS, paired=True
+    ),
     "image": Task(_images, (Condition("uniform"), Condition("pasted")), _SMALL_IMAGES, source="image"),
+    "image-noise": Task(_images, _BURIED, _SMALL_IMAGES, source="image", epochs=16, paired=True),
     "simulated": Task(_simulated, _SIGNALS),
 }
 _PLACES = {"street": noises.street, "workshop": noises.workshop}

@@ -1,11 +1,8 @@
-"""experiments/: the noises, the rows, what is done next, repeatable runs, tables; and a command that is killed."""
+"""experiments/: the rows, what is done next, repeatable runs, gates; and a command that is killed."""
 
 import copy
-import json
-import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -14,7 +11,6 @@ from pathlib import Path
 import pytest
 import recorded_graph
 import torch
-from oracle import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # behind the installed package
@@ -22,100 +18,18 @@ sys.path.append(str(ROOT))  # behind the installed package
 import drsn_kernels as dk  # noqa: E402
 from drsn_kernels.data import Dataset  # noqa: E402
 from drsn_kernels.models import NAMES, network  # noqa: E402
-from experiments import batch_last, noises, paired, pictures, report, results, run, tasks, timing  # noqa: E402
+from experiments import batch_last, gates, results, run, tasks  # noqa: E402
 from experiments.results import Result, Run, Selection  # noqa: E402
 from experiments.tasks import TASKS, Condition  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RATE = 8000.0
-
-
-# ---- noises ----------------------------------------------------------------------------------------------------------
-
-
-def power(noise: torch.Tensor, low: float, high: float) -> float:
-    """Share of the power between two frequencies."""
-    spectrum = torch.fft.rfft(noise).abs().square().mean(0)
-    f = torch.fft.rfftfreq(noise.shape[1], 1 / RATE)
-    return float(spectrum[(f >= low) & (f < high)].sum() / spectrum.sum())
-
-
-def kurtosis(noise: torch.Tensor) -> float:
-    """3 for Gaussian noise; more where rare events carry the power."""
-    return float(noise.pow(4).mean() / noise.square().mean() ** 2)
-
-
-def test_street_and_workshop():
-    street = noises.street(12, 24_000, RATE, seeded())
-    workshop = noises.workshop(12, 24_000, RATE, seeded())
-    for noise in (street, workshop):
-        assert noise.shape == (12, 24_000)
-        torch.testing.assert_close(noise.square().mean(1), torch.ones(12))
-    assert power(street, 125, 500) > 0.6 and power(street, 2000, 4000) < 0.05  # engines at 250 Hz
-    level = street.unfold(1, 2400, 2400).square().mean(2)  # of 0.3 s each: vehicles come and go
-    changes = level.amax(1) / level.amin(1)
-    assert changes.median() > 5 and (changes > 1.5).all()
-    assert kurtosis(workshop) > 6  # strokes
-    hum = power(workshop, 44, 56) + power(workshop, 89, 111)
-    assert 0.15 < hum < 0.35  # of 4 / 13 of the power in 12 harmonics, the first two have 0.31 * 1.25 / 1.56
-    assert torch.equal(noises.street(2, 800, RATE, seeded(3)), noises.street(2, 800, RATE, seeded(3)))
-
-
-def test_recorded_noise_has_the_snr_and_pieces_of_the_recordings():
-    recordings = torch.randn(3, 300)
-    x = torch.randn(50, 1, 64) * torch.linspace(0.1, 3, 50).view(-1, 1, 1)
-    added = noises.Recorded(recordings, -7.0)(x, seeded()) - x
-    snr = 10 * (x.square().mean((1, 2)) / added.square().mean((1, 2))).log10()
-    torch.testing.assert_close(snr, torch.full((50,), -7.0), atol=1e-3, rtol=0)
-    pieces = recordings.unfold(1, 64, 1).flatten(0, 1)
-    alike = torch.nn.functional.normalize(added.squeeze(1)) @ torch.nn.functional.normalize(pieces).T
-    found = alike.amax(1)
-    torch.testing.assert_close(found, torch.ones(50), atol=1e-3, rtol=0)
-    assert len(alike.argmax(1).unique()) > 40
-    whole = noises.Recorded(recordings, 0.0)(torch.ones(2, 1, 300), seeded())  # no more samples than x has
-    assert whole.shape == (2, 1, 300)
-
-
-def test_training_and_testing_hear_other_recordings():
-    train, test = tasks.noise(Condition("street", -5.0), 800.0)
-    assert train.snr_db == test.snr_db == -5.0
-    assert train.recordings.shape == test.recordings.shape == (tasks.RECORDINGS, 2400)
-    alike = torch.nn.functional.normalize(train.recordings) @ torch.nn.functional.normalize(test.recordings).T
-    assert alike.abs().max() < 0.9
-
-
-def test_uniform_offset():
-    x = torch.rand(20, 1, 28, 28)
-    added = noises.uniform_offset(x, seeded()) - x
-    assert added.min() > -1e-6 and added.max() < 0.5
-    assert abs(float(added.mean()) - 0.25) < 0.01 and abs(float(added.std()) - 0.5 / math.sqrt(12)) < 0.01
-
-
-def test_pasted_content():
-    x = torch.rand(60, 1, 8, 8)
-    y = noises.pasted(x, seeded())
-    assert (y >= x).all()
-    small = torch.nn.functional.avg_pool2d(x, 2)
-    corners = set()
-    for sample, before in zip(y, x, strict=True):
-        matches = []
-        for row, column in ((0, 0), (0, 4), (4, 0), (4, 4)):
-            inside = torch.zeros(8, 8, dtype=torch.bool)
-            inside[row : row + 4, column : column + 4] = True
-            candidates = torch.maximum(before[0, row : row + 4, column : column + 4], small[:, 0])
-            same = (candidates == sample[0, row : row + 4, column : column + 4]).flatten(1).all(1)
-            if same.any() and torch.equal(sample[0][~inside], before[0][~inside]):
-                matches.append((row, column))
-        assert matches
-        corners.update(matches)
-    assert len(corners) == 4
 
 
 # ---- rows and what is missing ----------------------------------------------------------------------------------------
 
 A = Run("vibration", "resnet", Condition("pink", -5.0), 0, 40)
 B = Run("image", "drsn-cw", Condition("pasted"), 1, 40)
-C = Run("cwru", "drsn-cw", Condition("gaussian", -5.0), 2, 12, "fixed", -2.0)
+C = Run("cwru", "drsn-cw", Condition("gaussian", -5.0), 2, 12, "fixed", -2.0, "warm-up")
 
 
 def test_rows(tmp_path):
@@ -125,10 +39,10 @@ def test_rows(tmp_path):
     results.append(path, B, Result(1.0, 12.0))
     results.append(path, C, Result(0.5, 3.0, 0.75, (0.25, 0.5)))
     assert path.read_text().splitlines() == [
-        "task,model,noise,snr_db,seed,epochs,test_acc,seconds,protocol,gate_bias,train_acc,curve",
-        "vibration,resnet,pink,-5,0,40,0.12346,7.0,fresh,,,",
-        "image,drsn-cw,pasted,,1,40,1.00000,12.0,fresh,,,",
-        "cwru,drsn-cw,gaussian,-5,2,12,0.50000,3.0,fixed,-2,0.75000,0.2500 0.5000",
+        "task,model,noise,snr_db,seed,epochs,test_acc,seconds,protocol,gate_bias,gate,train_acc,curve",
+        "vibration,resnet,pink,-5,0,40,0.12346,7.0,fresh,,,,",
+        "image,drsn-cw,pasted,,1,40,1.00000,12.0,fresh,,,,",
+        "cwru,drsn-cw,gaussian,-5,2,12,0.50000,3.0,fixed,-2,warm-up,0.75000,0.2500 0.5000",
     ]
     assert results.read(path) == {
         A: Result(0.12346, 7.0), B: Result(1.0, 12.0), C: Result(0.5, 3.0, 0.75, (0.25, 0.5))
@@ -174,8 +88,8 @@ def test_what_is_missing_comes_first_and_then_another_seed():
     done[first[3]] = Result(0.5, 1.0)
     assert {r.seed for r in results.missing(done, image, None)} == {1}
     assert results.missing(done, image, 1) == []
-    for other in ({"epochs": 20}, {"gate_bias": -2.0}):  # are other runs
-        assert len(results.missing(done, Selection(("image",), **other), 1)) == (4 if "gate_bias" in other else 10)
+    for other in ({"epochs": 20}, {"gate_bias": -2.0}, {"gate": "zero"}):  # are other runs
+        assert len(results.missing(done, Selection(("image",), **other), 1)) == (10 if "epochs" in other else 4)
 
 
 def test_a_part_of_the_grid():
@@ -260,6 +174,54 @@ def test_the_gates_of_a_run_begin_at_its_bias(monkeypatch):
     for bias in (None, -2.0):
         run.execute(Run("cwru", "drsn-cw", Condition("gaussian", 0.0), 0, 1, "fixed", bias), None, True)
     assert [options.get("gate_bias") for options in made] == [None, -2.0]
+
+
+def last_biases(net):
+    return torch.cat([unit.shrinkage.fc[-2].bias.detach() for stage in net.stages for unit in stage])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # no step is taken
+@pytest.mark.parametrize("name", gates.GATES)
+def test_a_run_with_other_gates(monkeypatch, name):
+    """execute() does with the gates what the name says, and nothing else is other than in a run without."""
+    few(monkeypatch)
+    made, optimizers = [], []
+
+    def build(*args, **options):
+        made.append(network(*args, **options))
+        return made[-1]
+
+    def step(model, optimizer, x, y):
+        optimizers.append(optimizer)
+        return torch.zeros(()), torch.zeros(())
+
+    monkeypatch.setattr(run, "network", build)
+    monkeypatch.setattr(run, "train_step", step)
+    for gate in (None, name):
+        run.execute(Run("cwru", "drsn-cw", Condition("gaussian", 0.0), 0, 2, "fixed", None, gate), None, True)
+    plain, ours = made
+    free = [p for unit in ours.stages.modules() if isinstance(unit, dk.Shrinkage) for p in unit.fc.parameters()]
+    decayed = {id(p) for p in optimizers[-1].param_groups[0]["params"]}
+    assert sum(map(len, (group["params"] for group in optimizers[-1].param_groups))) == len(list(ours.parameters()))
+    for (key, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if name == "zero" and key.endswith("shrinkage.fc.3.weight"):
+            assert not a.any() and b.any()
+        else:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)  # a warm-up is over before the last step
+    assert any(id(p) in decayed for p in free) == (name != "no-decay")
+
+
+def test_the_warm_up_ends_at_what_was_learned():
+    net = network("drsn-cw", classes=3)
+    warm_up = gates.WarmUp(net, 30)
+    assert (last_biases(net) == -4).all()
+    seen = []
+    for _ in range(8):
+        warm_up()
+        seen.append(last_biases(net)[0].item())
+        with torch.no_grad():
+            net.stages[0][0].shrinkage.fc[-2].bias += 0.5
+    assert seen == pytest.approx([-3.2, -1.9, -0.6, 0.7, 2.0, 2.5, 3.0, 3.5])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -378,179 +340,3 @@ def test_a_killed_command_loses_the_run_under_way_only(tmp_path):
     after = results.read(path)
     assert len(after) == 15 and list(after.items())[: len(before)] == list(before.items())
     assert (tmp_path / "simulated.png").exists()
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def test_tables():
-    done = {}
-    for snr, values in ((-5.0, (0.5, 0.6, 0.7)), (-3.0, (0.8,)), (0.0, (0.9,)), (3.0, (1.0,)), (5.0, (1.0,))):
-        for seed, value in enumerate(values):
-            done[Run("vibration", "drsn-cw", Condition("pink", snr), seed, 40)] = Result(value, 1.0)
-    done[Run("vibration", "resnet", Condition("pink", 0.0), 0, 40)] = Result(0.25, 1.0)
-    done[Run("vibration", "resnet", Condition("pink", 3.0), 0, 2)] = Result(0.99, 1.0)  # other epochs stay out
-    text = report.tables(report.cells(done), "vibration")
-    pink = text[text.index("| pink |") :].splitlines()
-    assert pink[0] == "| pink | -5 dB | -3 dB | 0 dB | 3 dB | 5 dB | mean |"
-    mean = statistics.mean((60.0, 80.0, 90.0, 100.0, 100.0))
-    assert pink[6] == f"| DRSN-CW | 60.0 ± 10.0 (3) | 80.0 (1) | 90.0 (1) | 100.0 (1) | 100.0 (1) | {mean:.1f} |"
-    assert pink[3] == "| ResNet |  |  | 25.0 (1) |  |  |  |"
-    assert "99.0" not in text
-
-    image = report.tables(report.cells({B: Result(0.75, 1.0)}), "image").splitlines()
-    assert image[0] == "| noise | uniform | pasted | mean |" and image[6] == "| DRSN-CW |  | 75.0 (1) |  |"
-
-
-def fixed_runs() -> dict[Run, Result]:
-    """Three seeds of the ResNet and of the DRSN-CW, two of it with another bias of its gates."""
-    done, condition = {}, Condition("gaussian", -5.0)
-    for model, bias, accuracies in (
-        ("drsn-cw", -2.0, (0.52, 0.60)), ("drsn-cw", None, (0.53, 0.63, 0.70)), ("resnet", None, (0.50, 0.61, 0.69))
-    ):  # fmt: skip
-        for seed, value in enumerate(accuracies):
-            run_ = Run("cwru", model, condition, seed, TASKS["cwru"].epochs, "fixed", bias)
-            done[run_] = Result(value, 1.0, value + 0.1, (value / 2, value))
-    return done
-
-
-def test_networks_are_compared_within_a_seed():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    done = fixed_runs()
-    lines = paired.table(report.cells(done), "cwru").splitlines()
-    middle = scipy_stats.ttest_rel((53, 63, 70), (50, 61, 69)).confidence_interval(0.95)
-    assert lines[2:] == [
-        "| gaussian -5 dB | ResNet | 3 | 60.0 ± 9.5 | 70.0 ± 9.5 |  |  |",
-        f"|  | DRSN-CW | 3 | 62.0 ± 8.5 | 72.0 ± 8.5 | +2.0 ({middle.low:+.1f} to {middle.high:+.1f}) | 3 of 3 |",
-        "|  | DRSN-CW, gate bias -2 | 2 | 56.0 ± 5.7 | 66.0 ± 5.7 | +0.5 (-18.6 to +19.6) | 1 of 2 |",
-    ]
-    with_bias = paired.gate_bias(report.cells(done)).splitlines()
-    assert with_bias[2:] == [
-        "| cwru | gaussian -5 dB | DRSN-CW, gate bias -2 | 2 | 58.0 ± 7.1 | 56.0 ± 5.7 | -2.0 (-14.7 to +10.7) |"
-    ]
-    one = {key: value for key, value in done.items() if key.seed == 0}  # no interval, and no error
-    assert paired.table(report.cells(one), "cwru").splitlines()[3].endswith("| 53.0 | 63.0 | +3.0 | 1 of 1 |")
-
-
-def test_pictures_of_seeds(tmp_path, monkeypatch):
-    """What is drawn: the means of the curves, and the differences with their intervals."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    saved = []
-    monkeypatch.setattr(figure, "savefig", lambda self, path, **_: saved.append((path.name, self)))
-    cells = report.cells(fixed_runs())
-    paired.curves(tmp_path / "curves.png", cells, "cwru")
-    paired.gains(tmp_path / "gains.png", cells)
-    (_, curves), (_, gains) = saved
-    (axis,) = curves.axes
-    drawn = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
-    assert drawn == {
-        "ResNet": pytest.approx([30, 60]), "DRSN-CW": pytest.approx([31, 62]),
-        "DRSN-CW, gate bias -2": pytest.approx([28, 56]),
-    }  # fmt: skip
-    (axis,) = gains.axes
-    names = [text.get_text() for text in axis.get_yticklabels()]
-    assert names == ["cwru, gaussian -5 dB: DRSN-CW", "cwru, gaussian -5 dB: DRSN-CW, gate bias -2"]
-    assert [float(x) for line in axis.get_lines() for x in line.get_xdata() if line.get_marker() == "o"] == (
-        pytest.approx([2.0, 0.5])
-    )
-    assert list(axis.get_lines()[0].get_xdata()) == pytest.approx(paired.interval([3.0, 2.0, 1.0]))
-
-
-def test_report_fills_the_page_between_its_markers(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-    results.append(tmp_path / "results.csv", A, Result(0.875, 1.0))
-    results.append(tmp_path / "results.csv", B, Result(0.75, 1.0))
-    for run_, result in fixed_runs().items():
-        results.append(tmp_path / "results.csv", run_, result)
-    page = tmp_path / "README.md"
-    names = ("vibration", "cwru", "gate_bias")
-    page.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in names) + "after\n")
-    paper = tmp_path / "paper.csv"
-    paper.write_text("panel,noise,snr_db,method,accuracy_pct\ntest,pink,-5,ResNet,60.5\ntrain,pink,-5,ResNet,99\n")
-    assert report.read_paper(paper) == {("resnet", "pink"): {-5.0: 60.5}}
-    for _ in range(2):
-        assert report.main(["--out", str(tmp_path), "--paper", str(paper)]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n<!-- vibration -->\n| gaussian |") and "old" not in text
-    assert text.endswith("<!-- end gate_bias -->\nafter\n") and text.count("| ResNet | 87.5 (1) |") == 1
-    assert "| gaussian -5 dB | ResNet | 3 | 60.0 ± 9.5 |" in text and text.count("| cwru | gaussian -5 dB |") == 1
-    assert "| DRSN-CW |  | 75.0 (1) |  |" in capsys.readouterr().out
-    made = {path.name for path in tmp_path.glob("*.png")}
-    assert made == {"vibration.png", "cwru-curves.png", "gains.png"}
-
-
-def test_runs_of_other_epochs_leave_the_page_alone(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    path, page = tmp_path / "results.csv", tmp_path / "README.md"
-    page.write_text("".join(f"<!-- {task} -->\nold\n<!-- end {task} -->\n" for task in ("vibration", "image")))
-    results.append(path, A, Result(0.875, 1.0))
-    results.append(path, Run("vibration", "resnet", Condition("gaussian", 0.0), 0, 100), Result(0.95, 1.0))
-    assert report.main(["--out", str(tmp_path)]) == 0
-    text = page.read_text()
-    assert "| ResNet | 87.5 (1) |" in text and "95.0" not in text
-    assert "<!-- image -->\nNo runs yet.\n" in text and "old" not in text
-    assert report.main(["--out", str(tmp_path), "--epochs", "100"]) == 0
-    assert "95.0 (1)" in page.read_text() and "87.5" not in page.read_text()
-    assert "<!-- image -->\nNo runs of 100 epochs yet.\n" in page.read_text()
-    before = page.read_text()
-    assert report.main(["--out", str(tmp_path), "--epochs", "7"]) == 1
-    assert "results.csv has no runs of 7 epochs yet" in capsys.readouterr().err and page.read_text() == before
-
-
-def test_a_command_reports_the_runs_of_its_epochs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    for epochs, accuracy in ((3, 0.25), (40, 0.5)):
-        simulated = Run("simulated", "resnet", Condition("pink", 0.0), 0, epochs)
-        results.append(tmp_path / "results.csv", simulated, Result(accuracy, 1.0))
-    command = ["--simulated", "--task", "simulated", "--out", str(tmp_path), "--epochs", "3", "--minutes", "0"]
-    assert run.main(command) == 0
-    printed = capsys.readouterr().out
-    assert "25.0 (1)" in printed and "50.0" not in printed
-    assert run.main([*command, "--paper", str(tmp_path / "none.csv")]) == 1  # before anything is trained
-    assert "none.csv" in capsys.readouterr().err
-
-
-def test_the_page_holds_what_the_stored_runs_give():
-    pytest.importorskip("scipy")
-    page = (ROOT / "docs" / "experiments" / "README.md").read_text(encoding="utf-8")
-    found = report.blocks(report.cells(results.read(ROOT / "docs" / "experiments" / "results.csv")))
-    numbers = json.loads((ROOT / "docs" / "pictures" / "numbers.json").read_text(encoding="utf-8"))
-    assert found.keys() >= {"vibration", "speech", "image"}
-    for name, text in (found | pictures.tables(numbers)).items():
-        assert f"<!-- {name} -->\n{text}\n<!-- end {name} -->" in page, name
-
-
-def test_the_papers_values_are_in_every_plot(tmp_path, monkeypatch):
-    """docs/experiments/paper.csv: four networks, three noises, -5 to 5 dB; the means of the 33 settings."""
-    paper = report.read_paper(report.PAPER)
-    assert all(sorted(values) == list(range(-5, 6)) for values in paper.values())
-    means = {"convnet": 77.6, "resnet": 86.3, "drsn-cs": 88.6, "drsn-cw": 89.6}
-    for model, mean in means.items():
-        values = [v for noise in ("gaussian", "laplace", "pink") for v in paper[model, noise].values()]
-        assert abs(statistics.mean(values) - mean) < 0.15
-    assert len(paper) == 12
-    results.append(tmp_path / "results.csv", A, Result(0.875, 1.0))
-    drawn = []
-    monkeypatch.setattr(report, "plot", lambda path, cells, task, paper: drawn.append((task, paper)))
-    assert report.main(["--out", str(tmp_path)]) == 0 and run.parse(["--simulated"]).paper == report.PAPER
-    assert drawn == [("vibration", paper)]
-
-
-def test_report_errors(tmp_path, capsys):
-    assert report.main(["--out", str(tmp_path)]) == 1
-    assert "has no runs yet" in capsys.readouterr().err
-    paper = tmp_path / "paper.csv"
-    paper.write_text("panel,noise\ntest,pink\n")
-    with pytest.raises(ValueError, match="paper.csv must have the columns panel,noise,snr_db,method,accuracy_pct"):
-        report.read_paper(paper)
-    (tmp_path / "page.md").write_text("no markers")
-    with pytest.raises(ValueError, match="must have <!-- vibration --> and <!-- end vibration --> once"):
-        report.insert(tmp_path / "page.md", "vibration", "text")
-
-
-def test_timing_table():
-    rows = [line.split(" | ") for line in timing.measure(rounds=1, batch=4, length=64).splitlines()[2:]]
-    names = [(paired.LABELS[m], form if len(forms) > 1 else "") for m, forms in timing.FORMS.items() for form in forms]
-    assert [(row[0].strip("| "), row[1].strip()) for row in rows] == names
-    assert rows[0][3] == "1.00 (1.00 to 1.00)" and all(float(row[2]) > 0 for row in rows)
