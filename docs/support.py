@@ -48,6 +48,8 @@ BACKENDS = {
         ("3 bits an element kept for backward", ("yes", "yes", "with save=\"memory\""), "autograd_memory::saved_bytes_of_shrink"),
         ("hard and leaky thresholds, the gate called", YES, "thresholds::shrink"),
         ("`squeeze_excite`, the gate called", YES, "squeeze_excite::shapes"),
+        ("`batch_norm_relu` and its derivative", YES, "batch_norm_relu::shapes batch_norm_relu::layouts triton_norm::as_batch_norm"),
+        ("its second derivatives", PLAIN, "batch_norm_relu::numerical_derivatives"),
         ("same bits from run to run", ("yes, for any number of threads", "yes", "as torch"),
          "reliability::neither_threads_nor_repetition_change_a_bit reliability::deterministic_algorithms_are_all_there_is"),
         ("several Python threads", ("yes", "not run yet", "yes"), "reliability::one_module_in_several_threads"),

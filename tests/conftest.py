@@ -134,15 +134,15 @@ class Variant:
 KERNELS = [
     Variant("torch", "torch", sample=6),
     Variant("cpu-portable", "cpu", isa="portable", sample=6),
-    Variant("cpu-avx2", "cpu", isa="avx2"),
-    Variant("cpu-avx512", "cpu", isa="avx512"),
-    Variant("triton", "triton", sample=12),  # interpreted
+    Variant("cpu-avx2", "cpu", isa="avx2", sample=2),
+    Variant("cpu-avx512", "cpu", isa="avx512", sample=2),
+    Variant("triton", "triton", sample=24),  # interpreted
     Variant("other-device", "cpu", device=other_device.NAME, sample=6),
     Variant("triton-gpu", "triton", device="cuda"),
 ]
 COMPILED = [
-    Variant("compiled", "auto", compiled=True, sample=2),
-    Variant("compiled-cpu", "cpu", compiled=True, sample=2),
+    Variant("compiled", "auto", compiled=True, sample=6),
+    Variant("compiled-cpu", "cpu", compiled=True, sample=6),
 ]
 
 

@@ -355,37 +355,23 @@ INSTRUCTIONS = {
     "norm 64x64x49 float32": (46, 63),
 }
 
-# What make test compiles, the rest is make test-all's: every kernel and plan, both layouts, rows that are aligned, that
-# are not, and that take a loop.
+# What make test compiles, the rest is make test-all's: every kernel, both layouts, rows that are aligned, that are not,
+# and that take a loop. Each is two to four seconds of a core.
 SAMPLE = {
     "shrink 8x16x1024 bfloat16",
-    "shrink 8x16x1024 float16",
     "shrink 8x16x1024 float32",
-    "shrink 4x64x28x28 bfloat16 channels_last",
     "shrink 8x64x49 float32",
+    "shrink 4x64x28x28 bfloat16 channels_last",
     "shrink 4x8x9600 float32",
-    "shrink 8x16x1024 bfloat16 residual",
-    "shrink 8x16x1000 float32 no_grad",
-    "abs_mean 8x16x1000 float32",
-    "soft_threshold 4x64x28x28 bfloat16 channels_last",
-    "soft_threshold 8x16x1000 float32 hard",
     "soft_threshold 4x64x28x28 float32 channels_last leaky",
     "squeeze_excite 8x16x1024 float32 residual",
-    "squeeze_excite 4x64x28x28 bfloat16 channels_last",
     "norm 8x16x1024 bfloat16",
-    "norm 64x64x49 float32",
     "norm 256x64x512 float32",
-    "norm 256x64x512 bfloat16",
     "norm 4x64x28x28 bfloat16 channels_last",
-    "norm 8x16x1000 float32 eval",
     "Shrinkage 8x16x1024 float32 eval",
     "Shrinkage 8x16x1024 float32 no BatchNorm",
     "Shrinkage 8x16x1024 float32 BatchNorm",
-    "Shrinkage 512x64x16x16 float32 channels_last no BatchNorm",
     "Shrinkage 512x64x256 bfloat16 no BatchNorm",
-    "Shrinkage 128x64x512 bfloat16 no BatchNorm, twice",
-    "Shrinkage 512x64x256 float32 eval, many samples",
-    "Shrinkage 16x64x1024 float32 no BatchNorm, few samples",
     "Shrinkage 40x512x7x7 float32 channels_last BatchNorm",
 }
 assert {case.name for case in CASES} > SAMPLE

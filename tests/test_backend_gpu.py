@@ -102,7 +102,7 @@ def test_reduce(sizes, kind, dtype, where):
         same_planes(planes, wanted, layout)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)
@@ -122,7 +122,7 @@ def test_map_by_every_rule(sizes, rule, dtype, where):
     close(start, torchs.map(x, layout, tau, rule=RULES[rule])[0])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("shifted", [False, True])
@@ -136,7 +136,7 @@ def test_map_scales(sizes, shifted, dtype, where):
         close(ours.map(x, layout, t, **arguments)[0], torchs.map(x, layout, t, **arguments)[0])
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("rule", RULES)
@@ -179,7 +179,7 @@ def plan(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("one", [False, True], ids=["an alpha a channel", "one alpha"])
@@ -195,6 +195,7 @@ def test_gated_step(plan, kind, one, average, channels_last):
     check_gated(x, residual, g, gate_of(c, kind, "sample" if one else "channel"), average, plan)
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["norm", "batch norm"])
 def test_gated_step_in_other_dtypes_and_splits(sizes, kind, dtype):

@@ -71,6 +71,7 @@ everywhere = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 laid_out = pytest.mark.parametrize("name", LAYOUTS)
 
 
+@pytest.mark.sampled(6)
 @laid_out
 @everywhere
 def test_reduce(on, dtype, name):
@@ -86,7 +87,7 @@ def test_reduce(on, dtype, name):
             same_planes(planes, expected, of)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @laid_out
 @everywhere
 def test_map_with_a_threshold(on, dtype, name):
@@ -138,7 +139,7 @@ def test_map_with_a_factor(on, dtype, name):
             same_values(ours, right)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @laid_out
 @everywhere
 def test_grad(on, dtype, name):

@@ -368,6 +368,7 @@ def test_a_network_calls_a_norm_that_is_hooked():
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FusedSequential", "BatchNormReLU"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_statistics_of_all_ranks(ranks, backend, kind):

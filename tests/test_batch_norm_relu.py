@@ -234,6 +234,7 @@ def test_running_statistics_of_several_steps(kernels, momentum):
     assert int(only) == 1
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["rows", "channels_last"])
 @pytest.mark.parametrize("shape", [(3, 5, 70_001), (600, 70, 9), (40, 3, 33, 31)], ids=str)
 def test_the_same_bits_with_any_number_of_threads(kernels, shape, layout):

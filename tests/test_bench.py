@@ -80,6 +80,7 @@ def test_every_provider_of_an_operator_passes_its_check_and_gets_a_row(op, mode)
         assert all(set(one) == {*COLUMNS, "seconds"} and one["clock"] == "wall" for one in rows)
 
 
+@pytest.mark.slow
 def test_a_network_is_stepped_beside_its_resnet():
     rows, refused = run.measure(Case("paper_network", "N", (4, 1, 64), "step"), ONCE, ABOUT)
     kept = {one["provider"]: one["saved_bytes"] for one in rows}
@@ -287,6 +288,7 @@ def pytest_run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_runs_a_test_for_each_case_and_provider(tmp_path):
     path = tmp_path / "b.json"
     done = pytest_run("--benchmark", "--benchmark-shapes", "F", "--benchmark-compile", "none", "--benchmark-rounds",

@@ -78,6 +78,7 @@ def thresholds(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([torch.tensor(TAUS, dtype=some.dtype), some, beside])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("columns", [False, True], ids=["a tau a row", "a tau a column"])
 @each_dtype
 def test_every_value_against_thresholds(dtype, columns):

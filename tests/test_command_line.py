@@ -71,6 +71,7 @@ def test_help_names_the_program_as_it_was_started(monkeypatch, capsys, arguments
     assert ("python -m" in text) == (program != "drsn")
 
 
+@pytest.mark.slow
 def test_the_script_is_the_same_program():
     module, _, function = pyproject()["scripts"]["drsn"].partition(":")
     assert getattr(importlib.import_module(module), function) is main
@@ -160,6 +161,7 @@ def test_why_nothing_is_compiled(copied, monkeypatch):
     assert extras.unbuilt("_cpu", error) == "the compiled drsn_kernels._cpu does not load: undefined symbol: f"
 
 
+@pytest.mark.slow
 def test_info_in_the_source_tree():
     if not (ROOT / "drsn_kernels").exists() or (ROOT / "drsn_kernels" / "_build.py").exists():
         pytest.skip("the source tree is not here, or compiled in place")

@@ -224,7 +224,7 @@ def penalty(run: Callable, x: torch.Tensor) -> torch.Tensor:
     return dx.pow(3).sum()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("slope", [0.0, 0.25])
 @pytest.mark.parametrize("average", AVERAGES)
 def test_second_derivatives_of_a_compiled_call(average, slope):

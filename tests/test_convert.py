@@ -260,6 +260,7 @@ def test_checkpoints_go_both_ways():
     ports.Net().load_state_dict(net.state_dict())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shrinkage", [ports.Popular1d, ports.Conv1dGate, ports.SignedPooling])
 def test_training_follows_the_unconverted_model(shrinkage):
     torch.manual_seed(3)
@@ -482,6 +483,7 @@ def test_thresholds_are_recorded_by_name():
     torch.testing.assert_close(taus["layers.1.shrinkage"], net.layers[1].shrinkage.last_threshold)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", ["fc1, bn, fc2", "cached threshold", "signed pooling"])
 def test_compiles_into_one_graph(case):
     make, rank, _ = FOUND[case]

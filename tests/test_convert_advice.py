@@ -212,6 +212,7 @@ def follow(source: str, advice: str) -> str:
     return "\n".join(line for i, line in enumerate(lines, 1) if i not in taken or i == last)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_advice_taken_literally_computes_the_same(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

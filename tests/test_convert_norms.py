@@ -172,6 +172,7 @@ def both(make):
     return plain, ours, dk.convert(ours)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", MODELS)
 def test_the_same_numbers_with_the_norms_fused(case):
     make, shape, pairs, calls = MODELS[case]
@@ -246,6 +247,7 @@ CHANGES = {  # of a BasicBlock, and how many operators run then
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_change_after_the_conversion_counts(case):
     change, calls = CHANGES[case]

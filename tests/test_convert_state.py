@@ -244,6 +244,7 @@ def test_two_names_of_one_gate():
     torch.testing.assert_close(ours(X), own(X))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", READS)
 def test_a_change_of_what_the_forward_reads_counts(case):
     members, change = READS[case]
@@ -447,6 +448,7 @@ DOES = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", DOES)
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "after a run"])
 def test_a_forward_that_does_more_is_left_alone_and_probing_leaves_no_trace(case, ran):
@@ -494,6 +496,7 @@ class Hooked(nn.Module):
         return torch.sign(x) * self.act(x.abs() - (a * self.fc(a)).unsqueeze(2))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["", "fc", "fc.0", "fc.1", "gap", "gap.0", "act"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_every_hook_is_called_once(name, kind):

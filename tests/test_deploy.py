@@ -64,6 +64,7 @@ def test_one_graph_for_every_batch_and_length(backend, training):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, training", [pytest.param("auto", False, marks=pytest.mark.slow), ("cpu", True)])
 def test_automatic_dynamic_shapes_take_two_graphs(backend, training):
     """The default of torch.compile: a graph for the first batch size, and one for all others."""
@@ -115,6 +116,7 @@ def onnxruntime():
     return pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dims, attention", [(1, "cs"), pytest.param(2, "cw", marks=pytest.mark.slow)])
 def test_onnxruntime_gives_the_same_numbers(onnxruntime, dims, attention):
@@ -204,6 +206,7 @@ def blocks() -> list:
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("code", blocks())
 def test_what_the_documentation_shows_runs(code, tmp_path):
     if 'device="cuda"' in code and not torch.cuda.is_available():

@@ -51,6 +51,7 @@ def test_convert_model(run):
     assert number(printed, "of the outputs") < 1e-5 and "the same to the bit: True" in printed
 
 
+@pytest.mark.slow
 def test_own_data(run, tmp_path):
     for package in ("numpy", "matplotlib", "scipy"):
         pytest.importorskip(package)

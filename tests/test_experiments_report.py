@@ -191,6 +191,7 @@ def test_report_errors(tmp_path, capsys):
         report.insert(tmp_path / "page.md", "vibration", "text")
 
 
+@pytest.mark.slow
 def test_timing_table():
     rows = [line.split(" | ") for line in timing.measure(rounds=1, batch=4, length=64).splitlines()[2:]]
     names = [(paired.LABELS[m], form if len(forms) > 1 else "") for m, forms in timing.FORMS.items() for form in forms]

@@ -126,6 +126,7 @@ def test_a_run(run, tmp_path):
     assert (results, collected) == ({}, 26)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes(run):
     """One of them ends in a test, which is a failure by itself; the others' results are all there."""
     pytest.importorskip("xdist")

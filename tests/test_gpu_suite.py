@@ -46,6 +46,7 @@ def test_without_a_gpu(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_pytest_without_a_gpu_where_one_is_required(tmp_path):
     """Nothing is collected, let alone skipped and called a success."""
@@ -250,6 +251,7 @@ def test_the_command_with_a_gpu(tmp_path, monkeypatch, capsys, options, ran):
     assert "--baseline must be a file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "drsn_kernels").is_dir(), reason="the package's sources have been taken away")
 def test_a_source_tree_without_an_installed_package(monkeypatch, tmp_path):
     pytest.importorskip("setuptools")

@@ -58,6 +58,7 @@ def test_the_backend_that_was_removed_is_refused_in_one_sentence():
             pass
 
 
+@pytest.mark.slow
 def test_command_line_without_a_command_and_with_a_wrong_folder(tmp_path, capsys):
     assert main(["demo", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
@@ -65,6 +66,7 @@ def test_command_line_without_a_command_and_with_a_wrong_folder(tmp_path, capsys
     assert done.returncode == 2 and "info" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_a_command_of_the_repository(capsys):
     assert main(["bench", "--quick"]) == 2
     said = "error: bench is no command of the package; in the repository: python -m benchmarks\n"

@@ -34,6 +34,7 @@ def found(tmp_path_factory, triton_cache) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @compiled
 def test_the_driver_is_given_what_triton_gives_it(found):
     """Passes of one and of several launches; dtypes, None pointers, tensors at no multiple of 16 bytes."""

@@ -135,6 +135,7 @@ print("\\n".join(model.launches_table(steps)))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_step_is_the_sum_of_its_launches(tmp_path, triton_cache, dtype):

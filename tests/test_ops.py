@@ -218,6 +218,7 @@ def formula_of(step: str | None) -> Callable:
 OTHER_RULES = {"hard": {"threshold": "hard"}, "leaky": {"slope": 0.3}}
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("out", [1, 3])
 @pytest.mark.parametrize("way", ["new", "inplace", *OTHER_RULES])
@@ -264,6 +265,7 @@ def lying(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() if channels_last else x
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
 @pytest.mark.parametrize("rule", ["soft", *OTHER_RULES])
 @pytest.mark.parametrize("shape", [(3, 2), (3, 1), (1, 2, 1), ()], ids=str)

@@ -15,6 +15,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("kind, name", WRONG, ids=lambda value: value)
 def test_a_gradient_that_is_wrong_by_a_thousandth_is_refused(kind, name, average):

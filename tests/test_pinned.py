@@ -103,6 +103,7 @@ class Half(nn.Module):
         return pooled * 0 + 0.5
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("average", ["channel", "sample", None])
 def test_shrink_spreads_nan_and_inf_as_eager_does(backend, value, average):
@@ -244,6 +245,7 @@ def test_ambiguous_strides(kernels, shape, stride):
     assert [dx.stride()[d] for d in range(3) if shape[d] > 1] == expected
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last", "image transposed", "sliced", "expanded space"])
 def test_strides_of_compiled_results(compiled, memory):
     if compiled.backend == "cpu" and not hasattr(torch.compiler, "is_exporting"):
@@ -256,6 +258,7 @@ def test_strides_of_compiled_results(compiled, memory):
 # ---- degenerate shapes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("shape", [(0, 4, 8), (3, 0, 8), (0, 4, 5, 6), (0, 0, 3)], ids=str)
 def test_empty_tensors(backend, shape):
     x = torch.randn(shape, device=backend.device, requires_grad=True)

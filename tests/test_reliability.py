@@ -167,7 +167,7 @@ def cpu_kernels(kernels):
         pytest.skip("no threads of ours")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("sizes", SHAPES | LONG)
@@ -276,6 +276,7 @@ with dk.use_backend("cpu", strict=True):
 """
 
 
+@pytest.mark.slow
 @native
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by RLIMIT_AS")
 def test_running_out_of_memory_leaves_the_process_usable():

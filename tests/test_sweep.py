@@ -315,6 +315,7 @@ def spilled(tmp_path, cache, *arguments: str) -> tuple[int, list[str]]:
     return len(every), [f"{case} {name}: {kernel}, {stack} bytes" for case, name, kernel, _, stack in every if stack]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_sample_of_the_alternatives_and_of_one_pass_compiles_and_does_not_spill(tmp_path, triton_cache):
     assert spilled(tmp_path, triton_cache, "--sample")[1] == []

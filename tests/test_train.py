@@ -313,6 +313,7 @@ def test_results_are_there_whatever_comes_of_a_picture(tmp_path, speech, monkeyp
     assert (out / drawn).exists() and not (out / f"{picture}.png").exists() and not list(out.glob(".*"))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("classes, named", [(1, 1), (10, 10), (30, 30), (31, 16), (62, 21), (256, 29), (900, 30)])
 def test_the_confusion_matrix_stays_a_picture_of_a_page(tmp_path, monkeypatch, classes, named):
     """At 150 dots an inch, whatever the classes are many or called; counts only where there is room for them."""

@@ -29,6 +29,7 @@ def assert_close_runs(network, history, whole):
             assert ours[name] == pytest.approx(wanted[name], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(ranks, tmp_path):
     """In float64, with batches that do not divide by two: weights, running statistics, losses and accuracies."""
     (tmp_path / "two").mkdir()

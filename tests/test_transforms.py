@@ -117,7 +117,7 @@ def test_compiled_around_inplace_and_mutation():
 # ---- torch.export ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("make", [dk.Shrinkage, dk.SqueezeExcite])
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

@@ -192,7 +192,7 @@ def test_training_follows_the_module(monkeypatch):
     assert gate[1].num_batches_tracked == 10
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("average", AVERAGES)
 def test_fused_gate_gradients_of_every_order(average, kind):

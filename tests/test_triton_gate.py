@@ -113,7 +113,7 @@ WIDTHS = [(1, 1), (3, 5), (16, 16), (17, 4), (20, 40), (32, 33), (70, 64), (64, 
 BATCHES = [2, 5, 32, 33, 70]
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("n", BATCHES)
 @pytest.mark.parametrize("one", [False, True], ids=["an alpha a channel", "one alpha"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +123,7 @@ def test_every_width(width, kind, one, n):
     Run(n, channels, hidden, 1 if one else channels, kind, "channel").check()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("own", [True, False], ids=["", "tau is not returned"])
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("average", AVERAGES)
@@ -133,12 +133,14 @@ def test_every_average(one, average, parts, own):
         Run(37, c, h, 1 if one else c, kind, average, parts=parts, own=own).check()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64(kind):
     Run(40, 35, 33, 35, kind, "channel", torch.float64, parts=2).check()
     Run(40, 20, 6, 1, kind, "sample", torch.float64).check()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parameters_gradients_alone(kind):
     Run(40, 35, 33, 35, kind, "channel").check(want_dA=False)
@@ -157,6 +159,7 @@ def test_statistics_merged_by_a_launch_of_their_own(monkeypatch):
         run.check()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_is_shared_out(kind, monkeypatch):
     monkeypatch.setattr(plans, "GATE_WALK", 64)
@@ -165,6 +168,7 @@ def test_a_batch_that_is_shared_out(kind, monkeypatch):
     run.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "c"), [(1024, 16), pytest.param(8192, 3, marks=pytest.mark.slow)], ids=str)
 def test_as_accurate_as_torch_on_large_batches(n, c):
     """Averages far from 0 against their spread, so that anything but a merge of centred sums would cancel."""
@@ -173,6 +177,7 @@ def test_as_accurate_as_torch_on_large_batches(n, c):
     run.check()
 
 
+@pytest.mark.slow
 def test_the_same_bits_every_time():
     run = Run(100, 40, 70, 40, "batch norm", "channel")
     first, again = run.launched(), run.launched()
@@ -229,6 +234,7 @@ LOWERED = Path(__file__).resolve().parent / "lowered_gate.py"
 TARGETS = ["cuda:90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("cuda:80", "cuda:100"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_as_compiled(target, tmp_path, triton_cache):
     """Nothing spills, programs fit, rows load 16 bytes wide; products are fma, though nothing else is contracted, or

@@ -204,6 +204,7 @@ assert [launch.num_warps for launch in launches] == [planned.warps for planned i
 """
 
 
+@pytest.mark.slow
 def test_lowering_nests_restores_and_is_explained(tmp_path, triton_cache):
     done = child("-c", NESTED + EXPLAINED, cwd=tmp_path, cache=triton_cache)
     assert done.returncode == 0, done.stderr

@@ -138,7 +138,7 @@ class Case:
 SHAPES = [(2, 3, 100), (7, 5, 49), (3, 2, 400), (40, 3, 5), (5, 9), (2, 17, 7, 5), (33, 4, 16)]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("batch", [True, False], ids=["batch", "given"])
 @pytest.mark.parametrize("layout", ["rows", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -149,7 +149,7 @@ def test_as_batch_norm(plan, shape, layout, batch):
     Case(x, g, batch).check()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("slope", SLOPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes_and_activations(plan, dtype, slope):
@@ -158,7 +158,7 @@ def test_dtypes_and_activations(plan, dtype, slope):
     Case(features(shape).to(dtype), torch.randn(shape).to(dtype), slope=slope, affine=slope != 0.1).check()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(plan, layout):
     """x and g as they lie; y and dx as torch.empty_like(x)."""
@@ -237,6 +237,7 @@ def test_plans_are_as_said():
     assert [launch.name for each in given for launch in each.launches] == ["norm_kernel", "norm_grad_kernel"]
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_operator_and_its_derivatives(plan, training):
     """First derivatives by the kernels, second ones through them, and the same bits from run to run."""
@@ -253,6 +254,7 @@ def test_the_operator_and_its_derivatives(plan, training):
         assert gradgradcheck(call, (x, weight, bias), fast_mode=True)
 
 
+@pytest.mark.sampled(3)
 def test_a_module_trains_as_torchs(plan):
     """Ten steps: parameters, running statistics and the number of batches stay together."""
     ours, other = dk.BatchNormReLU(3).double(), nn.BatchNorm1d(3).double()

@@ -141,6 +141,7 @@ assert [one.name for one in warmup(module, (8, 16, 1024), target="cuda:90")] == 
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_norm_is_compiled_for_other_batches_too(tmp_path, triton_cache):
     """And for a channel that fits one program, once more."""
