@@ -53,7 +53,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def _over(ours: Mapping[int, Result], base: Mapping[int, Result]) -> tuple[str, str]:
+def over(ours: Mapping[int, Result], base: Mapping[int, Result]) -> tuple[str, str]:
     """Mean difference with its interval, and how many seeds are ahead."""
     found = differences(ours, base)
     if not found:
@@ -81,9 +81,9 @@ def table(cells: Cells, task: str) -> str:
             results = cells[task, condition, name]
             test = _mean([100 * one.test_acc for one in results.values()])
             training = _mean([100 * one.train_acc for one in results.values()])
-            over, ahead = ("", "") if name == BASE else _over(results, base)
+            gained, ahead = ("", "") if name == BASE else over(results, base)
             noise = "" if number else str(condition)
-            lines.append(f"| {noise} | {label(name)} | {len(results)} | {test} | {training} | {over} | {ahead} |")
+            lines.append(f"| {noise} | {label(name)} | {len(results)} | {test} | {training} | {gained} | {ahead} |")
     return "\n".join(lines) + "\n"
 
 
@@ -99,7 +99,7 @@ def gates(cells: Cells) -> str:
                 if not changes or not seeds:
                     continue
                 values = [_mean([100 * of[seed].test_acc for seed in seeds]) for of in (plain, changed)]
-                row = (name, str(condition), label(network), str(len(seeds)), *values, _over(changed, plain)[0])
+                row = (name, str(condition), label(network), str(len(seeds)), *values, over(changed, plain)[0])
                 lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
