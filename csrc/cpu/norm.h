@@ -19,6 +19,7 @@
 namespace drsn {
 namespace {
 
+constexpr size_t kLine = 64;        // bytes of a cache line
 constexpr int kStripRows = 64;      // rows of a chunk, at most
 constexpr int kStripChannels = 16;  // in the row walk
 constexpr int kSegmentChunks = 4;   // chunks merged before segments are
@@ -81,17 +82,32 @@ template <class T, bool CL> struct Strips {
       V total[4][SUMS];
       for (auto& one : total) zero(one);
       const int64_t end = min64(samples * length, (k + 1) * rows);
-      int64_t n = k * rows / length, l = k * rows % length;
-      for (int64_t r = k * rows; r < end; ++r) {
-        const T* const p = a.fetch(a.row(n, l), from, channels_here, a_buffer);
-        const T* const q = TWO ? b.fetch(b.row(n, l), from, channels_here, b_buffer) : p;
-        int left = channels_here;
+      // Two loops: with tests for the end of a strip in it, the sums of a full one would not stay in registers.
+      const auto over_rows = [&](auto part) DRSN_LAMBDA {
+        int64_t n = k * rows / length, l = k * rows % length;
+        for (int64_t r = k * rows; r < end; ++r) {
+          const T* const p = a.fetch(a.row(n, l), from, channels_here, a_buffer);
+          const T* const q = TWO ? b.fetch(b.row(n, l), from, channels_here, b_buffer) : p;
+          // The next strip's part of the row, as no prefetcher follows strips down the rows: a training step of
+          // (64, 512, 7, 7) and (128, 512, 4, 4) takes 0.7 to 0.85 of the time.
+          for (size_t e = 0; contiguous && e < kWide * sizeof(T); e += kLine) {
+            __builtin_prefetch(reinterpret_cast<const char*>(p + kWide) + e);
+            if (TWO) __builtin_prefetch(reinterpret_cast<const char*>(q + kWide) + e);
+          }
+          int left = channels_here;
 #pragma GCC unroll kStripUnroll
-        for (int v = 0; v < 4; ++v, left -= V::W) {
-          const int lanes = left < V::W ? left : V::W;
-          if (lanes > 0) add(total[v], v, load<V>(p + v * V::W, lanes), load<V>(q + v * V::W, lanes), lanes);
+          for (int v = 0; v < 4; ++v, left -= V::W) {
+            const int lanes = part.full || left >= V::W ? V::W : left;
+            if (part.full || left > 0)
+              add(total[v], v, load<V>(p + v * V::W, lanes), load<V>(q + v * V::W, lanes), lanes);
+          }
+          if (++l == length) l = 0, ++n;
         }
-        if (++l == length) l = 0, ++n;
+      };
+      if (channels_here == kWide) {
+        over_rows(Full{});
+      } else {
+        over_rows(Tail{});
       }
       for (int v = 0; v < 4; ++v)
         for (int s = 0; s < SUMS; ++s) total[v][s].store(out[s] + v * V::W);
