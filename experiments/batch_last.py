@@ -1,4 +1,4 @@
-"""The paper's network with the batch as the last dimension: 1.2 to 1.9 times as fast on a CPU, with the same parameters.
+"""The paper's network with the batch as the last dimension: 1.2 to 1.9 times as fast on a CPU, same parameters.
 
 The network has 4 to 16 channels, too few for the vectors of a CPU's convolutions of (N, C, L). As (C, L, N) every loop
 runs over the batch (batch_last.cpp). :func:`batch_last` walks through the modules of a network of drsn_kernels.models
