@@ -185,7 +185,7 @@ def last_biases(net):
 def test_a_run_with_other_gates(monkeypatch, name):
     """execute() does with the gates what the name says, and nothing else is other than in a run without."""
     few(monkeypatch)
-    made, optimizers = [], []
+    made, optimizers, biases = [], [], []
 
     def build(*args, **options):
         made.append(network(*args, **options))
@@ -193,12 +193,16 @@ def test_a_run_with_other_gates(monkeypatch, name):
 
     def step(model, optimizer, x, y):
         optimizers.append(optimizer)
+        biases.append(last_biases(made[-1])[0].item())
         return torch.zeros(()), torch.zeros(())
 
     monkeypatch.setattr(run, "network", build)
     monkeypatch.setattr(run, "train_step", step)
     for gate in (None, name):
-        run.execute(Run("cwru", "drsn-cw", Condition("gaussian", 0.0), 0, 2, "fixed", None, gate), None, True)
+        run.execute(Run("cwru", "drsn-cw", Condition("gaussian", 0.0), 0, 12, "fixed", None, gate), None, True)
+    assert [b - a for a, b in zip(biases[:12], biases[12:], strict=True)] == pytest.approx(
+        [-2.0 if name == "warm-up" else 0.0, *[0.0] * 11], abs=1e-5
+    )
     plain, ours = made
     free = [p for unit in ours.stages.modules() if isinstance(unit, dk.Shrinkage) for p in unit.fc.parameters()]
     decayed = {id(p) for p in optimizers[-1].param_groups[0]["params"]}
