@@ -14,6 +14,7 @@ The machine's mood doubles such times. Rows with `nothing` are the reference: an
 that allocates its output and returns given gradients.
 """
 
+import argparse
 import contextlib
 import statistics
 import sys
@@ -68,6 +69,7 @@ def through_triton():
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.launcher", description=__doc__.split("\n")[0]).parse_args()
     torch.set_num_threads(1)
     x, tau = torch.randn(8, 16, 128), torch.rand(8, 16)  # small: memory of the CPU's allocator stays mapped
     leaf, g = x.clone().requires_grad_(), torch.randn_like(x)

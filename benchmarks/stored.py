@@ -13,7 +13,7 @@ from .rows import read_json
 RUNS = ROOT / "docs" / "benchmarks"
 # Commits whose kernels are no longer those of the tree: their runs are listed, and give no figure of today's.
 REPLACED = {"6d60fe5": "the kernels of wide gates since replaced"}
-SHORT = {"cpu": "CPU, 2 cores", "cpu-norms": "CPU, 2 cores, AVX2"}
+SHORT = {"cpu": "CPU, 2 cores, AVX-512", "cpu-norms": "CPU, 2 cores, AVX2"}
 NORMS = "cpu-norms"  # the CPU run of batch normalisation, and of the networks that it is fused in
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ def gains(name: str, other: str, want: Callable[[dict], bool]) -> dict[str, floa
     return table(name).gains(other, want)
 
 
-def over_resnet(name: str, provider: str, op: str = "paper_network") -> float | None:
-    """A training step over that of the ResNet."""
-    found = table(name).gains("floor", lambda one: one["op"] == op, provider)
+def over_resnet(name: str, provider: str, op: str = "paper_network", resnet: str = "floor") -> float | None:
+    """A training step over that of the ResNet: PyTorch's, or "resnet-fused", one with our normalisation."""
+    found = table(name).gains(resnet, lambda one: one["op"] == op, provider)
     return 1 / found.popitem()[1] if found else None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # private; of _BatchNorm, convert_sync_batchnorm would drop the ReLU
 
 from .gates import _GLOBAL_HOOKS
-from .ops import scripted
+from .ops import checks, scripted
 from .ops.batch_norm_relu import normalise, slope_of
 from .ops.dispatch import not_eager
 
@@ -65,7 +65,12 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
         momentum = 1.0 / (int(batches) + 1)  # the average of all batches
     of_batch = training or mean is None
     group = _group(norm) if training else None
-    return normalise(x, weight, bias, (mean, var, batches), of_batch, momentum or 0.0, own["eps"], slope, group)
+    try:
+        return normalise(x, weight, bias, (mean, var, batches), of_batch, momentum or 0.0, own["eps"], slope, group)
+    except ValueError as error:
+        if x.dim() > 1 and x.shape[1] != own["num_features"]:  # it names a buffer, which the caller has not given
+            raise ValueError(f"x must have {own['num_features']} channels, got shape {tuple(x.shape)}") from error
+        raise
 
 
 def _group(norm: nn.Module) -> Any:
@@ -149,6 +154,7 @@ class BatchNormReLU(_NormBase):
         dtype: torch.dtype | None = None,
     ) -> None:
         slope_of(activation, slope)
+        checks.positive(num_features=num_features)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation, self.slope, self.sync, self.process_group = activation, slope, sync, process_group
 

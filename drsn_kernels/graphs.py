@@ -69,6 +69,8 @@ class GraphedStep:
     """What :func:`graphed` returns."""
 
     def __init__(self, step: Callable, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.device = device_of(optimizer)
         _check(optimizer)
         self.step, self.optimizer = step, optimizer

@@ -74,6 +74,7 @@ class Shrinkage(nn.Module):
     ) -> None:
         super().__init__()
         hidden = _hidden(channels, reduction, rd_ratio, rd_channels, rd_divisor)
+        checks.flag(norm=norm)
         check_gate_bias(gate_bias)
         _check_gap_size(gap_size)
         checks.average(average)
@@ -163,6 +164,7 @@ class SqueezeExcite(nn.Module):
     ) -> None:
         super().__init__()
         hidden = _hidden(channels, reduction, rd_ratio, rd_channels, rd_divisor, default=16)
+        checks.flag(norm=norm, bias=bias)
         _check_gap_size(gap_size)
         self.channels = channels
         self.fc = _gate(channels, hidden, channels, norm, activation, bias, device=device, dtype=dtype)
@@ -264,6 +266,7 @@ class SoftThreshold(nn.Module):
         nonnegative: bool = True,
     ) -> None:
         super().__init__()
+        checks.flag(learnable=learnable, nonnegative=nonnegative)
         checks.rule(threshold, slope)
         self.threshold, self.slope = threshold, slope
         self.nonnegative = learnable and nonnegative

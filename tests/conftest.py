@@ -29,6 +29,7 @@ from ranks import Ranks
 
 import drsn_kernels as dk
 from drsn_kernels.backends import cpu, gpu
+from drsn_kernels.backends.eager import eager
 
 try:
     from drsn_kernels import _build  # noqa: F401  written at installation
@@ -175,6 +176,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Variant]:
 def kernels(request: pytest.FixtureRequest) -> Iterator[Variant]:
     """Every variant that runs eagerly."""
     yield from _variant(request)
+
+
+@pytest.fixture
+def planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend, which else keeps x, keeps planes as the others do."""
+    if "kernels" in request.fixturenames:
+        request.getfixturevalue("kernels")  # which chooses the backend
+    monkeypatch.setattr(eager, "saves", "memory")
 
 
 @pytest.fixture(params=_params(COMPILED))

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 
-import gate_passes
+import gate_alone
 import ptx
 import steps
 import torch
@@ -34,8 +34,8 @@ def launched(n, c, h, o, norm, training, average, dtype) -> None:
         new((h, c)), new(h), gamma, beta, new((o, h)), new(o), mean, var, batches, 1e-5, 0.1, step.gate.batch_stats
     )
     pooled, state, tau = new((n, c)), new((step.state,)), new((n, 1 if step.one_tau else c))
-    gate_passes.forward(step, parts, pooled[None], pooled, state, tau)
-    gate_passes.backward(step, parts, pooled, state, new((1, n, c)), tau)
+    gate_alone.forward(step, parts, pooled[None], pooled, state, tau)
+    gate_alone.backward(step, parts, pooled, state, new((1, n, c)), tau)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 
+import pytest
 import torch
 from ranks import WORLD
 from torch import nn
@@ -224,6 +225,20 @@ def unequal_shares(rank: int, backend: str, sizes: tuple[int, ...]) -> list[torc
         if rank >= 0:
             torch.distributed.all_reduce(t)
     return [y.detach(), dx, dweight, dbias, mean, var, batches]
+
+
+def group_of_one(rank: int, backend: str) -> list[torch.Tensor]:
+    """y, dx and running statistics in a group of this rank alone, behind those without a group."""
+    groups = [torch.distributed.new_group([r]) for r in range(torch.distributed.get_world_size())]
+    x, found = torch.randn(4, 6, 9, requires_grad=True), []
+    with dk.use_backend(backend, strict=True):
+        for group in (None, groups[rank]):
+            mean, var = torch.zeros(6), torch.ones(6)
+            y = dk.batch_norm_relu(x, mean, var, training=True, process_group=group)
+            found += [y.detach(), *torch.autograd.grad(y.square().sum(), x), mean, var]
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            dk.batch_norm_relu(torch.randn(1, 6), training=True, process_group=groups[rank])
+    return found
 
 
 def refused(rank: int) -> list[str]:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from oracle import close
-from rank_jobs import Normed, normed, refused, trained, unequal_shares
+from rank_jobs import Normed, group_of_one, normed, refused, trained, unequal_shares
 from test_autograd_memory import Saved
 from test_scripting import same
 from torch import nn
@@ -97,8 +97,11 @@ def test_arguments_and_repr():
     ):
         with pytest.raises(error, match=message):
             dk.BatchNormReLU(6, **arguments)
-    with pytest.raises(ValueError, match=r"running_mean must have shape \(5,\).*got \(6,\)"):
-        dk.BatchNormReLU(6)(torch.randn(4, 5, 3))
+    with pytest.raises(ValueError, match=r"num_features must be a positive integer, got -4"):
+        dk.BatchNormReLU(-4)
+    for module in (dk.BatchNormReLU(6), dk.FusedSequential(nn.BatchNorm1d(6), nn.ReLU())):
+        with pytest.raises(ValueError, match=r"x must have 6 channels, got shape \(4, 5, 3\)"):
+            module(torch.randn(4, 5, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -388,6 +391,13 @@ def test_ranks_with_other_numbers_of_samples(ranks, backend, sizes):
         parts = [torch.cat([one[i] for one in found])] if i < 2 else [one[i] for one in found]
         for part in parts:
             torch.testing.assert_close(part, whole)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_group_of_one_process_is_none(ranks, backend):
+    for found in ranks.run(group_of_one, backend):
+        for alone, expected in zip(found[4:], found[:4], strict=True):
+            assert torch.equal(alone, expected)
 
 
 def test_what_ranks_refuse(ranks):

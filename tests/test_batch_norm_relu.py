@@ -1,5 +1,6 @@
 """batch_norm_relu: values, running statistics, derivatives, layouts, what is kept; more in test_transforms.py."""
 
+import fractions
 import itertools
 
 import pytest
@@ -15,6 +16,7 @@ from drsn_kernels.backends.step import Backend
 SHAPES = [(2, 3, 17), (2, 3, 65), (2, 3, 1027), (1, 2, 32771), (5, 7), (300, 3), (3, 1, 1), (2, 70, 3), (9, 33, 1, 1)]
 SHAPES += [(2, 4, 56, 56), (2, 64, 7, 7), (70, 4, 8, 2), (2, 3, 2, 3, 5), (2, 3, 1, 2, 1, 2, 1, 3)]
 ACTIVATIONS = [("relu", 0.01), ("leaky", 0.2), ("leaky", -0.5), ("leaky", 1.5), ("leaky", 0), (None, 0.01)]
+np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 native = pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
@@ -340,6 +342,24 @@ def test_what_is_overwritten_before_backward_is_an_error(kernels, overwritten):
     {"x": x, "weight": weight}[overwritten].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_each_momentum_is_checked(kernels):
+    x, running = torch.randn(4, 6, 20), [torch.zeros(6), torch.ones(6)]
+    kernels.batch_norm_relu(x, *running, training=True, momentum=0.1)
+    with pytest.raises(TypeError, match="momentum must be a number, got None"):
+        kernels.batch_norm_relu(x, *running, training=True, momentum=None)
+
+
+def test_numbers_of_any_sort(kernels):
+    x, found = torch.randn(4, 6, 20), []
+    for number in (float, fractions.Fraction, np.float32):
+        running = [torch.zeros(6), torch.ones(6)]
+        options = {"momentum": number(1 / 8), "eps": number(1 / 64)}
+        found.append([kernels.batch_norm_relu(x, *running, training=True, **options), *running])
+    for other in found[1:]:
+        for t, expected in zip(other, found[0], strict=True):
+            assert torch.equal(t, expected)
 
 
 def test_autograd_is_told_that_running_statistics_moved(kernels):

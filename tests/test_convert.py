@@ -545,6 +545,8 @@ def test_what_cannot_be_probed_is_said():
 def test_errors_and_a_class_that_was_changed_after():
     with pytest.raises(TypeError, match="model must be an nn.Module, got function"):
         dk.convert(lambda x: x)
+    with pytest.raises(TypeError, match="norms must be True or False, got 'no'"):
+        dk.convert(nn.Linear(2, 2), norms="no")
     with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
         dk.revert(3)
     assert dk.revert(ports.Net()) == []

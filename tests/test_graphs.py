@@ -292,6 +292,8 @@ def test_replays_do_not_wait_for_the_device(cuda):
 def test_parameters_on_the_cpu_are_refused():
     with pytest.raises(ValueError, match="must have its parameters on one CUDA device for a graph, got them on cpu"):
         dk.graphed(lambda: None, torch.optim.SGD([nn.Parameter(torch.ones(3))]))
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got NoneType"):
+        dk.graphed(lambda: None, None)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_gate_bias(average, norm):
         ({"channels": 4, "gap_size": (1, 1, 1)}, ValueError, r"gap_size must be 1.*got \(1, 1, 1\)"),
         ({"channels": 4, "gap_size": True}, ValueError, "gap_size must be 1.*got True"),
         ({"channels": 4, "gap_size": None}, ValueError, "gap_size must be 1.*got None"),
+        ({"channels": 4, "norm": "layer"}, TypeError, "norm must be True or False, got 'layer'"),
         ({"channels": 4, "average": "cw"}, ValueError, "average must be 'channel', 'sample' or None, got 'cw'"),
     ],
 )

@@ -409,7 +409,7 @@ def test_from_a_folder_to_predictions(tmp_path, command, capsys):
     "options, message",
     [
         (("--task", "own"), "--task own needs --data, a folder with a subfolder for each class, or a table"),
-        (("--length", 64), "--length belongs to --task own, got --task vibration"),
+        (("--length", 64), "--length belongs to --task own or, with --data, --task vibration, got --task"),
         (("--channels", "0,x"), "--channels belongs to --task own, got --task vibration"),
         (("--task", "own", "--data", "nowhere"), "folder does not exist: "),
     ],

@@ -415,7 +415,7 @@ def test_command_refuses_to_resume_something_else(tmp_path, speech, capsys):
         (["--task", "image", "--test-speakers", "ann"], "--test-speakers belongs to --task speech, got --task image"),
         (["--task", "speech", "--data", "x", "--without-normal"], "--without-normal belongs to --task vibration"),
         (["--data", "nowhere"], "folder does not exist: "),
-        (["--stride", "96"], "--stride belongs to --task own, got --task vibration"),
+        (["--stride", "96"], "--task own or, with --data, --task vibration, got --task vibration without --data"),
         (["--data", "nowhere", "--rate", "9"], "--rate belongs to --task own, got --task vibration"),
         (["--noise", "none", "--noise-protocol", "fixed"], "--noise-protocol fixed needs noise, got --noise none"),
         (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),

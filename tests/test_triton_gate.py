@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(
     not (gpu.missing() is None and gpu.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
 )
 if gpu.missing() is None:
-    import gate_passes
+    import gate_alone
 
-    from drsn_kernels.backends.gpu import plans, sequence
+    from drsn_kernels.backends.gpu import gate_passes, plans
 
 KINDS = ["plain", "norm", "batch norm"]
 
@@ -62,8 +62,8 @@ class Run:
         state, tau = new((step.state,)).fill_(float("nan")), new((n, 1 if step.one_tau else c))
         pooled = self.partial[0].clone() if self.parts == 1 else new((n, c))
         with torch.no_grad():
-            gate_passes.forward(step, parts, pooled[None] if self.parts == 1 else self.partial, pooled, state, tau)
-            dA, grads = gate_passes.backward(step, parts, pooled, state, self.dtau, self.tau_grad, want_dA)
+            gate_alone.forward(step, parts, pooled[None] if self.parts == 1 else self.partial, pooled, state, tau)
+            dA, grads = gate_alone.backward(step, parts, pooled, state, self.dtau, self.tau_grad, want_dA)
         names = ("w1", "b1", "gamma", "beta", "w2", "b2")
         found = {"tau": tau, "dA": dA, **dict(zip(names, grads, strict=True))}
         if running:
@@ -154,7 +154,7 @@ def test_statistics_merged_by_a_launch_of_their_own(monkeypatch):
         monkeypatch.setattr(plans, name, value)
     for n, c, h in ((170, 6, 40), (50, 6, 40), (40, 6, 70), (16, 6, 70)):
         run = Run(n, c, h, c, "batch norm", "channel")
-        merges = [sequence._merge(run.step, sequence._gate_plan(run.step), kind) for kind in (True, False)]
+        merges = [gate_passes._merge(run.step, gate_passes.gate_plan(run.step), kind) for kind in (True, False)]
         assert [merge is not None for merge in merges] == [n > 64 or (h > 64 and n > 16)] * 2
         run.check()
 
@@ -164,7 +164,7 @@ def test_statistics_merged_by_a_launch_of_their_own(monkeypatch):
 def test_a_batch_that_is_shared_out(kind, monkeypatch):
     monkeypatch.setattr(plans, "GATE_WALK", 64)
     run = Run(140, 18, 40, 18, kind, "channel")
-    assert sequence._gate_plan(run.step).shares == 3
+    assert gate_passes.gate_plan(run.step).shares == 3
     run.check()
 
 
@@ -195,7 +195,7 @@ def test_the_papers_network_takes_two_launches_each_way():
     for kind in KINDS:
         for n, c in ((2, 1), (128, 16), (128, 32)):
             step = Run(n, c, c, c, kind, "channel").step
-            forward, backward = sequence._prepare_gate(step, 1), sequence._prepare_gate_grad(step, 1, True)
+            forward, backward = gate_passes.prepare_gate(step, 1), gate_passes.prepare_gate_grad(step, 1, True)
             assert [launch.fn.__name__ for launch in forward.launches] == ["hidden_kernel", "alpha_kernel"]
             assert backward.cost.kernels == ("hidden_grad_kernel", "linear_grad_kernel")
 

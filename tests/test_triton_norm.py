@@ -214,6 +214,53 @@ def test_nan_and_infinity(plan):
     assert y[:, 2].isfinite().all() and dx[:, 2].isfinite().all() and sums[:, 2].isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 10), (3, 4, 0), (0, 4)], ids=str)
+def test_a_process_without_samples(plan, shape):
+    """It adds nothing to the sums of the others."""
+    x, given, dense = torch.empty(shape), (torch.zeros(4), torch.ones(4)), layout_of(torch.empty(shape))
+    backend = BACKENDS["triton"]
+    y, stats = backend.norm(x, dense, Norm(0.0, False, EPS), None, None, given)
+    assert y.shape == shape and stats.isfinite().all()
+    dx, sums = backend.norm_grad(x, x, dense, Norm(0.0, True, EPS), None, None, stats, True, True)
+    assert dx.shape == shape and torch.equal(sums, torch.zeros(2, 4))
+    assert norm_passes.of_step(steps.batch_norm_relu(shape, training=False))  # what explain shows
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 0.9, 1.0])
+def test_running_statistics_far_from_the_batch(plan, factor):
+    x, mean, var = torch.randn(20, 3, 33) / 100, torch.full((3,), 1e6), torch.full((3,), 1e6)
+    running = Running(mean.clone(), var.clone(), factor, None)
+    BACKENDS["triton"].norm(x, layout_of(x), Norm(0.0, True, EPS), None, None, None, running)
+    for found, before, batch in ((running.mean, mean, x.mean((0, 2))), (running.var, var, x.var((0, 2)))):
+        torch.testing.assert_close(found, factor * batch + (1 - factor) * before, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_means_whose_squares_are_no_float(plan, channels_last):
+    x = 3e19 + 1e16 * torch.randn(20, 3, 33)
+    if channels_last:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    mean, around = BACKENDS["triton"].norm_statistics(x, layout_of(x)).double()
+    torch.testing.assert_close(mean, x.double().mean((0, 2)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(around, x.double().var((0, 2), correction=0) * 660, rtol=1e-2, atol=0)
+
+
+def test_pieces_beyond_two_to_the_31_are_merged_by_their_length():
+    """Of 2.3e9 elements a channel, the last piece is the shortest: by its full length the mean would be another."""
+    rows = 2_300_000_000
+    x = torch.empty((rows, 2), dtype=torch.bfloat16, device="meta")
+    over = norm_passes.Over.of(layout_of(x), (x.stride(), x.stride()), x.dtype, torch.device("cpu"), "xy", 1)
+    piece = over.plan.rows * over.plan.piece
+    last = rows - (over.plan.splits - 1) * piece
+    assert over.on.wide and over.plan.merge and 0 < last < piece
+    partial, merged = torch.zeros(2, over.plan.splits, 2), torch.empty(2, 2)
+    partial[0, -1] = 100
+    over.merging("moments")._launch({"partial": partial, "merged": merged})
+    share = last / rows
+    exact = torch.tensor([[100 * share], [1e4 * share * (1 - share) * rows]]).expand(2, 2)
+    torch.testing.assert_close(merged, exact.float(), rtol=1e-4, atol=0)
+
+
 def test_plans_are_as_said():
     """Launches by shape, and that the plan names what runs."""
     kernels = {

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ..batch_norm import _NORMS, BatchNormReLU, FusedSequential
 from ..modules import Shrinkage, SqueezeExcite
+from ..ops import checks
 from ..untouched import untouched
 from .advice import advise
 from .conditions import class_of
@@ -135,6 +136,7 @@ def convert(model: nn.Module, *, norms: bool = True) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.flag(norms=norms)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)

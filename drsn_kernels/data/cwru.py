@@ -83,7 +83,8 @@ def _select(folder: Path, loads: tuple[int, ...], normal: bool) -> tuple[dict[Pa
     if not chosen:
         raise ValueError(
             f"folder must hold CWRU recordings named like IR007_0.mat, OR014@6_2.mat or 105.mat, "
-            f"but {folder} has none among its {len(files)} .mat files, hidden ones not counted"
+            f"but {folder} has none among its {len(files)} .mat files, hidden ones not counted; "
+            f"recordings of your own are read by load_own, train --task own"
         )
     notes = []
     if other:

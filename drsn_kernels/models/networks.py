@@ -145,7 +145,10 @@ def _build(name: str, in_channels: int, classes: int, layout: dict, options: dic
     own = _NETWORKS[name]
     for option in options:
         if option in own:
-            raise TypeError(f"{option} is what makes it {name!r}: {own[option]!r}; got {option}={options[option]!r}")
+            raise TypeError(
+                f"{name!r} has {option}={own[option]!r}: leave it out, or take another of {', '.join(NAMES)}; "
+                f"got {option}={options[option]!r}"
+            )
     return DRSN(in_channels, classes, **layout | options | own)
 
 
@@ -229,6 +232,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 1e-4) -> list[dict]
 
         torch.optim.SGD(parameter_groups(model), lr=0.1, momentum=0.9)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     weights = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -115,7 +115,7 @@ def batch_norm_relu(
         running_mean, running_var: (C,); in training moved towards the batch's by `momentum`, the variance unbiased.
         weight, bias: (C,), or None for 1 and 0.
         training: normalise with the batch's statistics; otherwise with the running ones.
-        activation: "relu", "leaky" (slope * z where z <= 0) or None.
+        activation: "relu", "leaky" (slope * z where z <= 0; a NaN lets all of its gradient pass) or None.
         slope: of "leaky".
         num_batches_tracked: int64 scalar, raised by one in training.
         process_group: of torch.distributed; in training the statistics are those of all its processes, as in
@@ -157,8 +157,10 @@ def normalise(
     momentum: float, eps: float, slope: float, group: Any = None,
 ) -> torch.Tensor:  # fmt: skip
     """batch_norm_relu, the activation by its slope; buffers: running mean and variance, and the number of batches."""
-    why, known, tensors = not_eager(), None, [t for t in (x, weight, bias, *buffers) if t is not None]
-    if why is None and group is None:
+    why, key, known, tensors = not_eager(), None, None, [t for t in (x, weight, bias, *buffers) if t is not None]
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
+    if why is None and group is None and type(momentum) is float:
         try:
             key = (
                 "norm", x.shape, x.stride(), x.dtype, training, eps, slope, backends.choice.backend,
@@ -171,10 +173,9 @@ def normalise(
             key = None
     if known is None:
         _check(x, weight, bias, buffers, training, momentum, eps, group)
+        momentum, eps = float(momentum), float(eps)  # numpy's and fractions are numbers too
         if any(not _is_ready(t, x) for t in (weight, bias, *buffers[:2])):
             return _converted(x, weight, bias, buffers, training, momentum, eps, slope, group)
-        if group is not None and dist.get_world_size(group) == 1:
-            group = None
         why = why or not_eager(*tensors)
         if group is not None and why is not None:
             raise RuntimeError(f"batch_norm_relu over several processes takes eager calls only; {why}")
@@ -182,7 +183,7 @@ def normalise(
         if backend is None or (backend is eager and group is None):
             return _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, backend)
         known = _known(x, weight, bias, training, eps, slope, backend)
-        if group is None and gates.TensorGuards is not None and len({id(t) for t in tensors}) == len(tensors):
+        if key is not None and gates.TensorGuards is not None and len({id(t) for t in tensors}) == len(tensors):
             known = known._replace(guard=gates.guard_of(*tensors))
             keep_checked(key, known)
     return _run(x, weight, bias, buffers, momentum, known, group)
@@ -259,8 +260,7 @@ def _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, bac
 def _check(x, weight, bias, buffers, training, momentum, eps, group) -> None:
     checks.features(x, rank=2)
     mean, var, batches = buffers
-    if not isinstance(training, bool):
-        raise TypeError(f"training must be True or False, got {training!r}")
+    checks.flag(training=training)
     for name, value in {"momentum": momentum, "eps": eps}.items():
         if not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r}")

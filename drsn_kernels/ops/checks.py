@@ -18,6 +18,12 @@ def positive(**values: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value}")
 
 
+def flag(**values: bool) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def floating(x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a floating-point tensor, got {type(x).__name__}")

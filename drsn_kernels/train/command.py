@@ -96,7 +96,9 @@ def _check(settings: dict, options: argparse.Namespace) -> None:
     cwru = ("length", "stride") if task == "vibration" and folder is not None else ()
     for name, belongs in tasks.items():
         if settings[name] not in (DEFAULTS[name], []) and task != belongs and name not in cwru:
-            raise ValueError(f"{_flag(name)} belongs to --task {belongs}, got --task {task}")
+            also = " or, with --data, --task vibration" if name in ("length", "stride") else ""
+            found = f"--task {task}" + (" without --data" if also and task == "vibration" else "")
+            raise ValueError(f"{_flag(name)} belongs to --task {belongs}{also}, got {found}")
     if not 0 <= settings["seed"] < 2**63:
         raise ValueError(f"--seed must be a whole number from 0 to 2^63 - 1, got {settings['seed']}")
     for module in ("numpy", "matplotlib"):

@@ -2,8 +2,9 @@
 
 backend.py   the class `Gpu`, which the operators call
 stream.py    the kernels that read x or g: reduce, map and grad. They know no gate
-gate.py, gate_grad.py   the standard gate's own kernels, forward and backward
+gate.py, gate_grad.py, linear_grad.py   the standard gate's own kernels, forward and backward, on product.py's tiles
 one_pass.py  step and standard gate in one launch
+gate_passes.py   which launches the gate takes
 sequence.py  which launches a step with the standard gate takes, in order
 norm.py, norm_grad.py   batch normalisation and its activation, forward and backward
 norm_passes.py   which launches a pass of it takes, in order

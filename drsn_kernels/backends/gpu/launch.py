@@ -123,14 +123,17 @@ class Prepared:
         return Planned(self.name, self.grid[0], warps, self.plan, self.cost, code)
 
 
+Wired = list[tuple[Prepared, dict[str, Source | None]]]  # launches, each with where its pointers are taken from
+
+
 class Pass:
     """Launches in order, called with the tensors that all of their pointers are taken from: arguments, workspaces.
 
     Between launches nothing comes back to the host: native.Sequences makes them by one call where it can.
     """
 
-    def __init__(self, names: tuple[str, ...], launches: list[tuple[Any, dict[str, Source]]], device: torch.device):
-        """names: of the tensors, as the call has them; launches: each with where its pointers are taken from."""
+    def __init__(self, names: tuple[str, ...], launches: Wired, device: torch.device):
+        """names: of the tensors, as the call has them."""
         for launch, sources in launches:
             if unknown := sources.keys() - set(launch.pointers):
                 raise TypeError(f"{launch.name} takes {', '.join(launch.pointers)}, not {', '.join(unknown)}")
@@ -166,6 +169,11 @@ def _taken(source: Source | None, named: dict[Source, torch.Tensor | None]) -> t
         named[source] = (base if base.dtype == source.dtype else base.view(source.dtype))[source.start :]
     found = named[source]
     return found.view(torch.int8) if source == "planes" and found is not None else found
+
+
+def same(*names: str) -> dict[str, Source]:
+    """Pointers that are tensors of the pass, by the same names."""
+    return {name: name for name in names}
 
 
 class Room:

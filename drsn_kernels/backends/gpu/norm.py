@@ -143,7 +143,7 @@ def moments_kernel(
             live = rows_live.to(ACC)
             turn = live * (1 / tl.full((1,), t + 1, ACC))  # 0 where there is no such row: it changes nothing then
             mean = tl.fma(off, turn[:, None], mean)
-            spread = tl.fma(off * off, (live - turn)[:, None], spread)
+            spread = tl.fma(off * (live - turn)[:, None], off, spread)  # not off * off, of which 0 may be left
             count += live
     else:
         row, rows_live = rows_at(first, c, N, P, R, CHANNELS_LAST, WIDE)
@@ -175,6 +175,8 @@ def _merged(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """How many elements the channels have in these pieces of `rows` by `width`, (1,); mean and squared deviations."""
+    if WIDE:
+        split = split.to(tl.int64)
     means, around, live = partials(partial, split, c, c_live, Q if CHANNELS_LAST else P, splits, CHANNELS_LAST)
     extent = height(N, P, CHANNELS_LAST, WIDE)
     if CHANNELS_LAST:
@@ -196,12 +198,11 @@ def _settle(center, rstd, around, n, c, c_live, channels, stats, mean, var, batc
     tl.store(stats + c, center, c_live)
     tl.store(stats + channels + c, rstd, c_live)
     if mean is not None:
+        by = tl.full((1,), factor, center.dtype) + tl.full((1,), rest, center.dtype)
         before = tl.load(mean + c, c_live, 0.0)
-        way = center - before
-        tl.store(mean + c, before + (factor * way + rest * way), c_live)
+        tl.store(mean + c, by * center + (1 - by) * before, c_live)
         before = tl.load(var + c, c_live, 0.0)
-        way = around / (n - 1) - before
-        tl.store(var + c, before + (factor * way + rest * way), c_live)
+        tl.store(var + c, by * (around / (n - 1)) + (1 - by) * before, c_live)
         if batches is not None:
             at = batches + c * 0
             tl.store(at, tl.load(at, c == 0) + 1, c == 0)
@@ -308,7 +309,7 @@ def merge_kernel(
             )  # fmt: skip
             apart = average - center
             center += apart * (here / (n + here))
-            around += within + apart * apart * (n * here / (n + here))
+            around += within + apart * (n * here / (n + here)) * apart  # the first of them by 0
             n += here
         second = around
         if KIND == "stats":

@@ -18,14 +18,11 @@ from ...layout import Layout
 from ...reference import accumulate_dtype
 from ..step import Backend, Cost, Norm, Running, Step, Strides
 from . import plans
-from .launch import Pass, Prepared, Room, multiprocessors, tile_values
-from .native import Source
+from .launch import Pass, Prepared, Room, Wired, multiprocessors, same, tile_values
 from .norm import merge_kernel, moments_kernel, norm_kernel
 from .norm_grad import norm_grad_kernel, sums_kernel
 from .plans import NormPlan, cdiv
 from .walk import Walk, walk
-
-Wired = list[tuple[Prepared, dict[str, Source | None]]]  # launches, each with where its pointers are taken from
 
 
 class Launches(NamedTuple):
@@ -46,11 +43,6 @@ class Launches(NamedTuple):
     @property
     def cost(self) -> Cost:
         return sum((launch.cost for launch in self.launches), Cost(workspace=self.scratch.bytes))
-
-
-def same(*names: str) -> dict[str, Source]:
-    """Pointers that are tensors of the pass, by the same names."""
-    return {name: name for name in names}
 
 
 class Over(NamedTuple):
@@ -181,6 +173,8 @@ def norm(
     bias: torch.Tensor | None, given: tuple[torch.Tensor, torch.Tensor] | None, running: Running | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     y, stats = backend.like(x, layout), fresh_pair(x, layout)
+    if not x.numel():  # one of several processes has no samples
+        return y, stats.zero_()
     mean, var, factor, batches = running or (*(given or (None, None)), None, None)
     ahead = prepare_norm(layout, x.stride(), x.dtype, x.device, norm, factor)
     ahead.run((x, y, stats, ahead.scratch.new(stats), weight, bias, mean, var, batches))
@@ -248,6 +242,8 @@ def norm_grad(
     sums, count = given or (fresh_pair(x, layout) if want_sums else None, None)
     want_sums = want_sums and given is None
     dx = backend.like(g, layout) if want_x else None
+    if not x.numel():
+        return dx, sums.zero_() if want_sums else None
     back = prepare_grad(layout, g.stride(), x.stride(), x.dtype, x.device, norm, want_x, want_sums, count)
     back.run((g, x, dx, sums, back.scratch.new(stats), stats, weight, bias))
     return dx, sums if want_sums else None

@@ -3,7 +3,7 @@
 Forward: x is read once and stays on chip (registers) while its mean |x| goes through the gate; y and, for a gradient,
 the three bit planes are written from there. Where a sample is too large for that (LOOP), the program walks it
 twice, the second time backwards, and finds it in L2. Backward: g and the planes are read once, dtau is summed, taken
-back through the gate, and dx written; what is left is the gate's parameters (gate_grad.py, second launch).
+back through the gate, and dx written; what is left is the gate's parameters (linear_grad.py).
 
 A program takes S whole samples. Its tile has S * PB rows of B columns; all channels are in it: PB covers C, or B does
 in channels_last order. The gate's weights are read from L2 once a program, BH hidden units at a time, and the hidden

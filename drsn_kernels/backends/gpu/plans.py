@@ -422,8 +422,9 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
     elif columns > tile:  # of three lengths the one with fewest idle lanes
         columns = min((tile, tile // 2, tile // 4), key=lambda b: cdiv(walk.q, b) * b)
     rows = max(tile // columns, 1)
-    blocks, groups = cdiv(walk.q, columns), cdiv(extent, rows)
-    side = blocks if last else walk.p * blocks  # programs for each piece
+    # without samples, as one of several processes may be, nothing is launched, but explained
+    blocks, groups = max(cdiv(walk.q, columns), 1), max(cdiv(extent, rows), 1)
+    side = blocks if last else max(walk.p, 1) * blocks  # programs for each piece
     pieces = groups
     if not given:
         most = NORM_MERGED if last else max(NORM_PARTIALS // blocks, 1)

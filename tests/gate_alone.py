@@ -2,7 +2,7 @@
 
 import torch
 
-from drsn_kernels.backends.gpu import sequence
+from drsn_kernels.backends.gpu import gate_passes
 from drsn_kernels.backends.gpu.launch import Pass, Room
 from drsn_kernels.backends.step import Step
 from drsn_kernels.gates import StandardGate
@@ -21,13 +21,13 @@ def _run(wired, step: Step, room: Room, parts: StandardGate, **tensors: torch.Te
 def forward(step: Step, parts: StandardGate, partial, pooled, state, tau) -> None:
     """Fills state, tau and, from several parts, pooled."""
     room = Room("scratch", step.sums)
-    wired = sequence._prepare_gate(step, len(partial)).wired(step, room, "partial", "pooled", "state", "tau")
+    wired = gate_passes.prepare_gate(step, len(partial)).wired(step, room, "partial", "pooled", "state", "tau")
     _run(wired, step, room, parts, partial=partial, pooled=pooled, state=state, tau=tau)
 
 
 def backward(step: Step, parts: StandardGate, pooled, state, dtau, tau_grad, want_dA: bool = True):
     """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2."""
-    room, gate = Room("scratch", step.sums), sequence._prepare_gate_grad(step, len(dtau), want_dA)
+    room, gate = Room("scratch", step.sums), gate_passes.prepare_gate_grad(step, len(dtau), want_dA)
     dz, dv = (room.take(step.layout.n * size) for size in (step.gate.outputs, step.gate.hidden))
     wired, _ = gate.wired(step, room, "dtau", dz, dv, "pooled", "state")
     dA = torch.full_like(pooled, float("nan")) if want_dA else None

@@ -1,0 +1,221 @@
+"""Which launches the standard gate takes, forward and backward. It knows nothing of x: sequence.py puts them between
+the launches that do.
+
+    forward    hidden, [merge,] alpha                       A and the parameters to tau and the state
+    backward   hidden_grad, [merge, norm_grad,] linear_grad [, add_shares]     dtau to dA and the gradients
+
+In brackets is what many units or samples take, with statistics of the batch; and the end of a large batch.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+from ..step import Cost, Step
+from . import gate, gate_grad, linear_grad, plans
+from .launch import Prepared, Room, Wired, multiprocessors, same
+from .native import Piece, Source
+from .plans import GatePlan, Product, cdiv, up_to
+
+
+def gate_values(step: Step) -> dict[str, Any]:
+    hidden, outputs, _, batch_stats, eps, momentum = step.gate
+    return {
+        "C": step.layout.c, "H": hidden, "outputs": outputs, "ONE": outputs == 1, "AVERAGE": step.average,
+        "BATCH_STATS": batch_stats, "EPS": eps, "MOMENTUM": momentum,
+    }  # fmt: skip
+
+
+def gate_plan(step: Step) -> GatePlan:
+    layout, (hidden, outputs, *_) = step.layout, step.gate
+    return plans.gate(layout.n, layout.c, hidden, outputs, multiprocessors(step.device), step.sums.itemsize)
+
+
+def _of_gate(
+    fn: Any, step: Step, plan: GatePlan, over: Product, programs: int, cost_of: Cost, precision: str = "ieee",
+    **values: int,
+) -> Prepared:  # fmt: skip
+    values = gate_values(step) | {
+        "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
+        "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
+        "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": over.depth, "SLICES": over.slices,
+        "GROUPS": plan.at_a_time,
+        "PRECISION": "ieee" if step.sums == torch.float64 else precision,
+    } | values  # fmt: skip
+    return Prepared(
+        fn, step.device, programs, values, plan, cost_of, warps=max(plans.GATE_WARPS, over.slices),
+        stages=over.stages, registers=plans.GATE_REGISTERS,
+    )  # fmt: skip
+
+
+def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
+    """The launch that merges what tiles of the batch have left, where there is one."""
+    if not step.gate.batch_stats or (plan.groups if statistics else plan.sums) == plan.tiles:
+        return None
+    values = {
+        "N": step.layout.n, "H": step.gate.hidden, "groups": plan.tiles, "group": plan.samples,
+        "STATISTICS": statistics, "BH": plans.MERGED_UNITS, "GROUPS": plans.MERGED // plans.MERGED_UNITS,
+    }  # fmt: skip
+    programs = cdiv(step.gate.hidden, plans.MERGED_UNITS)
+    spent = gate.merge_cost(step, plan.tiles)
+    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.MERGE_WARPS)
+
+
+def _statistics(room: Room, merge: Prepared | None, step: Step, tiles: int) -> tuple[Piece | None, Piece | None, Wired]:
+    """Room for statistics or sums of the tiles (tiles, 2, H), for what is read of them, and the launch between."""
+    if not step.gate.batch_stats:
+        return None, None, []
+    own = room.take(tiles * 2 * step.gate.hidden)
+    if merge is None:
+        return own, own, []
+    merged = room.take(2 * step.gate.hidden)
+    return own, merged, [(merge, {"groups_of": own, "merged": merged})]
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+class Gate(NamedTuple):
+    """The gate's launches of a forward pass: A and the parameters to tau and the state."""
+
+    hidden: Prepared
+    merge: Prepared | None
+    alpha: Prepared
+    cost: Cost
+
+    @property
+    def launches(self) -> tuple[Prepared, ...]:
+        return tuple(launch for launch in (self.hidden, self.merge, self.alpha) if launch is not None)
+
+    def wired(self, step: Step, room: Room, partial: Source, pooled: Source, state: Source, tau: Source) -> Wired:
+        """room: for what they hand to one another."""
+        tiles, statistics, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
+        first = {"partial": partial, "pooled": pooled, "state": state, "statistics": tiles, **same("w1", "b1")}
+        last = {"pooled": pooled, "state": state, "statistics": statistics, "tau": tau,
+                **same("mean", "var", "batches", "gamma", "beta", "w2", "b2")}  # fmt: skip
+        return [(self.hidden, first), *between, (self.alpha, last)]
+
+
+def prepare_gate(step: Step, parts: int) -> Gate:
+    """parts: partial sums that A comes in."""
+    plan = gate_plan(step)
+    hidden = _of_gate(
+        gate.hidden_kernel, step, plan, plan.over_channels, plan.tiles * cdiv(step.gate.hidden, plan.units),
+        gate.hidden_cost(step, parts, plan.tiles), plans.FORWARD_PRECISION, parts=parts, SPLIT=parts > 1,
+    )  # fmt: skip
+    merge = _merge(step, plan, statistics=True)
+    alpha = _of_gate(
+        gate.alpha_kernel, step, plan, plan.over_units, plan.tiles * cdiv(step.gate.outputs, plan.channels),
+        gate.alpha_cost(step, plan.groups), plans.FORWARD_PRECISION,
+    )  # fmt: skip
+    return Gate(hidden, merge, alpha, hidden.cost + (Cost() if merge is None else merge.cost) + alpha.cost)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+class GateGrad(NamedTuple):
+    """The gate's launches of a backward pass: dtau to dA, if wanted, and the parameters' gradients."""
+
+    hidden: Prepared | None  # None where one pass has made dz and dv
+    merge: Prepared | None
+    norm: Prepared | None
+    linear: Prepared
+    add: Prepared | None  # the shares of a large batch
+    dA: bool
+    sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
+    cost: Cost
+
+    @property
+    def total(self) -> int:
+        """Elements of the gradients that `linear` makes, those of a share."""
+        return sum(self.sizes[:4] if self.norm else self.sizes)
+
+    @property
+    def launches(self) -> tuple[Prepared, ...]:
+        return tuple(launch for launch in (self.hidden, self.merge, self.norm, self.linear, self.add) if launch)
+
+    def wired(
+        self, step: Step, room: Room, dtau: Source | None, dz: Source, dv: Source, pooled: Source, state: Source
+    ) -> tuple[Wired, Piece | None]:
+        """And dA, where it is wanted. dz (N, O) and dv (N, H) are filled from dtau, or come filled."""
+        size, direct, sums, before, positive = step.layout.n * step.layout.c, None, None, [], None
+        given = {"pooled": pooled, "state": state, "dz": dz, "dv": dv, **same("mean", "var", "gamma", "beta")}
+        if self.hidden is not None:
+            direct = room.take(size) if self.dA and step.average is not None else None
+            tiles, sums, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
+            own = {"dtau": dtau, "sums": tiles, "direct": direct, **same("tau_grad", "w2")}
+            before = [(self.hidden, given | own), *between]
+        if self.norm is not None:
+            positive, norms = room.take(step.layout.n * step.gate.hidden), Piece("grads", self.total, step.sums)
+            own = {"state": state, "sums": sums, "dv": dv, "positive": positive, "norms": norms}
+            before.append((self.norm, own | same("gamma", "beta")))
+        dA = room.take(size) if self.dA else None
+        shares = "grads" if self.add is None else room.take(self.linear.plan.shares * self.total)
+        own = {"sums": sums, "positive": positive, "direct": direct, "dA": dA, "grads": shares, **same("w1")}
+        after = [] if self.add is None else [(self.add, {"shares_of": shares, "added": "grads"})]
+        return [*before, (self.linear, given | own), *after], dA
+
+    def new(self, like: torch.Tensor) -> torch.Tensor:
+        """For `grads`."""
+        return like.new_empty(sum(self.sizes))
+
+    def views(self, step: Step, grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of w1, b1, gamma, beta, w2, b2."""
+        c, (h, o, *_) = step.layout.c, step.gate
+        if h % 4 == o % 4 == 0:  # half the host time of six views
+            dw1, db1, dw2, db2, *norm = grads.split_with_sizes(self.sizes)
+            dw1, dw2 = dw1.view(h, c), dw2.view(o, h)
+        else:  # a section may be up to 3 elements longer than its parameter
+            starts = (0, *itertools.accumulate(self.sizes[:-1]))
+            shapes = ((h, c), (h,), (o, h), (o,), (h,), (h,))
+            strides = ((c, 1), (1,), (h, 1), (1,), (1,), (1,))
+            dw1, db1, dw2, db2, *norm = map(grads.as_strided, shapes, strides, starts)
+        dgamma, dbeta = norm or (None, None)
+        return dw1, db1, dgamma, dbeta, dw2, db2
+
+
+def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
+    """parts: partial sums that dtau comes in; None where dz and dv come instead."""
+    plan, (h, o, norm, batch_stats, *_), c = gate_plan(step), step.gate, step.layout.c
+    sizes = tuple(up_to(length, 4) for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
+    direct = dA and step.average is not None
+    hidden = merge = between = add = None
+    if parts is not None:
+        hidden = _of_gate(
+            gate_grad.hidden_grad_kernel, step, plan, plan.back, plan.tiles * cdiv(h, plan.units),
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plans.BACKWARD_PRECISION,
+            parts=parts, SPLIT=parts > 1,
+        )  # fmt: skip
+        merge = _merge(step, plan, statistics=False)
+        if batch_stats and not plan.merge:
+            pieces = cdiv(step.layout.n, plan.normed)
+            between = _of_gate(
+                gate_grad.norm_grad_kernel, step, plan, plans.NO_PRODUCT, pieces * cdiv(h, plan.units),
+                gate_grad.norm_grad_cost(step, plan.sums), groups=plan.sums, pieces=pieces, share=plan.normed,
+                after_gamma=sizes[4],
+            )  # fmt: skip
+    ready, made = between is not None, sum(sizes[:4] if between else sizes)
+    row = made * step.sums.itemsize
+    first = plan.shares * cdiv(h, plan.weights) * cdiv(c, plan.weights)
+    second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
+    last = second + ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
+    pooled = dA * plan.tiles * cdiv(c, plan.channels)
+    tensor_cores = plan.weights == plans.WEIGHT_TILE or plan.over_units.slices > 1
+    linear = _of_gate(
+        linear_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + last,
+        linear_grad.linear_grad_cost(step, 0 if ready else plan.sums, plan.shares * row, dA, direct),
+        plans.WEIGHT_PRECISION if tensor_cores else plans.BACKWARD_PRECISION,
+        groups=plan.sums, pooled_programs=pooled, first=first, second=second, share=plan.share, total=made,
+        WALK=plan.step, BW=plan.weights, READY=ready,
+    )  # fmt: skip
+    if plan.shares > 1:
+        values = {"shares": plan.shares, "total": made, "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}
+        spent = linear_grad.add_shares_cost(row, plan.shares)
+        programs = cdiv(made, plans.ADDED)
+        add = Prepared(
+            linear_grad.add_shares_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS
+        )  # fmt: skip
+    total = sum((launch.cost for launch in (hidden, merge, between, linear, add) if launch), Cost())
+    return GateGrad(hidden, merge, between, linear, add, dA, sizes, total)
