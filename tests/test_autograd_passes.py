@@ -16,6 +16,17 @@ def test_a_second_backward_raises_as_in_torch(kernels):
             y.backward(torch.ones_like(y))
 
 
+def test_hooks_that_round_what_is_saved_leave_bits_alone(kernels):
+    """As those that keep activations in half the bytes do."""
+    x, gate = torch.randn(4, 8, 99, requires_grad=True), smooth_gate(8)
+    exact = torch.autograd.grad(kernels.shrink(x, gate).square().sum(), x)[0]
+    half = lambda t: t.half() if t.dtype == torch.float32 else t  # noqa: E731
+    back = lambda t: t.float() if t.dtype == torch.half else t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(half, back):
+        y = kernels.shrink(x, gate)
+    torch.testing.assert_close(torch.autograd.grad(y, x, 2 * y.detach())[0], exact, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("average", AVERAGES)
 def test_retain_graph_gives_the_same_again(kernels, average):
     x, gate = torch.randn(4, 8, 99, requires_grad=True), smooth_gate(8)

@@ -167,6 +167,15 @@ def test_a_large_mean_does_not_cancel(kernels, layout, offset):
 
 
 @pytest.mark.parametrize("layout", ["rows", "channels_last"])
+def test_a_mean_whose_square_is_no_number(kernels, layout):
+    deviations = torch.randn(40, 3, 33, dtype=torch.float64)
+    x = laid_out((1 + 1e-10 * deviations) * 1e160, layout)
+    y = kernels.batch_norm_relu(x, training=True, activation=None)
+    exact = (deviations - deviations.mean((0, 2), keepdim=True)) / deviations.std((0, 2), correction=0, keepdim=True)
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels_last"])
 def test_a_constant_channel_has_no_variance(kernels, layout):
     if kernels.backend == "torch":
         pytest.skip("PyTorch's own statistics are less exact")

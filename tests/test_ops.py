@@ -174,6 +174,17 @@ def test_residual_of_a_wider_dtype_is_added_after_the_rounding(kernels, dtype):
         assert y.dtype is torch.float32 and torch.equal(y, kernels.shrink(x, gate) + residual)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["no_grad", "training"])
+def test_a_threshold_that_is_a_part_of_x_in_place(kernels, training):
+    x = torch.randn(2, 3, 40, device=kernels.device)
+    x[..., 0].abs_()
+    want = x.sign() * (x.abs() - x[..., :1]).relu()
+    leaf = x.clone().requires_grad_(training)
+    work = leaf * 1 if training else leaf
+    y = kernels.shrink(work, lambda pooled: work.detach()[..., 0], average=None, inplace=True)
+    torch.testing.assert_close(y, want)
+
+
 @pytest.mark.parametrize("view", [False, True], ids=["whole", "view"])
 @pytest.mark.parametrize("training", [False, True], ids=["no_grad", "training"])
 def test_inplace_returns_x(kernels, view, training):

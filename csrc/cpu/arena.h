@@ -43,9 +43,8 @@ class Arena {
   }
 
   void set_limit(size_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex_);
     limit_ = bytes;
-    shrink(limit_);
+    trim(bytes);
   }
   void trim(size_t bytes) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -102,7 +101,7 @@ class Arena {
   std::mutex mutex_;
   std::vector<Block> free_;
   std::atomic<size_t> cached_{0};
-  size_t limit_ = 0;
+  std::atomic<size_t> limit_{0};
 };
 
 }  // namespace drsn

@@ -247,7 +247,9 @@ template <class T, bool CL> void norm_as(const NormArgs& args) {
       double n = 0, mean = 0, m2 = 0;
       for (int64_t g = 0; g < s.segments; ++g) {
         const double count = s.count(g * kSegmentChunks, s.last(g));
-        merge(n, mean, m2, count, moments[2 * g * channels + c], moments[(2 * g + 1) * channels + c]);
+        const double here = moments[2 * g * channels + c], within = moments[(2 * g + 1) * channels + c];
+        if (n == 0) mean = here, m2 = within;  // merged, the square of a large mean would be infinite
+        else merge(n, mean, m2, count, here, within);
         n += count;
       }
       const double rstd = 1 / __builtin_sqrt(m2 / n + a.eps);

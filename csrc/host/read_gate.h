@@ -125,6 +125,9 @@ class GateReader {
     auto* const type = reinterpret_cast<PyTypeObject*>(parts_.ptr());
     const auto parts = py::reinterpret_steal<py::object>(type->tp_alloc(type, kParts));  // as tuple.__new__ does
     if (!parts) throw py::error_already_set();
+#if PY_VERSION_HEX >= 0x030E0000
+    reinterpret_cast<PyTupleObject*>(parts.ptr())->ob_hash = -1;  // not known yet; 0 would be taken for it
+#endif
     Py_ssize_t i = 0;
     for (PyObject* value : values) PyTuple_SET_ITEM(parts.ptr(), i++, py::handle(value).inc_ref().ptr());
     return py::reinterpret_steal<py::object>(PyTuple_Pack(2, parts.ptr(), norm.ptr()));

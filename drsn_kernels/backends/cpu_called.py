@@ -61,4 +61,4 @@ class Called(steps.Called):
         layout = self.layout
         if x.stride() == layout.strides:
             return torch.empty_like(x)
-        return torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype)
+        return torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)

@@ -33,11 +33,11 @@ class Gated(steps.Gated):
             norm=gate.norm, batch_stats=gate.batch_stats, eps=gate.eps, momentum=gate.momentum,
             block=batch_plan(step).block, keep=step.keep,
         )  # fmt: skip
-        # in numbers of the dtype of sums: the state, and behind it the planes kept, sign and nonzero
-        self._kept = -(-self._gate.kept_bytes // item)
+        # the state, and behind it the planes kept, sign and nonzero: int32, as hooks may round what is saved in floats
+        self._kept = -(-self._gate.kept_bytes // 4)
         self._tau_columns = 1 if step.one_tau else layout.c
         # where none of a pass's tensors is so large that its memory is kept mapped, torch makes them sooner than _empty
-        largest = max(self._kept, layout.n * layout.c, gate.hidden * max(layout.c, gate.outputs)) * item
+        largest = max(4 * self._kept, item * layout.n * layout.c, item * gate.hidden * max(layout.c, gate.outputs))
         self._small = layout.numel * step.dtype.itemsize < _OUTPUT_BYTES and largest < _INNER_BYTES
 
     def _like(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,10 @@ class Gated(steps.Gated):
         pooled = bits = None
         if step.keep:
             pooled = self._sums(step.layout.c, w1)
-            bits = w1.new_empty(self._kept) if self._small else _empty((self._kept,), (1,), w1.dtype, w1.device)
+            if self._small:
+                bits = w1.new_empty(self._kept, dtype=torch.int32)
+            else:
+                bits = _empty((self._kept,), (1,), torch.int32, w1.device)
         self._gate.forward(x, y, residual, tau, pooled, bits, w1, b1, gamma, beta, w2, b2, mean, var, batches)
         if bits is None:
             return y, tau, NOTHING_KEPT
@@ -80,7 +83,7 @@ class Gated(steps.Gated):
 
     def unpacked(self, kept):
         words, start = self.step.layout.words, self.step.state * self.step.sums.itemsize // 4
-        return kept._replace(bits=kept.bits.view(torch.int32)[start : start + 3 * words].view(3, words))
+        return kept._replace(bits=kept.bits[start : start + 3 * words].view(3, words))
 
 
 def _empty_like(p: torch.Tensor) -> torch.Tensor:

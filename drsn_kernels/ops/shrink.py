@@ -356,6 +356,8 @@ def _called(x, gate, call, residual, inplace, return_tau):
                 pool.planes, pool.source = bits, None
         x = x if handle is None else handle
         return _compose(x, pooled, alpha, call.average, residual, inplace, return_tau, call.rule)
+    if overwrite and call.average is None and _share_memory(x, alpha):
+        alpha = alpha.clone()
     needed = grads and (x.requires_grad or alpha.requires_grad)
     told = recording.active
     if told is not None:
