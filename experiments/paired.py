@@ -112,10 +112,14 @@ def _style(network: str) -> dict:
 def curves(path: Path, cells: Cells, task: str) -> None:
     """Test accuracy against epochs under each noise that has runs: the mean over seeds, and the range of the seeds."""
     conditions = [c for c in TASKS[task].conditions if _shown(cells, task, c)]
+    across = min(max(len(conditions), 1), 3)
+    down = max(-(-len(conditions) // across), 1)
     figure = require("matplotlib.figure", "train").Figure(
-        figsize=(max(3.6 * len(conditions), 6), 4), layout="constrained"
+        figsize=(max(3.6 * across, 6), 1 + 3 * down), layout="constrained"
     )
-    axes = figure.subplots(1, max(len(conditions), 1), squeeze=False)[0]
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for empty in axes[len(conditions) :]:
+        empty.set_axis_off()
     for one, condition in zip(axes, conditions, strict=False):
         for network in _shown(cells, task, condition):
             runs = [[100 * value for value in r.curve] for r in cells[task, condition, network].values()]
@@ -129,7 +133,8 @@ def curves(path: Path, cells: Cells, task: str) -> None:
         one.set_title(f"{task}, {condition}", fontsize=10)
         one.set_xlabel("epoch")
         one.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy (%)")
+    for first in axes[::across]:
+        first.set_ylabel("test accuracy (%)")
     by_label = {name: handle for one in axes for handle, name in zip(*one.get_legend_handles_labels(), strict=True)}
     if by_label:
         columns = min(len(by_label), 5)
