@@ -309,7 +309,7 @@ def merge_kernel(
             )  # fmt: skip
             apart = average - center
             center += apart * (here / (n + here))
-            around += within + apart * (n * here / (n + here)) * apart  # in this order the first piece's mean meets 0, not its square
+            around += within + apart * (n * here / (n + here)) * apart  # the first mean meets 0, not its square
             n += here
         second = around
         if KIND == "stats":
