@@ -1,6 +1,7 @@
 """Every choice of a plan timed against its alternatives on a GPU, and the constants in plans.py that follow from it.
 
     python -m benchmarks.sweep [--minutes M] [--out FOLDER]     time; FOLDER/rows.json, refused.json and table.md
+    python -m benchmarks.sweep --only DEPENDENT STEP            the choices of these constants alone
     python -m benchmarks.sweep --derive FOLDER/rows.json        the lines to paste into plans.py, each with its reason
 
 CHOICES is the table of alternatives: other values of constants in plans.py, for the launches that they govern. A unit
@@ -87,6 +88,8 @@ CHOICES: tuple[Choice, ...] = (
         ("reduce", "grad_dtau"),
         tuple({"PROGRAMS_PER_SM": n, "PIECE": piece} for n in (2, 4, 8) for piece in (2048, 4096, 8192)),
     ),
+    # whether launches may begin while the one before ends
+    Choice(STEPS, ({"DEPENDENT": False}, {"DEPENDENT": True})),
     # the gate: fused up to so many channels and products, beyond them called (cuBLAS); then its tiles
     Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512, 1024))),
     Choice(STEPS, tuple({"MOST_PRODUCTS": 1 << power} for power in (22, 24, 26, 28))),
@@ -177,7 +180,8 @@ def units() -> list[Unit]:
     rest = [case for group in "GACEDB" for shape in SHAPES[group] for case in _cases(group, shape, False)]
     rest += [case for shape in SHAPES["E"] for case in _cases("E", shape, True)]
     ordered = [*map(Unit, first), *(Unit(case, True) for case in first if case.op in STEPS), *map(Unit, rest)]
-    return list(dict.fromkeys([*ordered, *(Unit(case, True) for case in first if case.op in STREAMS)]))
+    ordered += [Unit(case, True) for case in first if case.op in STREAMS]
+    return [unit for unit in dict.fromkeys(ordered) if of(unit.case)]
 
 
 def distinct(on: Subject, case: Case) -> Iterator[tuple[str, dict[str, Any], Call, str]]:
@@ -280,7 +284,8 @@ def time_units(
 def kernels() -> str:
     """What the rows are of: a digest of the kernels' sources and of these alternatives."""
     files = [*sorted(Path(gpu.__file__).parent.glob("*.py")), Path(__file__), Path(derive.__file__)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    compared = repr([choice.names for choice in CHOICES]).encode()
+    return hashlib.sha256(b"".join([*(path.read_bytes() for path in files), compared])).hexdigest()[:12]
 
 
 def earlier(out: Path, about: dict) -> tuple[list[dict], dict]:
@@ -313,12 +318,21 @@ def summary(rows: list[dict]) -> str:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+def restrict(names: list[str]) -> None:
+    """Compare these constants only, and those that are chosen together with them."""
+    global CHOICES
+    if unknown := sorted(set(names) - {name for choice in CHOICES for name in choice.names}):
+        raise ValueError(f"--only takes constants that the sweep compares, got {', '.join(unknown)}")
+    CHOICES = tuple(choice for choice in CHOICES if not set(choice.names).isdisjoint(names))
+
+
 def main(arguments: list[str] | None = None) -> int:
     start = time.time()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help=f"for all of it ({MINUTES:g})")
     parser.add_argument("--out", type=Path, default=Path("sweep-out"), metavar="FOLDER", help="for rows and table")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="compare these constants of plans.py (all)")
     parser.add_argument("--derive", type=Path, metavar="FILE", help="rows.json of a run: print lines for plans.py")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -330,6 +344,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         print("\n".join(derive.lines(rows, [choice.names for choice in CHOICES])))
         return 0
+    if options.only:
+        try:
+            restrict(options.only)
+        except ValueError as error:
+            parser.error(str(error))
     if not options.minutes > 0:
         parser.error(f"--minutes must be more than 0, got {options.minutes:g}")
     if not torch.cuda.is_available():
@@ -340,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     until = min(end(), start + 60 * options.minutes)
     options.out.mkdir(parents=True, exist_ok=True)
     env = {END: str(start + COMPILING * (until - start)), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    shared_out("benchmarks.sweep", [], options.jobs, env)
+    shared_out("benchmarks.sweep", ["--only", *options.only] if options.only else [], options.jobs, env)
     print(f"compiled in {time.time() - start:.0f} s")
     failed = time_units(units(), options.out, until, environment("cuda") | {"kernels": kernels()})
     if not (options.out / "rows.json").is_file():

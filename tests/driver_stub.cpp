@@ -63,7 +63,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** paramete
            (void*)c->hStream, (void*)extra);
   log += text;
   for (unsigned i = 0; i < c->numAttrs; ++i) {
-    snprintf(text, sizeof text, " %d", c->attrs[i].id);
+    snprintf(text, sizeof text, " %d=%d", c->attrs[i].id, c->attrs[i].value.programmaticStreamSerializationAllowed);
     log += text;
   }
   log += " parameters";
@@ -77,13 +77,6 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** paramete
   }
   log += '\n';
   return CUDA_SUCCESS;
-}
-
-CUresult cuLaunchKernel(CUfunction f, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                        unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void** parameters,
-                        void** extra) {
-  const CUlaunchConfig config{grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, nullptr, 0};
-  return cuLaunchKernelEx(&config, f, parameters, extra);
 }
 
 CUresult cuGetErrorName(CUresult e, const char** s) {

@@ -17,7 +17,7 @@ if instrumented := os.environ.get("DRSN_TEST_LAUNCHER"):
 
 import drsn_kernels as dk
 from drsn_kernels import _launch
-from drsn_kernels.backends.gpu import launch, native, stream
+from drsn_kernels.backends.gpu import launch, native, plans, stream
 from drsn_kernels.layout import layout_of
 
 SHAPE = (8, 16, 128)
@@ -90,6 +90,14 @@ def same_to_the_driver(stub) -> dict:
         for i, (ran, given) in enumerate(stub_driver.passes(call)):
             found[f"{name} {i}"] = both(stub, ran, given)
     return found
+
+
+def dependent(stub) -> dict:
+    """A training step whose launches may begin while the one before ends."""
+    x = torch.randn(SHAPE, requires_grad=True)
+    with plans.using(DEPENDENT=True):
+        passes = stub_driver.passes(training(dk.Shrinkage(16), x))
+        return {f"train {i}": both(stub, *each) for i, each in enumerate(passes)}
 
 
 def counted(stub) -> dict:
@@ -229,7 +237,7 @@ def first_failure(stub) -> dict:
 
 def empty(stub) -> dict:
     """A grid of no programs is not launched, and what follows it is."""
-    kernels = [(name, 0x10, grid, 32, 0, b"", []) for name, grid in (("a", 0), ("b", 5))]
+    kernels = [(name, 0x10, grid, 32, 0, False, b"", []) for name, grid in (("a", 0), ("b", 5))]
     with stub.recorded() as lines:
         _launch.Sequence(0, kernels, []).run(0, ())
     return {"lines": lines}
@@ -270,12 +278,12 @@ def refusals(stub) -> dict:
         found[name] = [native.refused.get("reduce_kernel"), alone(tuple(named.values()))]
     stub.library.stub_shared_limit(100)
     for what, kernel_of in {
-        "shared": ("k", 0x10, 1, 32, 60000, b"", []),
-        "threads": ("k", 0x10, 1, 2048, 0, b"", []),
-        "patch": ("k", 0x10, 1, 32, 0, bytes(8), [(1, 0, 0)]),
-        "base": ("k", 0x10, 1, 32, 0, bytes(8), [(0, 9, 0)]),
-        "none": ("k", 0x10, 1, 32, 0, bytes(8), [(0, 0, 0)]),
-        "parameters": ("k", 0x10, 1, 32, 0, bytes(8 * 97), []),
+        "shared": ("k", 0x10, 1, 32, 60000, False, b"", []),
+        "threads": ("k", 0x10, 1, 2048, 0, False, b"", []),
+        "patch": ("k", 0x10, 1, 32, 0, False, bytes(8), [(1, 0, 0)]),
+        "base": ("k", 0x10, 1, 32, 0, False, bytes(8), [(0, 9, 0)]),
+        "none": ("k", 0x10, 1, 32, 0, False, bytes(8), [(0, 0, 0)]),
+        "parameters": ("k", 0x10, 1, 32, 0, False, bytes(8 * 97), []),
     }.items():
         try:
             _launch.Sequence(0, [kernel_of], [None])
@@ -312,7 +320,7 @@ def off(stub) -> dict:
 
 
 SCENARIOS = (
-    same_to_the_driver, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals, threads,
+    same_to_the_driver, dependent, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals, threads,
     off,
 )  # fmt: skip
 

@@ -52,6 +52,15 @@ def test_the_driver_is_given_what_triton_gives_it(found):
 
 
 @compiled
+def test_dependent_launches_are_those_of_triton(found):
+    """Attribute 6: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+    for each in found["dependent"].values():
+        assert each["taken"] and len(each["ours"]) == 4 and each["ours"] == each["tritons"]
+        assert all("attributes 6=1 parameters" in line for line in each["ours"])
+    assert all("attributes parameters" in line for line in found["same_to_the_driver"]["train 0"]["ours"])
+
+
+@compiled
 def test_a_training_step_is_two_calls_of_the_extension(found):
     """Counts of one step of Shrinkage that is known already, on any machine: a change that adds to them shows here."""
     counts = found["counted"]

@@ -101,6 +101,21 @@ def test_units_are_forty_shapes_in_both_dtypes_and_the_headlines_come_first():
     assert {unit.case.group for unit in found[:first]} == set("GACEDB")
 
 
+def test_some_constants_alone(monkeypatch):
+    monkeypatch.setattr(sweep, "CHOICES", sweep.CHOICES)  # put back afterwards
+    every = sweep.kernels()
+    sweep.restrict(["DEPENDENT", "TILE"])
+    assert [choice.names for choice in sweep.CHOICES] == [("THREAD", "TILE"), ("DEPENDENT",)]
+    assert sweep.kernels() != every  # rows of one are not continued by the other
+    sweep.restrict(["DEPENDENT"])
+    assert {unit.case.op for unit in sweep.units()} == set(sweep.STEPS)
+    assert list(dict(sweep.alternatives(Case("shrink_eval", "C", (64, 32, 128), "forward", "fp32")))) == [
+        sweep.PLANNED, "DEPENDENT=True",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        sweep.main(["--only", "TILES"])
+
+
 def test_what_the_tree_has_is_first_and_each_alternative_differs_from_it():
     names = dict(sweep.alternatives(MAP))
     assert next(iter(names.items())) == (sweep.PLANNED, {}) and len(names) > 3

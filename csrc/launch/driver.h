@@ -17,9 +17,24 @@ using Result = int;      // CUresult, 0 is success
 // CUfunction_attribute
 constexpr int MAX_THREADS_PER_BLOCK = 0, MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 
+// CUlaunchAttributeID
+constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
+struct LaunchAttribute {  // CUlaunchAttribute
+  int id;
+  char padding[4];
+  int value[16];  // of a union of 64 bytes
+};
+
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
+  Stream stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+
 struct Driver {
-  Result (*launch)(Function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                   unsigned block_z, unsigned shared, Stream, void** parameters, void** extra) = nullptr;
+  Result (*launch)(const LaunchConfig*, Function, void** parameters, void** extra) = nullptr;
   Result (*current)(Context*) = nullptr;
   Result (*make_current)(Context) = nullptr;
   Result (*device)(int* device, int ordinal) = nullptr;
@@ -71,7 +86,7 @@ struct Driver {
       *reinterpret_cast<void**>(&pointer) = dlsym(library, name);
       if (pointer == nullptr && d.missing.empty()) d.missing = std::string("libcuda.so.1 has no ") + name;
     };
-    find(d.launch, "cuLaunchKernel");
+    find(d.launch, "cuLaunchKernelEx");
     find(d.current, "cuCtxGetCurrent");
     find(d.make_current, "cuCtxSetCurrent");
     find(d.device, "cuDeviceGet");

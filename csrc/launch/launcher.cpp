@@ -36,13 +36,14 @@ struct Kernel {
   std::string name;
   Function function;
   unsigned grid, threads, shared;
+  bool dependent;                    // may begin while the launch before it still runs: it waits by itself
   std::vector<uint64_t> parameters;  // each in the first bytes of its 8
   std::vector<Patch> patches;
 };
 
 using Patches = std::vector<std::tuple<uint32_t, uint32_t, int64_t>>;
-// name, function, grid, threads, shared, bytes of the parameters, patches
-using Described = std::tuple<std::string, uint64_t, unsigned, unsigned, unsigned, std::string, Patches>;
+// name, function, grid, threads, shared, dependent, bytes of the parameters, patches
+using Described = std::tuple<std::string, uint64_t, unsigned, unsigned, unsigned, bool, std::string, Patches>;
 
 // The first launch that a Sequence ever makes has failed: something about it is not as believed, and nothing has run.
 struct NotLaunched : std::runtime_error {
@@ -108,7 +109,8 @@ class Sequence {
     std::string bytes;
     Patches patches;
     uint64_t function = 0;
-    std::tie(kernel.name, function, kernel.grid, kernel.threads, kernel.shared, bytes, patches) = described;
+    std::tie(kernel.name, function, kernel.grid, kernel.threads, kernel.shared, kernel.dependent, bytes,
+             patches) = described;
     kernel.function = reinterpret_cast<Function>(function);
     if (bytes.size() % 8 != 0 || bytes.size() > 8 * MOST_PARAMETERS)
       throw py::value_error(kernel.name + ": at most 96 parameters of 8 bytes");
@@ -142,8 +144,10 @@ class Sequence {
     std::copy(kernel.parameters.begin(), kernel.parameters.end(), parameters);
     for (const Patch& patch : kernel.patches) parameters[patch.parameter] = address[patch.base] + patch.offset;
     for (size_t i = 0; i < kernel.parameters.size(); ++i) pointers[i] = &parameters[i];
-    return driver.launch(kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, pointers,
-                         nullptr);
+    LaunchAttribute dependent = {PROGRAMMATIC_STREAM_SERIALIZATION, {}, {1}};
+    const unsigned attributes = kernel.dependent ? 1 : 0;
+    const LaunchConfig config = {kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, &dependent, attributes};
+    return driver.launch(&config, kernel.function, pointers, nullptr);
   }
 
   int device_;

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .. import cost
 from ..step import Cost, Step
-from .launch import kernel
+from .launch import await_previous, kernel
 from .product import across, added_slices, added_up, nothing, ordered, product, rows, steps_of, store_rows, transposed
 
 
@@ -125,9 +125,11 @@ def merged_sums(sums, h, live, H, groups, GROUPS: tl.constexpr):
 
 @kernel(pointers=2)
 def merge_kernel(
-    groups_of, merged, N, H, groups, group, STATISTICS: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr
-):
+    groups_of, merged, N, H, groups, group, STATISTICS: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """(groups, 2, H) -> (1, 2, H): statistics of the batch, or sums over it, where programs would merge too many."""
+    await_previous(DEPENDENT)
     h = tl.program_id(0) * BH + tl.arange(0, BH)
     if STATISTICS:
         first, second = merged_statistics(groups_of, h, h < H, N, H, groups, group, GROUPS)
@@ -144,12 +146,13 @@ def merge_kernel(
 def hidden_kernel(
     partial, pooled, w1, b1, state, statistics, N, CA, HA, parts, tiles,
     BATCH_STATS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """u; A (N, C), where it comes in parts (SPLIT); with BATCH_STATS each tile's statistics, (tiles, 2, H).
 
     A program makes BN samples of BH units.
     """
+    await_previous(DEPENDENT)
     C = CA * ALIGN
     H = HA * ALIGN
     tile = tl.program_id(0) % tiles
@@ -203,13 +206,14 @@ def alpha_kernel(
     pooled, state, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
     MERGE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none).
 
     mean and var are the running statistics: used, or with BATCH_STATS updated, by the programs of the first tile. The
     batch's come as (groups, 2, H), or merged (1, 2, H) without MERGE. A program makes BN samples of BC outputs.
     """
+    await_previous(DEPENDENT)
     C = CA * ALIGN
     H = HA * ALIGN
     outputs = 1 if ONE else C

@@ -24,7 +24,7 @@ from .gate import (
     standardised,
     statistics_of,
 )
-from .launch import kernel
+from .launch import await_previous, kernel
 from .product import across, added_slices, added_up, nothing, ordered, product, rows, steps_of, store_rows
 
 
@@ -92,12 +92,13 @@ def hidden_grad_kernel(
     dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, dz, dv, sums, direct, N, CA, HA, parts, tiles,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
     ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dz (N, C | 1), dv (N, H) and, with BATCH_STATS, sum dv and sum dv * (u - mean) / std of each tile (tiles, 2, H).
 
     direct (N, C) is A's direct gradient, where it is wanted and there is one. A program makes BN samples of BH units.
     """
+    await_previous(DEPENDENT)
     ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
     C = CA * ALIGN
     H = HA * ALIGN
@@ -175,11 +176,13 @@ def batch_averages(sums, h, live, N, H, groups, GROUPS: tl.constexpr):
 def norm_grad_kernel(
     state, gamma, beta, sums, dv, positive, norms, N, CA, HA, pieces, share, groups, after_gamma,
     ONE: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dv (N, H) becomes du, positive relu(v) (N, H), behind a norm by statistics of the batch.
 
     Gamma's gradient (H,) goes to norms, beta's to norms + after_gamma. A program takes `share` samples of BH units.
     """
+    await_previous(DEPENDENT)
     H = HA * ALIGN
     part = tl.program_id(0) % pieces
     h = tl.program_id(0) // pieces * BH + tl.arange(0, BH)

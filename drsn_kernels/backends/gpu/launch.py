@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..step import Cost
-from . import interpreting, native
+from . import interpreting, native, plans
 from .native import Piece, Source
 from .plans import OnePassPlan, Planned, TilePlan, cdiv, group, up_to
 from .walk import Walk
@@ -35,8 +35,9 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
     """triton.jit for a kernel that takes `pointers` pointers, then integers, then constexprs.
 
     It is specialised on which pointers are None and on which of `aligned` are multiples of 16 bytes, and on no integer:
-    Triton would compile anew for 1 and for multiples of 16. Three of its constexprs are known at a launch only: PTX,
-    PRECISION, which is "ieee" without it, and GROUP, which is 1 where one of `aligned` is not.
+    Triton would compile anew for 1 and for multiples of 16. Four of its constexprs are known at a launch only: PTX;
+    PRECISION, which is "ieee" without it; DEPENDENT, for its first statement, await_previous; and GROUP, which is 1
+    where one of `aligned` is not.
     """
 
     def decorate(fn):
@@ -55,9 +56,24 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
     return decorate
 
 
-def takes_ptx() -> bool:
-    """Whether kernels are compiled for an NVIDIA GPU."""
-    return not interpreting() and triton.runtime.driver.active.get_current_target().backend == "cuda"
+@triton.jit
+def await_previous(DEPENDENT: tl.constexpr):
+    """With DEPENDENT, programs start while the launch before this one still runs. Here they wait for its end, and let
+    those of the next one start.
+
+    Nothing may be read or written before. As every launch waits, what an earlier one wrote is there as well.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def capability() -> int:
+    """Of the NVIDIA GPU that kernels are compiled for, 90 for 9.0; 0 for another GPU and where they are interpreted."""
+    if interpreting():
+        return 0
+    compiled_for = triton.runtime.driver.active.get_current_target()
+    return compiled_for.arch if compiled_for.backend == "cuda" else 0
 
 
 class Prepared:
@@ -71,6 +87,7 @@ class Prepared:
         stages: of a loop of products, the steps whose loads are under way together."""
         self.fn, self.name, self.pointers, self.grid = fn, fn.__name__, fn.pointers, (programs, 1, 1)
         self.plan, self.cost = plan, cost
+        values = values | {"DEPENDENT": plans.DEPENDENT}
         self.values = {name: values[name] for name in fn.values}
         self.told_alignment = tuple(fn.pointers[i] for i in fn.aligned)
         self.options = {"num_warps": warps, "maxnreg": registers, "num_stages": stages, **_NO_CONTRACTION}
@@ -101,10 +118,14 @@ class Prepared:
 
     def _first(self, key: int, pointers: tuple) -> Any:
         options = {name: value for name, value in self.options.items() if value is not None}
-        known_now = {"PTX": takes_ptx()}
+        known_now = {"PTX": capability() > 0}
         if not known_now["PTX"]:
             options.pop("maxnreg", None)
             known_now["PRECISION"] = "ieee"
+        if self.values["DEPENDENT"] and capability() >= 90:
+            options["launch_pdl"] = True
+        else:
+            known_now["DEPENDENT"] = False
         if any(pointers[i] is not None and pointers[i].data_ptr() % 16 for i in self.fn.aligned):
             # a word of two elements would straddle two; the tile stays that of aligned tensors, and may spill
             known_now["GROUP"] = 1

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..step import Cost, Step
 from .gate import Sizes, center_and_scale, relu, scaled, standardised, statistics_of
 from .gate_grad import batch_averages, norm_grads
-from .launch import kernel
+from .launch import await_previous, kernel
 from .product import added_slices, nothing, ordered, product, rows, steps_of, store_rows, transposed
 
 
@@ -131,7 +131,7 @@ def linear_grad_kernel(
     N, CA, HA, tiles, groups, pooled_programs, first, second, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, WALK: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters and, where wanted, dA (N, C).
 
@@ -141,6 +141,7 @@ def linear_grad_kernel(
     (H,), w2 (O, H), b2 (O,) and, with a norm and without READY, gamma (H,) and beta (H,), each at a multiple of 4
     elements.
     """
+    await_previous(DEPENDENT)
     C = CA * ALIGN
     H = HA * ALIGN
     outputs = 1 if ONE else C
@@ -195,8 +196,11 @@ def linear_grad_kernel(
 
 
 @kernel(pointers=2, aligned=("shares_of", "added"))
-def add_shares_kernel(shares_of, added, shares, total, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+def add_shares_kernel(
+    shares_of, added, shares, total, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """(shares, total) -> (total,): the gradients of all shares of the batch added up, always in the same order."""
+    await_previous(DEPENDENT)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     found = tl.zeros((BLOCK,), added.dtype.element_ty)
     for first in range(0, shares, AT_ONCE):

@@ -182,7 +182,7 @@ def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[s
     meta, ptx = kernel.metadata, kernel.asm["ptx"]
     if not isinstance(kernel.run, CudaLauncher):
         raise Refused(f"it is launched by {type(kernel.run).__name__}, not by Triton's CudaLauncher")
-    for name, usual in (("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False)):
+    for name, usual in (("num_ctas", 1), ("launch_cooperative_grid", False)):
         if getattr(meta, name, usual) != usual:
             raise Refused(f"{name} is {getattr(meta, name)}")
     block, bits, patches = [], [], []
@@ -208,7 +208,8 @@ def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[s
     threads = meta.num_warps * meta.target.warp_size
     if (said := _THREADS.search(ptx)) and int(said.group(1)) != threads:
         raise Refused(f"{threads} threads would be launched, the PTX asks for {said.group(1)}")
-    return meta.name, kernel.function, grid, threads, meta.shared, b"".join(block), patches
+    dependent = bool(getattr(meta, "launch_pdl", False))
+    return meta.name, kernel.function, grid, threads, meta.shared, dependent, b"".join(block), patches
 
 
 def _parameters(signature: dict[str, Any], values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .bits import elements, words
-from .launch import kernel
+from .launch import await_previous, kernel
 from .tiles import length_of_rows, load, store
 
 # ---- where a program is ----------------------------------------------------------------------------------------------
@@ -123,9 +123,10 @@ def _moments(mean, spread, count, columns_live, n, CHANNELS_LAST: tl.constexpr):
 def moments_kernel(
     x, partial, N, P, QA, blocks, splits, piece, row_sizes, q_sizes, xs, X_UNIT: tl.constexpr,
     BLOCKED: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of a piece of a channel."""
+    await_previous(DEPENDENT)
     Q = length_of_rows(QA, ALIGN, WIDE)
     DTYPE: tl.constexpr = x.dtype.element_ty
     extent = height(N, P, CHANNELS_LAST, WIDE)
@@ -235,9 +236,10 @@ def norm_kernel(
     q_sizes, xs, ys, SOURCE: tl.constexpr, EPS: tl.constexpr, SLOPE: tl.constexpr, SPLITS: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, BLOCKED: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of y. SOURCE of the statistics: "tile", "partial", "given" (mean, var) or "stats" (mean, rstd)."""
+    await_previous(DEPENDENT)
     Q = length_of_rows(QA, ALIGN, WIDE)
     DTYPE: tl.constexpr = x.dtype.element_ty
     channels = Q if CHANNELS_LAST else P
@@ -281,9 +283,10 @@ def norm_kernel(
 def merge_kernel(
     partial, merged, mean, var, batches, N, P, QA, blocks, splits, rows, width, factor, rest, KIND: tl.constexpr,
     EPS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, BLOCKED: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """merged (2, C). KIND: "sums", "moments" (mean, squared deviations) or "stats" (mean, rstd)."""
+    await_previous(DEPENDENT)
     ACC: tl.constexpr = partial.dtype.element_ty
     Q = length_of_rows(QA, ALIGN, WIDE)
     channels = Q if CHANNELS_LAST else P

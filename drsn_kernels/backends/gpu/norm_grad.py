@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .bits import elements, words
-from .launch import kernel
+from .launch import await_previous, kernel
 from .norm import across, affine, height, offset_of, partials, place, rows_at, summed
 from .tiles import length_of_rows, load, store
 
@@ -41,9 +41,10 @@ def sums_kernel(
     g, x, dx, partial, stats, weight, bias, N, P, QA, blocks, splits, piece, row_sizes, q_sizes, gs, xs, ds,
     SLOPE: tl.constexpr, G_UNIT: tl.constexpr, X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, BLOCKED: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dbias and dweight of a piece of a channel; dx of given statistics."""
+    await_previous(DEPENDENT)
     Q = length_of_rows(QA, ALIGN, WIDE)
     channels = Q if CHANNELS_LAST else P
     number, column, c, c_live = place(P, Q, blocks, BLOCKED, B, CHANNELS_LAST, WIDE, False)
@@ -79,9 +80,10 @@ def norm_grad_kernel(
     SOURCE: tl.constexpr, BATCH: tl.constexpr, SLOPE: tl.constexpr, SPLITS: tl.constexpr, G_UNIT: tl.constexpr,
     X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, BLOCKED: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of dx. SOURCE of the sums: "tile", "partial", "sums", or None where nothing needs them."""
+    await_previous(DEPENDENT)
     Q = length_of_rows(QA, ALIGN, WIDE)
     channels = Q if CHANNELS_LAST else P
     t, column, c, c_live = place(P, Q, blocks, BLOCKED, B, CHANNELS_LAST, WIDE, True)

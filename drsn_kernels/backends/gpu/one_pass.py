@@ -18,7 +18,7 @@ from ..step import Cost, Step
 from .bits import elements, exceeds, limits, mask, negative, nonzero, signs, soft, soft_elements, words
 from .gate import Sizes, alphas_of, normalise, relu
 from .gate_grad import logit_grads_of_samples
-from .launch import kernel
+from .launch import await_previous, kernel
 from .tiles import length_of_rows, load, load_plane, store, store_planes
 
 
@@ -86,8 +86,9 @@ def forward_kernel(
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     R_UNIT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    await_previous(DEPENDENT)
     CB: tl.constexpr = B if CHANNELS_LAST else PB
     OB: tl.constexpr = 1 if ONE else CB
     STEP: tl.constexpr = PB if CHANNELS_LAST else B
@@ -194,9 +195,10 @@ def backward_kernel(
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
     PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dx, and for the second launch dz (N, C | 1) and dv (N, H)."""
+    await_previous(DEPENDENT)
     CB: tl.constexpr = B if CHANNELS_LAST else PB
     OB: tl.constexpr = 1 if ONE else CB
     STEP: tl.constexpr = PB if CHANNELS_LAST else B

@@ -35,7 +35,7 @@ from .bits import (
     with_sign,
     words,
 )
-from .launch import Prepared, kernel, multiprocessors, tile_values
+from .launch import Prepared, await_previous, kernel, multiprocessors, tile_values
 from .plans import TilePlan, cached, tiles
 from .tiles import by_channel, length_of_rows, load, load_plane, over_length, piece, store, store_planes, tile
 from .walk import Strides, walk
@@ -74,9 +74,10 @@ def reduce_kernel(
     x, times, out, planes, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, xs, ts,
     KIND: tl.constexpr, X_UNIT: tl.constexpr, T_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
     LOOP: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+    ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out (splits, N, C): this piece's part of the mean, or of the sum of products. planes: sign, nonzero."""
+    await_previous(DEPENDENT)
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
@@ -145,9 +146,10 @@ def map_kernel(
     xs, ys, rs, t_n, t_c, KIND: tl.constexpr, INSIDE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """KIND: "soft", "piecewise" (another rule, INSIDE and OFFSET) or "scale". planes: kept, sign[, nonzero]."""
+    await_previous(DEPENDENT)
     DTYPE: tl.constexpr = x.dtype.element_ty
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
@@ -283,12 +285,13 @@ def grad_kernel(
     INSIDE: tl.constexpr, OFFSET: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr,
     G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dtau (splits, N, C): this piece's part of it. KEPT, SIGN, NONZERO: which plane; None where it is not read.
 
     By a rule with INSIDE, INSIDE * g is in the place of 0 where it is not kept, and dtau is OFFSET times the sum.
     """
+    await_previous(DEPENDENT)
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     REVERSE: tl.constexpr = dtau is None

@@ -1,0 +1,71 @@
+"""Every kernel as it is compiled where launches may begin before the one before them has ended (plans.DEPENDENT): run by
+test_dependent_launches.py, prints JSON by GPU."""
+
+import json
+import re
+import subprocess
+import tempfile
+
+import torch
+from oracle import gate_of
+from triton import knobs
+
+import drsn_kernels as dk
+from drsn_kernels.backends.gpu import plans
+from drsn_kernels.backends.gpu.lowering import lowering
+
+WAIT = {"ptx": "griddepcontrol.wait", "sass": "ACQBULK"}
+ACCESS = {
+    "ptx": re.compile(r"(?:ld|st|atom|red|cp\.async)\.[\w.:]*global"),
+    "sass": re.compile(r"\b(?:LDG|STG|LDGSTS|ATOMG?|RED|REDG)\b"),
+}
+
+
+def calls() -> None:
+    """Between them all kernels."""
+    for shape, kind, dtype in (
+        ((8, 16, 128), "batch norm", torch.float32), ((33, 80, 60), "batch norm", torch.bfloat16),
+        ((300, 8, 20), "norm", torch.float32),
+    ):  # fmt: skip
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        gate = gate_of(shape[1], kind).to(torch.promote_types(dtype, torch.float32))
+        y, tau = dk.shrink(x, gate, residual=x, return_tau=True)
+        (y.sum() + tau.sum() + dk.abs_mean(x).sum() + dk.squeeze_excite(x, gate).sum()).backward()
+    for x in (torch.randn(64, 16, 1024), torch.randn(64, 4, 20, 20).contiguous(memory_format=torch.channels_last)):
+        norm = dk.BatchNormReLU(x.shape[1])
+        norm(x.requires_grad_()).sum().backward()
+        norm.eval()(x).sum().backward()
+
+
+def first(text: str, form: str) -> dict:
+    """Where in the code the program waits, and where it touches memory for the first time; and how often it waits."""
+    access = ACCESS[form].search(text)
+    return {"wait": text.find(WAIT[form]), "waits": text.count(WAIT[form]), "access": access.start() if access else -1}
+
+
+def disassembled(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    found = {}
+    for gpu, call in (("cuda:90", calls), ("cuda:80", lambda: dk.abs_mean(torch.randn(8, 16, 128)))):
+        with lowering(gpu) as launches, dk.use_backend("triton", strict=True), plans.using(DEPENDENT=True):
+            call()
+        by_code = {launch.compiled.hash: launch for launch in launches}
+        found[gpu] = [
+            {"kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
+             "pdl": one.compiled.metadata.launch_pdl, "ptx": first(one.compiled.asm["ptx"], "ptx"),
+             "sass": first(disassembled(one.compiled.asm["cubin"]), "sass"),
+             "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents")}
+            for one in by_code.values()
+        ]  # fmt: skip
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
