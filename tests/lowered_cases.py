@@ -268,9 +268,10 @@ def gate_case(
     )  # fmt: skip
 
 
-def several(shape: tuple[int, ...], dtype: torch.dtype, merge: bool = False):
-    """reduce, the gate, map; and grad, the gate, grad. merge: a launch merges the batch's statistics."""
-    long, merged, normed = _long(shape, dtype), ("merge_kernel",) * merge, ("norm_grad_kernel",) * merge
+def several(shape: tuple[int, ...], dtype: torch.dtype, merge: bool = False, wide: bool = False):
+    """reduce, the gate, map; and grad, the gate, grad. merge: a launch merges the batch's statistics, of several tiles;
+    wide: a launch of its own makes du, for more than 64 units."""
+    long, merged, normed = _long(shape, dtype), ("merge_kernel",) * merge, ("norm_grad_kernel",) * wide
     forward = (
         expected("reduce_kernel", {"x": 1}, loop=long),
         *map(expected, ("hidden_kernel", *merged, "alpha_kernel")),
@@ -324,8 +325,8 @@ CASES += [
 CASES += [gate_case((512, 64, 256), dtype, "eval, many samples", (TWICE,)) for dtype in (F32, BF16)]
 CASES += [
     gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32), norm=False),
-    gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16)),
-    gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32, merge=True)),
+    gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16, wide=True)),
+    gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32, merge=True, wide=True)),
 ]
 
 # Batch normalisation: a channel on chip, in pieces, walked, and merged; rows that are aligned, ragged, long.

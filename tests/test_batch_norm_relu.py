@@ -151,7 +151,11 @@ def test_statistics_that_are_slices(kernels):
 @pytest.mark.parametrize("layout", ["rows", "channels_last"])
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_a_large_mean_does_not_cancel(kernels, layout, offset):
-    """The variance of x about a mean that is much larger; mean is rounded to float32 once."""
+    """The variance of x about a mean that is much larger; mean is rounded to float32 once.
+
+    On GPUs the deviations are from a mean that is a few roundings off, in parts and when these are merged. What that
+    adds to the variance is a square. Sums of squares would be off by `offset` times as much and more.
+    """
     if kernels.backend == "torch":
         pytest.skip("PyTorch's own statistics are less exact")
     x = torch.randn(40, 6, 700, device=kernels.device) + offset
@@ -160,9 +164,11 @@ def test_a_large_mean_does_not_cancel(kernels, layout, offset):
     y = kernels.batch_norm_relu(x, mean, var, training=True, momentum=1.0, activation=None)
     exact_var, exact_mean = torch.var_mean(x.double(), [0, 2])
     unit = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(var.double(), exact_var, rtol=4 * unit, atol=0)
-    torch.testing.assert_close(mean.double(), exact_mean, rtol=unit, atol=0)
-    allowed = unit / 2 * offset / exact_var.sqrt().min() + 16 * unit * 5
+    roundings = 8 if kernels.backend == "triton" else 0
+    off = roundings * unit * offset
+    torch.testing.assert_close(var.double(), exact_var, rtol=4 * unit + off**2, atol=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=max(roundings, 1) * unit, atol=0)
+    allowed = (unit / 2 * offset + off) / exact_var.sqrt().min() + (16 * unit + off**2) * 5
     assert (y.double() - batch_norm_act(x.double(), activation=None)).abs().max() <= allowed
 
 
@@ -184,7 +190,10 @@ def test_a_constant_channel_has_no_variance(kernels, layout):
     x = laid_out(x, layout)
     mean, var = statistics(x)
     y = kernels.batch_norm_relu(x, mean, var, bias=torch.full((5,), 2.0, device=x.device), training=True, momentum=1.0)
-    assert mean[3] == x[0, 3, 0] and var[3] == 0 and (y[:, 3] == 2).all()
+    # Of the mean: on GPUs a sum of 540, which the interpreter adds up one after the other where a GPU makes a tree.
+    off = 64 * torch.finfo(torch.float32).eps * 0.1 if kernels.backend == "triton" else 0
+    assert (mean[3] - x[0, 3, 0]).abs() <= off and var[3] <= off**2
+    assert (y[:, 3] - 2).abs().max() <= off / 1e-5**0.5
 
 
 # ---- special values and sizes ----------------------------------------------------------------------------------------
