@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 
+import ptx
 import torch
 from oracle import gate_of
 from triton import knobs
@@ -14,11 +15,7 @@ import drsn_kernels as dk
 from drsn_kernels.backends.gpu import plans
 from drsn_kernels.backends.gpu.lowering import lowering
 
-WAIT = {"ptx": "griddepcontrol.wait", "sass": "ACQBULK"}
-ACCESS = {
-    "ptx": re.compile(r"(?:ld|st|atom|red|cp\.async)\.[\w.:]*global"),
-    "sass": re.compile(r"\b(?:LDG|STG|LDGSTS|ATOMG?|RED|REDG)\b"),
-}
+SASS_ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS|ATOMG?|REDG?)\b")
 
 
 def calls() -> None:
@@ -37,10 +34,17 @@ def calls() -> None:
         norm.eval()(x).sum().backward()
 
 
-def first(text: str, form: str) -> dict:
-    """Where in the code the program waits, and where it touches memory for the first time; and how often it waits."""
-    access = ACCESS[form].search(text)
-    return {"wait": text.find(WAIT[form]), "waits": text.count(WAIT[form]), "access": access.start() if access else -1}
+def before(launch) -> dict:
+    """What a program does in front of its wait, in PTX and in machine code."""
+    ptx_text, sass = launch.compiled.asm["ptx"], disassembled(launch.compiled.asm["cubin"])
+    ahead, wait, _ = ptx_text.partition("griddepcontrol.wait")
+    arguments = ptx.flat_arguments(launch.compiled.src.signature)
+    found = {(one.kind, *sorted(one.pointers)) for one in ptx.ptx_accesses(ahead, arguments)} if wait else []
+    in_front, waits, _ = sass.partition("ACQBULK")
+    return {
+        "waits": [ptx_text.count("griddepcontrol.wait"), sass.count("ACQBULK")], "before": sorted(found),
+        "sass": sorted(set(SASS_ACCESS.findall(in_front))) if waits else [],
+    }  # fmt: skip
 
 
 def disassembled(cubin: bytes) -> str:
@@ -58,9 +62,8 @@ def main() -> None:
             call()
         by_code = {launch.compiled.hash: launch for launch in launches}
         found[gpu] = [
-            {"kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
-             "pdl": one.compiled.metadata.launch_pdl, "ptx": first(one.compiled.asm["ptx"], "ptx"),
-             "sass": first(disassembled(one.compiled.asm["cubin"]), "sass"),
+            {"early": bool(one.arguments.get("EARLY")), "kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
+             "pdl": one.compiled.metadata.launch_pdl, **before(one), "stack": ptx.Measured(one).stack,
              "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents")}
             for one in by_code.values()
         ]  # fmt: skip

@@ -44,15 +44,25 @@ def test_every_kernel_waits_before_it_touches_memory(found):
     launches = found["cuda:90"]
     assert {one["kernel"] for one in launches} == every_kernel()
     for one in launches:
-        for form in ("ptx", "sass"):
-            assert one[form]["waits"] == 1 and 0 < one[form]["wait"] < one[form]["access"], (one["kernel"], form)
-        assert one["pdl"] and one["next"] == 1, one["kernel"]
+        assert one["waits"] == [1, 1] and one["pdl"] and one["next"] == 1 and one["stack"] == 0, one["kernel"]
+        if not one["early"]:
+            assert one["before"] == one["sass"] == [], one["kernel"]
+
+
+@pytest.mark.slow
+def test_behind_the_gate_the_feature_map_is_loaded_before_the_wait(found):
+    """And nothing else: not what launches in front of it have made, and nothing is stored."""
+    early = [one for one in found["cuda:90"] if one["early"]]
+    assert {one["kernel"] for one in early} == {"stream.map_kernel", "stream.grad_kernel"}
+    for one in early:
+        from_before = [["ld", "x"]] if one["kernel"] == "stream.map_kernel" else [["ld", "g"], ["ld", "planes"]]
+        assert one["before"] == from_before and one["sass"] == ["LDG"], one["kernel"]
 
 
 @pytest.mark.slow
 def test_older_gpus_take_their_launches_one_after_the_other(found):
     for one in found["cuda:80"]:
-        assert not one["pdl"] and one["ptx"]["waits"] == one["next"] == 0
+        assert not one["pdl"] and one["waits"] == [0, 0] and one["next"] == 0
 
 
 @pytest.mark.skipif(gpu.missing() is None and not gpu.interpreting(), reason="needs the interpreter")

@@ -61,7 +61,9 @@ def await_previous(DEPENDENT: tl.constexpr):
     """With DEPENDENT, programs start while the launch before this one still runs. Here they wait for its end, and let
     those of the next one start.
 
-    Nothing may be read or written before. As every launch waits, what an earlier one wrote is there as well.
+    Nothing may be read or written before, but what launches in front of that one have written: as each of them waits,
+    they have ended. So where the gate stands between, map has its tile of x, and grad of g, before tau and dA are there
+    (EARLY).
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()

@@ -126,7 +126,7 @@ def _several_forward(
     first = stream.prepare_reduce(layout, step.strides, None, step.dtype, step.device, "magnitude", False)
     last = stream.prepare_map(
         layout, step.strides, y, step.residual, (1, 0) if step.one_tau else (layout.c, 1), step.dtype, step.device,
-        "threshold", SOFT, False, 3 if step.keep else 0,
+        "threshold", SOFT, False, 3 if step.keep else 0, early=True,
     )  # fmt: skip
     splits, ends = first.plan.splits, prepare_gate(step, first.plan.splits)
     _, planes, pooled, state = keeping or Keeping.of(step, scratch)
@@ -177,7 +177,7 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
     else:
 
         def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
-            return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT)
+            return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT, early=dA)
 
         first = grad(False, False, True)
         ends = prepare_gate_grad(step, first.plan.splits, want_dx)

@@ -17,6 +17,7 @@ from ...layout import Layout, Planes
 from ...reference import SOFT, Rule
 from .. import cost
 from ..step import Step
+from . import plans
 from .bits import (
     choose,
     elements,
@@ -146,10 +147,10 @@ def map_kernel(
     xs, ys, rs, t_n, t_c, KIND: tl.constexpr, INSIDE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """KIND: "soft", "piecewise" (another rule, INSIDE and OFFSET) or "scale". planes: kept, sign[, nonzero]."""
-    await_previous(DEPENDENT)
+    await_previous(DEPENDENT and not EARLY)
     DTYPE: tl.constexpr = x.dtype.element_ty
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
@@ -158,6 +159,7 @@ def map_kernel(
     w = load(
         x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True
     )  # fmt: skip
+    await_previous(DEPENDENT and EARLY)
     if CHANNELS_LAST:
         threshold = tl.load(t + n * t_n + q * t_c, columns_live, 0.0)[None, :]
     else:
@@ -192,9 +194,10 @@ def map_kernel(
 @cached
 def prepare_map(
     layout: Layout, x: Strides, y: Strides, residual: Strides | None, t: tuple[int, int], dtype: torch.dtype,
-    device: torch.device, kind: str, rule: Rule, shift: bool, keep: int,
+    device: torch.device, kind: str, rule: Rule, shift: bool, keep: int, early: bool = False,
 ) -> Prepared:  # fmt: skip
-    """The launch for tensors of these strides; t's are 0 where it is broadcast. keep: planes."""
+    """The launch for tensors of these strides; t's are 0 where it is broadcast. keep: planes; early: x was there before
+    the launch in front of this one (await_previous)."""
     t_n, t_c = t
     if layout.c == 1:
         t_c = t_n
@@ -204,7 +207,7 @@ def prepare_map(
     plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False, apart=apart)
     values |= {
         "KIND": kind if kind == "scale" else "soft" if rule == SOFT else "piecewise", "INSIDE": rule.inside,
-        "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c,
+        "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c, "EARLY": early and plans.DEPENDENT,
     }  # fmt: skip
     step = Step("soft_threshold", layout, x, dtype, device)
     columns = layout.c if t[1] else 1
@@ -235,13 +238,13 @@ def map_into(
 
 @triton.jit
 def _grad_tile(
-    g, planes, share, dx, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
+    g, planes, dA, dx, plane_bytes, L, scale, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
     INSIDE: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr, G_UNIT: tl.constexpr,
     D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SPLIT: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
-    """s * kept * g of one tile (kept * g without a sign plane), its dx stored. share is dA / L of rows or columns.
+    """s * kept * g of one tile (kept * g without a sign plane), its dx stored. AWAIT: before dA is read.
 
     dx = s * (s * kept * g + dA / L): rounding is symmetric, so the sign can be put back after it.
     """
@@ -260,8 +263,13 @@ def _grad_tile(
         signed ^= negated
     value = elements(signed, DTYPE, GROUP)
     if dx is not None:
-        if share is not None:
+        share = None
+        if dA is not None:
             other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX)
+            await_previous(AWAIT)
+            at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
+            share = over_length(tl.load(dA + at, sums_live, 0.0), L, scale, ACC)
+            share = share[None, :] if CHANNELS_LAST else share[:, None]
         if INSIDE != 0.0 and g is not None:
             result = elements(w, DTYPE, GROUP)
             result = of_bits(choose(masks(kept, ACC, GROUP, PTX), to_bits(result), to_bits(INSIDE * result)))
@@ -285,37 +293,37 @@ def grad_kernel(
     INSIDE: tl.constexpr, OFFSET: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr,
     G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """dtau (splits, N, C): this piece's part of it. KEPT, SIGN, NONZERO: which plane; None where it is not read.
 
     By a rule with INSIDE, INSIDE * g is in the place of 0 where it is not kept, and dtau is OFFSET times the sum.
     """
-    await_previous(DEPENDENT)
+    await_previous(DEPENDENT and not EARLY)
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     REVERSE: tl.constexpr = dtau is None
     Q = length_of_rows(QA, ALIGN, WIDE)
     start, stop = piece(P if CHANNELS_LAST else Q, splits, length, STEP, SPLIT, REVERSE, WIDE)
-    n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, REVERSE)
-    at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
-    share = None
-    if dA is not None:
-        share = over_length(tl.load(dA + at, sums_live, 0.0), L, scale, ACC)
-        share = share[None, :] if CHANNELS_LAST else share[:, None]
     if LOOP:
         total = tl.zeros((R, B), ACC)
         for t in range(start, stop):
             total += _grad_tile(
-                g, planes, share, dx, plane_bytes, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE,
-                KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
+                g, planes, dA, dx, plane_bytes, L, scale, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
+                INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC,
+                GROUP, PTX, False,
             )  # fmt: skip
     else:
         total = _grad_tile(
-            g, planes, share, dx, plane_bytes, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds, INSIDE,
-            KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP, PTX,
+            g, planes, dA, dx, plane_bytes, L, scale, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
+            INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP,
+            PTX, DEPENDENT and EARLY,
         )  # fmt: skip
     if dtau is not None:
+        n, row, column, q, rows_live, columns_live = tile(
+            start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, REVERSE
+        )
+        at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
         sums = -tl.sum(total, AXIS)
         if OFFSET != 1.0:
             sums *= OFFSET
@@ -327,14 +335,16 @@ def grad_kernel(
 @cached
 def prepare_grad(
     layout: Layout, g: Strides | None, dtype: torch.dtype, device: torch.device,
-    planes: tuple[int | None, int, int | None], dA: bool, dx: bool, dtau: bool, rule: Rule,
+    planes: tuple[int | None, int, int | None], dA: bool, dx: bool, dtau: bool, rule: Rule, early: bool = False,
 ) -> Prepared:  # fmt: skip
-    """The launch for a g of these strides; dx lies as the layout says. planes: the rows of kept, sign and nonzero."""
+    """The launch for a g of these strides; dx lies as the layout says. planes: the rows of kept, sign and nonzero;
+    early: all but dA was there before the launch in front of this one (await_previous)."""
     plan, values = _tiled(layout, (g or layout.strides, layout.strides), dtype, device, "gd", split=dtau)
     kept, sign, nonzero = planes
     values |= {
         "INSIDE": rule.inside, "OFFSET": rule.offset, "KEPT": None if g is None else kept,
         "SIGN": sign if dtau or dA else None, "NONZERO": nonzero if dA else None,
+        "EARLY": early and dA and not plan.loop and plans.DEPENDENT,
     }  # fmt: skip
     step = Step("shrink", layout, layout.strides, dtype, device)
     cost_of = cost.grad(step, "grad_kernel", g is not None, dA, dx, dtau, plan.splits if dtau else 1)
