@@ -320,8 +320,8 @@ def off(stub) -> dict:
 
 
 SCENARIOS = (
-    same_to_the_driver, dependent, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals, threads,
-    off,
+    same_to_the_driver, dependent, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals,
+    threads, off,
 )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""Every kernel as it is compiled where launches may begin before the one before them has ended (plans.DEPENDENT): run by
-test_dependent_launches.py, prints JSON by GPU."""
+"""Every kernel as it is compiled where launches may begin before the one before them has ended (plans.DEPENDENT).
+
+Run by test_dependent_launches.py; prints JSON by GPU.
+"""
 
 import json
 import re
@@ -62,7 +64,8 @@ def main() -> None:
             call()
         by_code = {launch.compiled.hash: launch for launch in launches}
         found[gpu] = [
-            {"early": bool(one.arguments.get("EARLY")), "kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
+            {"kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
+             "early": bool(one.arguments.get("EARLY")),
              "pdl": one.compiled.metadata.launch_pdl, **before(one), "stack": ptx.Measured(one).stack,
              "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents")}
             for one in by_code.values()

@@ -1,6 +1,6 @@
 """plans.DEPENDENT: launches that may begin before the one before them has ended (programmatic dependent launch).
 
-What they must not do is to touch memory before they have waited. That the driver is asked for it is in test_launcher.py.
+What they must not do is to touch memory before they have waited. That the driver is asked for it: test_launcher.py.
 """
 
 import importlib

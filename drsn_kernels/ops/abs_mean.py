@@ -13,7 +13,7 @@ from ..backends.eager import eager
 from ..backends.step import Step
 from ..layout import averaged, layout_of
 from . import checks
-from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
+from .dispatch import as_saved, direct_apply, is_eager_grad, not_eager, restored, use_registered_ops
 
 
 class AbsMean(torch.autograd.Function):
@@ -26,6 +26,7 @@ class AbsMean(torch.autograd.Function):
         else:
             pooled, planes = backend.reduce(x, layout, keep=True)
             kept = planes.bits
+        ctx.as_saved = as_saved(kept)
         ctx.save_for_backward(kept)
         ctx.backend, ctx.layout, ctx.dtype = backend, layout, x.dtype
         ctx.set_materialize_grads(False)
@@ -35,7 +36,7 @@ class AbsMean(torch.autograd.Function):
     def backward(ctx, dA):
         if dA is None:
             return None, None, None
-        (kept,) = ctx.saved_tensors
+        (kept,) = restored(ctx)
         backend = ctx.backend if is_eager_grad(dA) else eager
         if backend is eager:
             return eager.averaged_grad(ctx.layout, ctx.dtype, kept, dA), None, None

@@ -25,7 +25,7 @@ from ..backends.step import Backend, Norm, Running, Step, Want, checked
 from ..layout import Layout, layout_of
 from ..reference import accumulate_dtype
 from . import checks
-from .dispatch import direct_apply, is_eager_grad, not_eager, overwritten
+from .dispatch import as_saved, direct_apply, is_eager_grad, not_eager, overwritten, restored
 from .gated_shrink import keep_checked
 
 
@@ -40,6 +40,7 @@ class NormAct(torch.autograd.Function):
         else:
             share = None
             y, stats = backend.norm(x, layout, norm, weight, bias, given, running)
+        ctx.as_saved = as_saved(x, weight, bias, stats, share)
         ctx.save_for_backward(x, weight, bias, stats, share)
         ctx.norm, ctx.layout, ctx.backend, ctx.group = norm, layout, backend, group
         ctx.set_materialize_grads(False)
@@ -50,7 +51,7 @@ class NormAct(torch.autograd.Function):
         want_x, *want_parameters = ctx.needs_input_grad[:3]
         if g is None or not (want_x or any(want_parameters)):
             return (None,) * 9
-        x, weight, bias, stats, share = ctx.saved_tensors
+        x, weight, bias, stats, share = restored(ctx)
         call = x, ctx.layout, ctx.norm, weight, bias, stats
         if not is_eager_grad(g):
             if share is not None:

@@ -90,6 +90,37 @@ def hooks_on_saved_tensors() -> bool:
     return _top_hooks(False) is not None
 
 
+def as_saved(*tensors: torch.Tensor | None) -> tuple | None:
+    """Before they are saved: what hooks are to give back, for `restored`; None where nothing hooks them."""
+    if _top_hooks(False) is None:
+        return None
+    return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def restored(ctx) -> tuple[torch.Tensor | None, ...]:
+    """ctx.saved_tensors as they were saved: kernels go by the strides and the dtype of the forward pass, and hooks may
+    give back a contiguous copy (save_on_cpu), or another dtype (compression). ctx.as_saved: of as_saved."""
+    if ctx.as_saved is None:
+        return ctx.saved_tensors
+    return tuple(_restored(t, how) for t, how in zip(ctx.saved_tensors, ctx.as_saved, strict=True))
+
+
+def _restored(t: torch.Tensor | None, how: tuple | None) -> torch.Tensor | None:
+    if t is None or how is None:
+        return None
+    shape, strides, dtype, device = how
+    if t.shape != shape or (t.device.type, t.device.index or 0) != (device.type, device.index or 0):
+        raise RuntimeError(
+            f"a hook on saved tensors gave back {tuple(t.shape)} on {t.device} for {tuple(shape)} on {device}"
+        )
+    if t.dtype == dtype and t.stride() == strides and not t.is_neg():
+        return t
+    for dim, stride in enumerate(strides):
+        if stride == 0:  # expanded
+            t = t.narrow(dim, 0, 1) if shape[dim] else t
+    return torch.empty_strided(t.shape, strides, dtype=dtype, device=device).copy_(t).expand(shape)
+
+
 def overwritten(*tensors: torch.Tensor) -> None:
     """Whoever saved one of these for a backward pass is told, as by any in-place operation."""
     for t in tensors:

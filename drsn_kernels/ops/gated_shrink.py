@@ -18,7 +18,7 @@ from ..backends.step import Gated, Kept, checked
 from ..gates import StandardGate
 from ..layout import thresholded
 from ..reference import threshold
-from .dispatch import direct_apply, is_eager_grad, overwritten
+from .dispatch import as_saved, direct_apply, is_eager_grad, overwritten, restored
 
 
 class GatedShrink(torch.autograd.Function):
@@ -30,11 +30,13 @@ class GatedShrink(torch.autograd.Function):
         y, tau, kept = gated.forward(x, parts, residual, x if inplace else None)
         if kept.mean is not None:  # running statistics: a training step in between would overwrite them
             kept = kept._replace(mean=kept.mean.clone(), var=kept.var.clone())
-        ctx.save_for_backward(*kept, w1, b1, gamma, beta, w2, b2)
+        pooled, kept = kept.pooled, (*kept, w1, b1, gamma, beta, w2, b2)
+        ctx.as_saved = as_saved(*kept)
+        ctx.save_for_backward(*kept)
         ctx.gated = gated  # not parts: the tensors of a node live in saved_tensors only
         if inplace:
             ctx.mark_dirty(x)
-        return (y, kept.pooled) if tau is None else (y, kept.pooled, tau)
+        return (y, pooled) if tau is None else (y, pooled, tau)
 
     @staticmethod
     def backward(ctx, g, pooled_grad=None, tau_grad=None):
@@ -42,7 +44,7 @@ class GatedShrink(torch.autograd.Function):
         residual_grad, want = g if needed[1] else None, needed[:1] + needed[2:8]
         if not any(want) or (g is None and pooled_grad is None and tau_grad is None):
             return None, residual_grad, *[None] * 9
-        saved, gated = ctx.saved_tensors, ctx.gated
+        saved, gated = restored(ctx), ctx.gated
         if g is not None and pooled_grad is None and is_eager_grad(g, tau_grad):
             grads = gated.backward(saved, g, tau_grad, want)
         else:

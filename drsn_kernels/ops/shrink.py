@@ -32,6 +32,7 @@ from ..reference import SOFT, Rule
 from . import checks
 from .abs_mean import traced_abs_mean
 from .dispatch import (
+    as_saved,
     current_backward,
     direct_apply,
     hooks_on_saved_tensors,
@@ -40,6 +41,7 @@ from .dispatch import (
     keeps_graph,
     not_eager,
     overwritten,
+    restored,
     will_run,
 )  # fmt: skip
 from .gated_shrink import keep_checked, look_up, remember, run_gated
@@ -104,7 +106,7 @@ def _grad_of_the_average(pool: Pool, here: Called, dA: torch.Tensor) -> torch.Te
         return here.backend.grad(call.layout, call.dtype, planes, None, dA=dA)[0]
     apply = None if pool.apply_node is None else pool.apply_node()
     if apply is not None:
-        bits, alpha, pooled = apply.saved_tensors
+        bits, alpha, pooled = restored(apply)
         if bits.dtype is not torch.int32:
             bits = call.unpacked(bits, alpha, pooled)
         return here.dx(bits, None, dA)
@@ -130,6 +132,7 @@ class Apply(torch.autograd.Function):
         keep = 3 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
         y, bits = call.shrink(x, tau, residual, x if inplace else None, keep)
         if keep:
+            ctx.as_saved = as_saved(bits, alpha, pooled)
             ctx.save_for_backward(bits, alpha, pooled)
         if pool is not None:
             if hooks_on_saved_tensors():  # they decide where planes live: nothing is held beside them
@@ -147,7 +150,7 @@ class Apply(torch.autograd.Function):
         call, pool, residual_grad = ctx.call, ctx.pool, g if want_residual else None
         if not (want_x or want_alpha or want_pooled) or (g is None and tau_grad is None):
             return None, None, None, residual_grad, None, None, None, None
-        bits, alpha, pooled = ctx.saved_tensors
+        bits, alpha, pooled = restored(ctx)
         here = call if is_eager_grad(g) else _differentiable(call)
         if bits.dtype is not torch.int32:  # no planes: x, kept by the torch backend
             bits = call.unpacked(bits, alpha, pooled)

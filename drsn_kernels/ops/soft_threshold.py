@@ -20,7 +20,7 @@ from ..backends.step import Step, Want
 from ..layout import layout_of, thresholded
 from ..reference import SOFT, Rule
 from . import checks
-from .dispatch import direct_apply, is_eager_grad, not_eager, use_registered_ops
+from .dispatch import as_saved, direct_apply, is_eager_grad, not_eager, restored, use_registered_ops
 
 
 class SoftThreshold(torch.autograd.Function):
@@ -33,6 +33,7 @@ class SoftThreshold(torch.autograd.Function):
         else:
             y, planes = backend.map(x, layout, tau, rule=rule, keep=2)
             kept = (planes.bits,)
+        ctx.as_saved = as_saved(*kept)
         ctx.save_for_backward(*kept)
         ctx.backend, ctx.layout, ctx.dtype, ctx.tau_shape, ctx.rule = backend, layout, x.dtype, tau.shape, rule
         ctx.set_materialize_grads(False)
@@ -42,7 +43,7 @@ class SoftThreshold(torch.autograd.Function):
     def backward(ctx, g):
         if g is None:
             return None, None, None, None, None
-        kept, backend = ctx.saved_tensors, ctx.backend if is_eager_grad(g) else eager
+        kept, backend = restored(ctx), ctx.backend if is_eager_grad(g) else eager
         want_dx, want_dtau = ctx.needs_input_grad[:2]
         if backend is eager:
             dx, dtau = eager.thresholded_grad(ctx.layout, ctx.dtype, kept, g, want_dx, want_dtau, ctx.rule)

@@ -22,7 +22,7 @@ from ..backends.eager import eager, spread
 from ..backends.step import Step, Want
 from ..layout import layout_of
 from . import checks
-from .dispatch import current_backward, direct_apply, is_eager_grad, not_eager, will_run
+from .dispatch import as_saved, current_backward, direct_apply, is_eager_grad, not_eager, restored, will_run
 from .gating import call_gate
 
 
@@ -60,7 +60,9 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, alias, s, residual, x, layout, mean, backend):
         want_x, want_s = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if want_s else None, s if want_x else None)
+        kept = x if want_s else None, s if want_x else None
+        ctx.as_saved = as_saved(*kept)
+        ctx.save_for_backward(*kept)
         ctx.layout, ctx.mean, ctx.backend, ctx.columns = layout, mean, backend, s.shape[1]
         ctx.set_materialize_grads(False)
         return backend.map(x, layout, s, kind="scale", residual=residual)[0]
@@ -70,7 +72,7 @@ class Scale(torch.autograd.Function):
         want_x, want_s, want_residual = ctx.needs_input_grad[:3]
         if g is None:
             return None, None, None, None, None, None, None
-        x, s = ctx.saved_tensors
+        x, s = restored(ctx)
         ds = None
         if want_s:
             backend = ctx.backend if is_eager_grad(g) else eager

@@ -42,8 +42,8 @@ CHANNELS = 256
 PROGRAMS_PER_SM = 4
 PIECE = 4096
 
-# Whether a launch may begin while the one before it ends, from compute capability 9.0 on (launch.await_previous). Should
-# save up to 1.6 us a launch: predicted, so it is off until a GPU has shown it.
+# Whether a launch may begin while the one before it ends, from compute capability 9.0 on (launch.await_previous). It
+# should save up to 1.6 us a launch: predicted, so it is off until a GPU has shown it.
 DEPENDENT = False
 
 
