@@ -64,6 +64,10 @@ def _ragged(case: Case) -> bool:
     return inner * case.torch_dtype.itemsize % 16 != 0
 
 
+def _overlaps() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
 CHOICES: tuple[Choice, ...] = (
     # streams
     Choice(
@@ -88,8 +92,8 @@ CHOICES: tuple[Choice, ...] = (
         ("reduce", "grad_dtau"),
         tuple({"PROGRAMS_PER_SM": n, "PIECE": piece} for n in (2, 4, 8) for piece in (2048, 4096, 8192)),
     ),
-    # whether launches may begin while the one before ends
-    Choice(STEPS, ({"DEPENDENT": False}, {"DEPENDENT": True})),
+    # whether launches may begin while the one before ends, which GPUs before 9.0 cannot
+    Choice(STEPS, ({"DEPENDENT": False}, {"DEPENDENT": True}), lambda case: _overlaps()),
     # the gate: fused up to so many channels and products, beyond them called (cuBLAS); then its tiles
     Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512, 1024))),
     Choice(STEPS, tuple({"MOST_PRODUCTS": 1 << power} for power in (22, 24, 26, 28))),
@@ -151,6 +155,7 @@ PLANNED = "as planned"
 DTYPES = ("fp32", "bf16")
 ROUNDS = 5
 COMPILING = 0.4  # of the time, at most
+COMPILED = True  # whether torch.compile is timed beside; not where some constants alone are compared
 MINUTES = 5.0
 
 
@@ -181,7 +186,7 @@ def units() -> list[Unit]:
     rest += [case for shape in SHAPES["E"] for case in _cases("E", shape, True)]
     ordered = [*map(Unit, first), *(Unit(case, True) for case in first if case.op in STEPS), *map(Unit, rest)]
     ordered += [Unit(case, True) for case in first if case.op in STREAMS]
-    return [unit for unit in dict.fromkeys(ordered) if of(unit.case)]
+    return [unit for unit in dict.fromkeys(ordered) if of(unit.case) and (COMPILED or not unit.compiled)]
 
 
 def distinct(on: Subject, case: Case) -> Iterator[tuple[str, dict[str, Any], Call, str]]:
@@ -320,17 +325,18 @@ def summary(rows: list[dict]) -> str:
 
 def restrict(names: list[str]) -> None:
     """Compare these constants only, and those that are chosen together with them."""
-    global CHOICES
+    global CHOICES, COMPILED
     if unknown := sorted(set(names) - {name for choice in CHOICES for name in choice.names}):
         raise ValueError(f"--only takes constants that the sweep compares, got {', '.join(unknown)}")
     CHOICES = tuple(choice for choice in CHOICES if not set(choice.names).isdisjoint(names))
+    COMPILED = False
 
 
 def main(arguments: list[str] | None = None) -> int:
     start = time.time()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help=f"for all of it ({MINUTES:g})")
-    parser.add_argument("--out", type=Path, default=Path("sweep-out"), metavar="FOLDER", help="for rows and table")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for rows and table (sweep-out, sweep-only-out)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="compare these constants of plans.py (all)")
     parser.add_argument("--derive", type=Path, metavar="FILE", help="rows.json of a run: print lines for plans.py")
@@ -356,6 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.claims:
         return compile_units(units(), options.claims)
+    options.out = options.out or Path("sweep-only-out" if options.only else "sweep-out")
     until = min(end(), start + 60 * options.minutes)
     options.out.mkdir(parents=True, exist_ok=True)
     env = {END: str(start + COMPILING * (until - start)), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}

@@ -17,19 +17,22 @@ import drsn_kernels as dk
 from drsn_kernels.backends.gpu import plans
 from drsn_kernels.backends.gpu.lowering import lowering
 
-SASS_ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS|ATOMG?|REDG?)\b")
+SASS_ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?|UBLKCP|UTMA\w+)\b")
 
 
 def calls() -> None:
     """Between them all kernels."""
     for shape, kind, dtype in (
-        ((8, 16, 128), "batch norm", torch.float32), ((33, 80, 60), "batch norm", torch.bfloat16),
-        ((300, 8, 20), "norm", torch.float32),
+        ((8, 16, 128), "batch norm", torch.float32), ((33, 80, 64), "batch norm", torch.bfloat16),
+        ((8, 16, 7, 7), "batch norm", torch.float32), ((8, 64, 14, 14), "batch norm", torch.bfloat16),
+        ((4, 8, 9600), "batch norm", torch.float32), ((300, 8, 20), "norm", torch.float32),
     ):  # fmt: skip
-        x = torch.randn(shape).to(dtype).requires_grad_()
+        x = torch.randn(shape).to(dtype)
+        x = (x.contiguous(memory_format=torch.channels_last) if shape[-1] == 14 else x).requires_grad_()
         gate = gate_of(shape[1], kind).to(torch.promote_types(dtype, torch.float32))
         y, tau = dk.shrink(x, gate, residual=x, return_tau=True)
-        (y.sum() + tau.sum() + dk.abs_mean(x).sum() + dk.squeeze_excite(x, gate).sum()).backward()
+        results = y, tau, dk.abs_mean(x), dk.squeeze_excite(x, gate)
+        torch.autograd.backward(results, [torch.randn(t.shape).to(t).as_strided(t.shape, t.stride()) for t in results])
     for x in (torch.randn(64, 16, 1024), torch.randn(64, 4, 20, 20).contiguous(memory_format=torch.channels_last)):
         norm = dk.BatchNormReLU(x.shape[1])
         norm(x.requires_grad_()).sum().backward()
@@ -65,7 +68,8 @@ def main() -> None:
         by_code = {launch.compiled.hash: launch for launch in launches}
         found[gpu] = [
             {"kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
-             "early": bool(one.arguments.get("EARLY")),
+             "early": bool(one.arguments.get("EARLY")), "group": one.arguments.get("GROUP"),
+             "channels_last": one.arguments.get("CHANNELS_LAST"),
              "pdl": one.compiled.metadata.launch_pdl, **before(one), "stack": ptx.Measured(one).stack,
              "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents")}
             for one in by_code.values()

@@ -92,4 +92,4 @@ def install(monkeypatch) -> None:
         return Call(interpreter.TensorHandle(run(text, data).view(np.int32), tl.int32))
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
-    monkeypatch.setattr(launch, "capability", lambda: 90)
+    monkeypatch.setattr(launch, "capability", lambda: 80)

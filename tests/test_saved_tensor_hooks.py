@@ -6,6 +6,8 @@ from oracle import gate_of, varied
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+import drsn_kernels as dk
+from drsn_kernels.backends import cpu
 from drsn_kernels.ops import dispatch
 
 
@@ -107,11 +109,69 @@ def test_another_shape_is_refused(kernels):
         gradients(kernels, call, parameters, varied((5, 6, 40)), lambda t: t.unsqueeze(-1))
 
 
-def test_without_hooks_nothing_is_noted_and_strides_of_0_are_made_again():
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("made", [shrinkage, shrinkage_with_a_gate_called, soft_threshold])
+def test_derivatives_that_ordinary_pytorch_makes(kernels, made, hook):
+    """Of tau alone, of second order, and of a batch of gradients: from what the hooks gave back."""
+    if kernels.compiled or kernels.backend == "torch":
+        pytest.skip("PyTorch's own operations are saved for, which take what they saved")
+    call, parameters = made()
+    x = varied((5, 6, 40)).requires_grad_()
+
+    def second(hook) -> list[torch.Tensor]:
+        with saved_tensors_hooks(lambda t: t, hook):
+            y = call(kernels, x)
+        first = torch.autograd.grad(y, (x, *parameters), torch.ones_like(y).requires_grad_(), create_graph=True)
+        return list(torch.autograd.grad(sum(d.square().sum() for d in first), (x, *parameters), allow_unused=True))
+
+    def batch(hook) -> list[torch.Tensor]:
+        with saved_tensors_hooks(lambda t: t, hook):
+            y = call(kernels, x)
+        torch.manual_seed(0)
+        return list(torch.autograd.grad(y, (x, *parameters), torch.randn(2, *y.shape), is_grads_batched=True))
+
+    for derivative in (second, batch):
+        for found, want in zip(derivative(HOOKS[hook]), derivative(lambda t: t), strict=True):
+            assert (found is None) == (want is None)
+            assert want is None or (found - want).norm() <= 1e-3 * want.norm() + 1e-4
+
+
+def test_a_loss_on_tau_alone(kernels):
+    if kernels.compiled or kernels.backend == "torch":
+        pytest.skip("PyTorch's own operations are saved for, which take what they saved")
+    gate, x = gate_of(6, "batch norm"), varied((5, 6, 40)).requires_grad_()
+
+    def gradient(hook) -> list[torch.Tensor]:
+        with saved_tensors_hooks(lambda t: t, hook):
+            _, tau = kernels.shrink(x, gate, return_tau=True)
+        return list(torch.autograd.grad(tau, (x, *gate.parameters()), torch.linspace(0, 1, 30).view(5, 6)))
+
+    for hook in HOOKS.values():
+        for found, want in zip(gradient(hook), gradient(lambda t: t), strict=True):
+            assert (found - want).norm() <= 1e-4 * want.norm() + 1e-5
+
+
+def test_planes_of_the_registered_ops_may_be_copied():
+    if cpu._cpu is None:
+        pytest.skip("no compiled CPU kernels")
+    x, tau = varied((5, 6, 40)).requires_grad_(), torch.rand(5, 6, requires_grad=True)
+
+    def gradient(hook) -> tuple[torch.Tensor, ...]:
+        torch.compiler.reset()
+        with dk.use_backend("cpu"), saved_tensors_hooks(lambda t: t, hook):
+            y = torch.compile(dk.soft_threshold, backend="eager")(x, tau)
+        return torch.autograd.grad(y, (x, tau), torch.linspace(-1, 1, y.numel()).view_as(y))
+
+    for found, want in zip(gradient(transposed), gradient(lambda t: t), strict=True):
+        assert torch.equal(found, want)
+
+
+def test_without_hooks_nothing_is_noted_and_what_is_as_it_was_stays():
     assert dispatch.as_saved(torch.ones(2)) is None
-    x = torch.arange(3.0).expand(4, 2, 3)
+    x = torch.arange(6.0).view(2, 3)
     with saved_tensors_hooks(lambda t: t, lambda t: t):
-        (how, none) = dispatch.as_saved(x, None)
-    made = dispatch._restored(x.contiguous(), how)
-    assert none is None and made.stride() == x.stride() == (0, 0, 1) and torch.equal(made, x)
-    assert dispatch._restored(x, how) is x
+        (how, expanded, none) = dispatch.as_saved(x, x[:, None].expand(2, 4, 3), None)
+    assert none is None and dispatch._restored(x, how) is x
+    assert dispatch._restored(x.t().contiguous().t(), how).stride() == (3, 1)
+    kept = dispatch._restored(x[:, None].double().expand(2, 4, 3), expanded)
+    assert kept.dtype == torch.float32 and kept.untyped_storage().nbytes() <= 4 * kept.numel()

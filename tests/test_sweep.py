@@ -103,12 +103,13 @@ def test_units_are_forty_shapes_in_both_dtypes_and_the_headlines_come_first():
 
 def test_some_constants_alone(monkeypatch):
     monkeypatch.setattr(sweep, "CHOICES", sweep.CHOICES)  # put back afterwards
+    monkeypatch.setattr(sweep, "COMPILED", True)
     every = sweep.kernels()
     sweep.restrict(["DEPENDENT", "TILE"])
     assert [choice.names for choice in sweep.CHOICES] == [("THREAD", "TILE"), ("DEPENDENT",)]
     assert sweep.kernels() != every  # rows of one are not continued by the other
     sweep.restrict(["DEPENDENT"])
-    assert {unit.case.op for unit in sweep.units()} == set(sweep.STEPS)
+    assert {unit.case.op for unit in sweep.units()} == set(sweep.STEPS) and not any(u.compiled for u in sweep.units())
     assert list(dict(sweep.alternatives(Case("shrink_eval", "C", (64, 32, 128), "forward", "fp32")))) == [
         sweep.PLANNED, "DEPENDENT=True",
     ]  # fmt: skip

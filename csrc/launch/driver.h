@@ -20,7 +20,7 @@ constexpr int MAX_THREADS_PER_BLOCK = 0, MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 // CUlaunchAttributeID
 constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 
-struct LaunchAttribute {  // CUlaunchAttribute
+struct alignas(8) LaunchAttribute {  // CUlaunchAttribute
   int id;
   char padding[4];
   int value[16];  // of a union of 64 bytes

@@ -85,21 +85,20 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     return super(torch.autograd.Function, function).apply
 
 
-def hooks_on_saved_tensors() -> bool:
-    """Whether saved tensors go through hooks now: checkpointing, save_on_cpu, a user's."""
-    return _top_hooks(False) is not None
-
-
 def as_saved(*tensors: torch.Tensor | None) -> tuple | None:
-    """Before they are saved: what hooks are to give back, for `restored`; None where nothing hooks them."""
+    """What hooks are to give back for tensors that are now to be saved, for `restored`; None where there are no hooks:
+    checkpointing, save_on_cpu, a user's."""
     if _top_hooks(False) is None:
         return None
-    return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+    return tuple(None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors)
 
 
 def restored(ctx) -> tuple[torch.Tensor | None, ...]:
-    """ctx.saved_tensors as they were saved: kernels go by the strides and the dtype of the forward pass, and hooks may
-    give back a contiguous copy (save_on_cpu), or another dtype (compression). ctx.as_saved: of as_saved."""
+    """ctx.saved_tensors, of ctx.as_saved, typed as they were, and contiguous where they were.
+
+    Kernels go by the dtype of the forward pass, and of all but x by its strides; a hook may give back what it likes.
+    Not seen are hooks on one saved tensor of a node, registered through grad_fn._raw_saved_tensors.
+    """
     if ctx.as_saved is None:
         return ctx.saved_tensors
     return tuple(_restored(t, how) for t, how in zip(ctx.saved_tensors, ctx.as_saved, strict=True))
@@ -108,17 +107,16 @@ def restored(ctx) -> tuple[torch.Tensor | None, ...]:
 def _restored(t: torch.Tensor | None, how: tuple | None) -> torch.Tensor | None:
     if t is None or how is None:
         return None
-    shape, strides, dtype, device = how
+    shape, dtype, device, contiguous = how
     if t.shape != shape or (t.device.type, t.device.index or 0) != (device.type, device.index or 0):
         raise RuntimeError(
             f"a hook on saved tensors gave back {tuple(t.shape)} on {t.device} for {tuple(shape)} on {device}"
         )
-    if t.dtype == dtype and t.stride() == strides and not t.is_neg():
-        return t
-    for dim, stride in enumerate(strides):
-        if stride == 0:  # expanded
-            t = t.narrow(dim, 0, 1) if shape[dim] else t
-    return torch.empty_strided(t.shape, strides, dtype=dtype, device=device).copy_(t).expand(shape)
+    found = t.resolve_neg().to(dtype)
+    if contiguous:
+        found = found.contiguous()
+    # Where nothing is recorded the copy has lost it, and whoever differentiates by ordinary PyTorch asks for it.
+    return found if found.requires_grad == t.requires_grad else found.requires_grad_(t.requires_grad)
 
 
 def overwritten(*tensors: torch.Tensor) -> None:

@@ -77,11 +77,11 @@ def _grad(planes: Planes, size, stride, dtype, g=None, **wanted):
 
 
 def _abs_mean_grad(dA, planes, size, stride, dtype):
-    return _grad(averaged(planes), size, stride, dtype, dA=dA)[0]
+    return _grad(averaged(planes.contiguous()), size, stride, dtype, dA=dA)[0]
 
 
 def _of_threshold(planes: torch.Tensor) -> Planes:
-    return thresholded(planes, nonzero=len(planes) == 3)
+    return thresholded(planes.contiguous(), nonzero=len(planes) == 3)  # hooks on saved tensors may have copied them
 
 
 def _soft_threshold_grad(g, planes, size, stride, dtype, inside=0.0, offset=1.0):

@@ -35,7 +35,6 @@ from .dispatch import (
     as_saved,
     current_backward,
     direct_apply,
-    hooks_on_saved_tensors,
     is_eager_grad,
     is_plain_grad,
     keeps_graph,
@@ -131,11 +130,11 @@ class Apply(torch.autograd.Function):
             tau = tau.clone()  # an output that is an input would be a view of the gate's tensor
         keep = 3 if pool is not None else 2 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else 0
         y, bits = call.shrink(x, tau, residual, x if inplace else None, keep)
+        ctx.as_saved = as_saved(bits, alpha, pooled)
         if keep:
-            ctx.as_saved = as_saved(bits, alpha, pooled)
             ctx.save_for_backward(bits, alpha, pooled)
         if pool is not None:
-            if hooks_on_saved_tensors():  # they decide where planes live: nothing is held beside them
+            if ctx.as_saved is not None:  # hooks decide where planes live: nothing is held beside them
                 pool.source, pool.apply_node = None, weakref.ref(ctx)
             elif bits is not x:
                 pool.source, pool.planes = None, bits

@@ -36,8 +36,8 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
 
     It is specialised on which pointers are None and on which of `aligned` are multiples of 16 bytes, and on no integer:
     Triton would compile anew for 1 and for multiples of 16. Four of its constexprs are known at a launch only: PTX;
-    PRECISION, which is "ieee" without it; DEPENDENT, for its first statement, await_previous; and GROUP, which is 1
-    where one of `aligned` is not.
+    PRECISION, which is "ieee" without it; DEPENDENT, for await_previous, which a kernel calls once; and GROUP, which is
+    1 where one of `aligned` is not.
     """
 
     def decorate(fn):
@@ -61,9 +61,9 @@ def await_previous(DEPENDENT: tl.constexpr):
     """With DEPENDENT, programs start while the launch before this one still runs. Here they wait for its end, and let
     those of the next one start.
 
-    Nothing may be read or written before, but what launches in front of that one have written: as each of them waits,
-    they have ended. So where the gate stands between, map has its tile of x, and grad of g, before tau and dA are there
-    (EARLY).
+    Before it nothing may be written, and only that be read which launches in front of that one have written: each of
+    them waits before it lets the next one start, so they have ended. Where the gate stands between, map reads its tile
+    of x, and grad of g and the planes, before tau and dA are there (EARLY), past the L1, which may hold older lines.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -85,8 +85,8 @@ class Prepared:
         self, fn: Any, device: torch.device, programs: int, values: dict[str, Any], plan: Any, cost: Cost, *,
         warps: int, registers: int | None = None, stages: int | None = None,
     ):  # fmt: skip
-        """values: of all integers and constexprs that fn takes; plan: what they were worked out from (plans.py);
-        stages: of a loop of products, the steps whose loads are under way together."""
+        """values: of all integers and constexprs that fn takes but DEPENDENT; plan: what they were worked out from
+        (plans.py); stages: of a loop of products, the steps whose loads are under way together."""
         self.fn, self.name, self.pointers, self.grid = fn, fn.__name__, fn.pointers, (programs, 1, 1)
         self.plan, self.cost = plan, cost
         values = values | {"DEPENDENT": plans.DEPENDENT}

@@ -177,7 +177,7 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
     else:
 
         def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
-            return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT, early=dA)
+            return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT, early=True)
 
         first = grad(False, False, True)
         ends = prepare_gate_grad(step, first.plan.splits, want_dx)

@@ -157,7 +157,8 @@ def map_kernel(
     start, _ = piece(P if CHANNELS_LAST else Q, splits, length, STEP, SPLIT, True, WIDE)
     n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, True)
     w = load(
-        x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True
+        x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True,
+        EARLY=EARLY,
     )  # fmt: skip
     await_previous(DEPENDENT and EARLY)
     if CHANNELS_LAST:
@@ -254,18 +255,18 @@ def _grad_tile(
     n, row, column, q, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, REVERSE)
     signed = tl.zeros((R, W), tl.int64 if ACC == tl.float64 else tl.int32)
     if g is not None:
-        w = load(g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC)
-        kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, KEPT, B, GROUP, PTX)
+        w = load(g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC, EARLY=AWAIT)
+        kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, KEPT, B, GROUP, PTX, AWAIT)
         signed = w & mask(kept, ACC, GROUP, PTX)
     if SIGN is not None:
-        sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, SIGN, B, GROUP, PTX)
+        sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, SIGN, B, GROUP, PTX, AWAIT)
         negated = signs(sign, ACC, GROUP)
         signed ^= negated
     value = elements(signed, DTYPE, GROUP)
     if dx is not None:
         share = None
         if dA is not None:
-            other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX)
+            other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX, AWAIT)
             await_previous(AWAIT)
             at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
             share = over_length(tl.load(dA + at, sums_live, 0.0), L, scale, ACC)
@@ -344,7 +345,7 @@ def prepare_grad(
     values |= {
         "INSIDE": rule.inside, "OFFSET": rule.offset, "KEPT": None if g is None else kept,
         "SIGN": sign if dtau or dA else None, "NONZERO": nonzero if dA else None,
-        "EARLY": early and dA and not plan.loop and plans.DEPENDENT,
+        "EARLY": early and dA and dx and not plan.loop and plans.DEPENDENT,
     }  # fmt: skip
     step = Step("shrink", layout, layout.strides, dtype, device)
     cost_of = cost.grad(step, "grad_kernel", g is not None, dA, dx, dtau, plan.splits if dtau else 1)
