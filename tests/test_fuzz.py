@@ -147,11 +147,21 @@ def test_random_cases(kernels, case):
     compare(kernels, case)
 
 
+def many(kernels, strategy, compare) -> None:
+    """400 cases of a backend; 40 where each is compiled or interpreted, which takes longer."""
+    examples = 40 if kernels.compiled or kernels.interpreted else 400
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=SHARED)
+    @given(case=strategy)
+    def every(case):
+        compare(kernels, case)
+
+    every()
+
+
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=SHARED)
-@given(case=cases())
-def test_many_random_cases(kernels, case):
-    compare(kernels, case)
+def test_many_random_cases(kernels):
+    many(kernels, cases(), compare)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=SHARED, derandomize=True)
@@ -161,10 +171,8 @@ def test_random_standard_gates(kernels, case, monkeypatch):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=SHARED)
-@given(case=gated_cases())
-def test_many_random_standard_gates(kernels, case, monkeypatch):
-    compare_gated(kernels, case, monkeypatch)
+def test_many_random_standard_gates(kernels, monkeypatch):
+    many(kernels, gated_cases(), lambda kernels, case: compare_gated(kernels, case, monkeypatch))
 
 
 @pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
