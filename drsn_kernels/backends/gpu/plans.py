@@ -328,7 +328,8 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     tile = WIDE_TILE if MIDDLE[0] < wide <= MIDDLE[1] else GATE_TILE
     align = 4 if channels % 4 == hidden % 4 == 0 else 1
     tiles = cdiv(n, samples)
-    merge, many = hidden <= MERGED_BY_ALL, tiles > MOST_GROUPS
+    # beyond WIDE units a step is several slices of them, which do not merge
+    merge, many = hidden <= min(MERGED_BY_ALL, WIDE), tiles > MOST_GROUPS
     apart = many or not merge
     over_units = Product.over(hidden, align, itemsize)
 
