@@ -112,7 +112,7 @@ def test_another_shape_is_refused(kernels):
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("made", [shrinkage, shrinkage_with_a_gate_called, soft_threshold])
 def test_derivatives_that_ordinary_pytorch_makes(kernels, made, hook):
-    """Of tau alone, of second order, and of a batch of gradients: from what the hooks gave back."""
+    """Of second order, and of a batch of gradients: from what the hooks gave back."""
     if kernels.compiled or kernels.backend == "torch":
         pytest.skip("PyTorch's own operations are saved for, which take what they saved")
     call, parameters = made()

@@ -320,9 +320,12 @@ def test_without_a_gpu(capsys):
 # ---- the alternatives compile ----------------------------------------------------------------------------------------
 
 
+ONE_PASS_SPILLS = {"64x32x128 torch.float64": 24}
+
+
 def spilled(tmp_path, cache, *arguments: str) -> tuple[int, list[str]]:
-    """How many launches were compiled, and those that spill: as planned at all, float64 more than 32 bytes,
-    alternatives more than 96."""
+    """How many launches were compiled, and those that spill: as planned at all, but for ONE_PASS_SPILLS; alternatives,
+    which are timed with it, more than 96 bytes."""
     script = str(repository.ROOT / "tests" / "lowered_sweep.py")
     done = child(script, "--json", "found.json", *arguments, cwd=tmp_path, cache=cache)
     assert done.returncode == 0, done.stderr[-8000:]
@@ -331,7 +334,7 @@ def spilled(tmp_path, cache, *arguments: str) -> tuple[int, list[str]]:
     assert len(every) >= len(found) > 3
 
     def allowed(case: str, name: str) -> int:
-        return 96 if name.partition("=")[0].isupper() else 32 if "float64" in case else 0
+        return 96 if name.partition("=")[0].isupper() else ONE_PASS_SPILLS.get(case, 0)
 
     return len(every), [
         f"{case} {name}: {kernel}, {stack} bytes"

@@ -127,9 +127,9 @@ def test_accesses_are_as_wide_as_the_rows_allow(lowered, case, target):
 @each_target
 @each_case
 def test_nothing_spills_and_a_program_fits(lowered, case, target):
-    """On 9.0, for which tiles are chosen. On 8.0 and 10.0 a thread of three launches spills up to eight registers."""
+    known = lowered_cases.SPILLS.get((case.name, target), {})
     for launch, _ in pairs(lowered, target, case):
-        assert launch["stack"] <= (0 if target == "cuda:90" else 32), launch
+        assert launch["stack"] <= known.get(launch["kernel"], 0), launch
         assert launch["shared"] <= launch["shared_limit"], launch
         assert launch["occupancy"] >= 1, launch
 
