@@ -153,8 +153,8 @@ def test_statistics_that_are_slices(kernels):
 def test_a_large_mean_does_not_cancel(kernels, layout, offset):
     """The variance of x about a mean that is much larger; mean is rounded to float32 once.
 
-    On GPUs the deviations are from a mean that is a few roundings off, in parts and when these are merged. What that
-    adds to the variance is a square. Sums of squares would be off by `offset` times as much and more.
+    On GPUs the deviations are from a mean that is rounded, in parts and when these are merged. What that adds to the
+    variance is a square. Sums of squares would be off by `offset` times as much and more.
     """
     if kernels.backend == "torch":
         pytest.skip("PyTorch's own statistics are less exact")
@@ -164,7 +164,7 @@ def test_a_large_mean_does_not_cancel(kernels, layout, offset):
     y = kernels.batch_norm_relu(x, mean, var, training=True, momentum=1.0, activation=None)
     exact_var, exact_mean = torch.var_mean(x.double(), [0, 2])
     unit = torch.finfo(torch.float32).eps
-    roundings = 8 if kernels.backend == "triton" else 0
+    roundings = 3 if kernels.backend == "triton" else 0
     off = roundings * unit * offset
     torch.testing.assert_close(var.double(), exact_var, rtol=4 * unit + off**2, atol=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=max(roundings, 1) * unit, atol=0)
@@ -190,10 +190,7 @@ def test_a_constant_channel_has_no_variance(kernels, layout):
     x = laid_out(x, layout)
     mean, var = statistics(x)
     y = kernels.batch_norm_relu(x, mean, var, bias=torch.full((5,), 2.0, device=x.device), training=True, momentum=1.0)
-    # Of the mean: on GPUs a sum of 540, which the interpreter adds up one after the other where a GPU makes a tree.
-    off = 64 * torch.finfo(torch.float32).eps * 0.1 if kernels.backend == "triton" else 0
-    assert (mean[3] - x[0, 3, 0]).abs() <= off and var[3] <= off**2
-    assert (y[:, 3] - 2).abs().max() <= off / 1e-5**0.5
+    assert mean[3] == x[0, 3, 0] and var[3] == 0 and (y[:, 3] == 2).all()
 
 
 # ---- special values and sizes ----------------------------------------------------------------------------------------
@@ -285,7 +282,7 @@ def away_from_0(shape, training: bool, running, weight, bias) -> torch.Tensor:
     """float64 x whose z is not near the kink, where a finite difference would step across."""
     given = () if training else running
     for _ in range(100):
-        x = torch.randn(shape, dtype=torch.float64)
+        x = torch.randn(shape, dtype=torch.float64, device=weight.device)
         if batch_norm_act(x, weight, bias, *given, activation=None).abs().min() > 1e-2:
             return x.requires_grad_()
     raise AssertionError("no such x")
@@ -295,7 +292,7 @@ def away_from_0(shape, training: bool, running, weight, bias) -> torch.Tensor:
 @pytest.mark.parametrize("activation, slope", ACTIVATIONS[:3] + ACTIVATIONS[-1:])
 @pytest.mark.parametrize("shape", [(4, 3, 5), (5, 3)], ids=str)
 def test_numerical_derivatives(kernels, shape, activation, slope, training):
-    like = torch.empty(shape, dtype=torch.float64)
+    like = torch.empty(shape, dtype=torch.float64, device=kernels.device)
     (weight, bias), running = affine(like), statistics(like)
     x = away_from_0(shape, training, running, weight, bias)
 
@@ -310,7 +307,7 @@ def test_numerical_derivatives(kernels, shape, activation, slope, training):
 def test_third_derivatives(kernels, training):
     if kernels.backend == "torch" and training:
         pytest.skip("in PyTorch's own the statistics are constants of the second derivative")
-    like = torch.empty(4, 3, 6, dtype=torch.float64)
+    like = torch.empty(4, 3, 6, dtype=torch.float64, device=kernels.device)
     (weight, bias), running = affine(like), statistics(like)
     leaves = away_from_0(like.shape, training, running, weight, bias), weight, bias
     found = []
