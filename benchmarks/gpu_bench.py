@@ -50,9 +50,11 @@ def headlines() -> list[Case]:
 
 
 def plan() -> list[Case]:
-    """The headlines, the networks, then the rest of the standard grid."""
+    """The headlines, the networks, then of the standard grid whole steps, and the rest."""
     first = [*headlines(), *(Case(op, "N", NETWORK[op][1][0], "step") for op in NETWORKS)]
-    return list(dict.fromkeys([*first, *select("GACEDB", "standard", "cuda")]))
+    grid = select("GACEDB", "standard", "cuda")
+    whole = [case for case in grid if case.mode == ("forward" if case.op == "shrink_eval" else "both")]
+    return list(dict.fromkeys([*first, *whole, *grid]))
 
 
 def wanted(case: Case, device: str, compiled: str = "best") -> list[Provider]:

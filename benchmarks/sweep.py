@@ -92,8 +92,10 @@ CHOICES: tuple[Choice, ...] = (
         ("reduce", "grad_dtau"),
         tuple({"PROGRAMS_PER_SM": n, "PIECE": piece} for n in (2, 4, 8) for piece in (2048, 4096, 8192)),
     ),
-    # whether launches may begin while the one before ends, which GPUs before 9.0 cannot
+    Choice(STREAMS, tuple({"SPARSE": part} for part in (1.25, 1.5, 2.0))),
+    # whether launches begin while the one before ends, which GPUs before 9.0 cannot; and behind how many programs
     Choice(STEPS, ({"DEPENDENT": False}, {"DEPENDENT": True}), lambda case: _overlaps()),
+    Choice(STEPS, tuple({"LETTING": most} for most in (0, 1024, 4096, 1 << 20)), lambda case: _overlaps()),
     # the gate: fused up to so many channels and products, beyond them called (cuBLAS); then its tiles
     Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512, 1024))),
     Choice(STEPS, tuple({"MOST_PRODUCTS": 1 << power} for power in (22, 24, 26, 28))),
@@ -112,8 +114,9 @@ CHOICES: tuple[Choice, ...] = (
     Choice(STEPS[:1], ({"BACKWARD_PRECISION": "ieee"}, {"BACKWARD_PRECISION": "tf32x3"})),
     Choice(STEPS[:1], ({"WEIGHT_PRECISION": "ieee"}, {"WEIGHT_PRECISION": "tf32x3"})),
     Choice(STEPS[:1], tuple({"WEIGHT_TILES": n} for n in (16, 64, 256))),
+    Choice(STEPS[:1], tuple({"LOGITS_APART": n} for n in (64, 128, 1024)), lambda case: case.shape[1] > 64),
     Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
-    Choice(STEPS[:1], tuple({"STEP": n, "GATE_WALK": walk} for n in (16, 32) for walk in (64, 128, 256, 512))),
+    Choice(STEPS[:1], tuple({"STEP": n, "GATE_WALK": walk} for n in (32, 64) for walk in (64, 128, 256, 512))),
     Choice(STEPS[:1], tuple({"MERGED_BY_ALL": n, "MOST_GROUPS": m} for n in (0, 64) for m in (32, 128))),
     # one pass: whole samples in registers, walked from L2 too, or neither, which leaves several launches
     Choice(
@@ -127,6 +130,7 @@ CHOICES: tuple[Choice, ...] = (
               ((4096, 64), (4096, 80), (4096, 128), (8192, 128))),
     ),
     Choice(("shrink_eval",), ({"PRODUCTS": 8}, {"PRODUCTS": 16}, {"PRODUCTS": 32})),
+    Choice(("shrink_eval",), ({"ONE_PASS_CHANNELS": 64}, {"ONE_PASS_CHANNELS": 128})),
 )  # fmt: skip
 
 

@@ -268,18 +268,19 @@ def gate_case(
     )  # fmt: skip
 
 
-def several(shape: tuple[int, ...], dtype: torch.dtype, merge: bool = False, wide: bool = False):
-    """reduce, the gate, map; and grad, the gate, grad. merge: a launch merges the batch's statistics, of several tiles;
-    wide: a launch of its own makes du, for more than 64 units."""
-    long, merged, normed = _long(shape, dtype), ("merge_kernel",) * merge, ("norm_grad_kernel",) * wide
+def several(shape: tuple[int, ...], dtype: torch.dtype):
+    """reduce, the gate, map; and grad, the gate, grad. Of more than 64 units launches of their own make relu(v) and du,
+    of more than 128 channels dz."""
+    long, wide, wider = _long(shape, dtype), shape[1] > 64, shape[1] > 128
     forward = (
         expected("reduce_kernel", {"x": 1}, loop=long),
-        *map(expected, ("hidden_kernel", *merged, "alpha_kernel")),
+        *map(expected, ("hidden_kernel", *("normalise_kernel",) * wide, "alpha_kernel")),
         expected("map_kernel", {"x": 1}, {"y": 1}),
     )
     backward = (
         expected("grad_kernel", {"g": 1}, loop=long),
-        *map(expected, ("hidden_grad_kernel", *normed, "linear_grad_kernel")),
+        *map(expected, ("logit_grad_kernel",) * wider),
+        *map(expected, ("hidden_grad_kernel", *("norm_grad_kernel",) * wide, "linear_grad_kernel")),
         expected("grad_kernel", {"g": 1}, {"dx": 1}),
     )
     return forward, backward
@@ -325,8 +326,8 @@ CASES += [
 CASES += [gate_case((512, 64, 256), dtype, "eval, many samples", (TWICE,)) for dtype in (F32, BF16)]
 CASES += [
     gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32), norm=False),
-    gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16, wide=True)),
-    gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32, merge=True, wide=True)),
+    gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16)),
+    gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32)),
 ]
 
 # Batch normalisation: a channel on chip, in pieces, walked, and merged; rows that are aligned, ragged, long.

@@ -14,7 +14,6 @@ from oracle import gate_of
 from triton import knobs
 
 import drsn_kernels as dk
-from drsn_kernels.backends.gpu import plans
 from drsn_kernels.backends.gpu.lowering import lowering
 
 SASS_ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?|UBLKCP|UTMA\w+)\b")
@@ -26,6 +25,7 @@ def calls() -> None:
         ((8, 16, 128), "batch norm", torch.float32), ((33, 80, 64), "batch norm", torch.bfloat16),
         ((8, 16, 7, 7), "batch norm", torch.float32), ((8, 64, 14, 14), "batch norm", torch.bfloat16),
         ((4, 8, 9600), "batch norm", torch.float32), ((300, 8, 20), "norm", torch.float32),
+        ((4200, 8, 8), "batch norm", torch.float32), ((8, 160, 16), "batch norm", torch.float32),
     ):  # fmt: skip
         x = torch.randn(shape).to(dtype)
         x = (x.contiguous(memory_format=torch.channels_last) if shape[-1] == 14 else x).requires_grad_()
@@ -63,13 +63,13 @@ def disassembled(cubin: bytes) -> str:
 def main() -> None:
     found = {}
     for gpu, call in (("cuda:90", calls), ("cuda:80", lambda: dk.abs_mean(torch.randn(8, 16, 128)))):
-        with lowering(gpu) as launches, dk.use_backend("triton", strict=True), plans.using(DEPENDENT=True):
+        with lowering(gpu) as launches, dk.use_backend("triton", strict=True):
             call()
         by_code = {launch.compiled.hash: launch for launch in launches}
         found[gpu] = [
             {"kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
-             "early": bool(one.arguments.get("EARLY")), "group": one.arguments.get("GROUP"),
-             "channels_last": one.arguments.get("CHANNELS_LAST"),
+             "dependent": one.arguments["DEPENDENT"], "early": bool(one.arguments.get("EARLY")),
+             "group": one.arguments.get("GROUP"), "channels_last": one.arguments.get("CHANNELS_LAST"),
              "pdl": one.compiled.metadata.launch_pdl, **before(one), "stack": ptx.Measured(one).stack,
              "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents")}
             for one in by_code.values()

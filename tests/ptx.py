@@ -38,7 +38,7 @@ _AMD_WIDTHS |= {f"dwordx{n}": 4 * n for n in (2, 3, 4)}
 
 
 # What linear_grad_kernel chooses from at run time: either weight's factors, and what the biases' gradients add up.
-CHOSEN = ({"pooled", "dz"}, {"dv", "positive"}, {"dv", "dz"})
+CHOSEN = ({"pooled", "dz"}, {"pooled", "positive"}, {"dv", "dz"})
 
 
 class Access(NamedTuple):

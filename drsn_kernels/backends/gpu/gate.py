@@ -142,15 +142,17 @@ def merge_kernel(
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-@kernel(pointers=6, aligned=("partial", "w1", "state"))
+@kernel(pointers=11, aligned=("partial", "w1", "state", "positive"))
 def hidden_kernel(
-    partial, pooled, w1, b1, state, statistics, N, CA, HA, parts, tiles,
-    BATCH_STATS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    partial, pooled, w1, b1, state, positive, statistics, mean, var, gamma, beta, N, CA, HA, parts, tiles,
+    BATCH_STATS: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr,
+    BH: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """u; A (N, C), where it comes in parts (SPLIT); with BATCH_STATS each tile's statistics, (tiles, 2, H).
 
-    A program makes BN samples of BH units.
+    Where nothing is kept and statistics are given, positive = relu(v) (N, H) in the place of u. A program makes BN
+    samples of BH units.
     """
     await_previous(DEPENDENT)
     C = CA * ALIGN
@@ -163,13 +165,17 @@ def hidden_kernel(
     u = nothing(SLICES, BN, BH, w1.dtype.element_ty)
     for c0 in range(0, C, SLICES * BK):
         c = steps_of(c0, SLICES, BK)
-        a = added_up(partial, n, N, c, C, parts, SPLIT)
-        u = product(a, transposed(w1, h, H, c, C), u, PRECISION)
+        a = added_up(partial, n, N, c, C, parts, SPLIT, EVEN)
+        u = product(a, transposed(w1, h, H, c, C, EVEN), u, PRECISION)
         if SPLIT:  # the programs of a tile share its channels
             here = tl.where(c0 // (SLICES * BK) % tl.cdiv(H, BH) == block, N, 0)
             store_rows(pooled, a, n, here, ordered(c), C)
     u = added_slices(u) + bias[None, :]
-    store_rows(state, u, n, N, h, H)
+    if positive is not None:
+        v, _, _ = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
+        store_rows(positive, relu(v), n, N, h, H)
+    else:
+        store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
         count = tl.minimum(N - tile * BN, BN).to(u.dtype)
         mean = tl.sum(tl.where((n < N)[:, None], u, 0.0), 0) / count
@@ -179,39 +185,68 @@ def hidden_kernel(
 
 
 @triton.jit
-def of_batch(statistics, h, live, N, H, groups, group, MERGE: tl.constexpr, GROUPS: tl.constexpr):
-    """Mean of units h and sum of squared deviations, merged here or by the launch before."""
-    if MERGE:
-        return merged_statistics(statistics, h, live, N, H, groups, group, GROUPS)
-    else:
-        return tl.load(statistics + h, live, 0.0), tl.load(statistics + H + h, live, 0.0)
+def settle(
+    center, spread, before_mean, before_var, h, live, state, mean, var, N, H, outputs, MOMENTUM: tl.constexpr
+):  # fmt: skip
+    """The batch's statistics (variance: biased) to the state, and the running ones (variance: unbiased) updated.
+
+    before: these as they were, which come loaded together with everything else. One after the other, each load behind
+    a store, they were the longest way through the launch.
+    """
+    count = N.to(center.dtype)
+    batch_mean, batch_var = statistics_of(state, N, H, outputs)
+    tl.store(batch_mean + h, center, live)
+    tl.store(batch_var + h, spread / count, live)
+    tl.store(mean + h, before_mean * (1 - MOMENTUM) + center * MOMENTUM, live)
+    tl.store(var + h, before_var * (1 - MOMENTUM) + spread / (count - 1) * MOMENTUM, live)
 
 
 @triton.jit
-def settle(
-    mean, spread, h, live, batch_mean, batch_var, running_mean, running_var, N, MOMENTUM: tl.constexpr
+def of_batch(statistics, h, live, N, H, groups, group, EPS: tl.constexpr, GROUPS: tl.constexpr):
+    """Mean of units h, sum of squared deviations from it, and 1 / std."""
+    center, spread = merged_statistics(statistics, h, live, N, H, groups, group, GROUPS)
+    return center, spread, 1 / tl.sqrt(spread / N.to(spread.dtype) + EPS)
+
+
+@kernel(pointers=8, aligned=("state", "positive"))
+def normalise_kernel(
+    state, statistics, mean, var, batches, gamma, beta, positive, N, CA, HA, tiles, groups, group,
+    ONE: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr,
+    BH: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """The batch's statistics (variance: biased) to the state, and the running ones (variance: unbiased) updated."""
-    count = N.to(mean.dtype)
-    tl.store(batch_mean + h, mean, live)
-    tl.store(batch_var + h, spread / count, live)
-    before = tl.load(running_mean + h, live, 0.0)
-    tl.store(running_mean + h, before * (1 - MOMENTUM) + mean * MOMENTUM, live)
-    before = tl.load(running_var + h, live, 0.0)
-    tl.store(running_var + h, before * (1 - MOMENTUM) + spread / (count - 1) * MOMENTUM, live)
+    """positive = relu(v) (N, H), behind a norm by statistics of the batch. They go to the state; running ones follow.
+
+    A program makes BN samples of BH units.
+    """
+    await_previous(DEPENDENT)
+    H = HA * ALIGN
+    tile = tl.program_id(0) % tiles
+    n = tile * BN + tl.arange(0, BN)
+    h = tl.program_id(0) // tiles * BH + tl.arange(0, BH)
+    live = h < H
+    u = rows(state, n, N, h, H)  # loaded together with the statistics
+    own = live & (tile == 0)
+    before_mean, before_var = tl.load(mean + h, own, 0.0), tl.load(var + h, own, 0.0)
+    counted = tl.load(batches, tl.program_id(0) == 0, 0)
+    center, spread, scale = of_batch(statistics, h, live, N, H, groups, group, EPS, GROUPS)
+    v, _ = scaled(standardised(u, center, scale), h, live, scale, gamma, beta)
+    store_rows(positive, relu(v), n, N, h, H)
+    settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, 1 if ONE else CA * ALIGN, MOMENTUM)
+    tl.store(batches, counted + 1, tl.program_id(0) == 0)
 
 
-@kernel(pointers=11, aligned=("pooled", "state", "w2", "tau"))
+@kernel(pointers=12, aligned=("pooled", "state", "positive", "w2", "tau"))
 def alpha_kernel(
-    pooled, state, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
+    pooled, state, positive, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
-    MERGE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    EVEN: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none).
 
-    mean and var are the running statistics: used, or with BATCH_STATS updated, by the programs of the first tile. The
-    batch's come as (groups, 2, H), or merged (1, 2, H) without MERGE. A program makes BN samples of BC outputs.
+    positive is relu(v), where a launch before has made it. Else mean and var are the running statistics: used, or with
+    BATCH_STATS updated, by the first program, from those of the batch (groups, 2, H). A program makes BN samples of BC
+    outputs.
     """
     await_previous(DEPENDENT)
     C = CA * ALIGN
@@ -225,32 +260,33 @@ def alpha_kernel(
         bias = tl.load(b2 + o, o < C, 0.0)
         if AVERAGE == "channel":
             a = rows(pooled, n, N, o, C)
+    if BATCH_STATS and positive is None:
+        counted = tl.load(batches, tl.program_id(0) == 0, 0)
     z = nothing(SLICES, BN, BK if ONE else BC, w2.dtype.element_ty)
     for h0 in range(0, H, SLICES * BK):
         k = steps_of(h0, SLICES, BK)
         h = ordered(k)
         live = h < H
-        v = rows(state, n, N, k, H)
-        if BATCH_STATS:
-            center, spread = of_batch(statistics, h, live, N, H, groups, group, MERGE, GROUPS)
-            scale = 1 / tl.sqrt(spread / N.to(spread.dtype) + EPS)
-            v, _ = scaled(standardised(v, center, scale), h, live, scale, gamma, beta)
+        if positive is not None:
+            v = rows(positive, n, N, k, H, EVEN)
         else:
-            v, _, _ = normalise(v, h, live, mean, var, gamma, beta, EPS)
+            v = rows(state, n, N, k, H, EVEN)
+            if BATCH_STATS:
+                own = live & (tl.program_id(0) == 0)
+                before_mean, before_var = tl.load(mean + h, own, 0.0), tl.load(var + h, own, 0.0)
+                center, spread, scale = of_batch(statistics, h, live, N, H, groups, group, EPS, GROUPS)
+                settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, MOMENTUM)
+                v, _ = scaled(standardised(v, center, scale), h, live, scale, gamma, beta)
+            else:
+                v, _, _ = normalise(v, h, live, mean, var, gamma, beta, EPS)
+            v = relu(v)
         if ONE:
-            z += relu(v) * across(tl.load(w2 + h, live, 0.0))
+            z += v * across(tl.load(w2 + h, live, 0.0))
         else:
-            z = product(relu(v), transposed(w2, o, outputs, k, H), z, PRECISION)
+            z = product(v, transposed(w2, o, outputs, k, H, EVEN), z, PRECISION)
     z = added_slices(z)
-    if BATCH_STATS:
-        if tile == 0:  # they share the units: by the first program, in the loop, the launch took 18 us and not 12
-            batch_mean, batch_var = statistics_of(state, N, H, outputs)
-            for h0 in range(block * BK, H, tl.cdiv(outputs, BC) * BK):
-                h = h0 + tl.arange(0, BK)
-                center, spread = of_batch(statistics, h, h < H, N, H, groups, group, MERGE, GROUPS)
-                settle(center, spread, h, h < H, batch_mean, batch_var, mean, var, N, MOMENTUM)
-            if block == 0:
-                tl.store(batches, tl.load(batches) + 1)
+    if BATCH_STATS and positive is None:
+        tl.store(batches, counted + 1, tl.program_id(0) == 0)
     alphas = alphas_of(state, N, H)
     if AVERAGE == "sample":
         average = channel_sums(pooled, n, N, C, BC) / C.to(z.dtype)
@@ -318,10 +354,11 @@ class Sizes(NamedTuple):
 _BATCHES = 8  # bytes of the number of batches
 
 
-def hidden_cost(step: Step, parts: int, tiles: int) -> Cost:
+def hidden_cost(step: Step, parts: int, tiles: int, ready: bool) -> Cost:
+    """ready: it makes relu(v), as the others below are behind a launch that has."""
     s = Sizes.of(step)
     added = s.pooled if parts > 1 else 0
-    return Cost(parts * s.pooled + s.w1 + s.b1, added + s.hidden + tiles * s.statistics, ("hidden_kernel",))
+    return Cost(parts * s.pooled + s.w1 + s.b1 + ready * s.norm, added + s.hidden + tiles * s.statistics, ("hidden_kernel",))
 
 
 def merge_cost(step: Step, tiles: int) -> Cost:
@@ -329,9 +366,21 @@ def merge_cost(step: Step, tiles: int) -> Cost:
     return Cost(tiles * s.statistics, s.statistics, ("merge_kernel",))
 
 
-def alpha_cost(step: Step, groups: int) -> Cost:
+def _updated(s: Sizes) -> int:
+    """Bytes of the running statistics and the number of batches; read as the norm's, and written."""
+    return s.statistics + _BATCHES if s.statistics else 0
+
+
+def normalise_cost(step: Step, groups: int) -> Cost:
     s = Sizes.of(step)
-    average = 0 if step.average is None else s.pooled
-    updated = s.statistics + _BATCHES if s.statistics else 0  # the running ones; read as the norm's
-    read = average + s.hidden + groups * s.statistics + s.norm + s.w2 + s.b2 + (_BATCHES if updated else 0)
-    return Cost(read, s.alpha + s.tau + s.statistics + updated, ("alpha_kernel",))
+    read = s.hidden + groups * s.statistics + s.norm + _BATCHES
+    return Cost(read, s.hidden + s.statistics + _updated(s), ("normalise_kernel",))
+
+
+def alpha_cost(step: Step, groups: int, ready: bool) -> Cost:
+    s = Sizes.of(step)
+    read, written = s.hidden + s.w2 + s.b2 + (0 if step.average is None else s.pooled), s.alpha + s.tau
+    if not ready:
+        read += groups * s.statistics + s.norm + (_BATCHES if s.statistics else 0)
+        written += s.statistics + _updated(s)
+    return Cost(read, written, ("alpha_kernel",))

@@ -87,16 +87,41 @@ def alphas_at(alphas, n, o, N, C, ONE: tl.constexpr):
         return rows(alphas, n, N, o, C)
 
 
+@kernel(pointers=6, aligned=("dtau", "tau_grad", "pooled", "state", "dz", "direct"))
+def logit_grad_kernel(
+    dtau, tau_grad, pooled, state, dz, direct, N, CA, H, parts, AVERAGE: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """dz (N, C) and A's direct gradient, where nothing is summed over channels: each by itself."""
+    await_previous(DEPENDENT)
+    size = N * CA * ALIGN
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < size
+    d = tl.load(dtau + at, live, 0.0)
+    if SPLIT:
+        for part in range(1, parts):
+            d += tl.load(dtau + part * size + at, live, 0.0)
+    if tau_grad is not None:
+        d += tl.load(tau_grad + at, live, 0.0)
+    a = tl.load(pooled + at, live, 0.0)
+    value = tl.load(alphas_of(state, N, H) + at, live, 0.0)
+    logits, past = logit_grads(d, a, value, None, None, None, AVERAGE, False)
+    tl.store(dz + at, logits, live)
+    if direct is not None:
+        tl.store(direct + at, past, live)
+
+
 @kernel(pointers=13, aligned=("dtau", "pooled", "state", "w2", "dz", "dv", "direct"))
 def hidden_grad_kernel(
     dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, dz, dv, sums, direct, N, CA, HA, parts, tiles,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    READY: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    SLICES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dz (N, C | 1), dv (N, H) and, with BATCH_STATS, sum dv and sum dv * (u - mean) / std of each tile (tiles, 2, H).
 
-    direct (N, C) is A's direct gradient, where it is wanted and there is one. A program makes BN samples of BH units.
+    READY: logit_grad_kernel has made dz and direct. direct (N, C) is A's direct gradient, where it is wanted and there
+    is one. A program makes BN samples of BH units.
     """
     await_previous(DEPENDENT)
     ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
@@ -131,7 +156,12 @@ def hidden_grad_kernel(
             total += tl.load(tau_grad + n, n < N, 0.0)[:, None]
 
     delta = nothing(SLICES, BN, BH, w2.dtype.element_ty)
-    if not ONE or direct is not None:
+    if READY:
+        for c0 in range(0, C, SLICES * BK):
+            c = steps_of(c0, SLICES, BK)
+            logits = rows(dz, n, N, c, C, EVEN)
+            delta = product(logits, rows(w2, ordered(c), C, h, H, EVEN), delta, PRECISION)
+    elif not ONE or direct is not None:
         for c0 in range(0, C, SLICES * BK):
             c = steps_of(c0, SLICES, BK)
             d = tau_grads(dtau, tau_grad, n, c, N, C, parts, ONE_TAU, SPLIT)
@@ -174,43 +204,47 @@ def batch_averages(sums, h, live, N, H, groups, GROUPS: tl.constexpr):
 
 @kernel(pointers=7, aligned=("state", "dv", "positive"))
 def norm_grad_kernel(
-    state, gamma, beta, sums, dv, positive, norms, N, CA, HA, pieces, share, groups, after_gamma,
+    state, gamma, beta, sums, dv, positive, norms, N, CA, HA, tiles, groups, after_gamma,
     ONE: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dv (N, H) becomes du, positive relu(v) (N, H), behind a norm by statistics of the batch.
 
-    Gamma's gradient (H,) goes to norms, beta's to norms + after_gamma. A program takes `share` samples of BH units.
+    Gamma's gradient (H,) goes to norms, beta's to norms + after_gamma. A program makes BN samples of BH units.
     """
     await_previous(DEPENDENT)
     H = HA * ALIGN
-    part = tl.program_id(0) % pieces
-    h = tl.program_id(0) // pieces * BH + tl.arange(0, BH)
+    tile = tl.program_id(0) % tiles
+    n = tile * BN + tl.arange(0, BN)
+    h = tl.program_id(0) // tiles * BH + tl.arange(0, BH)
     live = h < H
-    of_beta, of_gamma = merged_sums(sums, h, live, H, groups, GROUPS)
-    tl.store(norms + h, of_gamma, live & (part == 0))
-    tl.store(norms + after_gamma + h, of_beta, live & (part == 0))
-    count = N.to(of_beta.dtype)
+    u, change = rows(state, n, N, h, H), rows(dv, n, N, h, H)  # loaded together with the sums
     mean, var = statistics_of(state, N, H, 1 if ONE else CA * ALIGN)
     center, scale = center_and_scale(mean, var, h, live, EPS)
-    stop = tl.minimum(part * share + share, N)
-    for n0 in range(part * share, stop, BN):
-        n = n0 + tl.arange(0, BN)
-        xhat = standardised(rows(state, n, stop, h, H), center, scale)
-        v, slope = scaled(xhat, h, live, scale, gamma, beta)
-        du = norm_grads(rows(dv, n, stop, h, H), xhat, of_beta / count, of_gamma / count, slope, True)
-        store_rows(dv, du, n, stop, h, H)
-        store_rows(positive, relu(v), n, stop, h, H)
+    of_beta, of_gamma = merged_sums(sums, h, live, H, groups, GROUPS)
+    xhat = standardised(u, center, scale)
+    v, slope = scaled(xhat, h, live, scale, gamma, beta)
+    count = N.to(of_beta.dtype)
+    store_rows(dv, norm_grads(change, xhat, of_beta / count, of_gamma / count, slope, True), n, N, h, H)
+    store_rows(positive, relu(v), n, N, h, H)
+    tl.store(norms + h, of_gamma, live & (tile == 0))
+    tl.store(norms + after_gamma + h, of_beta, live & (tile == 0))
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
 
 
-def hidden_grad_cost(step: Step, parts: int, tiles: int, direct: bool) -> Cost:
+def logit_grad_cost(step: Step, parts: int, direct: bool) -> Cost:
     s = Sizes.of(step)
-    read = parts * s.pooled + s.pooled + s.hidden + s.alpha + s.norm + s.w2
-    written = s.alpha + s.hidden + tiles * s.statistics + direct * s.pooled
-    return Cost(read, written, ("hidden_grad_kernel",))
+    return Cost(parts * s.pooled + s.pooled + s.alpha, s.alpha + direct * s.pooled, ("logit_grad_kernel",))
+
+
+def hidden_grad_cost(step: Step, parts: int, tiles: int, direct: bool, ready: bool) -> Cost:
+    """ready: behind logit_grad_kernel."""
+    s = Sizes.of(step)
+    logits = Cost(s.alpha, 0) if ready else logit_grad_cost(step, parts, direct)
+    read = logits.read + s.hidden + s.norm + s.w2
+    return Cost(read, logits.written + s.hidden + tiles * s.statistics, ("hidden_grad_kernel",))
 
 
 def norm_grad_cost(step: Step, sums: int) -> Cost:

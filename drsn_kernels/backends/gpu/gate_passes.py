@@ -1,13 +1,14 @@
 """Which launches the standard gate takes, forward and backward. It knows nothing of x: sequence.py puts them between
 the launches that do.
 
-    forward    hidden, [merge,] alpha                       A and the parameters to tau and the state
-    backward   hidden_grad, [merge, norm_grad,] linear_grad [, add_shares]     dtau to dA and the gradients
+    forward    hidden, [merge, normalise,] alpha            A and the parameters to tau and the state
+    backward   [logit_grad,] hidden_grad, [merge, norm_grad,] linear_grad [, add_shares]   dtau to dA and the gradients
 
-In brackets is what many units or samples take, with statistics of the batch; and the end of a large batch.
+In brackets is what many channels, units or samples take, with statistics of the batch; and the end of a large batch.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,24 +35,24 @@ def gate_plan(step: Step) -> GatePlan:
 
 def _of_gate(
     fn: Any, step: Step, plan: GatePlan, over: Product, programs: int, cost_of: Cost, precision: str = "ieee",
-    **values: int,
+    spread: bool = True, **values: int,
 ) -> Prepared:  # fmt: skip
     values = gate_values(step) | {
         "N": step.layout.n, "CA": step.layout.c // plan.align, "HA": step.gate.hidden // plan.align,
-        "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group, "MERGE": plan.merge,
+        "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group,
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": over.depth, "SLICES": over.slices,
-        "GROUPS": plan.at_a_time,
+        "EVEN": over.even, "GROUPS": plan.at_a_time,
         "PRECISION": "ieee" if step.sums == torch.float64 else precision,
     } | values  # fmt: skip
     return Prepared(
         fn, step.device, programs, values, plan, cost_of, warps=max(plans.GATE_WARPS, over.slices),
-        stages=over.stages, registers=plans.GATE_REGISTERS,
+        stages=over.stages, registers=plans.GATE_REGISTERS, spread=spread and over.slices > 1,
     )  # fmt: skip
 
 
 def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
     """The launch that merges what tiles of the batch have left, where there is one."""
-    if not step.gate.batch_stats or (plan.groups if statistics else plan.sums) == plan.tiles:
+    if not step.gate.batch_stats or plan.groups == plan.tiles:
         return None
     values = {
         "N": step.layout.n, "H": step.gate.hidden, "groups": plan.tiles, "group": plan.samples,
@@ -60,6 +61,16 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
     programs = cdiv(step.gate.hidden, plans.MERGED_UNITS)
     spent = gate.merge_cost(step, plan.tiles)
     return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.MERGE_WARPS)
+
+
+def _behind_norm(
+    fn: Any, step: Step, plan: GatePlan, cost_of: Callable[[Step, int], Cost], **values: int
+) -> Prepared | None:
+    """The launch that does what follows from the batch's statistics by itself, where there is one."""
+    if not (step.gate.batch_stats and plan.apart):
+        return None
+    programs = plan.tiles * cdiv(step.gate.hidden, plan.units)
+    return _of_gate(fn, step, plan, plans.NO_PRODUCT, programs, cost_of(step, plan.groups), **values)
 
 
 def _statistics(room: Room, merge: Prepared | None, step: Step, tiles: int) -> tuple[Piece | None, Piece | None, Wired]:
@@ -81,35 +92,42 @@ class Gate(NamedTuple):
 
     hidden: Prepared
     merge: Prepared | None
+    normalise: Prepared | None
     alpha: Prepared
-    cost: Cost
+    ready: bool  # `hidden` makes relu(v): nothing is kept, and statistics are given
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        return tuple(launch for launch in (self.hidden, self.merge, self.alpha) if launch is not None)
+        return tuple(filter(None, self[:4]))
 
     def wired(self, step: Step, room: Room, partial: Source, pooled: Source, state: Source, tau: Source) -> Wired:
         """room: for what they hand to one another."""
         tiles, statistics, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
         first = {"partial": partial, "pooled": pooled, "state": state, "statistics": tiles, **same("w1", "b1")}
-        last = {"pooled": pooled, "state": state, "statistics": statistics, "tau": tau,
-                **same("mean", "var", "batches", "gamma", "beta", "w2", "b2")}  # fmt: skip
-        return [(self.hidden, first), *between, (self.alpha, last)]
+        given = same("mean", "var", "gamma", "beta")
+        norm = {"state": state, "statistics": statistics, **given, **same("batches")}
+        last = {"pooled": pooled, "state": state, "tau": tau, **same("w2", "b2")}
+        if self.normalise is None and not self.ready:
+            return [(self.hidden, first), *between, (self.alpha, norm | last)]
+        positive = {"positive": room.take(step.layout.n * step.gate.hidden)}
+        if self.normalise is None:
+            return [(self.hidden, first | given | positive), (self.alpha, last | positive)]
+        return [(self.hidden, first), *between, (self.normalise, norm | positive), (self.alpha, last | positive)]
 
 
 def prepare_gate(step: Step, parts: int) -> Gate:
     """parts: partial sums that A comes in."""
-    plan = gate_plan(step)
+    plan, ready = gate_plan(step), not step.keep and not step.gate.batch_stats
     hidden = _of_gate(
         gate.hidden_kernel, step, plan, plan.over_channels, plan.tiles * cdiv(step.gate.hidden, plan.units),
-        gate.hidden_cost(step, parts, plan.tiles), plans.FORWARD_PRECISION, parts=parts, SPLIT=parts > 1,
+        gate.hidden_cost(step, parts, plan.tiles, ready), plans.FORWARD_PRECISION, parts=parts, SPLIT=parts > 1,
     )  # fmt: skip
-    merge = _merge(step, plan, statistics=True)
+    normalise = _behind_norm(gate.normalise_kernel, step, plan, gate.normalise_cost)
     alpha = _of_gate(
         gate.alpha_kernel, step, plan, plan.over_units, plan.tiles * cdiv(step.gate.outputs, plan.channels),
-        gate.alpha_cost(step, plan.groups), plans.FORWARD_PRECISION,
+        gate.alpha_cost(step, plan.groups, ready or normalise is not None), plans.FORWARD_PRECISION,
     )  # fmt: skip
-    return Gate(hidden, merge, alpha, hidden.cost + (Cost() if merge is None else merge.cost) + alpha.cost)
+    return Gate(hidden, _merge(step, plan, statistics=True), normalise, alpha, ready)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -118,6 +136,7 @@ def prepare_gate(step: Step, parts: int) -> Gate:
 class GateGrad(NamedTuple):
     """The gate's launches of a backward pass: dtau to dA, if wanted, and the parameters' gradients."""
 
+    logits: Prepared | None
     hidden: Prepared | None  # None where one pass has made dz and dv
     merge: Prepared | None
     norm: Prepared | None
@@ -125,16 +144,15 @@ class GateGrad(NamedTuple):
     add: Prepared | None  # the shares of a large batch
     dA: bool
     sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
-    cost: Cost
+
+    @property
+    def launches(self) -> tuple[Prepared, ...]:
+        return tuple(filter(None, self[:6]))
 
     @property
     def total(self) -> int:
         """Elements of the gradients that `linear` makes, those of a share."""
         return sum(self.sizes[:4] if self.norm else self.sizes)
-
-    @property
-    def launches(self) -> tuple[Prepared, ...]:
-        return tuple(launch for launch in (self.hidden, self.merge, self.norm, self.linear, self.add) if launch)
 
     def wired(
         self, step: Step, room: Room, dtau: Source | None, dz: Source, dv: Source, pooled: Source, state: Source
@@ -145,8 +163,14 @@ class GateGrad(NamedTuple):
         if self.hidden is not None:
             direct = room.take(size) if self.dA and step.average is not None else None
             tiles, sums, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
-            own = {"dtau": dtau, "sums": tiles, "direct": direct, **same("tau_grad", "w2")}
-            before = [(self.hidden, given | own), *between]
+            logits = {"dtau": dtau, "direct": direct, **same("tau_grad")}
+            own = {"sums": tiles, **same("w2")}
+            if self.logits is None:
+                own |= logits
+            else:
+                logits |= {"pooled": pooled, "state": state, "dz": dz}
+                before = [(self.logits, logits)]
+            before += [(self.hidden, given | own), *between]
         if self.norm is not None:
             positive, norms = room.take(step.layout.n * step.gate.hidden), Piece("grads", self.total, step.sums)
             own = {"state": state, "sums": sums, "dv": dv, "positive": positive, "norms": norms}
@@ -178,24 +202,32 @@ class GateGrad(NamedTuple):
 
 def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     """parts: partial sums that dtau comes in; None where dz and dv come instead."""
-    plan, (h, o, norm, batch_stats, *_), c = gate_plan(step), step.gate, step.layout.c
+    plan, (h, o, norm, *_), c = gate_plan(step), step.gate, step.layout.c
     sizes = tuple(up_to(length, 4) for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
     direct = dA and step.average is not None
-    hidden = merge = between = add = None
+    logits = hidden = merge = between = add = None
     if parts is not None:
+        # by itself where no sum over channels stands in it
+        ready = c > plans.LOGITS_APART and o > 1 and step.average != "sample"
+        back, precision = plan.back, plans.BACKWARD_PRECISION
+        if ready:
+            back = plan.over_channels
+            precision = plans.FORWARD_PRECISION if back.slices > 1 else precision
+            logits = Prepared(
+                gate_grad.logit_grad_kernel, step.device, cdiv(step.layout.n * c, plans.LOGITS),
+                {"N": step.layout.n, "CA": c // plan.align, "ALIGN": plan.align, "H": h, "parts": parts,
+                 "AVERAGE": step.average, "SPLIT": parts > 1, "BLOCK": plans.LOGITS},
+                plan, gate_grad.logit_grad_cost(step, parts, direct), warps=plans.GATE_WARPS,
+            )  # fmt: skip
         hidden = _of_gate(
-            gate_grad.hidden_grad_kernel, step, plan, plan.back, plan.tiles * cdiv(h, plan.units),
-            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct), plans.BACKWARD_PRECISION,
-            parts=parts, SPLIT=parts > 1,
+            gate_grad.hidden_grad_kernel, step, plan, back, plan.tiles * cdiv(h, plan.units),
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct, ready), precision, parts=parts,
+            SPLIT=parts > 1, READY=ready,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
-        if batch_stats and not plan.merge:
-            pieces = cdiv(step.layout.n, plan.normed)
-            between = _of_gate(
-                gate_grad.norm_grad_kernel, step, plan, plans.NO_PRODUCT, pieces * cdiv(h, plan.units),
-                gate_grad.norm_grad_cost(step, plan.sums), groups=plan.sums, pieces=pieces, share=plan.normed,
-                after_gamma=sizes[4],
-            )  # fmt: skip
+        between = _behind_norm(
+            gate_grad.norm_grad_kernel, step, plan, gate_grad.norm_grad_cost, after_gamma=sum(sizes[4:5])
+        )
     ready, made = between is not None, sum(sizes[:4] if between else sizes)
     row = made * step.sums.itemsize
     first = plan.shares * cdiv(h, plan.weights) * cdiv(c, plan.weights)
@@ -204,11 +236,11 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     pooled = dA * plan.tiles * cdiv(c, plan.channels)
     tensor_cores = plan.weights == plans.WEIGHT_TILE or plan.over_units.slices > 1
     linear = _of_gate(
-        linear_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + last,
-        linear_grad.linear_grad_cost(step, 0 if ready else plan.sums, plan.shares * row, dA, direct),
+        linear_grad.linear_grad_kernel, step, plan, plan.over_units, last + pooled,
+        linear_grad.linear_grad_cost(step, 0 if ready else plan.groups, plan.shares * row, dA, direct),
         plans.WEIGHT_PRECISION if tensor_cores else plans.BACKWARD_PRECISION,
-        groups=plan.sums, pooled_programs=pooled, first=first, second=second, share=plan.share, total=made,
-        WALK=plan.step, BW=plan.weights, READY=ready,
+        spread=False, first=first, second=second, last=last, share=plan.share, total=made, WALK=plan.step,
+        BW=plan.weights, READY=ready,
     )  # fmt: skip
     if plan.shares > 1:
         values = {"shares": plan.shares, "total": made, "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}
@@ -217,5 +249,4 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
         add = Prepared(
             linear_grad.add_shares_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS
         )  # fmt: skip
-    total = sum((launch.cost for launch in (hidden, merge, between, linear, add) if launch), Cost())
-    return GateGrad(hidden, merge, between, linear, add, dA, sizes, total)
+    return GateGrad(logits, hidden, merge, between, linear, add, dA, sizes)

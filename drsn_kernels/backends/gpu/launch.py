@@ -7,6 +7,7 @@ follow from them), and within it a compiled kernel for each set of pointers give
 them in order, which after its first call native.py launches by one call.
 """
 
+import copy
 import functools
 import inspect
 import math
@@ -58,16 +59,21 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
 
 @triton.jit
 def await_previous(DEPENDENT: tl.constexpr):
-    """With DEPENDENT, programs start while the launch before this one still runs. Here they wait for its end, and let
-    those of the next one start.
+    """Where launches of a pass overlap: wait for the end of the one before, and let the one behind begin.
 
-    Before it nothing may be written, and only that be read which launches in front of that one have written: each of
-    them waits before it lets the next one start, so they have ended. Where the gate stands between, map reads its tile
-    of x, and grad of g and the planes, before tau and dA are there (EARLY), past the L1, which may hold older lines.
+    DEPENDENT is odd where there is one before it: this launch begins while that one still runs. Half of it is how many
+    programs it may have to let the one behind begin before it has ended: as soon as all of them have come by here.
+
+    Before it nothing may be written, and only that be read which launches in front of the one before have written: each
+    of them waits before it lets the next one begin, so they have ended. The first of a pass begins when everything in
+    front of it has ended. Where the gate stands between, map reads its tile of x, and grad of g and the planes, before
+    tau and dA are there (EARLY), past the L1, which may hold older lines.
     """
-    if DEPENDENT:
+    if DEPENDENT % 2 == 1:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if DEPENDENT > 1:
+        if tl.num_programs(0) <= DEPENDENT // 2:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 def capability() -> int:
@@ -83,13 +89,14 @@ class Prepared:
 
     def __init__(
         self, fn: Any, device: torch.device, programs: int, values: dict[str, Any], plan: Any, cost: Cost, *,
-        warps: int, registers: int | None = None, stages: int | None = None,
+        warps: int, registers: int | None = None, stages: int | None = None, spread: bool = False,
     ):  # fmt: skip
         """values: of all integers and constexprs that fn takes but DEPENDENT; plan: what they were worked out from
-        (plans.py); stages: of a loop of products, the steps whose loads are under way together."""
+        (plans.py); stages: of a loop of products, the steps whose loads are under way together; spread: its programs
+        are few and want a multiprocessor each."""
         self.fn, self.name, self.pointers, self.grid = fn, fn.__name__, fn.pointers, (programs, 1, 1)
-        self.plan, self.cost = plan, cost
-        values = values | {"DEPENDENT": plans.DEPENDENT}
+        self.device, self.plan, self.cost, self.spread = device, plan, cost, spread
+        values = values | {"DEPENDENT": 0}
         self.values = {name: values[name] for name in fn.values}
         self.told_alignment = tuple(fn.pointers[i] for i in fn.aligned)
         self.options = {"num_warps": warps, "maxnreg": registers, "num_stages": stages, **_NO_CONTRACTION}
@@ -125,9 +132,9 @@ class Prepared:
             options.pop("maxnreg", None)
             known_now["PRECISION"] = "ieee"
         if self.values["DEPENDENT"] and capability() >= 90:
-            options["launch_pdl"] = True
+            options["launch_pdl"] = self.values["DEPENDENT"] % 2 == 1
         else:
-            known_now["DEPENDENT"] = False
+            known_now["DEPENDENT"] = 0
         if any(pointers[i] is not None and pointers[i].data_ptr() % 16 for i in self.fn.aligned):
             # a word of two elements would straddle two; the tile stays that of aligned tensors, and may spill
             known_now["GROUP"] = 1
@@ -136,6 +143,15 @@ class Prepared:
         if compiled is not None:  # None: interpreted
             self.compiled[key] = compiled, compiled[self.grid], tail
         return compiled
+
+    def placed(self, follows: bool, ahead: "Prepared | None") -> "Prepared":
+        """The same launch in a pass: behind another one, in front of `ahead`."""
+        if not plans.DEPENDENT:
+            return self
+        most = 0 if ahead is None else multiprocessors(self.device) // 2 if ahead.spread else plans.LETTING
+        other = copy.copy(self)
+        other.values, other.compiled = self.values | {"DEPENDENT": follows + 2 * most}, {}
+        return other
 
     def described(self, kernel: Any, place: Callable[[str], tuple[int, int]]) -> tuple:
         """For native.Sequences: a launch of the kernel that _launch returned."""
@@ -160,7 +176,12 @@ class Pass:
         for launch, sources in launches:
             if unknown := sources.keys() - set(launch.pointers):
                 raise TypeError(f"{launch.name} takes {', '.join(launch.pointers)}, not {', '.join(unknown)}")
-        self.names, self.known, self.launches = names, frozenset(names), launches
+        behind = [launch for launch, _ in launches[1:]]
+        self.launches = [
+            (launch.placed(k > 0, ahead), sources)
+            for k, ((launch, sources), ahead) in enumerate(zip(launches, [*behind, None], strict=True))
+        ]
+        self.names, self.known = names, frozenset(names)
         self._device_index = device.index if device.type == "cuda" else None
         self._native = native.Sequences(names, device)
 

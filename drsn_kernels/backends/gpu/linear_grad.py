@@ -18,7 +18,8 @@ from .product import added_slices, nothing, ordered, product, rows, steps_of, st
 def pooled_grad_tile(
     pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, GROUPS: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = du w1 + the direct gradient, BN samples of BC channels."""
     n = pid % tiles * BN + tl.arange(0, BN)
@@ -27,7 +28,7 @@ def pooled_grad_tile(
     for h0 in range(0, H, SLICES * BK):
         k = steps_of(h0, SLICES, BK)
         h = ordered(k)
-        du = rows(dv, n, N, k, H)
+        du = rows(dv, n, N, k, H, EVEN)
         if mean is not None and not READY:
             xhat, average, average_xhat = du, du, du
             center, scale = center_and_scale(mean, var, h, h < H, EPS)
@@ -36,7 +37,7 @@ def pooled_grad_tile(
                 average, average_xhat = batch_averages(sums, h, h < H, N, H, groups, GROUPS)
             slope = tl.load(gamma + h, h < H, 0.0) * scale
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
-        total = product(du, rows(w1, h, H, c, C), total, PRECISION)
+        total = product(du, rows(w1, h, H, c, C, EVEN), total, PRECISION)
     total = added_slices(total)
     if direct is not None:
         total += rows(direct, n, N, c, C)
@@ -45,19 +46,19 @@ def pooled_grad_tile(
 
 @triton.jit
 def weight_grad_tile(
-    of_second, h, c, columns, pooled, dz, dv, positive, H, start, stop, BW: tl.constexpr, WALK: tl.constexpr,
+    of_second, i, rows_end, j, columns, pooled, dz, dv, positive, start, stop, BW: tl.constexpr, WALK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """du' A or, of_second, relu(v)' dz, units h by columns c, from samples start to stop.
+    """du' A or, of_second, dz' relu(v): rows i by columns j of the weight, from samples start to stop.
 
     Nothing else is made of what is loaded: then it stands in shared memory as tensor cores read it.
     """
-    left = tl.where(of_second, positive, dv)
-    right = tl.where(of_second, dz, pooled)
+    left = tl.where(of_second, dz, dv)
+    right = tl.where(of_second, positive, pooled)
     total = tl.zeros((BW, BW), dv.dtype.element_ty)
     for n0 in range(start, stop, WALK):
         n = n0 + tl.arange(0, WALK)
-        total = product(transposed(left, n, stop, h, H), rows(right, n, stop, c, columns), total, PRECISION)
+        total = product(transposed(left, n, stop, i, rows_end), rows(right, n, stop, j, columns), total, PRECISION)
     return total
 
 
@@ -77,7 +78,7 @@ def weight_grad_tile_of_dv(
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, GROUPS: tl.constexpr, BW: tl.constexpr, WALK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same without READY, and the vectors by the first of a row of tiles.
+    """du' A or, of_second, relu(v)' dz, without READY, and the vectors by the first of a row of tiles.
 
     What the other gradient needs is not loaded, its mask ends at sample 0. Sums over samples are taken at the end: in
     the loop they are one addition an element.
@@ -128,18 +129,17 @@ def _up_to_4(n):  # as plans.up_to does where sequence.py lays out the gradients
 @kernel(pointers=14, aligned=("pooled", "state", "w1", "dz", "dv", "positive", "direct", "dA", "grads"))
 def linear_grad_kernel(
     pooled, state, mean, var, gamma, beta, w1, dz, dv, positive, sums, direct, dA, grads,
-    N, CA, HA, tiles, groups, pooled_programs, first, second, share, total,
+    N, CA, HA, tiles, groups, first, second, last, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, ALIGN: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, WALK: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr,
+    WALK: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters and, where wanted, dA (N, C).
 
-    The first pooled_programs make tiles of dA: they take longest. Of the others those from 0 on make tiles of dw1, from
-    `first` on of dw2 (the same code: both are units by columns, summed over the batch), of `share` samples each, and
-    from `second` on, with READY, the biases'. A share's gradients are its row of grads (shares, total): w1 (H, C), b1
-    (H,), w2 (O, H), b2 (O,) and, with a norm and without READY, gamma (H,) and beta (H,), each at a multiple of 4
-    elements.
+    The first programs make tiles of dw1, those from `first` on of dw2 (the same code: two matrices multiplied over the
+    batch), of `share` samples each, and from `second` on, with READY, the biases'. From `last` on they make tiles of
+    dA, which take less time. A share's gradients are its row of grads (shares, total): w1 (H, C), b1 (H,), w2 (O, H),
+    b2 (O,) and, with a norm and without READY, gamma (H,) and beta (H,), each at a multiple of 4 elements.
     """
     await_previous(DEPENDENT)
     C = CA * ALIGN
@@ -147,12 +147,15 @@ def linear_grad_kernel(
     outputs = 1 if ONE else C
     if BATCH_STATS:
         mean, var = statistics_of(state, N, H, outputs)
-    pid = tl.program_id(0) - pooled_programs
-    if pid >= 0:
+    pid = tl.program_id(0)
+    if pid < last:
         of_second = (pid >= first) & (pid < second)
-        columns = tl.where(of_second, outputs, C)
+        # a tile's rows and columns: of the weight itself or, without READY, units and columns of either
+        height, columns = H, tl.where(of_second, outputs, C)
+        if READY:
+            height, columns = tl.where(of_second, outputs, H), tl.where(of_second, H, C)
         blocks = tl.cdiv(columns, BW)
-        kind = tl.cdiv(H, BW) * blocks
+        kind = tl.cdiv(height, BW) * blocks
         if READY:  # blocks of units, then of outputs
             vectors = tl.cdiv(H, BW) + tl.cdiv(outputs, BW)
             kind = tl.where(pid >= second, vectors, kind)
@@ -166,32 +169,32 @@ def linear_grad_kernel(
         dw2 = db1 + _up_to_4(H)
         db2 = dw2 + _up_to_4(outputs * H)
         dgamma = db2 + _up_to_4(outputs)
-        h = block // blocks * BW + tl.arange(0, BW)
-        c = block % blocks * BW + tl.arange(0, BW)
+        i = block // blocks * BW + tl.arange(0, BW)
+        j = block % blocks * BW + tl.arange(0, BW)
         if READY and pid >= second:
             of_units = block < tl.cdiv(H, BW)
             length = tl.where(of_units, H, outputs)
             k = (block - tl.where(of_units, 0, tl.cdiv(H, BW))) * BW + tl.arange(0, BW)
             summed = summed_rows(tl.where(of_units, dv, dz), start, stop, k, length, WALK)
             tl.store(tl.where(of_units, db1, db2) + k, summed, k < length)
+        elif READY:
+            made = weight_grad_tile(
+                of_second, i, height, j, columns, pooled, dz, dv, positive, start, stop, BW, WALK, PRECISION
+            )  # fmt: skip
+            store_rows(tl.where(of_second, dw2, dw1), made, i, height, j, columns)
         else:
-            if READY:
-                made = weight_grad_tile(
-                    of_second, h, c, columns, pooled, dz, dv, positive, H, start, stop, BW, WALK, PRECISION
-                )  # fmt: skip
-            else:
-                made = weight_grad_tile_of_dv(
-                    of_second, h, c, columns, block % blocks == 0, pooled, state, mean, var, gamma, beta, dz, dv, sums,
-                    db1, db2, dgamma, dgamma + _up_to_4(H), N, H, groups, start, stop,
-                    BATCH_STATS, EPS, GROUPS, BW, WALK, PRECISION,
-                )  # fmt: skip
-            # element (h, c) of dw1 (H, C), or of dw2 (outputs, H) transposed
-            at = (h * tl.where(of_second, 1, C))[:, None] + (c * tl.where(of_second, H, 1))[None, :]
-            tl.store(tl.where(of_second, dw2, dw1) + at, made, (h < H)[:, None] & (c < columns)[None, :])
+            made = weight_grad_tile_of_dv(
+                of_second, i, j, columns, block % blocks == 0, pooled, state, mean, var, gamma, beta, dz, dv, sums,
+                db1, db2, dgamma, dgamma + _up_to_4(H), N, H, groups, start, stop,
+                BATCH_STATS, EPS, GROUPS, BW, WALK, PRECISION,
+            )  # fmt: skip
+            # element (i, j) of dw1 (H, C), or of dw2 (outputs, H) transposed
+            at = (i * tl.where(of_second, 1, C))[:, None] + (j * tl.where(of_second, H, 1))[None, :]
+            tl.store(tl.where(of_second, dw2, dw1) + at, made, (i < H)[:, None] & (j < columns)[None, :])
     elif dA is not None:
         pooled_grad_tile(
-            pid + pooled_programs, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
-            BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, PRECISION,
+            pid - last, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+            BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, EVEN, PRECISION,
         )  # fmt: skip
 
 

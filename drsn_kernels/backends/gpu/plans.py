@@ -23,6 +23,9 @@ THREAD = 64
 # Elements of a tile at least, so many of float32 and twice as many of 16 bits: a warp's. A warp with a row of its own
 # adds it up without shared memory.
 TILE = 512
+# A tile is twice that where rows fill less of it than 1 / SPARSE: a warp with 300 of 512 elements has too few bytes under
+# way. Eval of (16, 1024, 300) took 40.4 us, and 34.0 with two rows in two warps.
+SPARSE = 1.5
 # In tiles: the longest row that is one, straight-line code; the longest part of a longer row, walked in a loop. On rows
 # of 4800, 8 and 4 took 1.05 times as long.
 WHOLE, PART = 16, 8
@@ -42,9 +45,13 @@ CHANNELS = 256
 PROGRAMS_PER_SM = 4
 PIECE = 4096
 
-# Whether a launch may begin while the one before it ends, from compute capability 9.0 on (launch.await_previous). It
-# should save up to 1.6 us a launch: predicted, so it is off until a GPU has shown it.
-DEPENDENT = False
+# Whether launches of a pass overlap, from compute capability 9.0 on (launch.await_previous): 3 to 6 us less for a step.
+DEPENDENT = True
+# A launch of more programs than this lets the next one begin when it has ended. Each would say that it may, about one a
+# nanosecond: with 16,384 programs in each of four launches, a step of (512, 64, 256) took 92.7 us, so 77.4. Programs of
+# a product in slices want a multiprocessor each, so the launch before lets them begin only if it leaves half of them
+# free: beside 128 others, a few of 128 shared one, and eval of (128, 512, 32) took 27.3 us instead of 23.2.
+LETTING = 4096
 
 
 class Planned(NamedTuple):
@@ -108,7 +115,8 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
         if columns > WHOLE * TILE:  # of two lengths the one with fewer idle lanes
             longest = (RAGGED if ragged else PART) * TILE
             columns = min((longest, longest // 2), key=lambda b: cdiv(walk.q, b) * b)
-        rows = max((RAGGED if ragged else 4 // min(itemsize, 4)) * TILE // columns, 1)
+        least = RAGGED if ragged else (4 // min(itemsize, 4)) * (2 if SPARSE * walk.q < columns else 1)
+        rows = max(least * TILE // columns, 1)
         blocks = cdiv(walk.rows, rows)
         extent, step = walk.q, columns
     steps = cdiv(extent, step)
@@ -158,9 +166,13 @@ L2_BYTES = 36 << 20
 CROWDED_BYTES = 16 << 10
 CROWDED_REGISTERS = 128
 # Channels of a sample that one program takes through the gate.
-ONE_PASS_CHANNELS = 128
+ONE_PASS_CHANNELS = 64
 # Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
+# Channels above which dz has a launch of its own, where no sum over channels stands in it, and its elements for a
+# program. A step of (128, 512, 32) takes 59 us, and with dz worked out by each program that multiplies by it 70.
+LOGITS_APART = 128
+LOGITS = 512
 # Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Called, by cuBLAS's
 # products and a dozen small launches, a training step of (16, 1024, 300) took 133 us and fused 104, a forward pass in
 # eval 57 and 37; of (128, 512, 32) 53 and 18. That cuBLAS is faster beyond these sizes is an estimate.
@@ -207,10 +219,11 @@ GATE_REGISTERS = 255
 # or more: 37 and 25 us for (128, 512), 7 and 13 for (64, 128), where few programs would have all of the work.
 WEIGHT_TILE = 64
 WEIGHT_TILES = 64
-# It is a sum over the batch: a program walks it by STEP samples. Above GATE_WALK samples it is shared out, while there
-# are fewer programs than GATE_PROGRAMS for each multiprocessor, and the shares are added up, ADDED elements of
-# ADDED_SHARES shares at a time. Of 512 samples, 16 steps took 12 us, 4 steps 6 and adding up 1.5, by torch 4.
-STEP = 32
+# It is a sum over the batch: a program walks it by STEP samples, in larger tiles and in float64 by half as many: whole
+# steps spill. Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each
+# multiprocessor, and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps
+# took 12 us, 4 steps 6 and adding up 1.5, by torch 4.
+STEP = 64
 GATE_WALK = 128
 GATE_PROGRAMS = 2
 ADDED = 64
@@ -246,6 +259,7 @@ class Product(NamedTuple):
     depth: int  # BK, of a slice in a step
     slices: int  # each made by a warp of its own; 1: the warps share the tile
     stages: int  # of the loop
+    even: bool = False  # slices end where the sum does: none is masked
 
     @classmethod
     def over(cls, size: int, align: int, itemsize: int, sliced: bool = True) -> "Product":
@@ -253,7 +267,8 @@ class Product(NamedTuple):
         if size <= WIDE:
             return cls(min(max(power_of_two(size), 16), deepest), 1, GATE_STAGES)
         if sliced and itemsize == 4:  # float64 is multiplied in two dimensions
-            return cls(WIDE_DEPTH, WIDE_SLICES, WIDE_STAGES)
+            even = size % (WIDE_DEPTH * WIDE_SLICES) == 0
+            return cls(WIDE_DEPTH, WIDE_SLICES, WIDE_STAGES, even)
         return cls(min(BACK_DEPTH, deepest), 1, WIDE_STAGES)
 
 
@@ -274,12 +289,10 @@ class GatePlan:
     step: int  # WALK, samples of a step of it
     align: int  # elements that divide C and H, as rows are aligned
     tiles: int  # of samples
-    groups: int  # statistics that come to alpha_kernel; 1 where a launch has merged them before
+    groups: int  # statistics, and sums, that are merged as they are read; 1 where a launch has merged them before
     group: int  # samples in each
-    merge: bool  # it merges them; False: it takes the first, and on the way back a launch of its own makes du
-    sums: int  # that come to the launches of the way back; 1 where one has merged them before
     at_a_time: int  # groups
-    normed: int  # samples that a program of that launch takes
+    apart: bool  # what is not a product has launches of its own: relu(v); dz; du and relu(v)
     shares: int  # of samples, one a program, in the gradients of the weights
     share: int  # samples in one
 
@@ -298,7 +311,7 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
     samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
-        if 2 * sms * sample_bytes > L2_BYTES:
+        if min(walk.n, 2 * sms) * sample_bytes > L2_BYTES:
             return f"a sample of {sample_bytes} bytes fits no registers and, two for each multiprocessor, not the L2"
         tile = WALKED // ragged
         if walk.channels_last:
@@ -329,8 +342,7 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
     align = 4 if channels % 4 == hidden % 4 == 0 else 1
     tiles = cdiv(n, samples)
     # beyond WIDE units a step is several slices of them, which do not merge
-    merge, many = hidden <= min(MERGED_BY_ALL, WIDE), tiles > MOST_GROUPS
-    apart = many or not merge
+    apart, many = hidden > min(MERGED_BY_ALL, WIDE), tiles > MOST_GROUPS
     over_units = Product.over(hidden, align, itemsize)
 
     def weights_of(size: int) -> int:
@@ -338,14 +350,13 @@ def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: i
 
     weights = WEIGHT_TILE if weights_of(WEIGHT_TILE) >= WEIGHT_TILES else tile
     shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights_of(weights)), 1)
-    share = up_to(cdiv(n, shares), STEP)
+    step = STEP if weights == GATE_TILE and itemsize == 4 else STEP // 2
+    share = up_to(cdiv(n, shares), step)
     return GatePlan(
         samples=samples, channels=tile, units=tile, over_channels=Product.over(channels, align, itemsize),
         back=Product.over(channels, align, itemsize, sliced=False), over_units=over_units,
-        weights=weights, step=STEP, align=align, tiles=tiles, groups=1 if apart else tiles,
-        group=n if apart else samples, merge=merge, sums=1 if many else tiles,
-        at_a_time=GATE_MERGED // over_units.depth,
-        normed=up_to(cdiv(n, cdiv(GATE_PROGRAMS * sms, cdiv(hidden, tile))), samples),
+        weights=weights, step=step, align=align, tiles=tiles, groups=1 if many else tiles,
+        group=n if many else samples, at_a_time=GATE_MERGED // over_units.depth, apart=apart,
         shares=cdiv(n, share), share=share,
     )  # fmt: skip
 

@@ -88,7 +88,7 @@ class Forward(NamedTuple):
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        return (self.reduce, *self.gate.launches, self.map) if self.one is None else (self.one,)
+        return tuple(launch for launch, _ in self.run.launches)
 
 
 @plans.cached
@@ -158,8 +158,7 @@ class Backward(NamedTuple):
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        every = (self.one, self.dtau, *self.gate.launches, self.dx)
-        return tuple(launch for launch in every if launch is not None)
+        return tuple(launch for launch, _ in self.run.launches)
 
 
 @plans.cached

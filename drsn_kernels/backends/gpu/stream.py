@@ -150,7 +150,7 @@ def map_kernel(
     GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """KIND: "soft", "piecewise" (another rule, INSIDE and OFFSET) or "scale". planes: kept, sign[, nonzero]."""
-    await_previous(DEPENDENT and not EARLY)
+    await_previous(0 if EARLY else DEPENDENT)
     DTYPE: tl.constexpr = x.dtype.element_ty
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     Q = length_of_rows(QA, ALIGN, WIDE)
@@ -160,7 +160,7 @@ def map_kernel(
         x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True,
         EARLY=EARLY,
     )  # fmt: skip
-    await_previous(DEPENDENT and EARLY)
+    await_previous(DEPENDENT if EARLY else 0)
     if CHANNELS_LAST:
         threshold = tl.load(t + n * t_n + q * t_c, columns_live, 0.0)[None, :]
     else:
@@ -249,24 +249,25 @@ def _grad_tile(
 
     dx = s * (s * kept * g + dA / L): rounding is symmetric, so the sign can be put back after it.
     """
+    EARLY: tl.constexpr = AWAIT > 0
     DTYPE: tl.constexpr = dx.dtype.element_ty if g is None else g.dtype.element_ty
     W: tl.constexpr = B // 2 if GROUP == 8 else B
     Q = length_of_rows(QA, ALIGN, WIDE)
     n, row, column, q, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, REVERSE)
     signed = tl.zeros((R, W), tl.int64 if ACC == tl.float64 else tl.int32)
     if g is not None:
-        w = load(g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC, EARLY=AWAIT)
-        kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, KEPT, B, GROUP, PTX, AWAIT)
+        w = load(g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC, EARLY=EARLY)
+        kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, KEPT, B, GROUP, PTX, EARLY)
         signed = w & mask(kept, ACC, GROUP, PTX)
     if SIGN is not None:
-        sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, SIGN, B, GROUP, PTX, AWAIT)
+        sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, SIGN, B, GROUP, PTX, EARLY)
         negated = signs(sign, ACC, GROUP)
         signed ^= negated
     value = elements(signed, DTYPE, GROUP)
     if dx is not None:
         share = None
         if dA is not None:
-            other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX, AWAIT)
+            other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX, EARLY)
             await_previous(AWAIT)
             at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
             share = over_length(tl.load(dA + at, sums_live, 0.0), L, scale, ACC)
@@ -300,7 +301,7 @@ def grad_kernel(
 
     By a rule with INSIDE, INSIDE * g is in the place of 0 where it is not kept, and dtau is OFFSET times the sum.
     """
-    await_previous(DEPENDENT and not EARLY)
+    await_previous(0 if EARLY else DEPENDENT)
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     REVERSE: tl.constexpr = dtau is None
@@ -312,13 +313,13 @@ def grad_kernel(
             total += _grad_tile(
                 g, planes, dA, dx, plane_bytes, L, scale, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
                 INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC,
-                GROUP, PTX, False,
+                GROUP, PTX, 0,
             )  # fmt: skip
     else:
         total = _grad_tile(
             g, planes, dA, dx, plane_bytes, L, scale, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
             INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP,
-            PTX, DEPENDENT and EARLY,
+            PTX, DEPENDENT if EARLY else 0,
         )  # fmt: skip
     if dtau is not None:
         n, row, column, q, rows_live, columns_live = tile(
