@@ -92,10 +92,10 @@ def same_to_the_driver(stub) -> dict:
     return found
 
 
-def dependent(stub) -> dict:
-    """A training step whose launches may begin while the one before ends."""
+def apart(stub) -> dict:
+    """A training step whose launches begin when the one before has ended."""
     x = torch.randn(SHAPE, requires_grad=True)
-    with plans.using(DEPENDENT=True):
+    with plans.using(DEPENDENT=False):
         passes = stub_driver.passes(training(dk.Shrinkage(16), x))
         return {f"train {i}": both(stub, *each) for i, each in enumerate(passes)}
 
@@ -320,7 +320,7 @@ def off(stub) -> dict:
 
 
 SCENARIOS = (
-    same_to_the_driver, dependent, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals,
+    same_to_the_driver, apart, counted, hooks, contexts, streams, classes, errors, first_failure, empty, refusals,
     threads, off,
 )  # fmt: skip
 

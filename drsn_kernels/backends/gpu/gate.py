@@ -4,13 +4,16 @@
     z = relu(v) w2' + b2        (N, O)         alpha = sigmoid(z), O = C or 1
     tau = alpha * M             M = A ("channel"), mean_c A ("sample"), 1 (None)
 
-    hidden_kernel   u = A w1' + b1, and of each tile of samples the mean and the squared deviations of its units
-    alpha_kernel    these merged, v, z = relu(v) w2' + b2, alpha, tau; the running statistics
+    hidden_kernel      u = A w1' + b1, and of each tile of samples the mean and the squared deviations of its units
+    normalise_kernel   these merged, relu(v); the running statistics
+    alpha_kernel       z = relu(v) w2' + b2, alpha, tau
 
 The way back is in gate_grad.py and linear_grad.py. A launch ends only where the whole batch must be known, or where a
 product needs all units of a sample. Every launch shares the batch among all programs: a program makes one tile of one
-product. What tiles contribute to statistics and sums is merged by whoever reads it; where that is much, for many units
-or tiles, by a launch of its own (merge_kernel). No atomics: the same bits from run to run.
+product. The second launch is there where many units have statistics of the batch; else programs of the third do its
+work as they load, each for itself, and in eval those of the first as they store. What tiles contribute to statistics
+and sums is merged by whoever reads it; of many tiles, by a launch of its own (merge_kernel). No atomics: the same bits
+from run to run.
 
 `state` is Step.state numbers: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
 Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from the larger
@@ -357,8 +360,9 @@ _BATCHES = 8  # bytes of the number of batches
 def hidden_cost(step: Step, parts: int, tiles: int, ready: bool) -> Cost:
     """ready: it makes relu(v), as the others below are behind a launch that has."""
     s = Sizes.of(step)
-    added = s.pooled if parts > 1 else 0
-    return Cost(parts * s.pooled + s.w1 + s.b1 + ready * s.norm, added + s.hidden + tiles * s.statistics, ("hidden_kernel",))
+    read = parts * s.pooled + s.w1 + s.b1 + ready * s.norm
+    written = s.hidden + tiles * s.statistics + (s.pooled if parts > 1 else 0)
+    return Cost(read, written, ("hidden_kernel",))
 
 
 def merge_cost(step: Step, tiles: int) -> Cost:

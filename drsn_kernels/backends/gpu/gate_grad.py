@@ -1,11 +1,13 @@
 """The standard gate's way back: from dtau to dA and the parameters' gradients, as matrix products (gate.py).
 
-    hidden_grad_kernel   dz; dv = (dz w2) [v > 0], and of each tile of samples the sums that BatchNorm's backward needs
+    logit_grad_kernel    dz
+    hidden_grad_kernel   dv = (dz w2) [v > 0], and of each tile of samples the sums that BatchNorm's backward needs
     norm_grad_kernel     these merged, du and relu(v); gamma's and beta's gradients
     linear_grad_kernel   dA = du w1, dw1 = du' A, dw2 = dz' relu(v), and the biases' (linear_grad.py)
 
-The first is left out where one_pass.py has made dz and dv. The second is a launch where many units have statistics of
-the batch (READY); else programs of the third do its work as they load, each for itself.
+The first two are left out where one_pass.py has made dz and dv. The first is a launch where there are many channels and
+no sum over them in dz, the third where many units have statistics of the batch (READY in the launch behind); else
+programs of the product behind do its work as they load, each for itself.
 """
 
 import triton

@@ -5,9 +5,8 @@
     several launches   reduce, [hidden, alpha,] map  grad (dtau), [hidden_grad, linear_grad,] grad (dx)
 
 One pass is for gates without batch statistics. In brackets is the gate, which knows nothing of x: forward it takes A
-and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. With batch statistics of
-many units or samples a launch that merges them, each way, stands between its two. A large batch is shared out in
-linear_grad, whose partial sums one more short launch adds up.
+and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. Of many channels, units or
+samples it is more launches (gate_passes.py).
 
 Each way is one Pass (launch.py), called with the arguments and up to three allocations besides y and dx:
 
