@@ -76,8 +76,8 @@ def bought() -> list[str]:
 
     gpu = next(name for name in current() if name in gpus() and over_resnet(name, "triton"))
     ports = [percent(over_resnet(name, "port")) for name in (NORMS, gpu)]
-    norms = over_resnet(gpu, "resnet-fused")
-    before = "" if norms else " (measured before batch normalisation was fused as well)"
+    norms = over_resnet(gpu, "triton", resnet="resnet-fused")
+    before = f" ({norms:.2f})" if norms else " (measured before batch normalisation was fused as well)"
     return [
         f"The paper pays {100 * (PAPER_RATIO - 1):.1f} % more training time than its ResNet takes, the popular PyTorch"
         f" ports {ports[0]} on a CPU and {ports[1]} on an {short(gpu)}.",
