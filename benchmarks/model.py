@@ -13,6 +13,7 @@ else that this prints is a prediction, and no measurement.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -127,7 +128,10 @@ def step(case: Case) -> PredictedStep:
     if any("gate of torch's" in plan.why for plan in plans):
         torchs += _called(case)
     products = sum("mm" in name for name in torchs)
-    overlapping = sum(launch.arguments["DEPENDENT"] % 2 for launch in launches)
+    overlapping = sum(
+        b.arguments["DEPENDENT"] % 2 and a.programs <= a.arguments["DEPENDENT"] // 2
+        for a, b in itertools.pairwise(launches)
+    )
     return PredictedStep(case, found, overlapping, products, len(torchs) - products)
 
 

@@ -37,6 +37,13 @@ def calls() -> None:
         norm = dk.BatchNormReLU(x.shape[1])
         norm(x.requires_grad_()).sum().backward()
         norm.eval()(x).sum().backward()
+    with torch.no_grad():
+        dk.shrink(torch.randn(8, 80, 64), gate_of(80, "norm"))
+
+
+def one_step() -> None:
+    x = torch.randn(8, 16, 128, requires_grad=True)
+    dk.shrink(x, gate_of(16, "batch norm")).sum().backward()
 
 
 def before(launch) -> dict:
@@ -62,7 +69,7 @@ def disassembled(cubin: bytes) -> str:
 
 def main() -> None:
     found = {}
-    for gpu, call in (("cuda:90", calls), ("cuda:80", lambda: dk.abs_mean(torch.randn(8, 16, 128)))):
+    for gpu, call in (("cuda:90", calls), ("cuda:80", one_step)):
         with lowering(gpu) as launches, dk.use_backend("triton", strict=True):
             call()
         by_code = {launch.compiled.hash: launch for launch in launches}
@@ -71,7 +78,8 @@ def main() -> None:
              "dependent": one.arguments["DEPENDENT"], "early": bool(one.arguments.get("EARLY")),
              "group": one.arguments.get("GROUP"), "channels_last": one.arguments.get("CHANNELS_LAST"),
              "pdl": one.compiled.metadata.launch_pdl, **before(one), "stack": ptx.Measured(one).stack,
-             "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents")}
+             "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents"),
+             "past L1": one.compiled.asm["ptx"].count("ld.global.cg")}
             for one in by_code.values()
         ]  # fmt: skip
     print(json.dumps(found))

@@ -28,6 +28,7 @@ if gpu.missing() is None:
     import gate_alone
 
     from drsn_kernels.backends.gpu import gate_passes, plans
+    from drsn_kernels.backends.gpu.launch import Prepared
 
 KINDS = ["plain", "norm", "batch norm"]
 
@@ -35,8 +36,8 @@ KINDS = ["plain", "norm", "batch norm"]
 class Run:
     """tau, dA, the parameters' gradients and the running statistics of one step, by the launches or by a formula."""
 
-    def __init__(self, n, c, hidden, outputs, kind, average, dtype=torch.float32, parts=1, own=True):
-        self.average, self.parts, self.kind = average, parts, kind
+    def __init__(self, n, c, hidden, outputs, kind, average, dtype=torch.float32, parts=1, own=True, keep=True):
+        self.average, self.parts, self.kind, self.keep = average, parts, kind, keep
         self.gate = standard_gate(c, hidden, outputs, kind).to(dtype)
         self.partial = torch.rand(parts, n, c, dtype=dtype) * (0.5 + torch.rand(n, 1, dtype=dtype))
         one_tau = outputs == 1 and average != "channel"
@@ -44,7 +45,7 @@ class Run:
         self.tau_grad = torch.randn(n, 1 if one_tau else c, dtype=dtype) if own else None
         self.step = steps.shrink(
             (n, c, 8), dtype, hidden=hidden, outputs=outputs, norm=kind != "plain", training=kind == "batch norm",
-            average=average,
+            average=average, grad=keep,
         )  # fmt: skip
 
     def launched(self, want_dA: bool = True) -> dict[str, torch.Tensor | None]:
@@ -63,6 +64,8 @@ class Run:
         pooled = self.partial[0].clone() if self.parts == 1 else new((n, c))
         with torch.no_grad():
             gate_alone.forward(step, parts, pooled[None] if self.parts == 1 else self.partial, pooled, state, tau)
+            if not self.keep:
+                return {"tau": tau}
             dA, grads = gate_alone.backward(step, parts, pooled, state, self.dtau, self.tau_grad, want_dA)
         names = ("w1", "b1", "gamma", "beta", "w2", "b2")
         found = {"tau": tau, "dA": dA, **dict(zip(names, grads, strict=True))}
@@ -97,6 +100,8 @@ class Run:
         found, exact, plain = self.launched(**options), self.formula(torch.float64), self.formula(self.partial.dtype)
         if not options.get("want_dA", True):
             exact.pop("dA")
+        if not self.keep:
+            exact = {"tau": exact["tau"]}
         assert found.keys() == exact.keys()
         drawn = functools.cache(lambda: [self.formula(torch.float64, constant=True, signs=True) for _ in range(8)])
         for name, value in found.items():
@@ -130,8 +135,17 @@ def test_every_width(width, kind, one, n):
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("one", [False, True], ids=["an alpha a channel", "one alpha"])
 def test_every_average(one, average, parts, own):
-    for kind, c, h in (("batch norm", 36, 20), ("plain", 7, 18)):
+    for kind, c, h in (("batch norm", 36, 20), ("plain", 7, 18), ("norm", 140, 6)):
         Run(37, c, h, 1 if one else c, kind, average, parts=parts, own=own).check()
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_nothing_is_kept(kind, average):
+    """Then the first launch makes relu(v)."""
+    for n, c, h, parts in ((1, 7, 5, 1), (40, 36, 70, 3), (33, 130, 128, 1)):
+        for outputs in (1, c):
+            Run(n, c, h, outputs, kind, average, parts=parts, keep=False).check()
 
 
 @pytest.mark.sampled(3)
@@ -145,6 +159,7 @@ def test_float64(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parameters_gradients_alone(kind):
     Run(40, 35, 33, 35, kind, "channel").check(want_dA=False)
+    Run(40, 140, 33, 140, kind, "channel").check(want_dA=False)
     Run(40, 35, 33, 1, kind, "sample").check(want_dA=False)
 
 
@@ -197,8 +212,8 @@ def test_the_papers_network_takes_two_launches_each_way():
         for n, c in ((2, 1), (128, 16), (128, 32)):
             step = Run(n, c, c, c, kind, "channel").step
             forward, backward = gate_passes.prepare_gate(step, 1), gate_passes.prepare_gate_grad(step, 1, True)
-            assert [launch.fn.__name__ for launch in forward.launches] == ["hidden_kernel", "alpha_kernel"]
-            assert [one.name for one in backward.launches] == ["hidden_grad_kernel", "linear_grad_kernel"]
+            names = [[one.name for one in way if isinstance(one, Prepared)] for way in (forward, backward)]
+            assert names == [["hidden_kernel", "alpha_kernel"], ["hidden_grad_kernel", "linear_grad_kernel"]]
 
 
 def test_tiles_follow_from_the_widths_alone():

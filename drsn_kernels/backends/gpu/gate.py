@@ -8,12 +8,12 @@
     normalise_kernel   these merged, relu(v); the running statistics
     alpha_kernel       z = relu(v) w2' + b2, alpha, tau
 
-The way back is in gate_grad.py and linear_grad.py. A launch ends only where the whole batch must be known, or where a
-product needs all units of a sample. Every launch shares the batch among all programs: a program makes one tile of one
-product. The second launch is there where many units have statistics of the batch; else programs of the third do its
-work as they load, each for itself, and in eval those of the first as they store. What tiles contribute to statistics
-and sums is merged by whoever reads it; of many tiles, by a launch of its own (merge_kernel). No atomics: the same bits
-from run to run.
+The way back is in gate_grad.py and linear_grad.py. A launch ends where the whole batch must be known, where a product
+needs all units of a sample, and where each program of a product would work out the same factor. Every launch shares the
+batch among all programs: a program makes one tile of one product. The second launch is there where many units have
+statistics of the batch; else programs of the third do its work as they load, each for itself, or, where nothing is kept
+and statistics are given, those of the first as they store. What tiles contribute to statistics and sums is merged by
+whoever reads it; of many tiles, by a launch of its own (merge_kernel). No atomics: the same bits from run to run.
 
 `state` is Step.state numbers: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
 Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from the larger
@@ -181,9 +181,9 @@ def hidden_kernel(
         store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
         count = tl.minimum(N - tile * BN, BN).to(u.dtype)
-        mean = tl.sum(tl.where((n < N)[:, None], u, 0.0), 0) / count
-        off = tl.where((n < N)[:, None], u - mean[None, :], 0.0)
-        tl.store(statistics + tile * 2 * H + h, mean, h < H)
+        average = tl.sum(tl.where((n < N)[:, None], u, 0.0), 0) / count
+        off = tl.where((n < N)[:, None], u - average[None, :], 0.0)
+        tl.store(statistics + tile * 2 * H + h, average, h < H)
         tl.store(statistics + (tile * 2 + 1) * H + h, tl.sum(off * off, 0), h < H)
 
 

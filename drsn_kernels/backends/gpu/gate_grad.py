@@ -91,7 +91,7 @@ def alphas_at(alphas, n, o, N, C, ONE: tl.constexpr):
 
 @kernel(pointers=6, aligned=("dtau", "tau_grad", "pooled", "state", "dz", "direct"))
 def logit_grad_kernel(
-    dtau, tau_grad, pooled, state, dz, direct, N, CA, H, parts, AVERAGE: tl.constexpr, SPLIT: tl.constexpr,
+    dtau, tau_grad, pooled, state, dz, direct, N, CA, HA, parts, AVERAGE: tl.constexpr, SPLIT: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dz (N, C) and A's direct gradient, where nothing is summed over channels: each by itself."""
@@ -106,7 +106,7 @@ def logit_grad_kernel(
     if tau_grad is not None:
         d += tl.load(tau_grad + at, live, 0.0)
     a = tl.load(pooled + at, live, 0.0)
-    value = tl.load(alphas_of(state, N, H) + at, live, 0.0)
+    value = tl.load(alphas_of(state, N, HA * ALIGN) + at, live, 0.0)
     logits, past = logit_grads(d, a, value, None, None, None, AVERAGE, False)
     tl.store(dz + at, logits, live)
     if direct is not None:
@@ -238,7 +238,8 @@ def norm_grad_kernel(
 
 def logit_grad_cost(step: Step, parts: int, direct: bool) -> Cost:
     s = Sizes.of(step)
-    return Cost(parts * s.pooled + s.pooled + s.alpha, s.alpha + direct * s.pooled, ("logit_grad_kernel",))
+    average = 0 if step.average is None else s.pooled
+    return Cost(parts * s.pooled + average + s.alpha, s.alpha + direct * s.pooled, ("logit_grad_kernel",))
 
 
 def hidden_grad_cost(step: Step, parts: int, tiles: int, direct: bool, ready: bool) -> Cost:

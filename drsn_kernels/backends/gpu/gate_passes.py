@@ -1,10 +1,12 @@
 """Which launches the standard gate takes, forward and backward. It knows nothing of x: sequence.py puts them between
 the launches that do.
 
-    forward    hidden, [merge, normalise,] alpha            A and the parameters to tau and the state
-    backward   [logit_grad,] hidden_grad, [merge, norm_grad,] linear_grad [, add_shares]   dtau to dA and the gradients
+    forward    hidden, [merge,] [normalise,] alpha                     A and the parameters to tau and the state
+    backward   [logit_grad,] hidden_grad, [merge,] [norm_grad,] linear_grad [, add_shares]
+                                                                       dtau to dA and the gradients
 
-In brackets is what many channels, units or samples take, with statistics of the batch; and the end of a large batch.
+In brackets: merge and add_shares of many samples, normalise and norm_grad of many units, logit_grad of many channels.
+merge, normalise and norm_grad are there with statistics of the batch only.
 """
 
 import itertools
@@ -96,10 +98,6 @@ class Gate(NamedTuple):
     alpha: Prepared
     ready: bool  # `hidden` makes relu(v): nothing is kept, and statistics are given
 
-    @property
-    def launches(self) -> tuple[Prepared, ...]:
-        return tuple(filter(None, self[:4]))
-
     def wired(self, step: Step, room: Room, partial: Source, pooled: Source, state: Source, tau: Source) -> Wired:
         """room: for what they hand to one another."""
         tiles, statistics, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
@@ -107,11 +105,12 @@ class Gate(NamedTuple):
         given = same("mean", "var", "gamma", "beta")
         norm = {"state": state, "statistics": statistics, **given, **same("batches")}
         last = {"pooled": pooled, "state": state, "tau": tau, **same("w2", "b2")}
-        if self.normalise is None and not self.ready:
+        if self.ready:
+            positive = {"positive": state}  # in the place of u
+            return [(self.hidden, first | given | positive), (self.alpha, last | positive)]
+        if self.normalise is None:
             return [(self.hidden, first), *between, (self.alpha, norm | last)]
         positive = {"positive": room.take(step.layout.n * step.gate.hidden)}
-        if self.normalise is None:
-            return [(self.hidden, first | given | positive), (self.alpha, last | positive)]
         return [(self.hidden, first), *between, (self.normalise, norm | positive), (self.alpha, last | positive)]
 
 
@@ -144,10 +143,6 @@ class GateGrad(NamedTuple):
     add: Prepared | None  # the shares of a large batch
     dA: bool
     sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
-
-    @property
-    def launches(self) -> tuple[Prepared, ...]:
-        return tuple(filter(None, self[:6]))
 
     @property
     def total(self) -> int:
@@ -207,40 +202,40 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     direct = dA and step.average is not None
     logits = hidden = merge = between = add = None
     if parts is not None:
-        # by itself where no sum over channels stands in it
-        ready = c > plans.LOGITS_APART and o > 1 and step.average != "sample"
+        # dz by itself where no sum over channels stands in it
+        dz_ready = c > plans.LOGITS_APART and o > 1 and step.average != "sample"
         back, precision = plan.back, plans.BACKWARD_PRECISION
-        if ready:
+        if dz_ready:
             back = plan.over_channels
             precision = plans.FORWARD_PRECISION if back.slices > 1 else precision
             logits = Prepared(
                 gate_grad.logit_grad_kernel, step.device, cdiv(step.layout.n * c, plans.LOGITS),
-                {"N": step.layout.n, "CA": c // plan.align, "ALIGN": plan.align, "H": h, "parts": parts,
-                 "AVERAGE": step.average, "SPLIT": parts > 1, "BLOCK": plans.LOGITS},
+                {"N": step.layout.n, "CA": c // plan.align, "HA": h // plan.align, "ALIGN": plan.align,
+                 "parts": parts, "AVERAGE": step.average, "SPLIT": parts > 1, "BLOCK": plans.LOGITS},
                 plan, gate_grad.logit_grad_cost(step, parts, direct), warps=plans.GATE_WARPS,
             )  # fmt: skip
         hidden = _of_gate(
             gate_grad.hidden_grad_kernel, step, plan, back, plan.tiles * cdiv(h, plan.units),
-            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct, ready), precision, parts=parts,
-            SPLIT=parts > 1, READY=ready,
+            gate_grad.hidden_grad_cost(step, parts, plan.tiles, direct, dz_ready), precision, parts=parts,
+            SPLIT=parts > 1, READY=dz_ready,
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         between = _behind_norm(
             gate_grad.norm_grad_kernel, step, plan, gate_grad.norm_grad_cost, after_gamma=sum(sizes[4:5])
         )
-    ready, made = between is not None, sum(sizes[:4] if between else sizes)
+    du_ready, made = between is not None, sum(sizes[:4] if between else sizes)
     row = made * step.sums.itemsize
     first = plan.shares * cdiv(h, plan.weights) * cdiv(c, plan.weights)
     second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
-    last = second + ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
+    last = second + du_ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
     pooled = dA * plan.tiles * cdiv(c, plan.channels)
     tensor_cores = plan.weights == plans.WEIGHT_TILE or plan.over_units.slices > 1
     linear = _of_gate(
         linear_grad.linear_grad_kernel, step, plan, plan.over_units, last + pooled,
-        linear_grad.linear_grad_cost(step, 0 if ready else plan.groups, plan.shares * row, dA, direct),
+        linear_grad.linear_grad_cost(step, 0 if du_ready else plan.groups, plan.shares * row, dA, direct),
         plans.WEIGHT_PRECISION if tensor_cores else plans.BACKWARD_PRECISION,
         spread=False, first=first, second=second, last=last, share=plan.share, total=made, WALK=plan.step,
-        BW=plan.weights, READY=ready,
+        BW=plan.weights, READY=du_ready,
     )  # fmt: skip
     if plan.shares > 1:
         values = {"shares": plan.shares, "total": made, "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}

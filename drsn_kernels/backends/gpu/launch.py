@@ -146,9 +146,10 @@ class Prepared:
 
     def placed(self, follows: bool, ahead: "Prepared | None") -> "Prepared":
         """The same launch in a pass: behind another one, in front of `ahead`."""
-        if not plans.DEPENDENT:
+        if not plans.DEPENDENT or not (follows or ahead):
             return self
-        most = 0 if ahead is None else multiprocessors(self.device) // 2 if ahead.spread else plans.LETTING
+        # behind the last one nothing begins early; it says so all the same: no other kernel for where it is not last
+        most = multiprocessors(self.device) // 2 if ahead is not None and ahead.spread else plans.LETTING
         other = copy.copy(self)
         other.values, other.compiled = self.values | {"DEPENDENT": follows + 2 * most}, {}
         return other
@@ -184,6 +185,10 @@ class Pass:
         self.names, self.known = names, frozenset(names)
         self._device_index = device.index if device.type == "cuda" else None
         self._native = native.Sequences(names, device)
+
+    @property
+    def prepared(self) -> tuple[Prepared, ...]:
+        return tuple(launch for launch, _ in self.launches)
 
     def __call__(self, given: tuple[torch.Tensor | None, ...]) -> None:
         # launches go to the current device's stream; the context costs 3 us, so only where it is another device

@@ -113,10 +113,11 @@ def _moments(mean, spread, count, columns_live, n, CHANNELS_LAST: tl.constexpr):
     size = count[:, None] * columns_live.to(mean.dtype)[None, :]
     center = summed(size * mean, CHANNELS_LAST) / n
     off = mean - across(center, CHANNELS_LAST)
-    around = size * off * off
+    left = size * off
+    around = left * off
     if spread is not None:
         around += spread
-    return corrected(center, summed(size * off, CHANNELS_LAST), summed(around, CHANNELS_LAST), n)
+    return corrected(center, summed(left, CHANNELS_LAST), summed(around, CHANNELS_LAST), n)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def corrected(center, left, around, n):
     left: the sum of deviations, which are 0 from the mean itself. Without it a constant channel is off by
     roundings / sqrt(EPS): 8e-5 for 210 elements.
     """
-    off = left / n
+    off = tl.where(left == left, left / n, 0.0)  # of an infinite mean nothing is left
     return center + off, tl.maximum(around - left * off, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -201,7 +202,8 @@ def _merged(
     n = tl.sum(size, 0)
     mean = tl.sum(size * means, 0) / n
     off = tl.where(live, means - mean[None, :], 0.0)
-    mean, around = corrected(mean, tl.sum(size * off, 0), tl.sum(around + size * off * off, 0), n)
+    left = size * off
+    mean, around = corrected(mean, tl.sum(left, 0), tl.sum(around + left * off, 0), n)
     return n, mean, around
 
 

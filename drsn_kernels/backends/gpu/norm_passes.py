@@ -28,17 +28,16 @@ from .walk import Walk, walk
 class Launches(NamedTuple):
     """A pass, and what it allocates besides its results."""
 
-    wired: Wired
     scratch: Room
     run: Pass
 
     @classmethod
     def of(cls, names: tuple[str, ...], wired: Wired, scratch: Room, device: torch.device) -> "Launches":
-        return cls(wired, scratch, Pass(names, wired, device))
+        return cls(scratch, Pass(names, wired, device))
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        return tuple(launch for launch, _ in self.wired)
+        return self.run.prepared
 
     @property
     def cost(self) -> Cost:

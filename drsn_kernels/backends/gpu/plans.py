@@ -1,10 +1,11 @@
 """Which tile and how many programs each launch takes, and why. Nothing is tuned at run time.
 
 What a plan puts into a constexpr depends on the length of a row, the dtype and the layout; where the gate is fused,
-also on C and H (in one pass the next powers of two, else whether one is beyond WIDE, and whether both are multiples of
-4); never on the batch size: within a plan, another batch runs the kernel that is
-compiled already (tests/test_triton_lowering.py counts). Which plan it is may depend on the batch: one pass or several
-launches, and of a normalised channel on chip the power of two that holds it. Grids and splits are run-time values.
+also on C and H (in one pass the next powers of two, else whether they are beyond WIDE, MIDDLE and LOGITS_APART, and
+whether they are multiples of 4 and of a step); where launches overlap, on the multiprocessors; never on the batch size:
+within a plan, another batch runs the kernel that is compiled already (tests/test_triton_lowering.py counts). Which plan
+it is may depend on the batch: one pass or several launches, and of a normalised channel on chip the power of two that
+holds it. Grids and splits are run-time values.
 """
 
 import contextlib
@@ -157,7 +158,7 @@ def up_to(n: int, unit: int) -> int:
 ON_CHIP = 16384
 # Elements of a tile of a sample that does not fit, at 8 warps.
 WALKED = 8192
-# It is walked twice while two samples an SM fit this much of the L2 (50 MB on an H100).
+# It is walked twice while two samples an SM, or all there are, fit this much of the L2 (50 MB on an H100).
 L2_BYTES = 36 << 20
 # Where there are more samples than multiprocessors and nothing is kept, a sample of more bytes than this is walked even
 # if it fits: whole ones leave an SM to one program of 16 warps, which loads, waits for its gate and stores. At 8 warps
@@ -199,16 +200,17 @@ ODD_DEPTH = 32
 # of the weights, in the same launch as dA, get fewer programs on a multiprocessor.
 WIDE_SLICES = 4
 WIDE_DEPTH = 32
-# Not on the way back to the hidden units: what is multiplied there is worked out from three tensors first, and in the
-# order of ordered() that took 17 us instead of 8.
+# Not on the way back to the hidden units where dz is worked out there, from three tensors: in the order of ordered()
+# that took 17 us instead of 8.
 BACK_DEPTH = 64
 # Steps of a product whose loads are under way together: by 2, 3 and 4 the first layer of (128, 512) took 6.5, 5.1 and
 # 5.2 us.
 GATE_STAGES = 1
 WIDE_STAGES = 3
-# How float32 is multiplied, in Triton's words. Forward, a weight is read along the products, and as "ieee" wants it in
-# shared memory lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3". The way back reads it
-# across: there "tf32x3" took 7 us for what "ieee" does in 3.5, and pays in large tiles of a weight's gradient only.
+# How float32 is multiplied, in Triton's words. Forward, and where dz comes ready, a weight is read along the products,
+# and as "ieee" wants it in shared memory lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3".
+# Else the way back reads it across: there "tf32x3" took 7 us for what "ieee" does in 3.5, and pays in large tiles of a
+# weight's gradient only.
 FORWARD_PRECISION = "tf32x3"
 BACKWARD_PRECISION = "ieee"
 WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE, and in the same launch as a sum in slices
@@ -284,7 +286,7 @@ class GatePlan:
     channels: int  # BC, outputs too
     units: int  # BH
     over_channels: Product
-    back: Product  # over channels, on the way back
+    back: Product  # over channels, on the way back where dz is worked out there
     over_units: Product
     weights: int  # BW: tiles of a weight's gradient are square
     step: int  # WALK, samples of a step of it
@@ -293,7 +295,7 @@ class GatePlan:
     groups: int  # statistics, and sums, that are merged as they are read; 1 where a launch has merged them before
     group: int  # samples in each
     at_a_time: int  # groups
-    apart: bool  # what is not a product has launches of its own: relu(v); dz; du and relu(v)
+    apart: bool  # with statistics of the batch, relu(v), and du on the way back, have launches of their own
     shares: int  # of samples, one a program, in the gradients of the weights
     share: int  # samples in one
 
@@ -312,8 +314,9 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
     samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
     if loop:
-        if min(walk.n, 2 * sms) * sample_bytes > L2_BYTES:
-            return f"a sample of {sample_bytes} bytes fits no registers and, two for each multiprocessor, not the L2"
+        together = min(walk.n, 2 * sms)
+        if together * sample_bytes > L2_BYTES:
+            return f"a sample of {sample_bytes} bytes fits no registers, and {together} under way do not fit the L2"
         tile = WALKED // ragged
         if walk.channels_last:
             rows = max(tile // columns, 8)
@@ -326,7 +329,7 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     weights = max(itemsize, 4) * hidden * (channels + outputs)
     if weights > samples * sample_bytes:
         return f"each program would read {weights} bytes of weights for {samples * sample_bytes} bytes of x"
-    if cdiv(walk.n, samples) * 4 < 3 * sms and walk.n * sample_bytes > 2 << 20:
+    if cdiv(walk.n, samples) * 4 < 3 * sms and (walk.n * sample_bytes > 2 << 20 or 2 * sms * sample_bytes > L2_BYTES):
         return f"{cdiv(walk.n, samples)} programs of whole samples leave most of {sms} multiprocessors idle"
     units = min(max(32 * warps * PRODUCTS // (samples * wide), 1), 32, power_of_two(hidden))
     # Alone, ptxas stops at 64 or 128 here and spills for it; told of these limits on the other plans, it spills there.

@@ -87,7 +87,7 @@ class Forward(NamedTuple):
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        return tuple(launch for launch, _ in self.run.launches)
+        return self.run.prepared
 
 
 @plans.cached
@@ -157,7 +157,7 @@ class Backward(NamedTuple):
 
     @property
     def launches(self) -> tuple[Prepared, ...]:
-        return tuple(launch for launch, _ in self.run.launches)
+        return self.run.prepared
 
 
 @plans.cached

@@ -158,7 +158,7 @@ def map_kernel(
     n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, True)
     w = load(
         x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True,
-        EARLY=EARLY,
+        EARLY=EARLY and DEPENDENT > 0,
     )  # fmt: skip
     await_previous(DEPENDENT if EARLY else 0)
     if CHANNELS_LAST:
