@@ -359,7 +359,7 @@ INSTRUCTIONS = {
     "shrink 8x64x49 bfloat16": (31, 66, 53, 60),
     "shrink 8x64x49 float32": (31, 66, 53, 60),
     # Batch normalisation and ReLU: moments, norm, sums, norm_grad, or norm and norm_grad of a channel on chip. What a
-    # program does once is most of it: norm merges up to 128 pieces, corrects the mean and settles the running statistics.
+    # program does once is most of it: norm merges up to 128 pieces, corrects the mean, settles the running statistics.
     "norm 256x64x512 float32": (None, 28, None, 26),
     "norm 256x64x512 bfloat16": (None, 23, None, 25),
     "norm 8x16x1024 bfloat16": (29, 30),
@@ -396,7 +396,9 @@ SIZES: dict[str, tuple[Callable[[int], torch.nn.Module], list[tuple[int, ...]]]]
     "another batch size of short rows": (_any_gate, [(n, 3, 49) for n in BATCHES]),
     "another batch size, channels_last": (_any_gate, [(n, 32, 14, 14) for n in BATCHES]),
     "another batch size, BatchNorm": (lambda c: dk.Shrinkage(c).fc, [(n, 16, 1024) for n in (200, *BATCHES[1:])]),
-    "another batch size, one launch": (lambda c: dk.Shrinkage(c, norm=False).fc, [(n, 16, 1024) for n in (200, *BATCHES[:4])]),
+    "another batch size, one launch": (
+        lambda c: dk.Shrinkage(c, norm=False).fc, [(n, 16, 1024) for n in (200, *BATCHES[:4])],
+    ),
 }
 
 # Kernels that a training step compiles, on one size after the other: a first step, another width, another length. Each
