@@ -1,4 +1,4 @@
-"""A step of Shrinkage kernel by kernel, as planned and under other constants of plans.py, on a GPU.
+"""A step of Shrinkage kernel by kernel, as planned and under other numbers of tuned.py, on a GPU.
 
     python -m benchmarks.choices shrink_train-B-128x512x32-fp32-both --constants WIDE_SLICES=16 WIDE=32,WIDE_STAGES=1
 

@@ -88,7 +88,7 @@ def derived(rows: Iterable[dict], names: Sequence[str]) -> Derived | None:
 
 
 def lines(rows: Iterable[dict], choices: Iterable[Sequence[str]]) -> list[str]:
-    """To paste into plans.py."""
+    """To paste into tuned.py."""
     rows = list(rows)
     found = (derived(rows, names) for names in dict.fromkeys(map(tuple, choices)))
     return [str(one) for one in found if one is not None]

@@ -34,7 +34,7 @@ ensure_installed()
 import drsn_kernels as dk  # noqa: E402
 from drsn_kernels.backends import cost, use_backend  # noqa: E402
 from drsn_kernels.backends.gpu.lowering import lowering  # noqa: E402
-from drsn_kernels.backends.gpu.plans import L2_BYTES  # noqa: E402
+from drsn_kernels.backends.gpu.tuned import L2_BYTES  # noqa: E402
 from drsn_kernels.demo.timing import Call  # noqa: E402
 
 from .calls import module, plans_of  # noqa: E402

@@ -1,10 +1,10 @@
-"""Every choice of a plan timed against its alternatives on a GPU, and the constants in plans.py that follow from it.
+"""Every choice of a plan timed against its alternatives on a GPU, and the numbers in tuned.py that follow from it.
 
     python -m benchmarks.sweep [--minutes M] [--out FOLDER]     time; FOLDER/rows.json, refused.json and table.md
     python -m benchmarks.sweep --only DEPENDENT STEP            the choices of these constants alone
-    python -m benchmarks.sweep --derive FOLDER/rows.json        the lines to paste into plans.py, each with its reason
+    python -m benchmarks.sweep --derive FOLDER/rows.json        the lines to paste into tuned.py, each with its reason
 
-CHOICES is the table of alternatives: other values of constants in plans.py, for the launches that they govern. A unit
+CHOICES is the table of alternatives: other values of the numbers in tuned.py, for the launches that they govern. A unit
 is one launch, or one step of Shrinkage, on one input: all alternatives whose launches differ are checked against
 float64 and timed in turn, as CUDA graphs, beside a copy. Units come in the order of what they tell, so that a run
 which ends early has the shapes of gpu_bench's headlines; torch.compile comes after those.
@@ -30,7 +30,7 @@ from .installed import ensure_installed
 ensure_installed()
 
 from drsn_kernels.backends import gpu  # noqa: E402
-from drsn_kernels.backends.gpu import plans  # noqa: E402
+from drsn_kernels.backends.gpu import tuned  # noqa: E402
 from drsn_kernels.demo.timing import Call, interleaved  # noqa: E402
 
 from . import derive  # noqa: E402
@@ -136,7 +136,7 @@ CHOICES: tuple[Choice, ...] = (
 
 def present(case: Case) -> dict[str, Any]:
     """The values, now, of every constant that is compared on this case."""
-    return {name: getattr(plans, name) for choice in of(case) for name in choice.names}
+    return {name: getattr(tuned, name) for choice in of(case) for name in choice.names}
 
 
 def of(case: Case) -> list[Choice]:
@@ -197,7 +197,7 @@ def distinct(on: Subject, case: Case) -> Iterator[tuple[str, dict[str, Any], Cal
     """(name, constants, call, name of an earlier one that makes the same launches or "")."""
     seen: dict[tuple, str] = {}
     for name, constants in alternatives(case):
-        with plans.using(**constants):
+        with tuned.using(**constants):
             launches = on.planned()
         same = seen.setdefault(launches, name) if launches else name  # without launches of ours nothing can be said
         yield name, constants, under(on.ours, constants), "" if same == name else same
@@ -316,7 +316,7 @@ def _keep(out: Path, rows: list[dict], refused: dict) -> None:
 
 
 def summary(rows: list[dict]) -> str:
-    """Tables of GPU time by launch, and what follows for plans.py."""
+    """Tables of GPU time by launch, and what follows for tuned.py."""
     lines = ["# Plans against their alternatives", "", f"{rows[0]['device']}, commit {rows[0]['commit']}", ""]
     for op in (*STREAMS, *STEPS):
         if found := [one for one in rows if one["op"] == op]:
@@ -342,8 +342,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help=f"for all of it ({MINUTES:g})")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for rows and table (sweep-out, sweep-only-out)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="compare these constants of plans.py (all)")
-    parser.add_argument("--derive", type=Path, metavar="FILE", help="rows.json of a run: print lines for plans.py")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="compare these numbers of tuned.py (all)")
+    parser.add_argument("--derive", type=Path, metavar="FILE", help="rows.json of a run: print lines for tuned.py")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.derive:

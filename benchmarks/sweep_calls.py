@@ -3,7 +3,7 @@
 reduce, map (with three planes), map_eval (with none), grad_dtau and grad_dx are called as the operators call them. Each
 has a floor, a copy of x, and its formula in PyTorch for torch.compile. shrink_train and shrink_eval are the cases of
 `python -m benchmarks`; their floor is theirs. Nothing here knows how a kernel is written: an alternative is a set of
-other constants in plans.py, under which the same call is made.
+other numbers in tuned.py, under which the same call is made.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import torch
 
 from drsn_kernels import backends
 from drsn_kernels.backends.eager import eager
-from drsn_kernels.backends.gpu import plans
+from drsn_kernels.backends.gpu import tuned
 from drsn_kernels.backends.step import Step, Want
 from drsn_kernels.demo.timing import Call
 from drsn_kernels.layout import Planes, layout_of, unpack
@@ -53,7 +53,7 @@ def under(call: Call, constants: dict[str, Any]) -> Call:
 
     @contextlib.contextmanager
     def setting() -> Iterator[None]:
-        with plans.using(**constants), call.setting():
+        with tuned.using(**constants), call.setting():
             yield
 
     return replace(call, setting=setting)

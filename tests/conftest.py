@@ -44,10 +44,10 @@ if gpu.missing() is None and gpu.interpreting():
     import triton_interpreter
 
     triton_interpreter.install()
-    from drsn_kernels.backends.gpu import plans
+    from drsn_kernels.backends.gpu import tuned
 
     # Time in the interpreter is programs, not elements: large tiles here, the plans' own sizes in test_triton.py.
-    plans.TILE, plans.CHANNELS = 1 << 16, 1 << 17
+    tuned.TILE, tuned.CHANNELS = 1 << 16, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -318,13 +318,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def _sample(items: list[pytest.Item]) -> None:
     """All but one case in n are slow. Where n is given by `sampled` and parameters are crossed, so many fewer that each
-    value of a parameter is left in a case.
+    value of a parameter is left in a case, of a variant that is not interpreted.
 
     By name: the same cases in every process.
     """
 
+    def variants(item: pytest.Item) -> list[Variant]:
+        return [value for value in item.callspec.params.values() if isinstance(value, Variant)]
+
     def rest(item: pytest.Item) -> int:
-        rates = [value.sample for value in item.callspec.params.values() if isinstance(value, Variant)]
+        rates = [variant.sample for variant in variants(item)]
         rates += [mark.args[0] for mark in item.iter_markers("sampled")]
         return zlib.crc32(item.name.encode()) % max(rates, default=1)
 
@@ -335,7 +338,7 @@ def _sample(items: list[pytest.Item]) -> None:
             of = item.path, item.originalname, item.get_closest_marker("gpu") is None
             given = item.callspec.params.items()
             values = {(*of, name, str(value)) for name, value in given if not isinstance(value, Variant)}
-        if rest(item) and values <= seen:
+        if rest(item) and (values <= seen or any(variant.interpreted for variant in variants(item))):
             item.add_marker(pytest.mark.slow)
         else:
             seen |= values

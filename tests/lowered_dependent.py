@@ -1,4 +1,4 @@
-"""Every kernel as it is compiled where launches may begin before the one before them has ended (plans.DEPENDENT).
+"""Every kernel as it is compiled where launches may begin before the one before them has ended (tuned.DEPENDENT).
 
 Run by test_dependent_launches.py; prints JSON by GPU.
 """

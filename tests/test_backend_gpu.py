@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     not (gpu.missing() is None and gpu.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
 )
 if gpu.missing() is None:
-    from drsn_kernels.backends.gpu import plans, sequence, stream
+    from drsn_kernels.backends.gpu import plans, sequence, stream, tuned
     from drsn_kernels.backends.gpu import walk as walks
 
 ours, torchs = Gpu(), eager
@@ -50,7 +50,7 @@ def sizes(request, monkeypatch):
     """Tiles so small that rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "split":
         for name, value in (("TILE", 128), ("WHOLE", 2), ("PART", 1), ("PIECE", 360)):
-            monkeypatch.setattr(plans, name, value)
+            monkeypatch.setattr(tuned, name, value)
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):
             monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
@@ -170,9 +170,9 @@ def test_grad(sizes, rule, dtype, where):
 def plan(request, monkeypatch):
     """One of the plans, whatever the shape would take."""
     if request.param != "on chip":
-        monkeypatch.setattr(plans, "ON_CHIP", 0)
+        monkeypatch.setattr(tuned, "ON_CHIP", 0)
     if request.param == "launches":
-        monkeypatch.setattr(plans, "L2_BYTES", 0)
+        monkeypatch.setattr(tuned, "L2_BYTES", 0)
     else:  # whatever the weights cost and however few programs there are
         one = plans.one_pass
         monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms, keep: one(on, 0, 0, size, 0, keep))
@@ -311,14 +311,14 @@ def test_one_pass_walks_large_samples_where_they_would_have_a_multiprocessor_eac
     assert taken(132) == taken(512, keep=True) == whole
     assert taken(512, length=128) == small_tiles
     assert taken(512, length=512) == (True, 8192, 8, 255)  # four for each multiprocessor do not fit the L2
-    with plans.using(CROWDED_BYTES=1 << 30):
+    with tuned.using(CROWDED_BYTES=1 << 30):
         assert taken(512) == whole
     assert taken(512) == small_tiles
 
 
 def test_calls_are_checked_anew_for_other_constants():
     checked["a call"] = None
-    with plans.using(THREAD=32):
+    with tuned.using(THREAD=32):
         assert not checked
         checked["another"] = None
     assert not checked
@@ -343,7 +343,7 @@ def test_gates_that_torch_computes_faster_are_called(monkeypatch):
         )
     assert reason(1024, 512, 512) is None and reason(65536, 64, 64) is None
     assert reason(1025, 512, 512) == "1025 samples x 512 channels x 512 hidden units are more than 268435456 products"
-    monkeypatch.setattr(plans, "MOST_CHANNELS", 1025)
+    monkeypatch.setattr(tuned, "MOST_CHANNELS", 1025)
     assert reason(4, 1025, 4) is None
 
 

@@ -1,4 +1,4 @@
-"""plans.DEPENDENT: launches that begin before the one before them has ended (programmatic dependent launch).
+"""tuned.DEPENDENT: launches that begin before the one before them has ended (programmatic dependent launch).
 
 What they must not do is to touch memory before they have waited. That the driver is asked for it: test_launcher.py.
 """
@@ -82,12 +82,12 @@ def test_older_gpus_take_their_launches_one_after_the_other(found):
 
 @pytest.mark.skipif(gpu.missing() is None and not gpu.interpreting(), reason="needs the interpreter")
 def test_the_interpreter_takes_no_notice():
-    from drsn_kernels.backends.gpu import plans
+    from drsn_kernels.backends.gpu import tuned
 
     x, gate = torch.randn(4, 8, 40), gate_of(8, "norm")
     with dk.use_backend("triton", strict=True):
         found = dk.shrink(x, gate)
-        with plans.using(DEPENDENT=False):
+        with tuned.using(DEPENDENT=False):
             assert torch.equal(dk.shrink(x, gate), found)
 
 
@@ -142,14 +142,14 @@ def step_of(shape, channels_last: bool, dtype):
 def test_the_same_bits_as_one_after_the_other(shape, channels_last, dtype, busy, nothing_is_left):
     """Many times, eagerly and as a CUDA graph, with inputs that take turns: who read too early would find NaN, or
     another step's numbers."""
-    from drsn_kernels.backends.gpu import plans
+    from drsn_kernels.backends.gpu import tuned
 
     beside, other = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     with dk.use_backend("triton", strict=True):
         step, inputs = step_of(shape, channels_last, dtype)
-        with plans.using(DEPENDENT=False):
+        with tuned.using(DEPENDENT=False):
             wanted = [step(*given) for given in inputs]
-        with plans.using(DEPENDENT=True):
+        with tuned.using(DEPENDENT=True):
             step(*inputs[0])
             x, g = (torch.empty_like(t) for t in inputs[0])
             torch.cuda.synchronize()

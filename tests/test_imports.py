@@ -82,8 +82,14 @@ def imports(module: str, inside: bool) -> set[str]:
     return {name for node, within in statements(tree(module)) if within is inside for name in named(module, node)}
 
 
-AT_ONCE = {module: imports(module, False) & set(MODULES) - {module} for module in MODULES}
-LATER = {module: imports(module, True) & set(MODULES) - {module} for module in MODULES}
+@cache  # reading every module takes a second, which collecting the tests need not
+def at_once() -> dict[str, set[str]]:
+    return {module: imports(module, False) & set(MODULES) - {module} for module in MODULES}
+
+
+@cache
+def later() -> dict[str, set[str]]:
+    return {module: imports(module, True) & set(MODULES) - {module} for module in MODULES}
 
 
 def loaded(module: str) -> set[str]:
@@ -93,7 +99,7 @@ def loaded(module: str) -> set[str]:
         one = waiting.pop()
         if one not in found:
             found.add(one)
-            waiting += AT_ONCE[one]
+            waiting += at_once()[one]
     return found
 
 
@@ -126,28 +132,28 @@ def floor(module: str) -> int:
 
 
 def test_the_reading_sees_every_kind_of_import():
-    assert AT_ONCE[ROOT] >= {f"{ROOT}.{name}" for name in ("backends", "modules", "convert", "ops.shrink")}
-    assert f"{ROOT}.train" not in AT_ONCE[ROOT]  # for type checkers only
-    assert f"{ROOT}.ops.dispatch" in AT_ONCE[f"{ROOT}.ops.shrink"] and f"{ROOT}.demo" in LATER[f"{ROOT}.__main__"]
+    assert at_once()[ROOT] >= {f"{ROOT}.{name}" for name in ("backends", "modules", "convert", "ops.shrink")}
+    assert f"{ROOT}.train" not in at_once()[ROOT]  # for type checkers only
+    assert f"{ROOT}.ops.dispatch" in at_once()[f"{ROOT}.ops.shrink"] and f"{ROOT}.demo" in later()[f"{ROOT}.__main__"]
     assert "torch" in imports(f"{ROOT}.modules", False) and "tqdm" in imports(f"{ROOT}.demo.learning", True)
     assert f"{ROOT}._cpu" in imports(f"{ROOT}.backends.cpu_extension", False)  # compiled, imports nothing
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"] and circle({"a": {"b"}, "b": set()}) == []
 
 
 def test_no_circle_of_modules():
-    assert circle(AT_ONCE) == []
+    assert circle(at_once()) == []
 
 
 def test_no_circle_of_rooms():
     rooms: dict[str, set[str]] = {room(module): set() for module in MODULES}
-    for module, found in AT_ONCE.items():
+    for module, found in at_once().items():
         rooms[room(module)] |= {room(name) for name in found} - {room(module)}
     assert circle(rooms) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    higher = [name for name in AT_ONCE[module] | LATER[module] if floor(name) > floor(module)]
+    higher = [name for name in at_once()[module] | later()[module] if floor(name) > floor(module)]
     assert module == ROOT or higher == []
 
 
@@ -155,7 +161,7 @@ def test_imports_go_down(module):
 def test_an_import_inside_a_function_is_of_something_that_is_not_loaded_anyway(module):
     """A room that few need, such as the demo, or a heavy package: not a way around a circle."""
     there = loaded(ROOT) | loaded(module)
-    assert module == ANSWERS_ALWAYS or LATER[module] & there == set()
+    assert module == ANSWERS_ALWAYS or later()[module] & there == set()
     assert module == ANSWERS_ALWAYS or "torch" not in imports(module, True)
 
 

@@ -1,10 +1,11 @@
 """The launcher of csrc/launch, on a driver that launches nothing and writes down what it is given (driver_stub.cpp).
 
-Everything runs once in a process in which Triton compiles (launcher_child.py), and once more, slow, under sanitizers.
+All of it runs in a process in which Triton compiles (launcher_child.py); every pass, and sanitizers, are slow.
 What is compared are all fields of a launch: function, grid, block, shared memory, stream, attributes, and the bytes of
 every parameter.
 """
 
+import functools
 import json
 import shutil
 import subprocess
@@ -28,17 +29,34 @@ compiled = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, triton_cache) -> dict:
-    done = child(CHILD, cwd=tmp_path_factory.mktemp("launcher"), cache=triton_cache, DRSN_LAUNCHER="1")
-    assert done.returncode == 0, done.stderr[-8000:]
-    return json.loads(done.stdout)
+def asked(tmp_path_factory, triton_cache):
+    """What the child finds, by its arguments."""
+
+    @functools.cache
+    def ask(*arguments: str) -> dict:
+        folder = tmp_path_factory.mktemp("launcher")
+        done = child(CHILD, *arguments, cwd=folder, cache=triton_cache, DRSN_LAUNCHER="1")
+        assert done.returncode == 0, done.stderr[-8000:]
+        return json.loads(done.stdout)
+
+    return ask
+
+
+@pytest.fixture
+def found(asked) -> dict:
+    return asked("--sample")
+
+
+@pytest.fixture
+def every_pass(asked) -> dict:
+    return asked()
 
 
 @pytest.mark.slow
 @compiled
-def test_the_driver_is_given_what_triton_gives_it(found):
+def test_the_driver_is_given_what_triton_gives_it(every_pass):
     """Passes of one and of several launches; dtypes, None pointers, tensors at no multiple of 16 bytes."""
-    passes = found["same_to_the_driver"]
+    passes = every_pass["same_to_the_driver"]
     for name, each in passes.items():
         assert each["taken"] and each["ours"] == each["tritons"], name
         assert all(len(line.split("parameters")[1].split()) > 10 for line in each["ours"]), name
@@ -55,10 +73,17 @@ def test_the_driver_is_given_what_triton_gives_it(found):
 def test_dependent_launches_are_those_of_triton(found):
     """Attribute 6: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION. The first of a pass waits for everything."""
     for name in ("train 0", "train 1"):
-        first, *others = found["same_to_the_driver"][name]["ours"]
+        each = found["same_to_the_driver"][name]
+        assert each["taken"] and each["ours"] == each["tritons"]
+        first, *others = each["ours"]
         assert "attributes parameters" in first and len(others) == 3
         assert all("attributes 6=1 parameters" in line for line in others)
-    for each in found["apart"].values():
+
+
+@pytest.mark.slow
+@compiled
+def test_launches_one_after_the_other_are_those_of_triton(every_pass):
+    for each in every_pass["apart"].values():
         assert each["taken"] and len(each["ours"]) == 4 and each["ours"] == each["tritons"]
         assert all("attributes parameters" in line for line in each["ours"])
 

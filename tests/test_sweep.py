@@ -1,6 +1,6 @@
 """benchmarks/sweep.py: its alternatives are there and compile; under a made-up clock it derives what was planted.
 
-Also `plans.using`, by which an alternative is tried.
+Also `tuned.using`, by which an alternative is tried.
 """
 
 import json
@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.rows import ENVIRONMENT, read_json
 from benchmarks.sweep_calls import OPS, Subject
 from drsn_kernels.backends import gpu
-from drsn_kernels.backends.gpu import plans
+from drsn_kernels.backends.gpu import tuned
 from drsn_kernels.demo.timing import Call
 
 needs_triton = pytest.mark.skipif(gpu.missing() is not None, reason="no Triton, or too old")
@@ -29,29 +29,29 @@ MAP = Case("map", "C", (64, 32, 128), "forward", "fp32")
 
 
 def test_using_sets_constants_and_forgets_what_was_planned_by_others(monkeypatch):
-    monkeypatch.setattr(plans, "_caches", [])
-    seen = plans.cached(lambda: plans.TILE)
-    before = plans.TILE
+    monkeypatch.setattr(tuned, "_caches", [])
+    seen = tuned.cached(lambda: tuned.TILE)
+    before = tuned.TILE
     assert seen() == before
-    with plans.using(TILE=before // 2, THREAD=16):
-        assert (seen(), plans.THREAD) == (before // 2, 16)
-        with plans.using(TILE=64):
+    with tuned.using(TILE=before // 2, THREAD=16):
+        assert (seen(), tuned.THREAD) == (before // 2, 16)
+        with tuned.using(TILE=64):
             assert seen() == 64
         assert seen() == before // 2
-    assert seen() == plans.TILE == before
-    with pytest.raises(KeyError), plans.using(TILE=1):
+    assert seen() == tuned.TILE == before
+    with pytest.raises(KeyError), tuned.using(TILE=1):
         raise KeyError
     assert seen() == before
 
 
 def test_using_refuses_what_is_no_constant():
-    before = dict(vars(plans))
+    before = dict(vars(tuned))
     for name in ("TILES", "tiles", "_caches", "Any"):
-        with pytest.raises(ValueError, match=rf"plans has no constant {name}; it has .*TILE") as raised:
-            with plans.using(**{name: 3, "TILE": 1}):
+        with pytest.raises(ValueError, match=rf"tuned has no constant {name}; it has .*TILE") as raised:
+            with tuned.using(**{name: 3, "TILE": 1}):
                 pass
         assert "\n" not in str(raised.value)
-    assert dict(vars(plans)) == before
+    assert dict(vars(tuned)) == before
 
 
 @needs_triton
@@ -61,8 +61,8 @@ def test_whatever_is_prepared_by_a_plan_is_forgotten():
 
     for module in (stream, sequence, gate):
         own = [v for v in vars(module).values() if hasattr(v, "cache_clear") and v.__module__ == module.__name__]
-        assert all(any(one is known for known in plans._caches) for one in own), module.__name__
-    assert len(plans._caches) >= 5
+        assert all(any(one is known for known in tuned._caches) for one in own), module.__name__
+    assert len(tuned._caches) >= 5
 
 
 @needs_triton
@@ -87,7 +87,7 @@ def test_every_constant_is_there_and_a_choice_is_about_the_same_ones():
     for choice in sweep.CHOICES:
         assert set(choice.ops) <= set(OPS)
         assert all(tuple(other) == choice.names for other in choice.alternatives)
-        assert all(name.isupper() and hasattr(plans, name) for name in choice.names)
+        assert all(name.isupper() and hasattr(tuned, name) for name in choice.names)
         assert len({tuple(other.values()) for other in choice.alternatives}) == len(choice.alternatives) > 1
         assert any(choice.governs(unit.case) for unit in sweep.units() if unit.case.op in choice.ops)
 
@@ -121,8 +121,8 @@ def test_what_the_tree_has_is_first_and_each_alternative_differs_from_it():
     names = dict(sweep.alternatives(MAP))
     assert next(iter(names.items())) == (sweep.PLANNED, {}) and len(names) > 3
     for constants in list(names.values())[1:]:
-        assert any(getattr(plans, name) != value for name, value in constants.items())
-    with plans.using(**list(names.values())[1]):
+        assert any(getattr(tuned, name) != value for name, value in constants.items())
+    with tuned.using(**list(names.values())[1]):
         assert list(names.values())[1] not in [c for name, c in sweep.alternatives(MAP) if name != sweep.PLANNED]
 
 
@@ -149,7 +149,7 @@ class Clock:
             return {"gpu": call.run()}
 
 
-def made_up(seconds, wrong=lambda: False, launches=lambda: (plans.THREAD, plans.TILE)):
+def made_up(seconds, wrong=lambda: False, launches=lambda: (tuned.THREAD, tuned.TILE)):
     """A subject whose launches are told apart by `launches`."""
 
     def make(case, device, compiled=False):
@@ -174,11 +174,11 @@ CASES = [Case("map", "C", (64, 32, 16 << n), "forward", dtype) for n in range(3)
 def planted(case):
     """Fastest at 64 bytes and 1,024 elements by the geometric mean, though not for the longest rows."""
     favoured = (128, 1024) if case.shape[2] == 64 else (64, 1024)
-    return 1e-5 * (0.8 if (plans.THREAD, plans.TILE) == favoured else 1.0)
+    return 1e-5 * (0.8 if (tuned.THREAD, tuned.TILE) == favoured else 1.0)
 
 
 def test_the_planted_best_is_derived_with_its_reason():
-    with plans.using(THREAD=64, TILE=512):
+    with tuned.using(THREAD=64, TILE=512):
         rows = rows_of(CASES, made_up(planted))
         unit = sweep.Unit(CASES[0], True)
         rows += [one for one in sweep.measure(unit, ABOUT, made_up(planted), lambda _: Clock())[0]
@@ -194,15 +194,15 @@ def test_the_planted_best_is_derived_with_its_reason():
 
 
 def test_a_gain_of_less_than_two_runs_differ_by_changes_nothing():
-    with plans.using(THREAD=64, TILE=512):
-        rows = rows_of(CASES, made_up(lambda case: 1e-5 * (0.995 if (plans.THREAD, plans.TILE) == (64, 1024) else 1.0)))
+    with tuned.using(THREAD=64, TILE=512):
+        rows = rows_of(CASES, made_up(lambda case: 1e-5 * (0.995 if (tuned.THREAD, tuned.TILE) == (64, 1024) else 1.0)))
     found = derive.derived(rows, ("THREAD", "TILE"))
     assert found.best == found.present == (64, 512) and "(64, 1024) takes 0.995" in str(found)
 
 
 def test_a_value_that_was_wrong_somewhere_is_left_out_and_said():
-    wrong = lambda: (plans.THREAD, plans.TILE) == (64, 1024)  # noqa: E731
-    with plans.using(THREAD=64, TILE=512):
+    wrong = lambda: (tuned.THREAD, tuned.TILE) == (64, 1024)  # noqa: E731
+    with tuned.using(THREAD=64, TILE=512):
         rows, refused = sweep.measure(sweep.Unit(CASES[0]), ABOUT, made_up(planted, wrong), lambda _: Clock())
         rows += rows_of(CASES[1:], made_up(planted))
     assert refused == {"THREAD=64 TILE=1024": "y differs"}
@@ -212,7 +212,7 @@ def test_a_value_that_was_wrong_somewhere_is_left_out_and_said():
 
 def test_a_case_in_which_all_values_are_the_same_launch_is_left_out():
     """It would dilute the gain of the others; but a value that was refused there is still left out."""
-    with plans.using(THREAD=64, TILE=512):
+    with tuned.using(THREAD=64, TILE=512):
         every = rows_of(CASES[:2], made_up(planted))
         alike = made_up(lambda case: 1e-5, launches=lambda: ("one",))
         assert derive.derived(rows_of(CASES[2:3], alike), ("THREAD", "TILE")) is None
@@ -224,7 +224,7 @@ def test_a_case_in_which_all_values_are_the_same_launch_is_left_out():
 
 
 def test_launches_that_are_the_same_are_timed_once():
-    with plans.using(THREAD=64, TILE=512):
+    with tuned.using(THREAD=64, TILE=512):
         Clock.timed = 0
         rows = rows_of([MAP], made_up(planted, launches=lambda: ("one",)))
         assert Clock.timed == 2 * (sweep.ROUNDS + 1)  # a copy, and what all alternatives are
@@ -291,7 +291,7 @@ def test_what_is_wrong_or_raises_is_said_and_the_run_goes_on(tmp_path):
     def make(case, device, compiled=False):
         if case == CASES[0]:
             raise RuntimeError("no memory")
-        return made_up(planted, wrong=lambda: plans.TILE == 1024)(case, device, compiled)
+        return made_up(planted, wrong=lambda: tuned.TILE == 1024)(case, device, compiled)
 
     assert Run(tmp_path, make=make)(UNITS[:2]) == 1
     refused = json.loads((tmp_path / "refused.json").read_text())

@@ -24,7 +24,7 @@ if gpu.missing() is None:
     import triton
     import triton.language as tl
 
-    from drsn_kernels.backends.gpu import plans, sequence, stream
+    from drsn_kernels.backends.gpu import plans, sequence, stream, tuned
     from drsn_kernels.backends.gpu import walk as walks
 
 
@@ -38,8 +38,8 @@ def forget_plans():
 
 @pytest.fixture(autouse=True)
 def strictly_triton(monkeypatch):
-    monkeypatch.setattr(plans, "TILE", 512)
-    monkeypatch.setattr(plans, "CHANNELS", 256)
+    monkeypatch.setattr(tuned, "TILE", 512)
+    monkeypatch.setattr(tuned, "CHANNELS", 256)
     forget_plans()
     with dk.use_backend("triton", strict=True):
         yield
@@ -50,8 +50,8 @@ def strictly_triton(monkeypatch):
 def sizes(request, monkeypatch):
     """Tiles as planned; so small that short rows are looped over and split; and as if tensors were beyond 2^31."""
     if request.param == "small tiles":
-        monkeypatch.setattr(plans, "TILE", 64)
-        monkeypatch.setattr(plans, "PIECE", 64)
+        monkeypatch.setattr(tuned, "TILE", 64)
+        monkeypatch.setattr(tuned, "PIECE", 64)
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):
             monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
@@ -81,7 +81,7 @@ def test_any_gate(sizes, shape, dtype, layout):
 
 @pytest.mark.parametrize("rows", [65_536, 70_001])
 def test_more_rows_than_a_grid_dimension_holds(rows, monkeypatch):
-    monkeypatch.setattr(plans, "TILE", 1 << 16)
+    monkeypatch.setattr(tuned, "TILE", 1 << 16)
     x = features((rows, 1, 8))
     assert torch.equal(dk.soft_threshold(x, 0.5), x.sign() * (x.abs() - 0.5).relu())
 
@@ -105,9 +105,9 @@ GATES = ["plain", "norm", "batch norm"]
 def plan(request, monkeypatch):
     """One of PLANS, whatever the shape would take."""
     if request.param != "on chip":
-        monkeypatch.setattr(plans, "ON_CHIP", 0)
+        monkeypatch.setattr(tuned, "ON_CHIP", 0)
     if request.param == "launches":
-        monkeypatch.setattr(plans, "L2_BYTES", 0)
+        monkeypatch.setattr(tuned, "L2_BYTES", 0)
     else:  # whatever the weights cost and however few programs there are
         one = plans.one_pass
         monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms, keep: one(on, 0, 0, size, 0, keep))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 if gpu.missing() is None:
     import gate_alone
 
-    from drsn_kernels.backends.gpu import gate_passes, plans
+    from drsn_kernels.backends.gpu import gate_passes, plans, tuned
     from drsn_kernels.backends.gpu.launch import Prepared
 
 KINDS = ["plain", "norm", "batch norm"]
@@ -165,9 +165,9 @@ def test_the_parameters_gradients_alone(kind):
 
 def test_statistics_merged_by_a_launch_of_their_own(monkeypatch):
     """Of many units, of many tiles, and by several turns of each loop."""
-    monkeypatch.setattr(plans, "MOST_GROUPS", 2)
+    monkeypatch.setattr(tuned, "MOST_GROUPS", 2)
     for name, value in (("GATE_MERGED", 64), ("MERGED", 16)):  # two tiles at a time
-        monkeypatch.setattr(plans, name, value)
+        monkeypatch.setattr(tuned, name, value)
     for n, c, h in ((170, 6, 40), (50, 6, 40), (40, 6, 70), (16, 6, 70)):
         run = Run(n, c, h, c, "batch norm", "channel")
         merges = [gate_passes._merge(run.step, gate_passes.gate_plan(run.step), kind) for kind in (True, False)]
@@ -178,7 +178,7 @@ def test_statistics_merged_by_a_launch_of_their_own(monkeypatch):
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_is_shared_out(kind, monkeypatch):
-    monkeypatch.setattr(plans, "GATE_WALK", 64)
+    monkeypatch.setattr(tuned, "GATE_WALK", 64)
     run = Run(140, 18, 40, 18, kind, "channel")
     assert gate_passes.gate_plan(run.step).shares == 3
     run.check()

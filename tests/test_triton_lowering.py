@@ -150,6 +150,7 @@ def test_other_sizes_do_not_compile_again(lowered, what):
     assert others == [0] * len(others), dict(zip(lowered_cases.SIZES[what][1], [first, *others], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", list(lowered_cases.FIRST_STEPS))
 def test_a_first_step_compiles_no_more_kernels_than_it_did(lowered, what):
     assert lowered["compilations"][what] == list(lowered_cases.FIRST_STEPS[what][1].values())

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     not (gpu.missing() is None and gpu.interpreting()), reason="needs Triton, interpreted (no CUDA device)"
 )
 if gpu.missing() is None:
-    from drsn_kernels.backends.gpu import norm_passes, plans
+    from drsn_kernels.backends.gpu import norm_passes, tuned
     from drsn_kernels.backends.gpu import walk as walks
 
 SLOPES = [0.0, 1.0, 0.1]
@@ -37,7 +37,7 @@ def forget_plans() -> None:
 
 @pytest.fixture(autouse=True)
 def as_planned(monkeypatch):
-    monkeypatch.setattr(plans, "CHANNELS", 256)
+    monkeypatch.setattr(tuned, "CHANNELS", 256)
     forget_plans()
     yield
     forget_plans()
@@ -47,13 +47,13 @@ def as_planned(monkeypatch):
 def plan(request, monkeypatch) -> str:
     """A channel in one program; in several tiles, some of them walked; merged by a launch; as if beyond 2^31."""
     if request.param != "on chip":
-        monkeypatch.setattr(plans, "NORM_ON_CHIP", 0)
-        monkeypatch.setattr(plans, "NORM_TILE", 256)
-        monkeypatch.setattr(plans, "NORM_GIVEN", 256)
+        monkeypatch.setattr(tuned, "NORM_ON_CHIP", 0)
+        monkeypatch.setattr(tuned, "NORM_TILE", 256)
+        monkeypatch.setattr(tuned, "NORM_GIVEN", 256)
         monkeypatch.setattr(norm_passes, "multiprocessors", lambda device: 3)
-        monkeypatch.setattr(plans, "NORM_MERGED", 4)  # several turns
+        monkeypatch.setattr(tuned, "NORM_MERGED", 4)  # several turns
     if request.param == "merged":
-        monkeypatch.setattr(plans, "NORM_PARTIALS", 1)
+        monkeypatch.setattr(tuned, "NORM_PARTIALS", 1)
     if request.param == "64-bit offsets":
         monkeypatch.setattr(norm_passes, "walk", functools.partial(walks.walk, force_wide=True))
     forget_plans()

@@ -10,9 +10,9 @@ norm.py, norm_grad.py   batch normalisation and its activation, forward and back
 norm_passes.py   which launches a pass of it takes, in order
 
 walk.py    how the operands of a call lie in memory     plans.py     tiles and programs, with reasons
-tiles.py   what the kernels share: addresses, memory    launch.py    passes: arguments by name, compiled kernels
-bits.py    thresholds and planes by arithmetic on bits  native.py    a pass launched by one call of csrc/launch
-lowering.py  compiling for a GPU that is not there
+tiles.py   what the kernels share: addresses, memory    tuned.py     the numbers that plans depend on, with their rows
+bits.py    thresholds and planes by arithmetic on bits  launch.py    passes: arguments by name, compiled kernels
+lowering.py  compiling for a GPU that is not there      native.py    a pass launched by one call of csrc/launch
 """
 
 import functools

@@ -7,7 +7,7 @@ import torch
 from ...gates import StandardGate
 from .. import cost
 from ..step import Backend, Cost, Plan, Step, Strides
-from . import describe, native, plans, unsupported
+from . import describe, native, tuned, unsupported
 
 
 class Gpu(Backend):
@@ -57,10 +57,10 @@ class Gpu(Backend):
 
     def gate_unsupported(self, x: torch.Tensor, parts: StandardGate) -> str | None:
         n, (hidden, c) = x.shape[0], parts.w1.shape
-        if max(c, hidden) > plans.MOST_CHANNELS:
-            return f"{c} channels and {hidden} hidden units, the fused gate takes at most {plans.MOST_CHANNELS} of each"
-        if n * c * hidden > plans.MOST_PRODUCTS:
-            return f"{n} samples x {c} channels x {hidden} hidden units are more than {plans.MOST_PRODUCTS} products"
+        if max(c, hidden) > tuned.MOST_CHANNELS:
+            return f"{c} channels and {hidden} hidden units, the fused gate takes at most {tuned.MOST_CHANNELS} of each"
+        if n * c * hidden > tuned.MOST_PRODUCTS:
+            return f"{n} samples x {c} channels x {hidden} hidden units are more than {tuned.MOST_PRODUCTS} products"
         return None
 
     def gated(self, step):

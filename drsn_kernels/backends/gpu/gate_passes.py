@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..step import Cost, Step
-from . import gate, gate_grad, linear_grad, plans
+from . import gate, gate_grad, linear_grad, plans, tuned
 from .launch import Prepared, Room, Wired, multiprocessors, same
 from .native import Piece, Source
 from .plans import GatePlan, Product, cdiv, up_to
@@ -47,8 +47,8 @@ def _of_gate(
         "PRECISION": "ieee" if step.sums == torch.float64 else precision,
     } | values  # fmt: skip
     return Prepared(
-        fn, step.device, programs, values, plan, cost_of, warps=max(plans.GATE_WARPS, over.slices),
-        stages=over.stages, registers=plans.GATE_REGISTERS, spread=spread and over.slices > 1,
+        fn, step.device, programs, values, plan, cost_of, warps=max(tuned.GATE_WARPS, over.slices),
+        stages=over.stages, registers=tuned.GATE_REGISTERS, spread=spread and over.slices > 1,
     )  # fmt: skip
 
 
@@ -58,11 +58,11 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
         return None
     values = {
         "N": step.layout.n, "H": step.gate.hidden, "groups": plan.tiles, "group": plan.samples,
-        "STATISTICS": statistics, "BH": plans.MERGED_UNITS, "GROUPS": plans.MERGED // plans.MERGED_UNITS,
+        "STATISTICS": statistics, "BH": tuned.MERGED_UNITS, "GROUPS": tuned.MERGED // tuned.MERGED_UNITS,
     }  # fmt: skip
-    programs = cdiv(step.gate.hidden, plans.MERGED_UNITS)
+    programs = cdiv(step.gate.hidden, tuned.MERGED_UNITS)
     spent = gate.merge_cost(step, plan.tiles)
-    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=plans.MERGE_WARPS)
+    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=tuned.MERGE_WARPS)
 
 
 def _behind_norm(
@@ -119,12 +119,12 @@ def prepare_gate(step: Step, parts: int) -> Gate:
     plan, ready = gate_plan(step), not step.keep and not step.gate.batch_stats
     hidden = _of_gate(
         gate.hidden_kernel, step, plan, plan.over_channels, plan.tiles * cdiv(step.gate.hidden, plan.units),
-        gate.hidden_cost(step, parts, plan.tiles, ready), plans.FORWARD_PRECISION, parts=parts, SPLIT=parts > 1,
+        gate.hidden_cost(step, parts, plan.tiles, ready), tuned.FORWARD_PRECISION, parts=parts, SPLIT=parts > 1,
     )  # fmt: skip
     normalise = _behind_norm(gate.normalise_kernel, step, plan, gate.normalise_cost)
     alpha = _of_gate(
         gate.alpha_kernel, step, plan, plan.over_units, plan.tiles * cdiv(step.gate.outputs, plan.channels),
-        gate.alpha_cost(step, plan.groups, ready or normalise is not None), plans.FORWARD_PRECISION,
+        gate.alpha_cost(step, plan.groups, ready or normalise is not None), tuned.FORWARD_PRECISION,
     )  # fmt: skip
     return Gate(hidden, _merge(step, plan, statistics=True), normalise, alpha, ready)
 
@@ -203,16 +203,16 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     logits = hidden = merge = between = add = None
     if parts is not None:
         # dz by itself where no sum over channels stands in it
-        dz_ready = c > plans.LOGITS_APART and o > 1 and step.average != "sample"
-        back, precision = plan.back, plans.BACKWARD_PRECISION
+        dz_ready = c > tuned.LOGITS_APART and o > 1 and step.average != "sample"
+        back, precision = plan.back, tuned.BACKWARD_PRECISION
         if dz_ready:
             back = plan.over_channels
-            precision = plans.FORWARD_PRECISION if back.slices > 1 else precision
+            precision = tuned.FORWARD_PRECISION if back.slices > 1 else precision
             logits = Prepared(
-                gate_grad.logit_grad_kernel, step.device, cdiv(step.layout.n * c, plans.LOGITS),
+                gate_grad.logit_grad_kernel, step.device, cdiv(step.layout.n * c, tuned.LOGITS),
                 {"N": step.layout.n, "CA": c // plan.align, "HA": h // plan.align, "ALIGN": plan.align,
-                 "parts": parts, "AVERAGE": step.average, "SPLIT": parts > 1, "BLOCK": plans.LOGITS},
-                plan, gate_grad.logit_grad_cost(step, parts, direct), warps=plans.GATE_WARPS,
+                 "parts": parts, "AVERAGE": step.average, "SPLIT": parts > 1, "BLOCK": tuned.LOGITS},
+                plan, gate_grad.logit_grad_cost(step, parts, direct), warps=tuned.GATE_WARPS,
             )  # fmt: skip
         hidden = _of_gate(
             gate_grad.hidden_grad_kernel, step, plan, back, plan.tiles * cdiv(h, plan.units),
@@ -229,19 +229,19 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
     last = second + du_ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
     pooled = dA * plan.tiles * cdiv(c, plan.channels)
-    tensor_cores = plan.weights == plans.WEIGHT_TILE or plan.over_units.slices > 1
+    tensor_cores = plan.weights == tuned.WEIGHT_TILE or plan.over_units.slices > 1
     linear = _of_gate(
         linear_grad.linear_grad_kernel, step, plan, plan.over_units, last + pooled,
         linear_grad.linear_grad_cost(step, 0 if du_ready else plan.groups, plan.shares * row, dA, direct),
-        plans.WEIGHT_PRECISION if tensor_cores else plans.BACKWARD_PRECISION,
+        tuned.WEIGHT_PRECISION if tensor_cores else tuned.BACKWARD_PRECISION,
         spread=False, first=first, second=second, last=last, share=plan.share, total=made, WALK=plan.step,
         BW=plan.weights, READY=du_ready,
     )  # fmt: skip
     if plan.shares > 1:
-        values = {"shares": plan.shares, "total": made, "BLOCK": plans.ADDED, "AT_ONCE": plans.ADDED_SHARES}
+        values = {"shares": plan.shares, "total": made, "BLOCK": tuned.ADDED, "AT_ONCE": tuned.ADDED_SHARES}
         spent = linear_grad.add_shares_cost(row, plan.shares)
-        programs = cdiv(made, plans.ADDED)
+        programs = cdiv(made, tuned.ADDED)
         add = Prepared(
-            linear_grad.add_shares_kernel, step.device, programs, values, plan, spent, warps=plans.GATE_WARPS
+            linear_grad.add_shares_kernel, step.device, programs, values, plan, spent, warps=tuned.GATE_WARPS
         )  # fmt: skip
     return GateGrad(logits, hidden, merge, between, linear, add, dA, sizes)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..step import Cost
-from . import interpreting, native, plans
+from . import interpreting, native, tuned
 from .native import Piece, Source
 from .plans import OnePassPlan, Planned, TilePlan, cdiv, group, up_to
 from .walk import Walk
@@ -146,10 +146,10 @@ class Prepared:
 
     def placed(self, follows: bool, ahead: "Prepared | None") -> "Prepared":
         """The same launch in a pass: behind another one, in front of `ahead`."""
-        if not plans.DEPENDENT or not (follows or ahead):
+        if not tuned.DEPENDENT or not (follows or ahead):
             return self
         # behind the last one nothing begins early; it says so all the same: no other kernel for where it is not last
-        most = multiprocessors(self.device) // 2 if ahead is not None and ahead.spread else plans.LETTING
+        most = multiprocessors(self.device) // 2 if ahead is not None and ahead.spread else tuned.LETTING
         other = copy.copy(self)
         other.values, other.compiled = self.values | {"DEPENDENT": follows + 2 * most}, {}
         return other

@@ -6,7 +6,7 @@
     statistics given      norm                      norm_grad; where sums are wanted sums[, merge], or on chip norm_grad
     sums given                                      norm_grad
 
-A merge of its own is for channels_last, and for more than plans.NORM_PARTIALS pieces of a channel.
+A merge of its own is for channels_last, and for more than tuned.NORM_PARTIALS pieces of a channel.
 """
 
 import struct
@@ -17,7 +17,7 @@ import torch
 from ...layout import Layout
 from ...reference import accumulate_dtype
 from ..step import Backend, Cost, Norm, Running, Step, Strides
-from . import plans
+from . import plans, tuned
 from .launch import Pass, Prepared, Room, Wired, multiprocessors, same, tile_values
 from .norm import merge_kernel, moments_kernel, norm_kernel
 from .norm_grad import norm_grad_kernel, sums_kernel
@@ -80,7 +80,7 @@ class Over(NamedTuple):
         plan = self.plan
         return tile_values(self.on, plan, self.dtype, self.operands) | {
             "R": plan.rows, "blocks": plan.blocks, "BLOCKED": plan.blocks > 1, "splits": plan.splits,
-            "piece": plan.piece, "SPLITS": plans.NORM_PARTIALS,
+            "piece": plan.piece, "SPLITS": tuned.NORM_PARTIALS,
         }  # fmt: skip
 
     def prepared(self, fn: Any, programs: int, read: int, written: int, **values: Any) -> Prepared:
@@ -92,16 +92,16 @@ class Over(NamedTuple):
 
     def merging(self, kind: str, norm: Norm | None = None, factor: float | None = None) -> Prepared:
         values = self._values() | _settled(factor) | {
-            "SPLITS": plans.NORM_MERGED, "UNITS": plans.MERGED_UNITS, "KIND": kind,
+            "SPLITS": tuned.NORM_MERGED, "UNITS": tuned.MERGED_UNITS, "KIND": kind,
             "EPS": 0.0 if norm is None else norm.eps, "rows": self.plan.rows * self.plan.piece,
             "width": self.plan.columns,
         }  # fmt: skip
         moved = self.running(factor)
         spent = Cost(self.plan.splits * self.pair + moved, self.pair + moved, ("merge_kernel",))
-        programs = cdiv(self.layout.c, plans.MERGED_UNITS)
+        programs = cdiv(self.layout.c, tuned.MERGED_UNITS)
         return Prepared(
-            merge_kernel, self.device, programs, values, self.plan, spent, warps=plans.NORM_MERGE_WARPS,
-            registers=plans.NORM_WIDE_REGISTERS,
+            merge_kernel, self.device, programs, values, self.plan, spent, warps=tuned.NORM_MERGE_WARPS,
+            registers=tuned.NORM_WIDE_REGISTERS,
         )  # fmt: skip
 
     def running(self, factor: float | None) -> int:
@@ -119,7 +119,7 @@ def _settled(factor: float | None) -> dict[str, float]:
 FORWARD = ("x", "y", "stats", "scratch", "weight", "bias", "mean", "var", "batches")
 
 
-@plans.cached
+@tuned.cached
 def prepare_norm(
     layout: Layout, x: Strides, dtype: torch.dtype, device: torch.device, norm: Norm, factor: float | None
 ) -> Launches:
@@ -151,7 +151,7 @@ def prepare_norm(
     return Launches.of(FORWARD, wired, scratch, device)
 
 
-@plans.cached
+@tuned.cached
 def prepare_statistics(layout: Layout, x: Strides, dtype: torch.dtype, device: torch.device) -> Launches:
     over = Over.of(layout, (x, layout.strides), dtype, device, "xy", 1)
     scratch, plan, first = over.scratch(), over.plan, {"x": "x", "partial": "stats"}
@@ -190,7 +190,7 @@ def statistics(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 BACKWARD = ("g", "x", "dx", "sums", "scratch", "stats", "weight", "bias")
 
 
-@plans.cached
+@tuned.cached
 def prepare_grad(
     layout: Layout, g: Strides, x: Strides, dtype: torch.dtype, device: torch.device, norm: Norm, want_x: bool,
     want_sums: bool, count: int | None,

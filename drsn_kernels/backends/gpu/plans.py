@@ -1,4 +1,4 @@
-"""Which tile and how many programs each launch takes, and why. Nothing is tuned at run time.
+"""Which tile and how many programs each launch takes, and why, by the numbers of tuned.py. None is tuned at run time.
 
 What a plan puts into a constexpr depends on the length of a row, the dtype and the layout; where the gate is fused,
 also on C and H (in one pass the next powers of two, else whether they are beyond WIDE, MIDDLE and LOGITS_APART, and
@@ -8,51 +8,12 @@ it is may depend on the batch: one pass or several launches, and of a normalised
 holds it. Grids and splits are run-time values.
 """
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from ..step import Cost, checked
+from ..step import Cost
+from . import tuned
 from .walk import Walk
-
-# Bytes of x that a thread holds: four 16-byte loads in flight. With two, half as many elements share what a row takes:
-# its address, its threshold, its sum. 32 programs of a warp fit an SM, with 64 KiB on their way, where 3 TB/s at 600 ns
-# want 14 KiB.
-THREAD = 64
-# Elements of a tile at least, so many of float32 and twice as many of 16 bits: a warp's. A warp with a row of its own
-# adds it up without shared memory.
-TILE = 512
-# A tile is twice that where rows fill less of it than 1 / SPARSE: a warp with 300 of 512 elements has too few bytes
-# under way. Eval of (16, 1024, 300) took 40.4 us, and 34.0 with two rows in two warps.
-SPARSE = 1.5
-# In tiles: the longest row that is one, straight-line code; the longest part of a longer row, walked in a loop. On rows
-# of 4800, 8 and 4 took 1.05 times as long.
-WHOLE, PART = 16, 8
-# In tiles: what channels_last takes, so that a thread has several rows for what its columns need; and the bytes of it
-# that a thread holds. With 64, half the warps of a multiprocessor are too few for sums: 1.4 times as long in bfloat16.
-SHARED, SHARED_THREAD = 8, 32
-# Where rows are not aligned, or elements not adjacent, every element has an address of its own: so many elements a
-# thread, because with 16 rows of 49 took 96 to 153 registers, and so many tiles.
-RAGGED_THREAD, RAGGED = 8, 2
-MOST_WARPS = 8
-# The shortest row of a tile: a byte of a bit plane.
-OCTET = 8
-# Of channels_last, so many channels: 1 KiB of neighbouring float32, and 8 rows to sum over before threads meet.
-CHANNELS = 256
-# Rows are split among programs where there are fewer programs than this for each SM; a piece is at least PIECE elements
-# long, so that its partial sum (one float) stays far below the traffic of the piece.
-PROGRAMS_PER_SM = 4
-PIECE = 4096
-
-# Whether launches of a pass overlap, from compute capability 9.0 on (launch.await_previous): 3 to 6 us less for a step.
-DEPENDENT = True
-# A launch of more programs than this lets the next one begin when it has ended. Each would say that it may, about one a
-# nanosecond: with 16,384 programs in each of four launches, a step of (512, 64, 256) took 92.7 us, so 77.4. Programs of
-# a product in slices want a multiprocessor each, so the launch before lets them begin only if it leaves half of them
-# free: beside 128 others, a few of 128 shared one, and eval of (128, 512, 32) took 27.3 us instead of 23.2.
-LETTING = 4096
 
 
 class Planned(NamedTuple):
@@ -107,31 +68,31 @@ def tiles(walk: Walk, itemsize: int, sms: int, split: bool) -> TilePlan:
     ragged = _ragged(walk, itemsize)
     if walk.channels_last:
         # vectors along C; a tile stays in one sample, whose channels have their own sums and thresholds
-        columns = min(max(power_of_two(walk.q), OCTET), CHANNELS)
-        rows = min(max((RAGGED if ragged else SHARED) * TILE // columns, 1), power_of_two(walk.p))
+        columns = min(max(power_of_two(walk.q), tuned.OCTET), tuned.CHANNELS)
+        rows = min(max((tuned.RAGGED if ragged else tuned.SHARED) * tuned.TILE // columns, 1), power_of_two(walk.p))
         blocks = walk.n * cdiv(walk.q, columns)
         extent, step = walk.p, rows
     else:
-        columns = max(power_of_two(walk.q), OCTET)
-        if columns > WHOLE * TILE:  # of two lengths the one with fewer idle lanes
-            longest = (RAGGED if ragged else PART) * TILE
+        columns = max(power_of_two(walk.q), tuned.OCTET)
+        if columns > tuned.WHOLE * tuned.TILE:  # of two lengths the one with fewer idle lanes
+            longest = (tuned.RAGGED if ragged else tuned.PART) * tuned.TILE
             columns = min((longest, longest // 2), key=lambda b: cdiv(walk.q, b) * b)
-        least = RAGGED if ragged else (4 // min(itemsize, 4)) * (2 if SPARSE * walk.q < columns else 1)
-        rows = max(least * TILE // columns, 1)
+        least = tuned.RAGGED if ragged else (4 // min(itemsize, 4)) * (2 if tuned.SPARSE * walk.q < columns else 1)
+        rows = max(least * tuned.TILE // columns, 1)
         blocks = cdiv(walk.rows, rows)
         extent, step = walk.q, columns
     steps = cdiv(extent, step)
     splits = 1
     if steps > 1:
-        wanted = cdiv(PROGRAMS_PER_SM * sms, blocks)
-        pieces = cdiv(extent * (columns if walk.channels_last else 1), PIECE)
+        wanted = cdiv(tuned.PROGRAMS_PER_SM * sms, blocks)
+        pieces = cdiv(extent * (columns if walk.channels_last else 1), tuned.PIECE)
         # where nothing is summed over the loop, every tile is a program of its own
         splits = min(wanted, pieces, steps) if split else steps
     per_piece = cdiv(steps, splits)
     splits = cdiv(steps, per_piece)
     tile = rows * columns
-    held = RAGGED_THREAD if ragged else (SHARED_THREAD if walk.channels_last else THREAD) // itemsize
-    warps = min(max(tile // (32 * held), 1), MOST_WARPS)
+    held = tuned.RAGGED_THREAD if ragged else (tuned.SHARED_THREAD if walk.channels_last else tuned.THREAD) // itemsize
+    warps = min(max(tile // (32 * held), 1), tuned.MOST_WARPS)
     why = f"{'two' if walk.channels_last else 'four'} 16-byte accesses a thread"
     if ragged:
         why = "an access for each element: rows not aligned to 16 bytes, or elements not adjacent"
@@ -152,95 +113,6 @@ def up_to(n: int, unit: int) -> int:
 
 
 # ---- the standard gate -----------------------------------------------------------------------------------------------
-
-# A tile of this many elements fits the registers: compiled for sm_90, (64, 256) takes 117 of 128 registers at 16 warps,
-# float32 or bfloat16, three planes included. (64, 512) spills 16 to 136 bytes a thread, forward and backward.
-ON_CHIP = 16384
-# Elements of a tile of a sample that does not fit, at 8 warps.
-WALKED = 8192
-# It is walked twice while two samples an SM, or all there are, fit this much of the L2 (50 MB on an H100).
-L2_BYTES = 36 << 20
-# Where there are more samples than multiprocessors and nothing is kept, a sample of more bytes than this is walked even
-# if it fits: whole ones leave an SM to one program of 16 warps, which loads, waits for its gate and stores. At 8 warps
-# of CROWDED_REGISTERS, two samples share an SM: (512, 64, 256) in eval takes 33.0 us in float32 and 14.8 in bfloat16,
-# whole samples 34.3 and 18.1, tiles of half the size in 64 registers 37.2 and 14.9.
-CROWDED_BYTES = 16 << 10
-CROWDED_REGISTERS = 128
-# Channels of a sample that one program takes through the gate.
-ONE_PASS_CHANNELS = 64
-# Products of a sample, a unit and a channel that a thread of it holds.
-PRODUCTS = 32
-# Channels above which dz has a launch of its own, where no sum over channels stands in it, and its elements for a
-# program. A step of (128, 512, 32) takes 59 us, and with dz worked out by each program that multiplies by it 70.
-LOGITS_APART = 128
-LOGITS = 512
-# Channels, and hidden units, of a fused gate; and products of its first or second layer, N * C * H. Called, by cuBLAS's
-# products and a dozen small launches, a training step of (16, 1024, 300) took 133 us and fused 104, a forward pass in
-# eval 57 and 37; of (128, 512, 32) 53 and 18. That cuBLAS is faster beyond these sizes is an estimate.
-MOST_CHANNELS = 1024
-MOST_PRODUCTS = 1 << 28
-# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels. Small tiles, as
-# there are few: 64 for the first layer of (512, 64). Beyond WIDE units or channels products are long, and what counts
-# is how many programs share them; WIDE_TILE for MIDDLE[0] < units <= MIDDLE[1], where weights are read less often then:
-# a training step of (128, 512, 32) takes 58.5 us and not 61, but of (64, 128, 32) 23 and not 21.5, of (16, 1024, 300)
-# 109 and not 104.
-WIDE = 64
-GATE_SAMPLES = 32
-WIDE_SAMPLES = 16
-GATE_TILE = 16
-WIDE_TILE = 32
-MIDDLE = (128, 512)
-# Up to WIDE channels or units a product is one step: with two, a training step of (16, 64, 4800) took 50 us and not 45.
-# Where rows are not aligned, addresses of 64 spill 120 bytes, and in float64 696.
-GATE_DEPTH = 64
-ODD_DEPTH = 32
-# Beyond that, each of WIDE_SLICES warps makes a part of the sum, WIDE_DEPTH at a time: there are about as many programs
-# as multiprocessors, and a warp that has a quarter of its multiprocessor to itself waits for each of its instructions.
-# The second layer of (128, 512) took 12 us without slices and takes 7. With 8 or 16 it takes as long, and the gradients
-# of the weights, in the same launch as dA, get fewer programs on a multiprocessor.
-WIDE_SLICES = 4
-WIDE_DEPTH = 32
-# Not on the way back to the hidden units where dz is worked out there, from three tensors: in the order of ordered()
-# that took 17 us instead of 8.
-BACK_DEPTH = 64
-# Steps of a product whose loads are under way together: by 2, 3 and 4 the first layer of (128, 512) took 6.5, 5.1 and
-# 5.2 us.
-GATE_STAGES = 1
-WIDE_STAGES = 3
-# How float32 is multiplied, in Triton's words. Forward, and where dz comes ready, a weight is read along the products,
-# and as "ieee" wants it in shared memory lanes meet in a bank: 25 us for the first layer of (128, 512), 7 by "tf32x3".
-# Else the way back reads it across: there "tf32x3" took 7 us for what "ieee" does in 3.5, and pays in large tiles of a
-# weight's gradient only.
-FORWARD_PRECISION = "tf32x3"
-BACKWARD_PRECISION = "ieee"
-WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE, and in the same launch as a sum in slices
-# 8 warps take 1.0 to 1.6 times as long.
-GATE_WARPS = 4
-GATE_REGISTERS = 255
-# The gradient of a weight is made in tiles of GATE_TILE or WIDE_TILE, but of WEIGHT_TILE where these are WEIGHT_TILES
-# or more: 37 and 25 us for (128, 512), 7 and 13 for (64, 128), where few programs would have all of the work.
-WEIGHT_TILE = 64
-WEIGHT_TILES = 64
-# It is a sum over the batch: a program walks it by STEP samples, in larger tiles and in float64 by half as many: whole
-# steps spill. Above GATE_WALK samples it is shared out, while there are fewer programs than GATE_PROGRAMS for each
-# multiprocessor, and the shares are added up, ADDED elements of ADDED_SHARES shares at a time. Of 512 samples, 16 steps
-# took 12 us, 4 steps 6 and adding up 1.5, by torch 4.
-STEP = 64
-GATE_WALK = 128
-GATE_PROGRAMS = 2
-ADDED = 64
-ADDED_SHARES = 32
-# Programs merge the statistics of the batch's tiles as they need them, GATE_MERGED (tiles x units) at a time, up to
-# MOST_GROUPS tiles; of more, one launch does it before, MERGED at a time, by programs of MERGED_UNITS units. Those of a
-# product do so up to MERGED_BY_ALL units. Of more, launches of their own make relu(v), and du and relu(v) on the way
-# back, and the products load these: of (128, 512) the second layer took 7.3 us and takes 5.2 behind 3.3 where a merge
-# took 2.0; the weights' gradients took 25 and 15. For 64 units it is as fast either way.
-GATE_MERGED = 1024
-MERGED_BY_ALL = 64
-MOST_GROUPS = 128
-MERGED = 4096
-MERGED_UNITS = 8
-MERGE_WARPS = 8  # 4 spill in float64
 
 
 @dataclass(frozen=True)
@@ -266,13 +138,13 @@ class Product(NamedTuple):
 
     @classmethod
     def over(cls, size: int, align: int, itemsize: int, sliced: bool = True) -> "Product":
-        deepest = GATE_DEPTH if align * itemsize == 16 else ODD_DEPTH
-        if size <= WIDE:
-            return cls(min(max(power_of_two(size), 16), deepest), 1, GATE_STAGES)
+        deepest = tuned.GATE_DEPTH if align * itemsize == 16 else tuned.ODD_DEPTH
+        if size <= tuned.WIDE:
+            return cls(min(max(power_of_two(size), 16), deepest), 1, tuned.GATE_STAGES)
         if sliced and itemsize == 4:  # float64 is multiplied in two dimensions
-            even = size % (WIDE_DEPTH * WIDE_SLICES) == 0
-            return cls(WIDE_DEPTH, WIDE_SLICES, WIDE_STAGES, even)
-        return cls(min(BACK_DEPTH, deepest), 1, WIDE_STAGES)
+            even = size % (tuned.WIDE_DEPTH * tuned.WIDE_SLICES) == 0
+            return cls(tuned.WIDE_DEPTH, tuned.WIDE_SLICES, tuned.WIDE_STAGES, even)
+        return cls(min(tuned.BACK_DEPTH, deepest), 1, tuned.WIDE_STAGES)
 
 
 NO_PRODUCT = Product(16, 1, 1)
@@ -305,19 +177,19 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     channels, length = (walk.q, walk.p) if walk.channels_last else (walk.p, walk.q)
     sample_bytes = channels * length * itemsize
     rows = power_of_two(walk.p)
-    columns = max(power_of_two(walk.q), OCTET)
+    columns = max(power_of_two(walk.q), tuned.OCTET)
     wide = columns if walk.channels_last else rows
-    if wide > ONE_PASS_CHANNELS:
-        return f"{channels} channels do not fit the tile of one program (at most {ONE_PASS_CHANNELS})"
+    if wide > tuned.ONE_PASS_CHANNELS:
+        return f"{channels} channels do not fit the tile of one program (at most {tuned.ONE_PASS_CHANNELS})"
     ragged = 2 if _ragged(walk, itemsize) else 1  # half a tile: every element has an address of its own
     lean = not keep and ragged == 1 and itemsize <= 4 and not walk.wide  # others take more registers
-    crowded = lean and walk.n > sms and CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= L2_BYTES
-    samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * ON_CHIP
+    crowded = lean and walk.n > sms and tuned.CROWDED_BYTES < sample_bytes and 4 * sms * sample_bytes <= tuned.L2_BYTES
+    samples, loop = 1, crowded or rows * columns * max(itemsize, 4) * ragged > 4 * tuned.ON_CHIP
     if loop:
         together = min(walk.n, 2 * sms)
-        if together * sample_bytes > L2_BYTES:
+        if together * sample_bytes > tuned.L2_BYTES:
             return f"a sample of {sample_bytes} bytes fits no registers, and {together} under way do not fit the L2"
-        tile = WALKED // ragged
+        tile = tuned.WALKED // ragged
         if walk.channels_last:
             rows = max(tile // columns, 8)
         else:
@@ -329,11 +201,12 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     weights = max(itemsize, 4) * hidden * (channels + outputs)
     if weights > samples * sample_bytes:
         return f"each program would read {weights} bytes of weights for {samples * sample_bytes} bytes of x"
-    if cdiv(walk.n, samples) * 4 < 3 * sms and (walk.n * sample_bytes > 2 << 20 or 2 * sms * sample_bytes > L2_BYTES):
-        return f"{cdiv(walk.n, samples)} programs of whole samples leave most of {sms} multiprocessors idle"
-    units = min(max(32 * warps * PRODUCTS // (samples * wide), 1), 32, power_of_two(hidden))
+    programs = cdiv(walk.n, samples)
+    if programs * 4 < 3 * sms and (walk.n * sample_bytes > 2 << 20 or 2 * sms * sample_bytes > tuned.L2_BYTES):
+        return f"{programs} programs of whole samples leave most of {sms} multiprocessors idle"
+    units = min(max(32 * warps * tuned.PRODUCTS // (samples * wide), 1), 32, power_of_two(hidden))
     # Alone, ptxas stops at 64 or 128 here and spills for it; told of these limits on the other plans, it spills there.
-    most = CROWDED_REGISTERS if crowded else min(65536 // (32 * warps), 255)
+    most = tuned.CROWDED_REGISTERS if crowded else min(65536 // (32 * warps), 255)
     registers = most if warps >= 8 and (loop or ragged > 1) else None
     return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
@@ -341,55 +214,31 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
 def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: int = 4) -> GatePlan:
     """The plan of the gate's own launches, on numbers of `itemsize` bytes. Only counts depend on n."""
     wide = max(channels, hidden)
-    samples = GATE_SAMPLES if wide <= WIDE else WIDE_SAMPLES
-    tile = WIDE_TILE if MIDDLE[0] < wide <= MIDDLE[1] else GATE_TILE
+    samples = tuned.GATE_SAMPLES if wide <= tuned.WIDE else tuned.WIDE_SAMPLES
+    tile = tuned.WIDE_TILE if tuned.MIDDLE[0] < wide <= tuned.MIDDLE[1] else tuned.GATE_TILE
     align = 4 if channels % 4 == hidden % 4 == 0 else 1
     tiles = cdiv(n, samples)
-    # beyond WIDE units a step is several slices of them, which do not merge
-    apart, many = hidden > min(MERGED_BY_ALL, WIDE), tiles > MOST_GROUPS
+    # beyond tuned.WIDE units a step is several slices of them, which do not merge
+    apart, many = hidden > min(tuned.MERGED_BY_ALL, tuned.WIDE), tiles > tuned.MOST_GROUPS
     over_units = Product.over(hidden, align, itemsize)
 
     def weights_of(size: int) -> int:
         return cdiv(hidden, size) * (cdiv(channels, size) + cdiv(outputs, size))
 
-    weights = WEIGHT_TILE if weights_of(WEIGHT_TILE) >= WEIGHT_TILES else tile
-    shares = max(min(cdiv(n, GATE_WALK), GATE_PROGRAMS * sms // weights_of(weights)), 1)
-    step = STEP if weights == GATE_TILE and itemsize == 4 else STEP // 2
+    weights = tuned.WEIGHT_TILE if weights_of(tuned.WEIGHT_TILE) >= tuned.WEIGHT_TILES else tile
+    shares = max(min(cdiv(n, tuned.GATE_WALK), tuned.GATE_PROGRAMS * sms // weights_of(weights)), 1)
+    step = tuned.STEP if weights == tuned.GATE_TILE and itemsize == 4 else tuned.STEP // 2
     share = up_to(cdiv(n, shares), step)
     return GatePlan(
         samples=samples, channels=tile, units=tile, over_channels=Product.over(channels, align, itemsize),
         back=Product.over(channels, align, itemsize, sliced=False), over_units=over_units,
         weights=weights, step=step, align=align, tiles=tiles, groups=1 if many else tiles,
-        group=n if many else samples, at_a_time=GATE_MERGED // over_units.depth, apart=apart,
+        group=n if many else samples, at_a_time=tuned.GATE_MERGED // over_units.depth, apart=apart,
         shares=cdiv(n, share), share=share,
     )  # fmt: skip
 
 
 # ---- batch normalisation ---------------------------------------------------------------------------------------------
-
-# Elements of a channel that one program holds, and reads once: x forward; of x and g backward, so that of each it is
-# half as many. A thread of 16 warps has 32 of them, and two such programs share a multiprocessor in 64 registers, where
-# addresses of every element, and float64, would spill.
-NORM_ON_CHIP = 16384
-NORM_ON_CHIP_WARPS = 16
-NORM_REGISTERS = 64
-NORM_WIDE_REGISTERS = 128  # of float64 and of the launch that merges: alone, ptxas stops at 64 and spills 8 bytes
-# The least tile of a channel on chip: batches of fewer elements take the same code.
-NORM_LEAST = 2048
-# Of channels_last, bytes of neighbouring channels that it takes: a sector.
-NORM_SECTOR = 32
-# Elements of a tile where a channel is walked by several programs, and of one where statistics are given; those of a
-# thread. In float64, and where every element has an address of its own, half as many.
-NORM_TILE = 4096
-NORM_GIVEN = 1024
-NORM_THREAD = 16
-# Partial statistics of a channel that every program of the last launch merges: one for each lane of four warps. Of
-# channels_last each would merge those of all its channels, so a launch does it.
-NORM_PARTIALS = 128
-# It takes so many of MERGED_UNITS channels at once, and by that many programs a channel is walked at most. With 8 warps
-# it spills.
-NORM_MERGED = 512
-NORM_MERGE_WARPS = 16
 
 
 @dataclass(frozen=True)
@@ -419,26 +268,26 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
     """The plan of passes over x, or x and g. given: nothing is summed."""
     ragged, last = _ragged(walk, itemsize), walk.channels_last
     heavy = 2 if ragged or itemsize == 8 else 1  # an element in a thread, as registers go
-    registers = NORM_WIDE_REGISTERS if itemsize == 8 else None
+    registers = tuned.NORM_WIDE_REGISTERS if itemsize == 8 else None
     extent = walk.rows if last else walk.n
-    columns = max(power_of_two(walk.q), OCTET)
-    sector = min(columns, max(NORM_SECTOR // itemsize, OCTET)) if last else columns
+    columns = max(power_of_two(walk.q), tuned.OCTET)
+    sector = min(columns, max(tuned.NORM_SECTOR // itemsize, tuned.OCTET)) if last else columns
     held = power_of_two(extent) * sector
-    if not given and held * heavy * operands <= NORM_ON_CHIP:
-        tile = max(held, NORM_LEAST)
+    if not given and held * heavy * operands <= tuned.NORM_ON_CHIP:
+        tile = max(held, tuned.NORM_LEAST)
         blocks = cdiv(walk.q, sector) if last else 1
         programs = blocks if last else walk.p
-        each = NORM_THREAD // (2 if itemsize == 8 else 1)
-        warps = min(tile * operands // (32 * each), NORM_ON_CHIP_WARPS)
+        each = tuned.NORM_THREAD // (2 if itemsize == 8 else 1)
+        warps = min(tile * operands // (32 * each), tuned.NORM_ON_CHIP_WARPS)
         why = "a program keeps a channel in registers"
-        registers = NORM_REGISTERS if warps == NORM_ON_CHIP_WARPS and heavy == 1 else registers
+        registers = tuned.NORM_REGISTERS if warps == tuned.NORM_ON_CHIP_WARPS and heavy == 1 else registers
         return NormPlan(
             tile // sector, sector, True, False, blocks, 1, 1, False, programs, programs, warps, registers, why
         )  # fmt: skip
 
-    tile = (NORM_GIVEN if given else NORM_TILE) // heavy
+    tile = (tuned.NORM_GIVEN if given else tuned.NORM_TILE) // heavy
     if last:
-        columns = min(columns, CHANNELS)
+        columns = min(columns, tuned.CHANNELS)
     elif columns > tile:  # of three lengths the one with fewest idle lanes
         columns = min((tile, tile // 2, tile // 4), key=lambda b: cdiv(walk.q, b) * b)
     rows = max(tile // columns, 1)
@@ -447,60 +296,19 @@ def norm(walk: Walk, itemsize: int, sms: int, operands: int, given: bool = False
     side = blocks if last else max(walk.p, 1) * blocks  # programs for each piece
     pieces = groups
     if not given:
-        most = NORM_MERGED if last else max(NORM_PARTIALS // blocks, 1)
-        pieces = min(groups, most, cdiv(PROGRAMS_PER_SM * sms, side))
+        most = tuned.NORM_MERGED if last else max(tuned.NORM_PARTIALS // blocks, 1)
+        pieces = min(groups, most, cdiv(tuned.PROGRAMS_PER_SM * sms, side))
     piece = cdiv(groups, pieces)
     pieces = cdiv(groups, piece)
     splits = pieces if last else pieces * blocks
-    merge = not given and (last or splits > NORM_PARTIALS)
+    merge = not given and (last or splits > tuned.NORM_PARTIALS)
     if given:
         why = "statistics are given: every tile is a program of its own"
     else:
         why = f"a channel does not fit the registers of a program: it is walked by {splits}"
         why += ", and a launch merges what they leave" if merge else ""
-    warps = max(rows * columns * heavy // (32 * NORM_THREAD), 1)
+    warps = max(rows * columns * heavy // (32 * tuned.NORM_THREAD), 1)
     return NormPlan(
         rows, columns, False, piece > 1, blocks, splits, piece, merge, side * pieces, side * groups,
-        min(warps, MOST_WARPS), registers, why,
+        min(warps, tuned.MOST_WARPS), registers, why,
     )  # fmt: skip
-
-
-# ---- other constants, for a while ------------------------------------------------------------------------------------
-
-_caches: list[Any] = []
-
-
-def cached(prepare: Callable) -> Callable:
-    """functools.lru_cache for what is planned by the constants above: using() empties it."""
-    found = functools.lru_cache(maxsize=4096)(prepare)
-    _caches.append(found)
-    return found
-
-
-@contextlib.contextmanager
-def using(**constants: Any) -> Iterator[None]:
-    """Inside the block, constants of this module have these values, such as using(THREAD=64, TILE=1024).
-
-    For comparing plans: the block is the whole process's, and all prepared launches are forgotten at both of its ends.
-    A forward pass and the backward pass of what it kept belong in the same block.
-
-    Raises:
-        ValueError: a name that is no constant of this module.
-    """
-    known = {name for name in globals() if name.isupper() and not name.startswith("_")}
-    if unknown := sorted(constants.keys() - known):
-        raise ValueError(f"plans has no constant {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    before = {name: globals()[name] for name in constants}
-    globals().update(constants)
-    _forget()
-    try:
-        yield
-    finally:
-        globals().update(before)
-        _forget()
-
-
-def _forget() -> None:
-    checked.clear()
-    for found in _caches:
-        found.cache_clear()

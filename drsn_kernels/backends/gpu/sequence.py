@@ -23,7 +23,7 @@ from ...reference import SOFT
 from .. import cost
 from .. import step as steps
 from ..step import NOTHING_KEPT, Cost, Kept, Plan, Step
-from . import one_pass, plans, stream
+from . import one_pass, plans, stream, tuned
 from .gate import Sizes
 from .gate_passes import Gate, GateGrad, gate_values, prepare_gate, prepare_gate_grad
 from .launch import Pass, Prepared, Room, Wired, multiprocessors, same, tile_values
@@ -90,7 +90,7 @@ class Forward(NamedTuple):
         return self.run.prepared
 
 
-@plans.cached
+@tuned.cached
 def prepare_forward(step: Step, y: Strides) -> Forward:
     """y: strides of it."""
     s, scratch = Sizes.of(step), Room("scratch", step.sums)
@@ -160,7 +160,7 @@ class Backward(NamedTuple):
         return self.run.prepared
 
 
-@plans.cached
+@tuned.cached
 def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
     """g: strides of it."""
     layout, (hidden, outputs, *_) = step.layout, step.gate

@@ -17,7 +17,7 @@ from ...layout import Layout, Planes
 from ...reference import SOFT, Rule
 from .. import cost
 from ..step import Step
-from . import plans
+from . import tuned
 from .bits import (
     choose,
     elements,
@@ -37,8 +37,9 @@ from .bits import (
     words,
 )
 from .launch import Prepared, await_previous, kernel, multiprocessors, tile_values
-from .plans import TilePlan, cached, tiles
+from .plans import TilePlan, tiles
 from .tiles import by_channel, length_of_rows, load, load_plane, over_length, piece, store, store_planes, tile
+from .tuned import cached
 from .walk import Strides, walk
 
 # ---- reduce ----------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def prepare_map(
     plan, values = _tiled(layout, (x, y, residual or y), dtype, device, "xyr", split=False, apart=apart)
     values |= {
         "KIND": kind if kind == "scale" else "soft" if rule == SOFT else "piecewise", "INSIDE": rule.inside,
-        "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c, "EARLY": early and plans.DEPENDENT,
+        "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c, "EARLY": early and tuned.DEPENDENT,
     }  # fmt: skip
     step = Step("soft_threshold", layout, x, dtype, device)
     columns = layout.c if t[1] else 1
@@ -346,7 +347,7 @@ def prepare_grad(
     values |= {
         "INSIDE": rule.inside, "OFFSET": rule.offset, "KEPT": None if g is None else kept,
         "SIGN": sign if dtau or dA else None, "NONZERO": nonzero if dA else None,
-        "EARLY": early and dA and dx and not plan.loop and plans.DEPENDENT,
+        "EARLY": early and dA and dx and not plan.loop and tuned.DEPENDENT,
     }  # fmt: skip
     step = Step("shrink", layout, layout.strides, dtype, device)
     cost_of = cost.grad(step, "grad_kernel", g is not None, dA, dx, dtau, plan.splits if dtau else 1)
