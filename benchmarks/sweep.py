@@ -118,6 +118,7 @@ CHOICES: tuple[Choice, ...] = (
     Choice(STEPS, ({"GATE_WARPS": 4}, {"GATE_WARPS": 8})),
     Choice(STEPS[:1], tuple({"STEP": n, "GATE_WALK": walk} for n in (32, 64) for walk in (64, 128, 256, 512))),
     Choice(STEPS[:1], tuple({"MERGED_BY_ALL": n, "MOST_GROUPS": m} for n in (0, 64) for m in (32, 128))),
+    Choice(("shrink_eval",), tuple({"WHOLE_GATE": most, "WHOLE_WARPS": n} for most, n in ((0, 8), (64, 4), (64, 8)))),
     # one pass: whole samples in registers, walked from L2 too, or neither, which leaves several launches
     Choice(
         ("shrink_eval",),

@@ -268,13 +268,16 @@ def gate_case(
     )  # fmt: skip
 
 
-def several(shape: tuple[int, ...], dtype: torch.dtype, training: bool = True):
+def several(shape: tuple[int, ...], dtype: torch.dtype, coupled: bool = True):
     """reduce, the gate, map; and grad, the gate, grad. Of more than 64 units launches of their own make relu(v) and du
-    in training, of more than 128 channels dz."""
-    long, wide, wider = _long(shape, dtype), training and shape[1] > 64, shape[1] > 128
+    where statistics are the batch's (coupled), of more than 128 channels dz. Of fewer, one makes the whole gate where
+    they are not."""
+    long, wide, wider = _long(shape, dtype), coupled and shape[1] > 64, shape[1] > 128
+    whole = not coupled and shape[1] <= 64
+    gate = ("whole_gate_kernel",) if whole else ("hidden_kernel", *("normalise_kernel",) * wide, "alpha_kernel")
     forward = (
         expected("reduce_kernel", {"x": 1}, loop=long),
-        *map(expected, ("hidden_kernel", *("normalise_kernel",) * wide, "alpha_kernel")),
+        *map(expected, gate),
         expected("map_kernel", {"x": 1}, {"y": 1}),
     )
     backward = (
@@ -325,10 +328,12 @@ CASES += [
 # More samples than multiprocessors, and nothing kept: walked in small tiles even though they would fit.
 CASES += [gate_case((512, 64, 256), dtype, "eval, many samples", (TWICE,)) for dtype in (F32, BF16)]
 CASES += [
-    gate_case((16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32), norm=False),
+    gate_case(
+        (16, 64, 1024), F32, "no BatchNorm, few samples", *several((16, 64, 1024), F32, coupled=False), norm=False
+    ),
     gate_case((8, 128, 1024), BF16, "BatchNorm", *several((8, 128, 1024), BF16)),
     gate_case((40, 512, 7, 7), F32, "BatchNorm", *several((40, 512, 7, 7), F32)),
-    gate_case((40, 512, 7, 7), F32, "eval", *several((40, 512, 7, 7), F32, training=False)[:1]),
+    gate_case((40, 512, 7, 7), F32, "eval", *several((40, 512, 7, 7), F32, coupled=False)[:1]),
 ]
 
 # Batch normalisation: a channel on chip, in pieces, walked, and merged; rows that are aligned, ragged, long.

@@ -207,13 +207,31 @@ def test_nan_stays():
     assert found["tau"][3].isnan().all() and found["tau"].isnan().sum() == 6
 
 
-def test_the_papers_network_takes_two_launches_each_way():
+def test_the_papers_network_takes_two_launches_each_way_at_most():
     for kind in KINDS:
         for n, c in ((2, 1), (128, 16), (128, 32)):
             step = Run(n, c, c, c, kind, "channel").step
             forward, backward = gate_passes.prepare_gate(step, 1), gate_passes.prepare_gate_grad(step, 1, True)
             names = [[one.name for one in way if isinstance(one, Prepared)] for way in (forward, backward)]
-            assert names == [["hidden_kernel", "alpha_kernel"], ["hidden_grad_kernel", "linear_grad_kernel"]]
+            ahead = ["hidden_kernel", "alpha_kernel"] if kind == "batch norm" else ["whole_gate_kernel"]
+            assert names == [ahead, ["hidden_grad_kernel", "linear_grad_kernel"]]
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("average", ["channel", "sample", None])
+@pytest.mark.parametrize("width", [(64, 64, 64), (5, 64, 1), (33, 1, 33)], ids=str)
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_whole_gate_is_that_of_two_launches(kind, width, average):
+    """Up to the order of sums; with what is kept of it, in parts and not."""
+    c, h, o = width
+    for n, parts, keep in ((17, 1, True), (40, 3, True), (1, 2, False)):
+        run = Run(n, c, h, o, kind, average, parts=parts, keep=keep)
+        assert isinstance(gate_passes.prepare_gate(run.step, parts), gate_passes.WholeGate)
+        run.check()
+        whole = run.launched()
+        with tuned.using(WHOLE_GATE=0):
+            for name, value in run.launched().items():
+                torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_tiles_follow_from_the_widths_alone():
@@ -260,8 +278,9 @@ def test_as_compiled(target, tmp_path, triton_cache):
     found = json.loads(done.stdout)
     for name, launches in found.items():
         wide, normed = name.startswith("wide"), name == "wide"
+        ahead = ["hidden_kernel", *["normalise_kernel"] * normed, "alpha_kernel"]
         assert [launch["kernel"] for launch in launches] == [
-            "hidden_kernel", *["normalise_kernel"] * normed, "alpha_kernel",
+            *(["whole_gate_kernel"] if name == "odd" else ahead),
             *["logit_grad_kernel"] * wide, "hidden_grad_kernel", *["norm_grad_kernel"] * normed, "linear_grad_kernel",
             *(["add_shares_kernel"] if name == "medium" else []),
         ], name  # fmt: skip

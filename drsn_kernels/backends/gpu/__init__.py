@@ -3,6 +3,7 @@
 backend.py   the class `Gpu`, which the operators call
 stream.py    the kernels that read x or g: reduce, map and grad. They know no gate
 gate.py, gate_grad.py, linear_grad.py   the standard gate's own kernels, forward and backward, on product.py's tiles
+whole_gate.py  its forward by one launch, where it is small and statistics are given
 one_pass.py  step and standard gate in one launch
 gate_passes.py   which launches the gate takes
 sequence.py  which launches a step with the standard gate takes, in order

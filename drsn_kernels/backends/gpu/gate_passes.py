@@ -1,12 +1,13 @@
 """Which launches the standard gate takes, forward and backward. It knows nothing of x: sequence.py puts them between
 the launches that do.
 
-    forward    hidden, [merge,] [normalise,] alpha                     A and the parameters to tau and the state
+    forward    whole_gate | hidden, [merge,] [normalise,] alpha        A and the parameters to tau and the state
     backward   [logit_grad,] hidden_grad, [merge,] [norm_grad,] linear_grad [, add_shares]
                                                                        dtau to dA and the gradients
 
-In brackets: merge and add_shares of many samples, normalise and norm_grad of many units, logit_grad of many channels.
-merge, normalise and norm_grad are there with statistics of the batch only.
+whole_gate of few channels and units without statistics of the batch. In brackets: merge and add_shares of many samples,
+normalise and norm_grad of many units, logit_grad of many channels. merge, normalise and norm_grad are there with
+statistics of the batch only.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..step import Cost, Step
-from . import gate, gate_grad, linear_grad, plans, tuned
+from . import gate, gate_grad, linear_grad, plans, tuned, whole_gate
 from .launch import Prepared, Room, Wired, multiprocessors, same
 from .native import Piece, Source
 from .plans import GatePlan, Product, cdiv, up_to
@@ -35,6 +36,10 @@ def gate_plan(step: Step) -> GatePlan:
     return plans.gate(layout.n, layout.c, hidden, outputs, multiprocessors(step.device), step.sums.itemsize)
 
 
+def _precision(step: Step, of_float32: str) -> str:
+    return "ieee" if step.sums == torch.float64 else of_float32
+
+
 def _of_gate(
     fn: Any, step: Step, plan: GatePlan, over: Product, programs: int, cost_of: Cost, precision: str = "ieee",
     spread: bool = True, **values: int,
@@ -44,7 +49,7 @@ def _of_gate(
         "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group,
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": over.depth, "SLICES": over.slices,
         "EVEN": over.even, "GROUPS": plan.at_a_time,
-        "PRECISION": "ieee" if step.sums == torch.float64 else precision,
+        "PRECISION": _precision(step, precision),
     } | values  # fmt: skip
     return Prepared(
         fn, step.device, programs, values, plan, cost_of, warps=max(tuned.GATE_WARPS, over.slices),
@@ -89,8 +94,19 @@ def _statistics(room: Room, merge: Prepared | None, step: Step, tiles: int) -> t
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
+class WholeGate(NamedTuple):
+    """The gate's one launch of a forward pass: A and the parameters to tau and the state."""
+
+    launch: Prepared
+
+    def wired(self, step: Step, room: Room, partial: Source, pooled: Source, state: Source, tau: Source) -> Wired:
+        kept = {"pooled": pooled, "state": state} if step.keep else {}
+        given = same("w1", "b1", "mean", "var", "gamma", "beta", "w2", "b2")
+        return [(self.launch, {"partial": partial, "tau": tau, **kept, **given})]
+
+
 class Gate(NamedTuple):
-    """The gate's launches of a forward pass: A and the parameters to tau and the state."""
+    """The same by several launches."""
 
     hidden: Prepared
     merge: Prepared | None
@@ -114,8 +130,29 @@ class Gate(NamedTuple):
         return [(self.hidden, first), *between, (self.normalise, norm | positive), (self.alpha, last | positive)]
 
 
-def prepare_gate(step: Step, parts: int) -> Gate:
+def prepare_gate(step: Step, parts: int) -> WholeGate | Gate:
     """parts: partial sums that A comes in."""
+    whole = _whole_gate(step, parts)
+    return _gate(step, parts) if whole is None else WholeGate(whole)
+
+
+def _whole_gate(step: Step, parts: int) -> Prepared | None:
+    n, c, (hidden, _, _, batch_stats, *_) = step.layout.n, step.layout.c, step.gate
+    plan = plans.whole_gate(c, hidden, batch_stats)
+    if plan is None:
+        return None
+    values = gate_values(step) | {
+        "N": n, "CA": c // plan.align, "HA": hidden // plan.align, "ALIGN": plan.align, "parts": parts,
+        "SPLIT": parts > 1, "BN": plan.samples, "BC": plan.channels, "BH": plan.units,
+        "PRECISION": _precision(step, tuned.FORWARD_PRECISION),
+    }  # fmt: skip
+    return Prepared(
+        whole_gate.whole_gate_kernel, step.device, cdiv(n, plan.samples), values, plan,
+        whole_gate.whole_gate_cost(step, parts), warps=tuned.WHOLE_WARPS, registers=tuned.GATE_REGISTERS,
+    )  # fmt: skip
+
+
+def _gate(step: Step, parts: int) -> Gate:
     plan, ready = gate_plan(step), not step.keep and not step.gate.batch_stats
     hidden = _of_gate(
         gate.hidden_kernel, step, plan, plan.over_channels, plan.tiles * cdiv(step.gate.hidden, plan.units),

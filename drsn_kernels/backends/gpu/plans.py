@@ -151,6 +151,16 @@ NO_PRODUCT = Product(16, 1, 1)
 
 
 @dataclass(frozen=True)
+class WholeGatePlan:
+    """The gate in one launch, where statistics are given."""
+
+    samples: int  # BN
+    channels: int  # BC, all of them
+    units: int  # BH, all of them
+    align: int  # elements that divide C and H, as rows are aligned
+
+
+@dataclass(frozen=True)
 class GatePlan:
     """The gate's own launches: tiles of samples, channels, units and outputs."""
 
@@ -211,12 +221,24 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     return OnePassPlan(samples, rows, columns, loop, units, warps, registers)
 
 
+def whole_gate(channels: int, hidden: int, batch_stats: bool) -> WholeGatePlan | None:
+    """The plan of the gate's one launch, where it is one."""
+    if batch_stats or max(channels, hidden) > tuned.WHOLE_GATE:
+        return None
+    wide = [max(power_of_two(size), 16) for size in (channels, hidden)]
+    return WholeGatePlan(tuned.WHOLE_SAMPLES, *wide, _align(channels, hidden))
+
+
+def _align(channels: int, hidden: int) -> int:
+    return 4 if channels % 4 == hidden % 4 == 0 else 1
+
+
 def gate(n: int, channels: int, hidden: int, outputs: int, sms: int, itemsize: int = 4) -> GatePlan:
     """The plan of the gate's own launches, on numbers of `itemsize` bytes. Only counts depend on n."""
     wide = max(channels, hidden)
     samples = tuned.GATE_SAMPLES if wide <= tuned.WIDE else tuned.WIDE_SAMPLES
     tile = tuned.WIDE_TILE if tuned.MIDDLE[0] < wide <= tuned.MIDDLE[1] else tuned.GATE_TILE
-    align = 4 if channels % 4 == hidden % 4 == 0 else 1
+    align = _align(channels, hidden)
     tiles = cdiv(n, samples)
     # beyond tuned.WIDE units a step is several slices of them, which do not merge
     apart, many = hidden > min(tuned.MERGED_BY_ALL, tuned.WIDE), tiles > tuned.MOST_GROUPS

@@ -25,7 +25,7 @@ from .. import step as steps
 from ..step import NOTHING_KEPT, Cost, Kept, Plan, Step
 from . import one_pass, plans, stream, tuned
 from .gate import Sizes
-from .gate_passes import Gate, GateGrad, gate_values, prepare_gate, prepare_gate_grad
+from .gate_passes import Gate, GateGrad, WholeGate, gate_values, prepare_gate, prepare_gate_grad
 from .launch import Pass, Prepared, Room, Wired, multiprocessors, same, tile_values
 from .native import Piece
 from .plans import OnePassPlan, cdiv
@@ -78,7 +78,7 @@ class Forward(NamedTuple):
 
     one: Prepared | None
     reduce: Prepared | None
-    gate: Gate | None
+    gate: WholeGate | Gate | None
     map: Prepared | None
     keeping: Keeping | None
     scratch: Room
@@ -120,7 +120,7 @@ def _one_forward(step: Step, y: Strides) -> Prepared | None:
 
 def _several_forward(
     step: Step, y: Strides, keeping: Keeping | None, scratch: Room
-) -> tuple[Prepared, Gate, Prepared, Wired]:
+) -> tuple[Prepared, WholeGate | Gate, Prepared, Wired]:
     layout = step.layout
     first = stream.prepare_reduce(layout, step.strides, None, step.dtype, step.device, "magnitude", False)
     last = stream.prepare_map(

@@ -78,11 +78,17 @@ LOGITS = 512
 # eval 57 and 37; of (128, 512, 32) 53 and 18. That cuBLAS is faster beyond these sizes is an estimate.
 MOST_CHANNELS = 1024
 MOST_PRODUCTS = 1 << 28
-# A program of the gate's launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels. Small tiles, as
-# there are few: 64 for the first layer of (512, 64). Beyond WIDE units or channels products are long, and what counts
-# is how many programs share them; WIDE_TILE for MIDDLE[0] < units <= MIDDLE[1], where weights are read less often then:
-# a training step of (128, 512, 32) takes 58.5 us and not 61, but of (64, 128, 32) 23 and not 21.5, of (16, 1024, 300)
-# 109 and not 104.
+# Channels, and hidden units, up to which one launch makes the gate where its statistics are given; samples and warps
+# of a program. Predicted by benchmarks/model.py, not measured: a forward pass in eval of (32, 64, 1024) takes 14.6 us,
+# by 4 warps 15.7 and by two launches 17.3.
+WHOLE_GATE = 64
+WHOLE_SAMPLES = 16
+WHOLE_WARPS = 8
+# A program of the gate's other launches makes a tile of GATE_SAMPLES samples by GATE_TILE units or channels. Small
+# tiles, as there are few: 64 for the first layer of (512, 64). Beyond WIDE units or channels products are long, and
+# what counts is how many programs share them; WIDE_TILE for MIDDLE[0] < units <= MIDDLE[1], where weights are read less
+# often then: a training step of (128, 512, 32) takes 58.5 us and not 61, but of (64, 128, 32) 23 and not 21.5, of (16,
+# 1024, 300) 109 and not 104.
 WIDE = 64
 GATE_SAMPLES = 32
 WIDE_SAMPLES = 16
