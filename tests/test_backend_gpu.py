@@ -30,19 +30,11 @@ ours, torchs = Gpu(), eager
 RULES = {"soft": SOFT, "leaky": Rule(0.25, 0.75), "hard": Rule(0.1, 0.0)}
 
 
-def forget_plans():
-    for prepare in (
-        stream.prepare_reduce, stream.prepare_map, stream.prepare_grad, sequence.prepare_forward,
-        sequence.prepare_backward,
-    ):  # fmt: skip
-        prepare.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def fresh_plans():
-    forget_plans()
+    tuned.forget()
     yield
-    forget_plans()
+    tuned.forget()
 
 
 @pytest.fixture(params=["split", "64-bit offsets"])

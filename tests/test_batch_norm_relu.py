@@ -10,6 +10,7 @@ from oracle import DTYPES, LAYOUTS, batch_norm_act, check, close, wide
 from test_autograd_memory import Saved
 
 import drsn_kernels as dk
+from drsn_kernels import gates
 from drsn_kernels.backends import BACKENDS, cpu
 from drsn_kernels.backends.step import Backend
 
@@ -364,6 +365,26 @@ def test_each_momentum_is_checked(kernels):
     kernels.batch_norm_relu(x, *running, training=True, momentum=0.1)
     with pytest.raises(TypeError, match="momentum must be a number, got None"):
         kernels.batch_norm_relu(x, *running, training=True, momentum=None)
+
+
+def test_training_is_a_bool_whatever_was_called_before(kernels):
+    x = torch.randn(4, 6, 20)
+    kernels.batch_norm_relu(x, training=True)
+    with pytest.raises(TypeError, match="training must be True or False, got 1"):
+        kernels.batch_norm_relu(x, training=1)
+
+
+def test_calls_that_differ_in_what_requires_grad_are_known_beside_each_other(fusing, monkeypatch):
+    if fusing == "torch":
+        pytest.skip("nothing is kept")
+    x, made, guard_of = torch.randn(4, 6, 20), [], gates.guard_of
+    monkeypatch.setattr(gates, "guard_of", lambda *tensors: made.append(tensors) or guard_of(*tensors))
+    weights = torch.ones(6), torch.ones(6, requires_grad=True)
+    given = [(y, weight, torch.zeros(6)) for y in (x, x.clone().requires_grad_()) for weight in weights]
+    for _ in range(3):
+        for y, weight, bias in given:
+            dk.batch_norm_relu(y, weight=weight, bias=bias, training=True)
+    assert len(made) == len(given)
 
 
 def test_numbers_of_any_sort(kernels):

@@ -28,22 +28,14 @@ if gpu.missing() is None:
     from drsn_kernels.backends.gpu import walk as walks
 
 
-def forget_plans():
-    for prepare in (
-        stream.prepare_reduce, stream.prepare_map, stream.prepare_grad, sequence.prepare_forward,
-        sequence.prepare_backward,
-    ):  # fmt: skip
-        prepare.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def strictly_triton(monkeypatch):
     monkeypatch.setattr(tuned, "TILE", 512)
     monkeypatch.setattr(tuned, "CHANNELS", 256)
-    forget_plans()
+    tuned.forget()
     with dk.use_backend("triton", strict=True):
         yield
-    forget_plans()
+    tuned.forget()
 
 
 @pytest.fixture(params=["as planned", "small tiles", "64-bit offsets"])
@@ -55,7 +47,7 @@ def sizes(request, monkeypatch):
     elif request.param == "64-bit offsets":
         for module in (stream, sequence):
             monkeypatch.setattr(module, "walk", functools.partial(walks.walk, force_wide=True))
-    forget_plans()
+    tuned.forget()
     return request.param
 
 
@@ -111,7 +103,7 @@ def plan(request, monkeypatch):
     else:  # whatever the weights cost and however few programs there are
         one = plans.one_pass
         monkeypatch.setattr(plans, "one_pass", lambda on, h, o, size, sms, keep: one(on, 0, 0, size, 0, keep))
-    forget_plans()
+    tuned.forget()
     return request.param
 
 
@@ -172,6 +164,27 @@ def test_fused_gate_in_any_layout(plan, layout):
 def test_fused_gate_as_planned(sizes, shape, kind):
     x, g = varied(shape), features(shape)
     compare(x, None, gate_of(shape[1], kind, "channel"), "channel", g, fused=True)
+
+
+@pytest.mark.parametrize("plan", ["on chip", "launches"], indirect=True)
+def test_of_a_frozen_gate_only_x_has_a_gradient(plan):
+    """In one pass nothing is launched for the others'."""
+    x, g, gate = varied((5, 6, 70)), features((5, 6, 70)), gate_of(6, "norm", "channel")
+    wanted = torch.autograd.grad(dk.shrink(x.requires_grad_(), gate), [x, *gate.parameters()], g)[0]
+    y = dk.shrink(x, gate.requires_grad_(False))
+    assert torch.equal(*torch.autograd.grad(y, x, g), wanted)
+    step = y.grad_fn.gated.step
+    launched = [one.name for one in sequence.prepare_backward(step, g.stride(), True, False).launches]
+    if plan == "on chip":
+        assert launched == ["backward_kernel"]
+    else:
+        assert launched == ["grad_kernel", "hidden_grad_kernel", "linear_grad_kernel", "grad_kernel"]
+
+
+def test_a_row_of_an_expanded_tensor_has_more_columns_than_its_offsets_say():
+    for shape in ((1, 1, 2**32), (1, 3, 2**31 - 8), (2, 2, 2**31 + 16)):
+        x = torch.ones(1).expand(shape)
+        assert walks.walk(layouts.layout_of(x), x.stride()).wide
 
 
 def test_training_follows_the_module(monkeypatch):

@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.unpoisoned,
 ]
 if gpu.missing() is None:
-    from drsn_kernels.backends.gpu import launch, plans, sequence
+    from drsn_kernels.backends.gpu import launch, plans, tuned
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,8 @@ def test_a_stride_whose_multiples_do_not_fit_32_bits(plan, monkeypatch):
     gate = torch.nn.Sigmoid() if plan == "any gate" else dk.Shrinkage(4, norm=False).fc
     if plan == "launches":
         monkeypatch.setattr(plans, "one_pass", lambda *args: "not here")
-    sequence.prepare_forward.cache_clear()
+    tuned.forget()
     y = dk.shrink(x, gate)
-    sequence.prepare_forward.cache_clear()
+    tuned.forget()
     with dk.use_backend("torch"):
         torch.testing.assert_close(y, dk.shrink(x.contiguous(), gate), rtol=1e-3, atol=1e-3)

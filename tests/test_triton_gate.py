@@ -6,6 +6,7 @@ error of the same formula in torch's float32, and a few units of the last place.
 
 import copy
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 if gpu.missing() is None:
     import gate_alone
+    import triton.language as tl
 
     from drsn_kernels.backends.gpu import gate_passes, plans, tuned
     from drsn_kernels.backends.gpu.launch import Prepared
@@ -215,6 +217,16 @@ def test_the_papers_network_takes_two_launches_each_way_at_most():
             names = [[one.name for one in way if isinstance(one, Prepared)] for way in (forward, backward)]
             ahead = ["hidden_kernel", "alpha_kernel"] if kind == "batch norm" else ["whole_gate_kernel"]
             assert names == [ahead, ["hidden_grad_kernel", "linear_grad_kernel"]]
+
+
+def test_a_schedule_of_momentum_compiles_nothing():
+    for hidden, launch in ((16, "alpha"), (70, "normalise")):
+        step = Run(40, 16, hidden, 16, "batch norm", "channel").step
+        gates_of = [gate_passes.prepare_gate(step._replace(gate=step.gate._replace(momentum=m)), 1) for m in (0.1, 0.3)]
+        one, other = (getattr(gate, launch) for gate in gates_of)
+        assert {name for name in one.values if one.values[name] != other.values[name]} == {"factor", "rest"}
+        parameters = inspect.signature(one.fn.fn).parameters
+        assert not any(parameters[name].annotation is tl.constexpr for name in ("factor", "rest"))
 
 
 @pytest.mark.sampled(3)

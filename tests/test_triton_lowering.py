@@ -189,6 +189,12 @@ try:
 except AttributeError:
     pass
 assert "CPU tensors under" in gpu.unsupported(x)  # afterwards everything is as before
+gate = lambda pooled: pooled / 2
+with dk.use_backend("triton"):
+    wanted = dk.shrink(x, gate)
+    with lowering("cuda:90") as inner:
+        dk.shrink(x, gate)  # of a call that is known, too
+    assert len(inner) == 2 and torch.equal(dk.shrink(x, gate), wanted)
 try:
     with lowering("cuda:90"):
         raise KeyError("a caller's error")

@@ -30,17 +30,12 @@ SLOPES = [0.0, 1.0, 0.1]
 EPS = 1e-5
 
 
-def forget_plans() -> None:
-    for prepare in (norm_passes.prepare_norm, norm_passes.prepare_statistics, norm_passes.prepare_grad):
-        prepare.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def as_planned(monkeypatch):
     monkeypatch.setattr(tuned, "CHANNELS", 256)
-    forget_plans()
+    tuned.forget()
     yield
-    forget_plans()
+    tuned.forget()
 
 
 @pytest.fixture(params=["on chip", "several", "merged", "64-bit offsets"])
@@ -56,7 +51,7 @@ def plan(request, monkeypatch) -> str:
         monkeypatch.setattr(tuned, "NORM_PARTIALS", 1)
     if request.param == "64-bit offsets":
         monkeypatch.setattr(norm_passes, "walk", functools.partial(walks.walk, force_wide=True))
-    forget_plans()
+    tuned.forget()
     return request.param
 
 

@@ -83,6 +83,8 @@ class Cpu(Backend):
         )  # fmt: skip
 
     def grad_into(self, dx, dtau, layout, dtype, planes, g, dA, rule):
+        if dA is not None and dtau is not None:
+            raise ValueError("the cpu backend makes dtau without dA, not both at once")
         bits, kept, sign, nonzero = planes
         walk(layout, dtype).grad(
             g=g, dA=dA, dx=dx, dtau=dtau, planes=bits, kept=kept, sign=sign, nonzero=nonzero,

@@ -8,7 +8,8 @@ together with them:
     map      y = soft_threshold(x, t) by a rule, or x * t, plus a residual; and the bit planes
     grad     dx = kept * g + s * dA / L and dtau = -sum s * kept * g, from the planes
 
-They take thresholds and dA as tensors (N, C) and know no gate. Outputs are allocated here, once for every backend.
+They take thresholds and dA as tensors (N, C) and know no gate. What they fill is allocated here, once for every
+backend.
 """
 
 import sys
@@ -256,11 +257,13 @@ class Backend:
         residual: torch.Tensor | None = None, shift: torch.Tensor | None = None, out: torch.Tensor | None = None,
         keep: int = 0,
     ) -> tuple[torch.Tensor, Planes | None]:  # fmt: skip
-        """y = x thresholded at t, or "scale": x * t (+ shift / L), + residual. t (N | 1, C | 1), shift (N, C).
+        """y = x thresholded at t, or "scale": x * t, + residual or shift / L. t (N | 1, C | 1), shift (N, C).
 
         out: written to instead of a fresh y, x itself for one. keep: 0, or planes: 2 for kept and sign, 3 for nonzero
         too.
         """
+        if residual is not None and shift is not None:
+            raise ValueError("map adds a residual or a shift, not both")
         y = self.like(x, layout) if out is None else out
         planes = thresholded(self.planes(keep, layout, x.device), keep == 3) if keep else None
         self.map_into(y, planes, x, layout, t, kind, rule, residual, shift)
@@ -270,7 +273,8 @@ class Backend:
         self, layout: Layout, dtype: torch.dtype, planes: Planes, g: torch.Tensor | None, *,
         dA: torch.Tensor | None = None, want_dx: bool = True, want_dtau: bool = False, rule: Rule = SOFT,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-        """dx and dtau (N, C), each if wanted. g may be absent (abs_mean alone), and so may dA (N, C)."""
+        """dx and dtau (N, C), each if wanted. g may be absent (abs_mean alone), and so may dA (N, C), which the cpu
+        backend takes without dtau only: every operator wants dtau before dA is there."""
         dx = None
         if want_dx and g is None:
             dx = self.empty(layout.shape, layout.strides, dtype, dA.device)

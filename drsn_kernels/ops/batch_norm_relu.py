@@ -79,7 +79,7 @@ def _of_all(
     """mean and var (C,) over all processes, and this process's share of the elements. Merged without cancellation."""
     own = backend.norm_statistics(x, layout).double() if layout.numel else x.new_zeros(2, layout.c, dtype=torch.double)
     count = own.new_full((layout.c,), layout.n * layout.l)
-    parts = [torch.empty_like(own.new_empty(3, layout.c)) for _ in range(dist.get_world_size(group))]
+    parts = [own.new_empty(3, layout.c) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, torch.stack([*own, count]), group=group)
     means, squares, counts = torch.stack(parts, 1)
     total = counts.sum(0)
@@ -161,11 +161,12 @@ def normalise(
     why, key, known, tensors = not_eager(), None, None, [t for t in (x, weight, bias, *buffers) if t is not None]
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-    if why is None and group is None and type(momentum) is float:
+    if why is None and group is None and type(momentum) is float and type(training) is bool:
         try:
             key = (
-                "norm", x.shape, x.stride(), x.dtype, training, eps, slope, backends.choice.backend,
-                torch.is_grad_enabled(), weight is None, bias is None, buffers[0] is None, buffers[2] is None,
+                "norm", x.shape, x.stride(), x.dtype, x.device, x.requires_grad, training, eps, slope,
+                backends.choice.backend, torch.is_grad_enabled(), None if weight is None else weight.requires_grad,
+                None if bias is None else bias.requires_grad, buffers[0] is None, buffers[2] is None,
             )  # fmt: skip
             known = checked.get(key)
             if known is not None and not known.guard.check(*tensors):

@@ -109,7 +109,8 @@ class Gpu(Backend):
         if step.op in ("shrink", "squeeze_excite"):
             name, why = "two launches each way", f"a gate of torch's stands between them; {why}"
         else:
-            name = "one launch each way"
+            added = any(name.startswith("aten::") for name in forward.kernels + backward.kernels)
+            name = "one launch each way" + (", and torch adds up pieces" if added else "")
         return self._sequence.described(name, why, (), forward, backward, tuple(found.launches))
 
 

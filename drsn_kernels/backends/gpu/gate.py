@@ -189,19 +189,20 @@ def hidden_kernel(
 
 @triton.jit
 def settle(
-    center, spread, before_mean, before_var, h, live, state, mean, var, N, H, outputs, MOMENTUM: tl.constexpr
+    center, spread, before_mean, before_var, h, live, state, mean, var, N, H, outputs, factor, rest
 ):  # fmt: skip
     """The batch's statistics (variance: biased) to the state, and the running ones (variance: unbiased) updated.
 
     before: these as they were, which come loaded together with everything else. One after the other, each load behind
-    a store, they were the longest way through the launch.
+    a store, they were the longest way through the launch. factor + rest: the batch's part in them.
     """
     count = N.to(center.dtype)
+    by = tl.full((1,), factor, center.dtype) + tl.full((1,), rest, center.dtype)
     batch_mean, batch_var = statistics_of(state, N, H, outputs)
     tl.store(batch_mean + h, center, live)
     tl.store(batch_var + h, spread / count, live)
-    tl.store(mean + h, before_mean * (1 - MOMENTUM) + center * MOMENTUM, live)
-    tl.store(var + h, before_var * (1 - MOMENTUM) + spread / (count - 1) * MOMENTUM, live)
+    tl.store(mean + h, before_mean * (1 - by) + center * by, live)
+    tl.store(var + h, before_var * (1 - by) + spread / (count - 1) * by, live)
 
 
 @triton.jit
@@ -213,9 +214,9 @@ def of_batch(statistics, h, live, N, H, groups, group, EPS: tl.constexpr, GROUPS
 
 @kernel(pointers=8, aligned=("state", "positive"))
 def normalise_kernel(
-    state, statistics, mean, var, batches, gamma, beta, positive, N, CA, HA, tiles, groups, group,
-    ONE: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr,
-    BH: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
+    state, statistics, mean, var, batches, gamma, beta, positive, N, CA, HA, tiles, groups, group, factor, rest,
+    ONE: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """positive = relu(v) (N, H), behind a norm by statistics of the batch. They go to the state; running ones follow.
 
@@ -234,14 +235,15 @@ def normalise_kernel(
     center, spread, scale = of_batch(statistics, h, live, N, H, groups, group, EPS, GROUPS)
     v, _ = scaled(standardised(u, center, scale), h, live, scale, gamma, beta)
     store_rows(positive, relu(v), n, N, h, H)
-    settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, 1 if ONE else CA * ALIGN, MOMENTUM)
+    outputs = 1 if ONE else CA * ALIGN
+    settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, factor, rest)
     tl.store(batches, counted + 1, tl.program_id(0) == 0)
 
 
 @kernel(pointers=12, aligned=("pooled", "state", "positive", "w2", "tau"))
 def alpha_kernel(
     pooled, state, positive, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
-    AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
+    factor, rest, AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr,
     ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
     EVEN: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +280,7 @@ def alpha_kernel(
                 own = live & (tl.program_id(0) == 0)
                 before_mean, before_var = tl.load(mean + h, own, 0.0), tl.load(var + h, own, 0.0)
                 center, spread, scale = of_batch(statistics, h, live, N, H, groups, group, EPS, GROUPS)
-                settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, MOMENTUM)
+                settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, factor, rest)
                 v, _ = scaled(standardised(v, center, scale), h, live, scale, gamma, beta)
             else:
                 v, _, _ = normalise(v, h, live, mean, var, gamma, beta, EPS)

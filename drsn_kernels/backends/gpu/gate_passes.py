@@ -18,7 +18,7 @@ import torch
 
 from ..step import Cost, Step
 from . import gate, gate_grad, linear_grad, plans, tuned, whole_gate
-from .launch import Prepared, Room, Wired, multiprocessors, same
+from .launch import Prepared, Room, Wired, moving, multiprocessors, same
 from .native import Piece, Source
 from .plans import GatePlan, Product, cdiv, up_to
 
@@ -27,8 +27,8 @@ def gate_values(step: Step) -> dict[str, Any]:
     hidden, outputs, _, batch_stats, eps, momentum = step.gate
     return {
         "C": step.layout.c, "H": hidden, "outputs": outputs, "ONE": outputs == 1, "AVERAGE": step.average,
-        "BATCH_STATS": batch_stats, "EPS": eps, "MOMENTUM": momentum,
-    }  # fmt: skip
+        "BATCH_STATS": batch_stats, "EPS": eps,
+    } | moving(momentum)  # fmt: skip
 
 
 def gate_plan(step: Step) -> GatePlan:

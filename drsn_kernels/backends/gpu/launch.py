@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -255,6 +256,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return SMS_ASSUMED
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def moving(factor: float | None) -> dict[str, float]:
+    """The batch's part in the running statistics, if there are any, as two numbers that float32 holds. At run time:
+    a schedule of it compiles nothing."""
+    by = 0.0 if factor is None else factor
+    (near,) = struct.unpack("f", struct.pack("f", by))
+    return {"factor": near, "rest": by - near}
 
 
 def tile_values(on: Walk, plan: TilePlan | OnePassPlan, dtype: torch.dtype, operands: str) -> dict[str, Any]:

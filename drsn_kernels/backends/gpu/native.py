@@ -14,6 +14,7 @@ import functools
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ def _asked() -> bool:
 
 
 enabled = _asked()  # False: launches go through Triton
+_learning = threading.Lock()
 refused: dict[str, str] = {}  # why kernels that were launched in this process are left to Triton, by their names
 
 
@@ -131,7 +133,8 @@ class Sequences:
             return
         # the compiled kernels keep their functions loaded
         self._known[kind] = sequence, [kernel for _, kernel, _ in launched]
-        self._run += (sequence.run,)
+        with _learning:  # another thread may have learnt another kind
+            self._run += (sequence.run,)
 
     def _kind(self, given: tuple[torch.Tensor | None, ...], launched: list) -> tuple:
         """Of each tensor: None, whether it lies at a multiple of 16 bytes, or "any" where no kernel was told."""

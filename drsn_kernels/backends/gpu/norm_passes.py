@@ -9,7 +9,6 @@
 A merge of its own is for channels_last, and for more than tuned.NORM_PARTIALS pieces of a channel.
 """
 
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from ...layout import Layout
 from ...reference import accumulate_dtype
 from ..step import Backend, Cost, Norm, Running, Step, Strides
 from . import plans, tuned
-from .launch import Pass, Prepared, Room, Wired, multiprocessors, same, tile_values
+from .launch import Pass, Prepared, Room, Wired, moving, multiprocessors, same, tile_values
 from .norm import merge_kernel, moments_kernel, norm_kernel
 from .norm_grad import norm_grad_kernel, sums_kernel
 from .plans import NormPlan, cdiv
@@ -91,7 +90,7 @@ class Over(NamedTuple):
         )  # fmt: skip
 
     def merging(self, kind: str, norm: Norm | None = None, factor: float | None = None) -> Prepared:
-        values = self._values() | _settled(factor) | {
+        values = self._values() | moving(factor) | {
             "SPLITS": tuned.NORM_MERGED, "UNITS": tuned.MERGED_UNITS, "KIND": kind,
             "EPS": 0.0 if norm is None else norm.eps, "rows": self.plan.rows * self.plan.piece,
             "width": self.plan.columns,
@@ -107,13 +106,6 @@ class Over(NamedTuple):
     def running(self, factor: float | None) -> int:
         """Bytes of the running statistics and their count."""
         return 0 if factor is None else self.pair + 8
-
-
-def _settled(factor: float | None) -> dict[str, float]:
-    """factor as two numbers that float32 holds."""
-    by = 0.0 if factor is None else factor
-    (near,) = struct.unpack("f", struct.pack("f", by))
-    return {"factor": near, "rest": by - near}
 
 
 FORWARD = ("x", "y", "stats", "scratch", "weight", "bias", "mean", "var", "batches")
@@ -144,7 +136,7 @@ def prepare_norm(
     wired.append((
         over.prepared(
             norm_kernel, plan.programs, over.full + over.pair + read + moved, over.full + settled, SOURCE=source,
-            EPS=norm.eps, SLOPE=norm.slope, **_settled(factor),
+            EPS=norm.eps, SLOPE=norm.slope, **moving(factor),
         ),
         own,
     ))  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 from ...reference import SOFT
 from .. import cost
 from .. import step as steps
-from ..step import NOTHING_KEPT, Cost, Kept, Plan, Step
+from ..step import NOTHING_KEPT, Backend, Cost, Kept, Plan, Step
 from . import one_pass, plans, stream, tuned
 from .gate import Sizes
 from .gate_passes import Gate, GateGrad, WholeGate, gate_values, prepare_gate, prepare_gate_grad
@@ -145,11 +145,12 @@ BACKWARD = ("g", "dx", "tau_grad", "kept", "scratch", "grads", "w1", "gamma", "b
 
 
 class Backward(NamedTuple):
-    """Prepared launches: `one` and the gate, or all the others (dx: where it is wanted). And all of them as a pass."""
+    """Prepared launches: `one` and, where parameters want gradients, the gate, or all the others (dx: where it is
+    wanted). And all of them as a pass."""
 
     one: Prepared | None
     dtau: Prepared | None
-    gate: GateGrad
+    gate: GateGrad | None
     dx: Prepared | None
     scratch: Room
     run: Pass
@@ -161,17 +162,17 @@ class Backward(NamedTuple):
 
 
 @tuned.cached
-def prepare_backward(step: Step, g: Strides, want_dx: bool) -> Backward:
+def prepare_backward(step: Step, g: Strides, want_dx: bool, want_parameters: bool) -> Backward:
     """g: strides of it."""
     layout, (hidden, outputs, *_) = step.layout, step.gate
     scratch, (_, planes, pooled, state) = Room("scratch", step.sums), Keeping.of(step, Room("kept", step.sums))
     dz, dv = scratch.take(layout.n * outputs), scratch.take(layout.n * hidden)
     one, first, last = _one_backward(step, g, want_dx), None, None
     if one is not None:
-        ends = prepare_gate_grad(step, None, False)
+        ends = prepare_gate_grad(step, None, False) if want_parameters else None
         own = {"planes": planes, "dz": dz, "dv": dv, "pooled": pooled, "state": state,
                **same("g", "dx", "tau_grad", "w1", "mean", "var", "gamma", "beta", "w2")}  # fmt: skip
-        wired = [(one, own), *ends.wired(step, scratch, None, dz, dv, pooled, state)[0]]
+        wired = [(one, own), *(ends.wired(step, scratch, None, dz, dv, pooled, state)[0] if ends else [])]
     else:
 
         def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
@@ -203,11 +204,19 @@ def _one_backward(step: Step, g: Strides, want_dx: bool) -> Prepared | None:
 
 
 class Gated(steps.Gated):
+    def __init__(self, backend: Backend, step: Step):
+        super().__init__(backend, step)
+        # by strides: hashing the whole step at each pass took 0.7 us of a step's host time, twice
+        self._ahead: dict[Strides, Forward] = {}
+        self._back: dict[tuple, Backward] = {}
+
     def forward(self, x, parts, residual=None, out=None):
         """Kept: its bits, int32, are all of `kept`, of which pooled is a view."""
         step, layout = self.step, self.step.layout
         y = torch.empty_like(x) if out is None else out  # with the layout's strides
-        ahead = prepare_forward(step, y.stride())
+        ahead = self._ahead.get(y.stride())
+        if ahead is None:
+            ahead = self._ahead[y.stride()] = prepare_forward(step, y.stride())
         tau = self.backend.sums(x, layout, 1 if step.one_tau else layout.c) if step.want.tau else None
         kept = ahead.keeping.room.new(parts.w1) if step.keep else None  # w1 has the dtype of sums
         ahead.run((x, y, residual, tau, kept, ahead.scratch.new(parts.w1), *parts[:9]))
@@ -218,15 +227,18 @@ class Gated(steps.Gated):
         return y, tau, Kept(kept.view(torch.int32), pooled, mean, var)
 
     def backward(self, saved, g, tau_grad, want):
-        """All of the parameters' gradients, whichever are wanted: they are made by one launch."""
+        """All of the parameters' gradients where any is wanted: they are made by one launch."""
         step, layout = self.step, self.step.layout
         bits, _, mean, var, w1, _, gamma, beta, w2, _ = saved
         dx = self.backend.empty(layout.shape, layout.strides, step.dtype, step.device) if want[0] else None
         tau_grad = None if tau_grad is None else tau_grad.contiguous()
-        back = prepare_backward(step, g.stride(), want[0])
-        grads = back.gate.new(w1)
+        key = g.stride(), want[0], True in want[1:]
+        back = self._back.get(key)
+        if back is None:
+            back = self._back[key] = prepare_backward(step, *key)
+        grads = None if back.gate is None else back.gate.new(w1)
         back.run((g, dx, tau_grad, bits, back.scratch.new(w1), grads, w1, gamma, beta, w2, mean, var))
-        return dx, *back.gate.views(step, grads)
+        return dx, *((None,) * 6 if grads is None else back.gate.views(step, grads))
 
     def unpacked(self, kept):
         words = self.step.layout.words
@@ -242,7 +254,7 @@ def plan(step: Step) -> Plan:
     ahead = prepare_forward(step, dense)
     launches, spent = ahead.launches, Cost()
     if step.keep:
-        back = prepare_backward(step, dense, step.want.x)
+        back = prepare_backward(step, dense, step.want.x, True)
         launches, spent = launches + back.launches, back.cost
     if ahead.one is not None:
         where = "walked twice, the second time from L2" if ahead.one.plan.loop else "kept in registers"

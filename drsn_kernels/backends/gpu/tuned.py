@@ -200,15 +200,16 @@ def using(**constants: Any) -> Iterator[None]:
         raise ValueError(f"tuned has no constant {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     before = {name: globals()[name] for name in constants}
     globals().update(constants)
-    _forget()
+    forget()
     try:
         yield
     finally:
         globals().update(before)
-        _forget()
+        forget()
 
 
-def _forget() -> None:
+def forget() -> None:
+    """All prepared launches, and what calls are known to take."""
     checked.clear()
     for found in _caches:
         found.cache_clear()

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ...layout import Layout
-
-Strides = tuple[int, ...]
+from ..step import Strides
 
 
 class Operand(NamedTuple):
@@ -94,10 +93,10 @@ def walk(layout: Layout, *strides: Strides, apart: bool = False, force_wide: boo
         Operand(opaque((*(v // (align if unit else 1) for v in rows), *qs)), unit)
         for rows, qs, unit in zip(row_strides, q_strides, units, strict=True)
     )
-    # largest offset of an element, and into a plane
+    # largest offset of an element, which is small in a tensor that is expanded; number of a column; offset into a plane
     reach = max((sum((size - 1) * s for size, s in zip(shape, own, strict=True)) for own in strides), default=0)
     # room for a tile's masked columns
-    wide = force_wide or max(reach, layout.rows * layout.row_bits // 8) >= 2**31 - 2**16
+    wide = force_wide or max(reach, p, q, layout.rows * layout.row_bits // 8) >= 2**31 - 2**16
     return Walk(
         layout.channels_last, layout.n, p, q, opaque(row_sizes[1:]), opaque(q_sizes[1:]), align, operands,
         layout.row_bits // 8, layout.words * 4, wide,
