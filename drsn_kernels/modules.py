@@ -210,7 +210,17 @@ def _gate(channels: int, hidden: int, outputs: int, norm: bool, activation, bias
     """Linear, [BatchNorm1d], activation, Linear, Sigmoid."""
     norms = [nn.BatchNorm1d(hidden, **where)] if norm else []
     first, last = nn.Linear(channels, hidden, bias, **where), nn.Linear(hidden, outputs, bias, **where)
-    return nn.Sequential(first, *norms, activation(), last, nn.Sigmoid())
+    return nn.Sequential(first, *norms, _made(activation), last, nn.Sigmoid())
+
+
+def _made(activation: Any) -> nn.Module:
+    try:
+        made = None if isinstance(activation, nn.Module) else activation()
+    except TypeError:
+        made = None
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"activation must make a module where it is called, as nn.ReLU does, got {activation!r}")
+    return made
 
 
 def _hidden(
@@ -234,6 +244,18 @@ def _hidden(
     return max(int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor, rd_divisor)  # timm's rounding
 
 
+def _threshold_of(tau: Any) -> torch.Tensor:
+    try:
+        value = torch.as_tensor(tau)
+    except (RuntimeError, TypeError, ValueError):
+        value = None
+    if value is None or value.is_complex() or value.dtype is torch.bool:
+        raise TypeError(f"tau must be a number, or a sequence or tensor of one a channel, got {tau!r}")
+    if value.dim() > 1 or not value.numel():
+        raise ValueError(f"tau must be a number or have shape (C,), got shape {tuple(value.shape)}")
+    return value
+
+
 class SoftThreshold(nn.Module):
     """``sign(x) * relu(|x| - tau)`` with a fixed or a learnable threshold (Zhao et al. 2020, equation 3).
 
@@ -242,9 +264,8 @@ class SoftThreshold(nn.Module):
         learnable: make tau a parameter; otherwise it is a buffer. Both are in the state_dict as ``tau``.
         threshold, slope: as in :func:`drsn_kernels.soft_threshold`; "hard", through which tau does not learn (a warning
             says so once), or leaky.
-        nonnegative: keep a learnable tau at or above 0: the module computes with max(tau, 0), and a step of the
-            optimizer that went below is taken back where ``module.tau`` is read. The gradient goes through, so tau may
-            rise again. False: the parameter as it is; below 0 it expands x.
+        nonnegative: compute with max(tau, 0) of a learnable tau. The gradient goes through, so that a parameter which
+            the optimizer has taken below 0 rises again. False: with the parameter as it is; below 0 it expands x.
 
     Shapes:
         x of any shape for a single tau; (N, C, *spatial) for one a channel. The result has x's shape.
@@ -270,10 +291,8 @@ class SoftThreshold(nn.Module):
         checks.rule(threshold, slope)
         self.threshold, self.slope = threshold, slope
         self.nonnegative = learnable and nonnegative
-        value = torch.as_tensor(tau)
+        value = _threshold_of(tau)
         value = value.detach().clone() if value.is_floating_point() else value.to(torch.get_default_dtype())
-        if value.dim() > 1:
-            raise ValueError(f"tau must be a number or have shape (C,), got shape {tuple(value.shape)}")
         if learnable:
             if nonnegative and (value < 0).any():
                 raise ValueError(f"a learnable tau must be at least 0, or have nonnegative=False; got {tau}")
@@ -282,13 +301,6 @@ class SoftThreshold(nn.Module):
             self.tau = nn.Parameter(value)
         else:
             self.register_buffer("tau", value)
-
-    def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        if name == "tau" and self.nonnegative:
-            with torch.no_grad():
-                found.relu_()
-        return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -302,12 +314,16 @@ class SoftThreshold(nn.Module):
             if self.nonnegative:
                 value = tau.detach()
                 tau = tau + (value.relu() - value)  # max(tau, 0), with the gradient of tau
-            tau = tau if tau.dim() == 0 else tau.view(1, -1, *[1] * (x.dim() - 2))
+            if tau.dim():
+                if x.dim() < 2 or tau.numel() not in (1, x.shape[1]):
+                    raise ValueError(f"x must have {tau.numel()} channels, as many as tau, got shape {tuple(x.shape)}")
+                tau = tau.view(1, -1, *[1] * (x.dim() - 2))
             return soft_threshold(x, tau, threshold=self.threshold, slope=self.slope)
 
     def extra_repr(self) -> str:
-        tau = f"tau={self.tau.tolist()}" if self.tau.numel() <= 4 else f"tau=({self.tau.numel()} channels)"
-        return tau + _rule_repr(self)
+        tau = self.tau.detach().relu() if self.nonnegative else self.tau
+        shown = f"tau={tau.tolist()}" if tau.numel() <= 4 else f"tau=({tau.numel()} channels)"
+        return shown + _rule_repr(self)
 
 
 @contextlib.contextmanager

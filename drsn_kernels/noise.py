@@ -63,7 +63,7 @@ def _check(x: torch.Tensor, kind: str, generator: torch.Generator | None) -> Non
         raise ValueError(
             f"x must be (N, *shape) with at least two dimensions and non-empty samples, got shape {tuple(x.shape)}"
         )
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "pink" and x.shape[-1] < 2:
         raise ValueError(f"kind 'pink' needs a last dimension of at least 2, got x of shape {tuple(x.shape)}")

@@ -20,7 +20,8 @@ def untouched(modules: Iterable[nn.Module] = (), arguments: Any = ()) -> Iterato
     tensors = list(_tensors(arguments))
     every = list({id(m): m for root in modules for m in root.modules()}.values())
     modes = [(module, module.training) for module in every]
-    registered = [(m, name, b) for m in every for name, b in m._buffers.items() if b is not None]
+    found = ((m, name, b) for m in every for name, b in m._buffers.items() if b is not None)
+    registered = [(m, name, b) for m, name, b in found if not nn.parameter.is_lazy(b)]  # which have no content yet
     buffers = {id(b): b for *_, b in registered}
     kept = buffers | {id(t): t for t in tensors}
     contents = [(t, None if t.is_inference() else t._version, t.detach().clone()) for t in kept.values()]

@@ -212,6 +212,18 @@ def follow(source: str, advice: str) -> str:
     return "\n".join(line for i, line in enumerate(lines, 1) if i not in taken or i == last)
 
 
+def test_zeros_of_sizes_are_told_of_zeros_like(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = f"""{HEAD}        a = x.abs().mean(2)
+        tau = (self.fc(a) * a).unsqueeze(2)
+        zeros = torch.zeros(x.size(0), x.size(1), x.size(2)).to(x.device)
+        return torch.sign(x) * torch.max(x.abs() - tau, zeros)
+"""
+    report = dk.convert(torch.nn.Sequential(block(tmp_path / "own.py", source, "own")))
+    (row,) = report.left_alone
+    assert "cannot be followed beyond own.py:" in row.detail and row.detail.endswith("; write torch.zeros_like(x)")
+
+
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_advice_taken_literally_computes_the_same(form, tmp_path, monkeypatch):

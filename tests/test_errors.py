@@ -199,6 +199,14 @@ FAULTS_WITHIN = {
 }
 
 
+def test_a_function_of_layers_of_another_dtype_is_told_what_it_gets(kernels):
+    x, layer = features(SHAPE), nn.Linear(SHAPE[1], SHAPE[1]).bfloat16()
+    for op in (kernels.shrink, kernels.squeeze_excite):
+        with pytest.raises(ValueError, match=r"gate got averages A in torch.float32; .* on A.to\(dtype\): mat1"):
+            op(x, lambda a: layer(a))
+        assert op(x, layer.forward).shape == x.shape  # a module's method gets them in its dtype
+
+
 @pytest.mark.parametrize("case", FAULTS_WITHIN)
 def test_a_shape_that_does_not_fit_inside_the_gate(kernels, case):
     """What was given and what is accepted, before torch's own words; torch's error is the cause."""

@@ -457,6 +457,12 @@ def test_inside_no_grad_and_inference_mode():
             assert call.saved == 0 and torch.equal(module[1].running_mean, mean)
 
 
+def test_a_norm_that_has_no_shape_yet():
+    model, x = torch.nn.Sequential(dk.Shrinkage(8), torch.nn.LazyBatchNorm1d(), torch.nn.ReLU()), torch.randn(4, 8, 16)
+    assert len(dk.explain(model, x).calls) >= 1
+    dk.convert(torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3), torch.nn.LazyBatchNorm1d(), torch.nn.ReLU()))
+
+
 def test_untouched_keeps_a_tensor_and_its_gradient():
     x = torch.randn(3, requires_grad=True)
     x.grad = torch.ones(3)

@@ -121,11 +121,13 @@ def test_forward_errors(kernels):
 def test_a_batch_of_one(kernels, build):
     message = (
         r"one sample has no batch statistics .*, got x of shape \(1, 4, 8\) in training; .*drop_last=True.*eval\(\).*"
-        "norm=False: Expected more than 1 value per channel when training"
+        "norm=False"
     )
-    x = torch.randn(1, 4, 8)
+    x, module = torch.randn(1, 4, 8), build(4, norm=True)
     with pytest.raises(ValueError, match=message):
-        build(4, norm=True)(x)
+        module(x)
+    (counted,) = (b for name, b in module.named_buffers() if name.endswith("num_batches_tracked"))
+    assert counted == 0
     for module in (build(4, norm=True).eval(), build(4, norm=False)):
         assert module(x).shape == (1, 4, 8)
 
@@ -339,19 +341,45 @@ def descend(module: nn.Module, direction: float, lr: float = 0.3) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_a_learnable_tau_stays_at_or_above_zero_and_can_rise_again(backend):
+def test_a_learnable_tau_works_from_zero_on_and_can_rise_again(backend):
     module, x = dk.SoftThreshold([0.1, 0.5], learnable=True), torch.randn(4, 2, 30)
     with dk.use_backend(backend):
         descend(module, -1)
         expected = torch.tensor([0.0, 0.2])
         torch.testing.assert_close(module(x), soft_threshold(x, expected.expand(4, 2)))
-        assert module.tau is dict(module.named_parameters())["tau"]
-        torch.testing.assert_close(module.tau.detach(), expected)
-        descend(module, -1)  # from 0 it has a gradient, and goes no lower
-        assert not module.tau.any() and module.state_dict()["tau"].tolist() == [0, 0]
-        assert torch.equal(module(x), x)
-        descend(module, 1)
-        torch.testing.assert_close(module.tau.detach(), torch.tensor([0.3, 0.3]))
+        descend(module, -1)  # below 0 it has a gradient still
+        assert (module.tau < 0).all() and torch.equal(module(x), x)
+        descend(module, 1), descend(module, 1), descend(module, 1)
+        torch.testing.assert_close(module(x), soft_threshold(x, torch.tensor([0.4, 0.8]).expand(4, 2)))
+
+
+@pytest.mark.parametrize("tau", ["a", None, 1j, torch.tensor(1j), True, [[]], []], ids=repr)
+def test_a_tau_of_another_sort(tau):
+    with pytest.raises((TypeError, ValueError), match="^tau must be a number, or |^tau must be a number or have shape"):
+        dk.SoftThreshold(tau)
+
+
+def test_a_tau_a_channel_of_other_channels():
+    with pytest.raises(ValueError, match=r"x must have 2 channels, as many as tau, got shape \(4, 8, 16\)"):
+        dk.SoftThreshold([1.0, 2.0])(torch.randn(4, 8, 16))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), "relu", nn.functional.relu, lambda: 3], ids=str)
+@pytest.mark.parametrize("module", [dk.Shrinkage, dk.SqueezeExcite])
+def test_an_activation_makes_a_module(module, activation):
+    with pytest.raises(TypeError, match="activation must make a module where it is called, as nn.ReLU does, got "):
+        module(8, activation=activation)
+
+
+def test_reading_and_printing_a_learnable_tau_changes_nothing():
+    """In place of a penalty or a log: the backward pass finds what the forward pass had."""
+    module, x = dk.SoftThreshold(0.1, learnable=True), torch.randn(4, 2, 30)
+    descend(module, -1)
+    before, version = module.tau.item(), module.tau._version
+    loss = (module(x) * module.tau).sum() + module.tau.square()
+    assert str(module) == "SoftThreshold(tau=0.0)"
+    loss.backward()
+    assert before < 0 and module.tau.item() == before and module.tau._version == version
 
 
 def test_the_raw_tau_by_option():

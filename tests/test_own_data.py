@@ -221,6 +221,15 @@ def _channel_order(folder):
     return {"length": 16}, f"x, y in {folder / 'a' / 'r.csv'} and y, x in {folder / 'b' / 'r.csv'}: choose by name"
 
 
+def _channel_elsewhere(folder):
+    """z is the third channel of one, and the second of another."""
+    for name, head in (("a", "x,y,z"), ("b", "x,z,w")):
+        (folder / name / "one.npy").unlink()
+        write(folder / name / "r.csv", f"{head}\n" + lines(",", SIGNAL, SIGNAL, SIGNAL))
+    a, b = folder / "a" / "r.csv", folder / "b" / "r.csv"
+    return {"length": 16}, f"x, y, z in {a} and x, z, w in {b}: choose by name"
+
+
 def _too_short(folder):
     path = save(folder / "b" / "two.npy", places(50))
     return {"length": 64}, f"{path} is too short: it has 50 samples, and --length is 64"
@@ -253,7 +262,8 @@ def _table_without_labels(folder):
     "spoil",
     [
         _one_class, _empty_class, _no_folders, _nowhere, _mixed_rates, _far_rates, _half_the_rates, _channels,
-        _channel_order, _too_short, _tiny, _alone, _not_a_number, _unreadable, _table_without_labels,
+        _channel_order, _channel_elsewhere, _too_short, _tiny, _alone, _not_a_number, _unreadable,
+        _table_without_labels,
     ],
 )  # fmt: skip
 def test_faults_of_a_folder_are_one_sentence_that_names_the_file(folder, spoil):

@@ -38,6 +38,15 @@ def test_text(tmp_path, content, suffix):
     assert found.signal.tolist() == [SIGNAL.tolist()] and found.rate is None and found.signal.dtype == torch.float32
 
 
+def test_numbered_columns_are_no_sample(tmp_path):
+    """As pandas writes an array; whole numbers below may be samples, and so may be the line."""
+    columns = np.array([[0.5, 1.25], [0.25, 1.0], [0.125, 0.75]])
+    found = read_recording(write(tmp_path / "p.csv", "0,1\n" + lines(",", *columns.T)), centre=False)
+    assert found.signal.tolist() == columns.T.tolist() and found.names == ()
+    whole = read_recording(write(tmp_path / "w.csv", "0,1\n2,3\n4,6\n"), centre=False)
+    assert whole.signal.tolist() == [[0, 2, 4], [1, 3, 6]]
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64", ">f4"])
 @pytest.mark.parametrize("shape", ["row", "column", "flat", "Fortran", "reversed"])
 def test_arrays(tmp_path, dtype, shape):
@@ -160,4 +169,7 @@ def test_archives_that_hold_no_one_signal_are_named(tmp_path):
         path = save(tmp_path / "r.npz", **named)
         said = sentence(read_recording, path)
         assert str(path) in said and reason in said
+    scipy_io = pytest.importorskip("scipy.io")
+    scipy_io.savemat(tmp_path / "s.mat", {"s": {"q": SIGNAL}})
+    assert "holds no signal, but s (a struct or cell, not read)" in sentence(read_recording, tmp_path / "s.mat")
     assert sentence(read_recording, tmp_path / "no.npy") == f"file does not exist: {tmp_path / 'no.npy'}"

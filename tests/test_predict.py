@@ -230,6 +230,30 @@ def test_thresholds_are_means_over_channels_and_over_windows(trained, tmp_path, 
     assert found == pytest.approx([*exact.tolist(), float(exact.mean())], rel=1e-4)
 
 
+def test_channels_are_where_they_were_in_training(tmp_path, command):
+    """By their names; a file that names none of them alike is taken as it is."""
+
+    def recording(path, head, *columns):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savetxt(path, np.stack(columns, 1), delimiter=",", header=head, comments="")
+        return path
+
+    for name, hertz in (("low", 3), ("high", 20)):
+        for take in range(3):
+            recording(tmp_path / "data" / name / f"{take}.csv", "x,y", tone(hertz, 300, phase=take), tone(9, 300))
+    run = train(load_own(tmp_path / "data", length=64, stride=16, rate=RATE), tmp_path / "run", epochs=1)
+    assert run.data.windows.names == ("x", "y")
+    given = tone(3, 128), tone(9, 128)
+    right, swapped = recording(tmp_path / "a.csv", "x,y", *given), recording(tmp_path / "b.csv", "y,x", *given[::-1])
+    other = recording(tmp_path / "c.csv", "u,v", *given)
+    said = command("predict", "--run", tmp_path / "run", swapped, refused=True)
+    assert f"{swapped} must have its channels in the order in which the run was trained, x, y, but has y, x: " in said
+    found = [table(command("predict", "--run", tmp_path / "run", *more, path))
+             for path, more in ((right, ()), (other, ()), (swapped, ("--channels", "x,y")))]  # fmt: skip
+    for rows in found[1:]:
+        assert [row["probability"] for row in rows] == [row["probability"] for row in found[0]]
+
+
 @pytest.mark.gpu
 def test_a_gpu_predicts_what_the_cpu_does(trained, tmp_path, command):
     folder, _ = trained

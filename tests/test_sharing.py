@@ -143,7 +143,8 @@ def test_the_default_device_does_not_matter(kernels, step):
 def test_jit_trace(kernels):
     module, x = dk.Shrinkage(8).eval(), torch.randn(4, 8, 70)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(module, x)
         other = torch.randn(4, 8, 70)
         torch.testing.assert_close(traced(other), module(other))

@@ -59,7 +59,8 @@ def test_noise_has_an_snr_of_its_own_for_every_sample():
                                torch.full((500,), 3.0), atol=1e-3, rtol=0)  # fmt: skip
     for arguments, message in (
         (("brown",), "kind must be one of .*, got 'brown'"),
-        (("pink", (1, 0)), "snr_db must be"),
+        ((["pink"],), "kind must be one of "),
+        *((("pink", snr), "snr_db must be") for snr in ((1, 0), 3, (0, 1, 2), ("a", "b"), None)),
     ):
         with pytest.raises(ValueError, match=message):
             RandomNoise(*arguments)
@@ -206,6 +207,20 @@ def test_what_does_not_belong_together_is_said_at_the_call(change, error, messag
     if "outputs" not in message and "none" not in message:
         with pytest.raises(error, match=message):
             accuracy(model, x, y)
+
+
+def test_nothing_to_train_on_and_noise_of_another_sort():
+    model, (x, y) = tiny(), windows()
+    optimizer = Recipe(1, 8).optimizer(model)
+    with pytest.raises(ValueError, match="x must hold samples to train on, got none"):
+        train_epoch(model, optimizer, x[:0], y[:0], 8)
+    with pytest.raises(TypeError, match="noise must be a function of x and a generator, .* got 'pink'"):
+        train_epochs(Recipe(1, 8), model, x, y, noise="pink")
+
+
+def test_a_model_without_parameters_is_on_the_cpu():
+    x, model = torch.tensor([[0.1, 0.9], [0.8, 0.2]]), nn.Flatten()
+    assert predict(model, x).tolist() == [1, 0] and accuracy(model, x, torch.tensor([1, 1])) == 0.5
 
 
 def test_a_sample_that_is_not_finite_is_named():

@@ -10,7 +10,9 @@ import dis
 import functools
 import inspect
 import itertools
+import linecache
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType
@@ -286,7 +288,9 @@ class Trace:
                 f"its forward branches on sizes or values of x, or loops over them{_where(error)}"
             ) from None
         except Exception as error:
-            raise Untraceable(f"its forward cannot be followed{_where(error)}") from None
+            said = str(error).strip().partition("\n")[0]
+            where = _where(error) + (f": {said}" if said else "")
+            raise Untraceable(f"its forward cannot be followed{where}{_remedy(error)}") from None
         if x._version != version:
             raise Unexplained("its forward writes over x")
         if tracer.draws:
@@ -335,6 +339,17 @@ def _where(error: Exception) -> str:
             found = f" beyond {place(trace.tb_frame.f_code.co_filename, trace.tb_lineno)}"
         trace = trace.tb_next
     return found
+
+
+def _remedy(error: Exception) -> str:
+    """Of what ports of thresholds are often written with."""
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        if _is_users(trace.tb_frame):
+            line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        trace = trace.tb_next
+    made = re.search(r"torch\.(zeros|ones)\(", line)
+    return f"; write torch.{made[1]}_like(x)" if made else ""
 
 
 def takes_one_argument(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ class Windows:
         table: a file is a table and has a window in each row.
         mean, std: of each channel over the training data, by which it is normalised; None where every channel of every
             window has zero mean and unit variance of its own.
+        names: of the channels, where the files say; a new recording has those that it shares in the same places.
     """
 
     length: int
@@ -35,6 +36,7 @@ class Windows:
     table: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

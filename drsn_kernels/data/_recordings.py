@@ -110,7 +110,8 @@ def _chosen(
     left_out = tuple(name for name in numeric if is_time(name)) if len(numeric) > 1 else ()
     signals = {name: _rows(path, numeric[name], name) for name in numeric if name not in left_out}
     if not signals:
-        raise ValueError(f"{path} holds no signal, but {listed(sorted(arrays)) or 'nothing'}")
+        kinds = [f"{name} (a struct or cell, not read)" if arrays[name].dtype.kind in "OV" else name for name in arrays]
+        raise ValueError(f"{path} holds no signal, but {listed(sorted(kinds)) or 'nothing'}")
     if len({signal.shape[1] for signal in signals.values()}) > 1:
         sizes = listed([f"{name} {numeric[name].shape}" for name in signals])
         raise ValueError(f"{path} must hold signals of as many samples, but holds {sizes}: choose with --channels NAME")

@@ -93,9 +93,11 @@ def layout(path: Path, *, labelled: bool = False) -> Layout:
         )
     first = rows[0][:-1] if labelled and rows[0][-1].lower() != LABEL else rows[0]
     named = not all(map(is_number, first))
+    numbered = len(first) > 1 and first == [str(i) for i in range(len(first))]  # as pandas writes columns without names
+    numbered = numbered and any("." in cell for row in rows[1:] for cell in row)
     if named and len(lines) == 1:
         raise ValueError(f"{path} holds no numbers, but the line {lines[0][1].strip()[:40]!r}")
-    return Layout(mark, tuple(rows[0]) if named else (), lines[0][0] + named, max(map(len, numbers)))
+    return Layout(mark, tuple(rows[0]) if named else (), lines[0][0] + (named or numbered), max(map(len, numbers)))
 
 
 def read_columns(

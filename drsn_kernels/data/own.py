@@ -6,6 +6,7 @@ of a class's short ones the last are for testing, in the order of their names.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -90,11 +91,16 @@ def check_channels(recording: Recording, first: Recording) -> None:
             f"recordings must have the same channels, but {first.path} has {theirs} and {recording.path} has {ours}: "
             "choose with --channels"
         )
-    if recording.names != first.names and sorted(recording.names) == sorted(first.names):
+    if moved(recording.names, first.names):
         raise ValueError(
             f"recordings must have their channels in the same order, but they are {', '.join(first.names)} in "
             f"{first.path} and {', '.join(recording.names)} in {recording.path}: choose by name with --channels"
         )
+
+
+def moved(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether a name that both have stands elsewhere; files that name none of their channels alike may be mixed."""
+    return any(name != other and name in others for name, other in zip(names, others, strict=False))
 
 
 def _side_lengths(recording: Recording, rate: float | None, fraction: float) -> tuple[int, int]:
@@ -301,7 +307,7 @@ def load_own(
         check_rate(recording.path, recording.rate, common)
     length = _chosen_length(recordings, common, length, train_fraction)
     stride = max(length // 2, 1) if stride is None else stride
-    windows = Windows(length, stride, None if channels is None else tuple(channels))
+    windows = Windows(length, stride, None if channels is None else tuple(channels), names=every[0].names)
     notes = [note for recording in every for note in recording.notes]
     classes = []
     for name, found in recordings.items():

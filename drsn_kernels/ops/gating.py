@@ -1,5 +1,6 @@
 """Calling a user's gate on averages (N, C), and saying what does not fit where it fails on their shape."""
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -35,22 +36,41 @@ _SHAPES = re.compile(  # of torch's messages
 )
 
 
-def _fault(gate: Callable, x: torch.Tensor, error: Exception) -> str:
-    """One sentence where torch refuses the shape of what the gate was given or made of it; or ""."""
+_DTYPES = re.compile(r"must have the same dtype|should be the same|to have the same dtype")
+
+
+def _fault(gate: Callable, x: torch.Tensor, given: torch.dtype, error: Exception) -> str:
+    """One sentence where torch refuses the shape or dtype of what the gate was given or made of it; or ""."""
     said = str(error).strip().partition("\n")[0]
-    if type(error) not in (RuntimeError, ValueError) or not _SHAPES.search(said):
+    if type(error) not in (RuntimeError, ValueError):
+        return ""
+    if _DTYPES.search(said):
+        return f"gate got averages A in {given}; where its layers have another dtype, call them on A.to(dtype): {said}"
+    if not _SHAPES.search(said):
         return ""
     shape = tuple(x.shape)
     if said.startswith("Expected more than 1 value per channel"):
-        return (
-            "one sample has no batch statistics for the gate's batch normalisation, got x of shape "
-            f"{shape} in training; give it 2 samples or more (drop_last=True drops a trailing batch of one), call "
-            f"eval(), or build the gate with norm=False: {said}"
-        )
+        return f"{_one_sample(x)}: {said}"
     channels = _in_channels(gate)
     if channels is not None and channels != shape[1]:
         return f"x must have {channels} channels, as many as the gate takes, got shape {shape}: {said}"
     return f"gate must take averages {shape[:2]} of x {shape}, and return {shape[:2]} or {(shape[0], 1)}: {said}"
+
+
+def _one_sample(x: torch.Tensor) -> str:
+    return (
+        "one sample has no batch statistics for the gate's batch normalisation, got x of shape "
+        f"{tuple(x.shape)} in training; give it 2 samples or more (drop_last=True drops a trailing batch of one), call "
+        "eval(), or build the gate with norm=False"
+    )
+
+
+def _needs_two_samples(gate: Callable) -> bool:
+    """A batch normalisation in training behind a Linear. It would count the batch before it refuses it."""
+    return isinstance(gate, nn.Sequential) and any(
+        isinstance(one, nn.Linear) and isinstance(behind, nn.BatchNorm1d) and behind.training
+        for one, behind in itertools.pairwise(gate)
+    )
 
 
 def _in_channels(gate: Callable) -> int | None:
@@ -63,21 +83,27 @@ def _in_channels(gate: Callable) -> int | None:
 def call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """What the gate returns for the averages (N, C), in the accumulate dtype.
 
-    The gate sees them in its parameters' dtype; under autocast, torch decides.
+    The gate sees them in its parameters' dtype, if it is a module or a method of one; under autocast, torch decides.
     """
-    dtype = _first_float(gate) if isinstance(gate, nn.Module) else None
+    owner = gate if isinstance(gate, nn.Module) else getattr(gate, "__self__", None)
+    dtype = _first_float(owner) if isinstance(owner, nn.Module) else None
     given = pooled
     if dtype is not None and dtype != pooled.dtype and not _autocast(x.device.type):
         given = pooled.to(dtype)
+    tracing = torch._C._is_tracing()  # by torch.jit.trace, which warns of each comparison of sizes
     if torch.compiler.is_compiling():  # a graph break would not be resumed within a try
         alpha = gate(given)
     else:
+        if not tracing and pooled.shape[0] == 1 and _needs_two_samples(gate):
+            raise ValueError(_one_sample(x))
         try:
             alpha = gate(given)
         except (RuntimeError, ValueError) as error:
-            if said := _fault(gate, x, error):
+            if said := _fault(gate, x, given.dtype, error):
                 raise ValueError(said) from error
             raise
+    if tracing:
+        return alpha.to(pooled.dtype)
     if alpha.__class__ is torch.Tensor and alpha.shape == pooled.shape and alpha.dtype is pooled.dtype:
         if alpha.device == pooled.device:
             return alpha

@@ -15,12 +15,12 @@ from torch import nn
 from ..data._dataset import check_counts, files_below
 from ..data._recordings import SUFFIXES, check_rate, cut, read_recording, resampled
 from ..data._tables import read_table
-from ..data.own import constant
+from ..data.own import constant, moved
 from ..data.speech import fit_length
 from ..modules import Shrinkage, record_tau
 from . import files
 from .ranks import join, leave
-from .recipe import evaluating, samples
+from .recipe import device_of, evaluating, samples
 from .saved import RunInfo, load
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def probabilities(
         thresholds: also return the threshold of every shrinkage, its mean over the channels: module name -> (N,); else
             the dict is empty.
     """
-    x, device = samples(model, x), next(model.parameters()).device
+    x, device = samples(model, x), device_of(model)
     found: list[torch.Tensor] = []
     recorded: dict[str, list[torch.Tensor]] = {}
     with evaluating(model):
@@ -121,6 +121,11 @@ def file_windows(
     if len(signal) != info.shape[0]:
         raise ValueError(
             f"{path} has {len(signal)} channels, but the run was trained on {info.shape[0]}: choose with --channels"
+        )
+    if not windows.clip and moved(recording.names, windows.names):
+        raise ValueError(
+            f"{path} must have its channels in the order in which the run was trained, {', '.join(windows.names)}, but "
+            f"has {', '.join(recording.names)}: choose by name with --channels"
         )
     if wanted is None and recording.rate is not None:
         raise ValueError(

@@ -84,8 +84,12 @@ class RandomNoise:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        low, high = self.snr_db
-        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        try:
+            low, high = self.snr_db
+            ascending = math.isfinite(low) and math.isfinite(high) and low <= high
+        except (TypeError, ValueError):
+            ascending = False
+        if not ascending:
             raise ValueError(f"snr_db must be (lowest, highest) in decibels, got {self.snr_db!r}")
 
     def __call__(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -164,12 +168,18 @@ def _check_finite(x: torch.Tensor) -> None:
         raise ValueError(f"x must hold finite numbers, but sample {int((~finite).nonzero()[0])} holds NaN or Inf")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Of the first parameter; the CPU of a model that has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 def _check_classes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     """ValueError where a label has no output of the model, or a sample is not finite."""
     _check_finite(x)
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile for this one sample
     with torch.no_grad(), evaluating(model):
-        outputs = model(x[:1].to(next(model.parameters()).device)).shape[-1]
+        outputs = model(x[:1].to(device_of(model))).shape[-1]
     if int(y.max()) >= outputs:
         raise ValueError(f"y must hold indices of classes below {outputs}, the model's outputs, got {int(y.max())}")
 
@@ -216,7 +226,7 @@ def train_step(
     with several processes, a rank's share of the batch times their number, and DDP's mean over the ranks is then the
     mean over the batch.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     x, y = x.to(device), y.to(device)
     logits = model(x)
     loss = F.cross_entropy(logits, y) * weight
@@ -243,8 +253,10 @@ def train_epoch(
     """
     x = samples(model, x)
     y = labels(y, len(x))
+    if not len(x):
+        raise ValueError("x must hold samples to train on, got none")
     batches = epoch_batches(x, y, batch, generator=generator, noise=noise)
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total = torch.zeros((), device=device_of(model))
     with _mode(model, True):
         for inputs, targets in batches:
             total += train_step(model, optimizer, inputs, targets)[0]
@@ -284,6 +296,8 @@ def train_epochs(
     y = labels(y, len(x))
     if not len(x):
         raise ValueError("x must hold samples to train on, got none")
+    if noise is not None and not callable(noise):
+        raise TypeError(f"noise must be a function of x and a generator, such as RandomNoise, or None, got {noise!r}")
     _check_classes(model, x, y)
 
     def epochs() -> Iterator[float]:
@@ -305,7 +319,7 @@ def predict(model: nn.Module, x: "Array", batch: int = 256) -> torch.Tensor:
     check_counts(1, batch=batch)
     x = samples(model, x)
     _check_finite(x)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model):
         return torch.cat([model(part.to(device)).argmax(1).cpu() for part in x.split(batch)])
 
