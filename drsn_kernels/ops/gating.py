@@ -83,17 +83,18 @@ def _in_channels(gate: Callable) -> int | None:
 def call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """What the gate returns for the averages (N, C), in the accumulate dtype.
 
-    The gate sees them in its parameters' dtype, if it is a module or a method of one; under autocast, torch decides.
+    The gate sees them in its parameters' dtype, if it is a module or, eagerly, a method of one; under autocast, torch
+    decides.
     """
-    owner = gate if isinstance(gate, nn.Module) else getattr(gate, "__self__", None)
-    dtype = _first_float(owner) if isinstance(owner, nn.Module) else None
-    given = pooled
+    compiling = torch.compiler.is_compiling()
+    module = gate if compiling or isinstance(gate, nn.Module) else getattr(gate, "__self__", None)
+    dtype, given = _first_float(module) if isinstance(module, nn.Module) else None, pooled
     if dtype is not None and dtype != pooled.dtype and not _autocast(x.device.type):
         given = pooled.to(dtype)
-    tracing = torch._C._is_tracing()  # by torch.jit.trace, which warns of each comparison of sizes
-    if torch.compiler.is_compiling():  # a graph break would not be resumed within a try
+    if compiling:  # a graph break would not be resumed within a try
         alpha = gate(given)
     else:
+        tracing = torch._C._is_tracing()  # by torch.jit.trace, which warns of each comparison of sizes
         if not tracing and pooled.shape[0] == 1 and _needs_two_samples(gate):
             raise ValueError(_one_sample(x))
         try:
@@ -102,8 +103,8 @@ def call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Te
             if said := _fault(gate, x, given.dtype, error):
                 raise ValueError(said) from error
             raise
-    if tracing:
-        return alpha.to(pooled.dtype)
+        if tracing:
+            return alpha.to(pooled.dtype)
     if alpha.__class__ is torch.Tensor and alpha.shape == pooled.shape and alpha.dtype is pooled.dtype:
         if alpha.device == pooled.device:
             return alpha
