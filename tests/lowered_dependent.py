@@ -26,6 +26,7 @@ def calls() -> None:
         ((8, 16, 7, 7), "batch norm", torch.float32), ((8, 64, 14, 14), "batch norm", torch.bfloat16),
         ((4, 8, 9600), "batch norm", torch.float32), ((300, 8, 20), "norm", torch.float32),
         ((4200, 8, 8), "batch norm", torch.float32), ((8, 160, 16), "batch norm", torch.float32),
+        ((4, 32, 4800), "norm", torch.float32),
     ):  # fmt: skip
         x = torch.randn(shape).to(dtype)
         x = (x.contiguous(memory_format=torch.channels_last) if shape[-1] == 14 else x).requires_grad_()
