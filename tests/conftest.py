@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -303,6 +304,27 @@ def pytest_collection_finish() -> None:
     """Thousands of collected tests are not looked through by every gc.collect(), 0.4 s each."""
     gc.collect()
     gc.freeze()
+
+
+# Tests that one of xdist's processes takes one after the other: they build in the same folder, or need the memory. xdist's
+# own groups are part of a test's id, which pytest 9.2 does not let it change: two builds at a time broke each other.
+GROUPS = {
+    "builds": ("test_install.py", "test_sanitize.py", "test_it_is_clean_under_sanitizers"),
+    "large tensors": ("test_big.py",),
+}
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((group for group, names in GROUPS.items() if any(name in nodeid for name in names)), nodeid)
+
+    return InGroups(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

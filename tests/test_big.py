@@ -10,7 +10,6 @@ from drsn_kernels.backends import cpu
 from drsn_kernels.backends.cpu_plan import BatchPlan
 
 pytestmark = [
-    pytest.mark.xdist_group("large tensors"),
     pytest.mark.unpoisoned,
     pytest.mark.skipif(cpu._cpu is None, reason=f"no compiled CPU kernels: {cpu.MISSING}"),
 ]

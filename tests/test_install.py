@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("builds")]
+pytestmark = pytest.mark.slow
 
 USE = """
 import torch, drsn_kernels as dk

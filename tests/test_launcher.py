@@ -340,7 +340,6 @@ def test_a_failing_launch_is_an_error_with_its_name():
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.xdist_group("builds")
 def test_it_is_clean_under_sanitizers(tmp_path):
     import pybind11
 
