@@ -306,7 +306,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# Tests that one of xdist's processes takes one after the other: they build in the same folder, or need the memory. xdist's
+# Tests that one of xdist's processes takes one after the other: they build in the same folder, or need the memory. Its
 # own groups are part of a test's id, which pytest 9.2 does not let it change: two builds at a time broke each other.
 GROUPS = {
     "builds": ("test_install.py", "test_sanitize.py", "test_it_is_clean_under_sanitizers"),

@@ -33,7 +33,8 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     libraries = [run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     names = "test_backends.py", "test_batch_norm_relu.py", "test_arena.py"
     files = [str(Path(__file__).with_name(name)) for name in names]
-    out = run(sys.executable, "-P", "-m", "pytest", *files, "-k", "cpu- or extension or blocks", "-m", "not slow", "-vv",
+    chosen = "-k", "cpu- or extension or blocks", "-m", "not slow"
+    out = run(sys.executable, "-P", "-m", "pytest", *files, *chosen, "-vv",
               DRSN_TEST_EXTENSION=str(extension), LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0",
               UBSAN_OPTIONS="halt_on_error=1", OMP_NUM_THREADS="2")  # fmt: skip
     assert "test_the_gated_step[cpu-portable" in out and "test_blocks_of_several_threads" in out
