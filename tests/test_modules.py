@@ -364,7 +364,10 @@ def test_a_tau_a_channel_of_other_channels():
         dk.SoftThreshold([1.0, 2.0])(torch.randn(4, 8, 16))
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), "relu", nn.functional.relu, lambda: 3], ids=str)
+NO_MODULES = {"made": nn.ReLU(), "a name": "relu", "a function": nn.functional.relu, "a number": lambda: 3}
+
+
+@pytest.mark.parametrize("activation", NO_MODULES.values(), ids=NO_MODULES)
 @pytest.mark.parametrize("module", [dk.Shrinkage, dk.SqueezeExcite])
 def test_an_activation_makes_a_module(module, activation):
     with pytest.raises(TypeError, match="activation must make a module where it is called, as nn.ReLU does, got "):
