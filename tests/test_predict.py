@@ -109,7 +109,7 @@ def test_the_checkpoint_alone_is_enough(trained, tmp_path):
             assert torch.equal(model.network.state_dict()[name], value)
     assert info == RunInfo(
         "own", "drsn-cw", {"dims": 1, "in_channels": 1, "classes": 2, **TINY}, ("high", "low"), (1, 64), RATE,
-        Windows(64, 16), 4, 4,
+        Windows(64, 16, names=("x",)), 4, 4,
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class RandomNoise:
     snr_db: tuple[float, float] = (-5.0, 5.0)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         try:
             low, high = self.snr_db
