@@ -134,12 +134,12 @@ class Variant:
 
 # A new backend joins the suite here, by one line.
 KERNELS = [
-    Variant("torch", "torch", sample=6),
-    Variant("cpu-portable", "cpu", isa="portable", sample=6),
-    Variant("cpu-avx2", "cpu", isa="avx2", sample=2),
-    Variant("cpu-avx512", "cpu", isa="avx512", sample=2),
+    Variant("torch", "torch", sample=8),
+    Variant("cpu-portable", "cpu", isa="portable", sample=8),
+    Variant("cpu-avx2", "cpu", isa="avx2", sample=3),
+    Variant("cpu-avx512", "cpu", isa="avx512", sample=3),
     Variant("triton", "triton", sample=24),  # interpreted
-    Variant("other-device", "cpu", device=other_device.NAME, sample=6),
+    Variant("other-device", "cpu", device=other_device.NAME, sample=8),
     Variant("triton-gpu", "triton", device="cuda"),
 ]
 COMPILED = [
