@@ -8,9 +8,10 @@
     normalise_kernel   these merged, relu(v); the running statistics
     alpha_kernel       z = relu(v) w2' + b2, alpha, tau
 
-The way back is in gate_grad.py and linear_grad.py. A launch ends where the whole batch must be known, where a product
-needs all units of a sample, and where each program of a product would work out the same factor. Every launch shares the
-batch among all programs: a program makes one tile of one product. The second launch is there where many units have
+The way back is in gate_grad.py and linear_grad.py; whole_gate.py does the work of hidden and alpha where the gate is
+small and its statistics are given. A launch ends where the whole batch must be known, where a product needs all units
+of a sample, and where each program of a product would work out the same factor. Every launch shares the batch among
+all programs: a program makes one tile of one product. The second launch is there where many units have
 statistics of the batch; else programs of the third do its work as they load, each for itself, or, where nothing is kept
 and statistics are given, those of the first as they store. What tiles contribute to statistics and sums is merged by
 whoever reads it; of many tiles, by a launch of its own (merge_kernel). No atomics: the same bits from run to run.

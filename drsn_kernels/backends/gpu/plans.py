@@ -1,11 +1,11 @@
 """Which tile and how many programs each launch takes, and why, by the numbers of tuned.py. None is tuned at run time.
 
 What a plan puts into a constexpr depends on the length of a row, the dtype and the layout; where the gate is fused,
-also on C and H (in one pass the next powers of two, else whether they are beyond WIDE, MIDDLE and LOGITS_APART, and
-whether they are multiples of 4 and of a step); where launches overlap, on the multiprocessors; never on the batch size:
-within a plan, another batch runs the kernel that is compiled already (tests/test_triton_lowering.py counts). Which plan
-it is may depend on the batch: one pass or several launches, and of a normalised channel on chip the power of two that
-holds it. Grids and splits are run-time values.
+also on C and H (in one pass and in a whole gate the next powers of two, else whether they are beyond WIDE, MIDDLE and
+LOGITS_APART, and whether they are multiples of 4 and of a step); where launches overlap, on the multiprocessors; never
+on the batch size: within a plan, another batch runs the kernel that is compiled already (tests/test_triton_lowering.py
+counts). Which plan it is may depend on the batch: one pass or several launches, and of a normalised channel on chip the
+power of two that holds it. Grids and splits are run-time values.
 """
 
 from dataclasses import dataclass, field, fields

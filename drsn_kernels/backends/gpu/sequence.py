@@ -6,7 +6,7 @@
 
 One pass is for gates without batch statistics. In brackets is the gate, which knows nothing of x: forward it takes A
 and the parameters to tau and the state, backward dtau to dA and the parameters' gradients. Of many channels, units or
-samples it is more launches (gate_passes.py).
+samples it is more launches, forward of few without statistics of the batch one (gate_passes.py).
 
 Each way is one Pass (launch.py), called with the arguments and up to three allocations besides y and dx:
 
