@@ -139,13 +139,13 @@ def _an_element(launch: ptx.Measured, tile: int) -> float | None:
     return launch.instructions / each if each and launch.instructions is not None else None
 
 
-def compilations(target: str, sizes: dict) -> dict[str, list[int]]:
-    """Kernels compiled by a training step on one size after another, of SIZES or FIRST_STEPS."""
+def compilations(target: str, first_steps: bool = True) -> dict[str, list[int]]:
+    """Kernels compiled by a training step on one size after another, of SIZES and FIRST_STEPS."""
     from drsn_kernels.backends.gpu.lowering import lowering
 
     counts: dict[str, list[int]] = {}
     with lowering(target) as launches, dk.use_backend("triton", strict=True):
-        for what, (make_gate, shapes) in sizes.items():
+        for what, (make_gate, shapes) in (SIZES | (FIRST_STEPS if first_steps else {})).items():
             known: set[int] = set()
             counts[what] = []
             for shape in shapes:
@@ -177,7 +177,7 @@ def collect(targets: tuple[str, ...] = TARGETS) -> dict:
 
     # processes: compiling holds the interpreter lock
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        counts = pool.submit(compilations, CUDA[1], SIZES | FIRST_STEPS)
+        counts = pool.submit(compilations, CUDA[1])
         halves = {target: [pool.submit(lower, target, part, 2) for part in range(2)] for target in targets}
         cases = {target: both[0].result() | both[1].result() for target, both in halves.items()}
         return {
@@ -191,7 +191,7 @@ def collect(targets: tuple[str, ...] = TARGETS) -> dict:
 
 def sample() -> dict:
     """The cases of SAMPLE for cuda:90, in this process: what the cases have compiled, the counting loads."""
-    return {"cases": {CUDA[1]: lower(CUDA[1], names=SAMPLE)}, "compilations": compilations(CUDA[1], SIZES)}
+    return {"cases": {CUDA[1]: lower(CUDA[1], names=SAMPLE)}, "compilations": compilations(CUDA[1], first_steps=False)}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -38,4 +38,4 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
               DRSN_TEST_EXTENSION=str(extension), LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0",
               UBSAN_OPTIONS="halt_on_error=1", OMP_NUM_THREADS="2")  # fmt: skip
     assert "test_the_gated_step[cpu-portable" in out and "test_blocks_of_several_threads" in out
-    assert "test_some_of_the_gradients[cpu-portable" in out
+    assert "test_some_of_the_gradients[cpu-" in out
