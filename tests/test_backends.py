@@ -247,6 +247,18 @@ def test_the_gated_step(on, kind, average, dtype, monkeypatch):
             assert torch.equal(again, y) and tau is None and all(t is None for t in kept)
 
 
+@native
+def test_what_excludes_one_another_is_refused():
+    """No operator asks for it; the extension would leave one of the two out."""
+    x, small = torch.randn(2, 3, 40), torch.rand(2, 3)
+    on, layout = BACKENDS["cpu"], layout_of(x)
+    _, planes = on.map(x, layout, small, keep=3)
+    with pytest.raises(ValueError, match="map adds a residual or a shift, not both"):
+        on.map(x, layout, small, kind="scale", residual=x, shift=small)
+    with pytest.raises(ValueError, match="the cpu backend makes dtau without dA, not both at once"):
+        on.grad(layout, x.dtype, planes, x, dA=small, want_dtau=True)
+
+
 def test_only_wanted_gradients_of_a_gate(on_each):
     if not on_each.fuses_gates:
         pytest.skip("calls every gate")

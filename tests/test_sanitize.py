@@ -1,6 +1,7 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: no read or write outside, in any layout.
 
-Of the cases those of make test: all of them would take twenty minutes, and building takes ten.
+Of the cases those of make test: 65 seconds behind a build of minutes. Beside other jobs all cases took 22 minutes with
+the build, and these 13.
 """
 
 import os

@@ -144,7 +144,7 @@ def test_every_average(one, average, parts, own):
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("kind", ["plain", "norm"])
 def test_nothing_is_kept(kind, average):
-    """Then the first launch makes relu(v)."""
+    """Then the first launch of a wide gate makes relu(v)."""
     for n, c, h, parts in ((1, 7, 5, 1), (40, 36, 70, 3), (33, 130, 128, 1)):
         for outputs in (1, c):
             Run(n, c, h, outputs, kind, average, parts=parts, keep=False).check()

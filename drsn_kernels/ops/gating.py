@@ -36,7 +36,8 @@ _SHAPES = re.compile(  # of torch's messages
 )
 
 
-_DTYPES = re.compile(r"must have the same dtype|should be the same|to have the same dtype")
+# of two layers' dtypes; of two devices it says torch.FloatTensor and torch.cuda.FloatTensor
+_DTYPES = re.compile(r"must have the same dtype|type \((?!torch\.)[\w:]+\) should be the same|to have the same dtype")
 
 
 def _fault(gate: Callable, x: torch.Tensor, given: torch.dtype, error: Exception) -> str:

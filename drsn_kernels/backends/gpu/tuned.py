@@ -1,7 +1,6 @@
 """The numbers that plans depend on, each with what chose it: a limit of the hardware, or the measurement that set it.
 
-`python -m benchmarks.sweep` times them against others on a GPU and prints the lines to paste here. Times are of an H200
-unless they say otherwise.
+`python -m benchmarks.sweep` times them against others on a GPU and prints the lines to paste here.
 """
 
 import contextlib
