@@ -183,8 +183,8 @@ def _step(opcode: str, operands: list[str]) -> Callable[[_Thread], None]:
     return forget
 
 
-def follow(ptx: str, values: Iterable[int]) -> Executed:
-    """One thread of program 0. values: of the kernel's run-time parameters in order, anything for a pointer.
+def follow(ptx: str, values: Iterable[int], program: int = 0) -> Executed:
+    """One thread of a program. values: of the kernel's run-time parameters in order, anything for a pointer.
 
     Raises:
         ValueError: the thread has executed LIMIT instructions and not come to the end.
@@ -192,6 +192,7 @@ def follow(ptx: str, values: Iterable[int]) -> Executed:
     body = ptx[ptx.index(".entry") :]
     kernel = re.search(r"\.entry\s+(\w+)", body)[1]
     thread = _Thread({f"{kernel}_param_{number}": value for number, value in enumerate(values)})
+    thread.registers["%ctaid.x"] = program
     code, labels = [], {}
     for match in sorted([*_LINE.finditer(body), *_LABEL.finditer(body)], key=lambda m: m.start()):
         if match.re is _LABEL:
@@ -248,7 +249,8 @@ def work(launch: Any) -> Work:
         fit = _fit(registers(cubin), compiled.metadata.shared, launch.num_warps)
         _known[compiled.hash] = sass(cubin), fit
     found, fit = _known[compiled.hash]
-    followed = follow(compiled.asm["ptx"], run_time_values(launch))
+    program = launch.arguments.get("of_pooled", 0)  # linear_grad's first make dA, which takes less time
+    followed = follow(compiled.asm["ptx"], run_time_values(launch), program)
     return Work(
         launch.programs, launch.num_warps, fit, found.total(), clocks(found), followed.instructions, followed.loops
     )  # fmt: skip

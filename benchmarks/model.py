@@ -129,7 +129,9 @@ def step(case: Case) -> PredictedStep:
         torchs += _called(case)
     products = sum("mm" in name for name in torchs)
     overlapping = sum(
-        b.arguments["DEPENDENT"] % 2 and a.programs <= a.arguments["DEPENDENT"] // 2
+        b.arguments["DEPENDENT"] % 2
+        and a.programs <= a.arguments["DEPENDENT"] // 2
+        and not a.arguments.get("counted")  # it lets nothing begin before it has ended
         for a, b in itertools.pairwise(launches)
     )
     return PredictedStep(case, found, overlapping, products, len(torchs) - products)

@@ -29,10 +29,10 @@ def backward(step: Step, parts: StandardGate, pooled, state, dtau, tau_grad, wan
     """dA or None, and the gradients of w1, b1, gamma, beta, w2, b2."""
     room, gate = Room("scratch", step.sums), gate_passes.prepare_gate_grad(step, len(dtau), want_dA)
     dz, dv = (room.take(step.layout.n * size) for size in (step.gate.outputs, step.gate.hidden))
-    wired, _ = gate.wired(step, room, "dtau", dz, dv, "pooled", "state")
+    wired, _, after = gate.wired(step, room, "dtau", dz, dv, "pooled", "state")
     dA = torch.full_like(pooled, float("nan")) if want_dA else None
     own = {"dA": "dA" if want_dA else None}
-    wired = [(launch, sources | own if launch is gate.linear else sources) for launch, sources in wired]
+    wired = [(launch, sources | own if launch is gate.linear else sources) for launch, sources in [*wired, *after]]
     grads = gate.new(parts.w1)
     if parts.batch_stats:
         parts = parts._replace(mean=None, var=None)

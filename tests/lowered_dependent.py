@@ -52,12 +52,21 @@ def before(launch) -> dict:
     ptx_text, sass = launch.compiled.asm["ptx"], disassembled(launch.compiled.asm["cubin"])
     ahead, wait, _ = ptx_text.partition("griddepcontrol.wait")
     arguments = ptx.flat_arguments(launch.compiled.src.signature)
-    found = {(one.kind, *sorted(one.pointers)) for one in ptx.ptx_accesses(ahead, arguments)} if wait else []
+    found = [(one.kind, *sorted(one.pointers)) for one in ptx.ptx_accesses(ahead, arguments)] if wait else []
+    looks = found.index(("ld", "counter")) + 1 if ("ld", "counter") in found else len(found)
     in_front, waits, _ = sass.partition("ACQBULK")
     return {
-        "waits": [ptx_text.count("griddepcontrol.wait"), sass.count("ACQBULK")], "before": sorted(found),
+        "waits": [ptx_text.count("griddepcontrol.wait"), sass.count("ACQBULK")], "before": sorted(set(found)),
+        "behind the counter": sorted(set(found[looks:])), "counts": counting(ptx_text),
         "sass": sorted(set(SASS_ACCESS.findall(in_front))) if waits else [],
     }  # fmt: skip
+
+
+def counting(text: str) -> list[str]:
+    """What comes last before a program counts itself in, in its order."""
+    count = re.search(r"\b(?:atom|red)\.\S*release\S*", text)
+    last = {"store": "st.global", "barrier": "bar.sync"}
+    return [*sorted(last, key=lambda name: text.rfind(last[name], 0, count.start())), "count"] if count else []
 
 
 def disassembled(cubin: bytes) -> str:
@@ -77,6 +86,7 @@ def main() -> None:
         found[gpu] = [
             {"kernel": f"{one.compiled.src.fn.__module__.rpartition('.')[2]}.{one.kernel}",
              "dependent": one.arguments["DEPENDENT"], "early": bool(one.arguments.get("EARLY")),
+             "beside": one.kernel == "grad_kernel" and "counter" in ptx.flat_arguments(one.compiled.src.signature),
              "group": one.arguments.get("GROUP"), "channels_last": one.arguments.get("CHANNELS_LAST"),
              "pdl": one.compiled.metadata.launch_pdl, **before(one), "stack": ptx.Measured(one).stack,
              "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents"),

@@ -52,9 +52,10 @@ def test_every_kernel_waits_before_it_touches_memory(found):
     assert {one["kernel"] for one in launches if one["pdl"]} == every_kernel() - FIRST
     for one in launches:
         waits, lets = one["dependent"] % 2, one["dependent"] > 1
+        lets = lets and not one["beside"]  # it lets nothing begin before it has ended
         assert one["waits"] == [waits, waits] and one["pdl"] == waits and one["next"] == lets, one["kernel"]
         assert one["stack"] == 0, one["kernel"]
-        if waits and not one["early"]:
+        if waits and not one["early"] and not one["beside"]:
             assert one["before"] == one["sass"] == [], one["kernel"]
 
 
@@ -62,12 +63,25 @@ def test_every_kernel_waits_before_it_touches_memory(found):
 def test_behind_the_gate_the_feature_map_is_loaded_before_the_wait(found):
     """And nothing else: not what launches in front of it have made, and nothing is stored."""
     early = [one for one in found["cuda:90"] if one["early"]]
-    for kernel in ("stream.map_kernel", "stream.grad_kernel"):
-        kinds = {(one["group"], one["channels_last"]) for one in early if one["kernel"] == kernel}
-        assert kinds >= {(4, False), (8, False), (1, False), (8, True)}
+    assert {one["kernel"] for one in early} == {"stream.map_kernel"}
+    assert {(one["group"], one["channels_last"]) for one in early} >= {(4, False), (8, False), (1, False), (8, True)}
     for one in early:
-        from_before = [["ld", "x"]] if one["kernel"] == "stream.map_kernel" else [["ld", "g"], ["ld", "planes"]]
-        assert one["before"] == from_before and one["sass"] == ["LDG"], one["kernel"]
+        assert one["before"] == [["ld", "x"]] and one["sass"] == ["LDG"], one["kernel"]
+
+
+@pytest.mark.slow
+def test_the_feature_maps_gradient_is_made_beside_the_parameters(found):
+    """The launch behind theirs, where its programs are of few warps: of all it loads only dA comes behind its look at
+    the counter, and not past the L1; it waits when it has stored. Who makes dA counts when all threads have stored.
+    """
+    beside = [one for one in found["cuda:90"] if one["beside"]]
+    assert {one["kernel"] for one in beside} == {"stream.grad_kernel"}
+    assert {(one["group"], one["channels_last"]) for one in beside} == {(4, False), (8, False)}
+    for one in beside:
+        assert one["before"] == [["ld", "counter"], ["ld", "dA"], ["ld", "g"], ["ld", "planes"], ["st", "dx"]], one
+        assert one["behind the counter"] == [["ld", "dA"], ["st", "dx"]] and one["past L1"] > 0, one
+    counting = [one["counts"] for one in found["cuda:90"] if one["kernel"] == "linear_grad.linear_grad_kernel"]
+    assert all(order in ([], ["store", "barrier", "count"]) for order in counting) and any(counting), counting
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ of a sample, and where each program of a product would work out the same factor.
 all programs: a program makes one tile of one product. The second launch is there where many units have
 statistics of the batch; else programs of the third do its work as they load, each for itself, or, where nothing is kept
 and statistics are given, those of the first as they store. What tiles contribute to statistics and sums is merged by
-whoever reads it; of many tiles, by a launch of its own (merge_kernel). No atomics: the same bits from run to run.
+whoever reads it; of many tiles, by a launch of its own (merge_kernel). No number is
+summed by atomics: the same bits from run to run.
 
 `state` is Step.state numbers: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
 Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from the larger
@@ -61,10 +62,14 @@ def standardised(u, center, scale):
 
 
 @triton.jit
-def scaled(xhat, h, live, scale, gamma, beta):
+def weight_and_bias(gamma, beta, h, live):
+    return tl.load(gamma + h, live, 0.0), tl.load(beta + h, live, 0.0)
+
+
+@triton.jit
+def scaled(xhat, scale, weight, bias):
     """v of (u - mean) / std, and dv / du."""
-    weight = tl.load(gamma + h, live, 0.0)
-    return xhat * across(weight) + across(tl.load(beta + h, live, 0.0)), weight * scale
+    return xhat * across(weight) + across(bias), weight * scale
 
 
 @triton.jit
@@ -80,8 +85,9 @@ def normalise(u, h, live, mean, var, gamma, beta, EPS: tl.constexpr):
         return u, u, tl.full(h.shape, 1.0, u.dtype)
     else:
         center, scale = center_and_scale(mean, var, h, live, EPS)
+        weight, bias = weight_and_bias(gamma, beta, h, live)
         xhat = standardised(u, center, scale)
-        v, slope = scaled(xhat, h, live, scale, gamma, beta)
+        v, slope = scaled(xhat, scale, weight, bias)
         return v, xhat, slope
 
 
@@ -90,7 +96,8 @@ def merged_statistics(statistics, h, live, N, H, groups, group, GROUPS: tl.const
     """Mean of units h, and sum of squared deviations from it, of the whole batch, (units,) each.
 
     statistics (groups, 2, H) holds both for every `group` samples. GROUPS of them at a time are merged as single
-    numbers would be, and blocks of these by Chan's rule, so nothing is lost to cancellation.
+    numbers would be, and blocks of these by Chan's rule, so nothing is lost to cancellation. What is loaded comes
+    before the first sum, in which threads meet: no load passes by that.
     """
     ACC: tl.constexpr = statistics.dtype.element_ty
     count = tl.zeros((1,), ACC)
@@ -101,11 +108,11 @@ def merged_statistics(statistics, h, live, N, H, groups, group, GROUPS: tl.const
         size = tl.where(p < groups, tl.minimum(N - p * group, group), 0).to(ACC)
         at = (p * 2 * H)[:, None] + h[None, :]
         alive = (p < groups)[:, None] & live[None, :]
-        means = tl.load(statistics + at, alive, 0.0)
+        means, spreads = tl.load(statistics + at, alive, 0.0), tl.load(statistics + H + at, alive, 0.0)
         here = tl.sum(size[:, None], 0)
         average = tl.sum(means * size[:, None], 0) / here
         off = tl.where(alive, means - average[None, :], 0.0)
-        within = tl.sum(tl.load(statistics + H + at, alive, 0.0) + off * off * size[:, None], 0)
+        within = tl.sum(spreads + off * off * size[:, None], 0)
         apart = average - mean
         mean += apart * (here / (count + here))
         spread += within + apart * apart * (count * here / (count + here))
@@ -230,11 +237,12 @@ def normalise_kernel(
     h = tl.program_id(0) // tiles * BH + tl.arange(0, BH)
     live = h < H
     u = rows(state, n, N, h, H)  # loaded together with the statistics
+    weight, bias = weight_and_bias(gamma, beta, h, live)
     own = live & (tile == 0)
     before_mean, before_var = tl.load(mean + h, own, 0.0), tl.load(var + h, own, 0.0)
     counted = tl.load(batches, tl.program_id(0) == 0, 0)
     center, spread, scale = of_batch(statistics, h, live, N, H, groups, group, EPS, GROUPS)
-    v, _ = scaled(standardised(u, center, scale), h, live, scale, gamma, beta)
+    v, _ = scaled(standardised(u, center, scale), scale, weight, bias)
     store_rows(positive, relu(v), n, N, h, H)
     outputs = 1 if ONE else CA * ALIGN
     settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, factor, rest)
@@ -273,23 +281,29 @@ def alpha_kernel(
         k = steps_of(h0, SLICES, BK)
         h = ordered(k)
         live = h < H
+        if ONE:
+            w = tl.load(w2 + h, live, 0.0)
+        else:
+            w = transposed(w2, o, outputs, k, H, EVEN)
         if positive is not None:
             v = rows(positive, n, N, k, H, EVEN)
         else:
             v = rows(state, n, N, k, H, EVEN)
             if BATCH_STATS:
+                weight, shift = weight_and_bias(gamma, beta, h, live)
                 own = live & (tl.program_id(0) == 0)
                 before_mean, before_var = tl.load(mean + h, own, 0.0), tl.load(var + h, own, 0.0)
                 center, spread, scale = of_batch(statistics, h, live, N, H, groups, group, EPS, GROUPS)
-                settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, factor, rest)
-                v, _ = scaled(standardised(v, center, scale), h, live, scale, gamma, beta)
+                v, _ = scaled(standardised(v, center, scale), scale, weight, shift)
             else:
                 v, _, _ = normalise(v, h, live, mean, var, gamma, beta, EPS)
             v = relu(v)
         if ONE:
-            z += v * across(tl.load(w2 + h, live, 0.0))
+            z += v * across(w)
         else:
-            z = product(v, transposed(w2, o, outputs, k, H, EVEN), z, PRECISION)
+            z = product(v, w, z, PRECISION)
+        if BATCH_STATS and positive is None:
+            settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, factor, rest)
     z = added_slices(z)
     if BATCH_STATS and positive is None:
         tl.store(batches, counted + 1, tl.program_id(0) == 0)

@@ -25,6 +25,7 @@ from .gate import (
     scaled,
     standardised,
     statistics_of,
+    weight_and_bias,
 )
 from .launch import await_previous, kernel
 from .product import across, added_slices, added_up, nothing, ordered, product, rows, steps_of, store_rows
@@ -113,9 +114,10 @@ def logit_grad_kernel(
         tl.store(direct + at, past, live)
 
 
-@kernel(pointers=13, aligned=("dtau", "pooled", "state", "w2", "dz", "dv", "direct"))
+@kernel(pointers=14, aligned=("dtau", "pooled", "state", "w2", "dz", "dv", "direct"))
 def hidden_grad_kernel(
-    dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, dz, dv, sums, direct, N, CA, HA, parts, tiles,
+    dtau, tau_grad, pooled, state, mean, var, gamma, beta, w2, dz, dv, sums, direct, counter, N, CA, HA, parts,
+    tiles,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
     READY: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
     SLICES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -123,9 +125,11 @@ def hidden_grad_kernel(
     """dz (N, C | 1), dv (N, H) and, with BATCH_STATS, sum dv and sum dv * (u - mean) / std of each tile (tiles, 2, H).
 
     READY: logit_grad_kernel has made dz and direct. direct (N, C) is A's direct gradient, where it is wanted and there
-    is one. A program makes BN samples of BH units.
+    is one. A program makes BN samples of BH units. counter (1,) becomes 0, for linear_grad_kernel.
     """
     await_previous(DEPENDENT)
+    if counter is not None:
+        tl.store(counter, 0, tl.program_id(0) == 0)
     ONE_TAU: tl.constexpr = ONE and AVERAGE != "channel"
     C = CA * ALIGN
     H = HA * ALIGN
@@ -221,11 +225,12 @@ def norm_grad_kernel(
     h = tl.program_id(0) // tiles * BH + tl.arange(0, BH)
     live = h < H
     u, change = rows(state, n, N, h, H), rows(dv, n, N, h, H)  # loaded together with the sums
+    weight, bias = weight_and_bias(gamma, beta, h, live)
     mean, var = statistics_of(state, N, H, 1 if ONE else CA * ALIGN)
     center, scale = center_and_scale(mean, var, h, live, EPS)
     of_beta, of_gamma = merged_sums(sums, h, live, H, groups, GROUPS)
     xhat = standardised(u, center, scale)
-    v, slope = scaled(xhat, h, live, scale, gamma, beta)
+    v, slope = scaled(xhat, scale, weight, bias)
     count = N.to(of_beta.dtype)
     store_rows(dv, norm_grads(change, xhat, of_beta / count, of_gamma / count, slope, True), n, N, h, H)
     store_rows(positive, relu(v), n, N, h, H)

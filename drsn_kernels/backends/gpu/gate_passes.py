@@ -2,7 +2,7 @@
 the launches that do.
 
     forward    whole_gate | hidden, [merge,] [normalise,] alpha        A and the parameters to tau and the state
-    backward   [logit_grad,] hidden_grad, [merge,] [norm_grad,] linear_grad [, add_shares]
+    backward   [logit_grad,] hidden_grad, [merge,] [norm_grad,] linear_grad [, then dx] [, add_shares]
                                                                        dtau to dA and the gradients
 
 whole_gate of few channels and units without statistics of the batch. In brackets: merge and add_shares of many samples,
@@ -178,7 +178,7 @@ class GateGrad(NamedTuple):
     norm: Prepared | None
     linear: Prepared
     add: Prepared | None  # the shares of a large batch
-    dA: bool
+    pooled: int  # programs of `linear` that make dA
     sizes: tuple[int, ...]  # of the parameters' gradients in their order, each up to 16 bytes
 
     @property
@@ -187,16 +187,22 @@ class GateGrad(NamedTuple):
         return sum(self.sizes[:4] if self.norm else self.sizes)
 
     def wired(
-        self, step: Step, room: Room, dtau: Source | None, dz: Source, dv: Source, pooled: Source, state: Source
-    ) -> tuple[Wired, Piece | None]:
-        """And dA, where it is wanted. dz (N, O) and dv (N, H) are filled from dtau, or come filled."""
+        self, step: Step, room: Room, dtau: Source | None, dz: Source, dv: Source, pooled: Source, state: Source,
+        counted: bool = False,
+    ) -> tuple[Wired, dict[str, Piece | None], Wired]:  # fmt: skip
+        """The launches up to `linear`; for who makes dx, dA and, where its tiles are counted, their counter; and the
+        launches that may come behind that one.
+
+        dz (N, O) and dv (N, H) are filled from dtau, or come filled.
+        """
         size, direct, sums, before, positive = step.layout.n * step.layout.c, None, None, [], None
+        counter = room.take_as(torch.int32, 1) if counted else None
         given = {"pooled": pooled, "state": state, "dz": dz, "dv": dv, **same("mean", "var", "gamma", "beta")}
         if self.hidden is not None:
-            direct = room.take(size) if self.dA and step.average is not None else None
+            direct = room.take(size) if self.pooled and step.average is not None else None
             tiles, sums, between = _statistics(room, self.merge, step, self.hidden.plan.tiles)
             logits = {"dtau": dtau, "direct": direct, **same("tau_grad")}
-            own = {"sums": tiles, **same("w2")}
+            own = {"sums": tiles, "counter": counter, **same("w2")}
             if self.logits is None:
                 own |= logits
             else:
@@ -207,11 +213,11 @@ class GateGrad(NamedTuple):
             positive, norms = room.take(step.layout.n * step.gate.hidden), Piece("grads", self.total, step.sums)
             own = {"state": state, "sums": sums, "dv": dv, "positive": positive, "norms": norms}
             before.append((self.norm, own | same("gamma", "beta")))
-        dA = room.take(size) if self.dA else None
+        dA = room.take(size) if self.pooled else None
         shares = "grads" if self.add is None else room.take(self.linear.plan.shares * self.total)
-        own = {"sums": sums, "positive": positive, "direct": direct, "dA": dA, "grads": shares, **same("w1")}
+        own = {"sums": sums, "positive": positive, "direct": direct, "dA": dA, "counter": counter, "grads": shares}
         after = [] if self.add is None else [(self.add, {"shares_of": shares, "added": "grads"})]
-        return [*before, (self.linear, given | own), *after], dA
+        return [*before, (self.linear, given | own | same("w1"))], {"dA": dA, "counter": counter}, after
 
     def new(self, like: torch.Tensor) -> torch.Tensor:
         """For `grads`."""
@@ -268,10 +274,10 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     pooled = dA * plan.tiles * cdiv(c, plan.channels)
     tensor_cores = plan.weights == tuned.WEIGHT_TILE or plan.over_units.slices > 1
     linear = _of_gate(
-        linear_grad.linear_grad_kernel, step, plan, plan.over_units, last + pooled,
+        linear_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + last,
         linear_grad.linear_grad_cost(step, 0 if du_ready else plan.groups, plan.shares * row, dA, direct),
         tuned.WEIGHT_PRECISION if tensor_cores else tuned.BACKWARD_PRECISION,
-        spread=False, first=first, second=second, last=last, share=plan.share, total=made, WALK=plan.step,
+        spread=False, of_pooled=pooled, first=first, second=second, share=plan.share, total=made, WALK=plan.step,
         BW=plan.weights, READY=du_ready,
     )  # fmt: skip
     if plan.shares > 1:
@@ -281,4 +287,4 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
         add = Prepared(
             linear_grad.add_shares_kernel, step.device, programs, values, plan, spent, warps=tuned.GATE_WARPS
         )  # fmt: skip
-    return GateGrad(logits, hidden, merge, between, linear, add, dA, sizes)
+    return GateGrad(logits, hidden, merge, between, linear, add, pooled, sizes)

@@ -66,15 +66,61 @@ def await_previous(DEPENDENT: tl.constexpr):
     programs it may have to let the one behind begin before it has ended: as soon as all of them have come by here.
 
     Before it nothing may be written, and only that be read which launches in front of the one before have written: each
-    of them waits before it lets the next one begin, so they have ended. The first of a pass begins when everything in
-    front of it has ended. Where the gate stands between, map reads its tile of x, and grad of g and the planes, before
-    tau and dA are there (EARLY), past the L1, which may hold older lines.
+    of them waits before it lets the next one begin, so they have ended. (await_counted is the exception.) The first of
+    a pass begins when everything in front of it has ended. Where the gate stands between, map reads its tile of x
+    before tau is there (EARLY), past the L1, which may hold older lines.
     """
     if DEPENDENT % 2 == 1:
         tl.extra.cuda.gdc_wait()
     if DEPENDENT > 1:
         if tl.num_programs(0) <= DEPENDENT // 2:
             tl.extra.cuda.gdc_launch_dependents()
+
+
+# A launch may need but a part of what the one before it makes. Then programs that make that part count themselves in,
+# and it begins beside the others (linear_grad.py and grad). It does not wait for ever: all programs of the one before
+# are under way when it begins, or have ended, for each lets it begin by await_previous or by its end.
+
+
+@triton.jit
+def count_in(counter, DEPENDENT: tl.constexpr):
+    """What this program has stored is there for who comes after await_counted."""
+    if counter is not None and DEPENDENT > 0:
+        tl.debug_barrier()  # all threads have stored
+        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_counted(counter, count, DEPENDENT: tl.constexpr):
+    """In the place of await_previous: wait until so many programs of the launch before have counted themselves in.
+
+    In front of it only that may be read which launches in front of the one before have written, past the L1. Behind it
+    that may be written which the launch before neither reads nor writes. end_with_previous comes at the end.
+    """
+    if counter is not None and DEPENDENT > 0:
+        tl.inline_asm_elementwise(
+            """{
+                .reg .pred %missing;
+                again:
+                ld.acquire.gpu.global.b32 $0, [$1];
+                setp.lt.s32 %missing, $0, $2;
+                @%missing nanosleep.u32 100;
+                @%missing bra again;
+            }""",
+            "=&r,l,r", [counter.to(tl.int64), count], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def end_with_previous(counter, DEPENDENT: tl.constexpr):
+    """The end of a launch that has awaited a part of the one before: it ends no earlier, so that who waits for this one
+    has waited for both.
+
+    One program waits. Others would stay on their multiprocessors, and keep those away that have not begun.
+    """
+    if counter is not None and DEPENDENT > 0:
+        if tl.program_id(0) == 0:
+            tl.extra.cuda.gdc_wait()
 
 
 def capability() -> int:
@@ -238,9 +284,9 @@ class Room:
         self.elements = start + elements
         return Piece(self.base, start, self.dtype)
 
-    def take_bytes(self, count: int) -> Piece:
-        start = self.take(cdiv(count, self.dtype.itemsize)).offset
-        return Piece(self.base, start, torch.int8)
+    def take_as(self, dtype: torch.dtype, elements: int) -> Piece:
+        start = self.take(cdiv(elements * dtype.itemsize, self.dtype.itemsize)).offset
+        return Piece(self.base, start // dtype.itemsize, dtype)
 
     @property
     def bytes(self) -> int:

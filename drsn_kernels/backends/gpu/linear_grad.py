@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from ..step import Cost, Step
-from .gate import Sizes, center_and_scale, relu, scaled, standardised, statistics_of
+from .gate import Sizes, center_and_scale, relu, scaled, standardised, statistics_of, weight_and_bias
 from .gate_grad import batch_averages, norm_grads
-from .launch import await_previous, kernel
+from .launch import await_previous, count_in, kernel
 from .product import added_slices, nothing, ordered, product, rows, steps_of, store_rows, transposed
 
 
@@ -28,16 +28,16 @@ def pooled_grad_tile(
     for h0 in range(0, H, SLICES * BK):
         k = steps_of(h0, SLICES, BK)
         h = ordered(k)
-        du = rows(dv, n, N, k, H, EVEN)
+        du, w = rows(dv, n, N, k, H, EVEN), rows(w1, h, H, c, C, EVEN)
         if mean is not None and not READY:
-            xhat, average, average_xhat = du, du, du
             center, scale = center_and_scale(mean, var, h, h < H, EPS)
+            slope = tl.load(gamma + h, h < H, 0.0) * scale
+            xhat, average, average_xhat = du, du, du
             if BATCH_STATS:
                 xhat = standardised(rows(state, n, N, k, H), center, scale)
                 average, average_xhat = batch_averages(sums, h, h < H, N, H, groups, GROUPS)
-            slope = tl.load(gamma + h, h < H, 0.0) * scale
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
-        total = product(du, rows(w1, h, H, c, C, EVEN), total, PRECISION)
+        total = product(du, w, total, PRECISION)
     total = added_slices(total)
     if direct is not None:
         total += rows(direct, n, N, c, C)
@@ -88,6 +88,7 @@ def weight_grad_tile_of_dv(
     vectors = live & of_first_column & (of_second == 0)
     if mean is not None:
         center, scale = center_and_scale(mean, var, h, live, EPS)
+        weight, bias = weight_and_bias(gamma, beta, h, live)
         average, average_xhat = scale, scale
         if BATCH_STATS:
             average, average_xhat = batch_averages(sums, h, live, N, H, groups, GROUPS)
@@ -104,7 +105,7 @@ def weight_grad_tile_of_dv(
         v = xhat
         if mean is not None:
             xhat = standardised(xhat, center, scale)
-            v, slope = scaled(xhat, h, live, scale, gamma, beta)
+            v, slope = scaled(xhat, scale, weight, bias)
             sum_dv += du
             sum_dv_xhat += du * xhat
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
@@ -126,20 +127,21 @@ def _up_to_4(n):  # as plans.up_to does where sequence.py lays out the gradients
     return (n + 3) // 4 * 4
 
 
-@kernel(pointers=14, aligned=("pooled", "state", "w1", "dz", "dv", "positive", "direct", "dA", "grads"))
+@kernel(pointers=15, aligned=("pooled", "state", "w1", "dz", "dv", "positive", "direct", "dA", "grads"))
 def linear_grad_kernel(
-    pooled, state, mean, var, gamma, beta, w1, dz, dv, positive, sums, direct, dA, grads,
-    N, CA, HA, tiles, groups, first, second, last, share, total,
+    pooled, state, mean, var, gamma, beta, w1, dz, dv, positive, sums, direct, dA, counter, grads,
+    N, CA, HA, tiles, groups, of_pooled, first, second, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr,
     WALK: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters and, where wanted, dA (N, C).
 
-    The first programs make tiles of dw1, those from `first` on of dw2 (the same code: two matrices multiplied over the
-    batch), of `share` samples each, and from `second` on, with READY, the biases'. From `last` on they make tiles of
-    dA, which take less time. A share's gradients are its row of grads (shares, total): w1 (H, C), b1 (H,), w2 (O, H),
-    b2 (O,) and, with a norm and without READY, gamma (H,) and beta (H,), each at a multiple of 4 elements.
+    The first `of_pooled` programs make tiles of dA and count themselves in: dx is made beside the others. The others,
+    numbered from 0, make tiles of dw1, from `first` on of dw2 (the same code: two matrices multiplied over the batch),
+    of `share` samples each, and from `second` on, with READY, the biases' gradients. A share's gradients are its row of
+    grads (shares, total): w1 (H, C), b1 (H,), w2 (O, H), b2 (O,) and, with a norm and without READY, gamma (H,) and
+    beta (H,), each at a multiple of 4 elements.
     """
     await_previous(DEPENDENT)
     C = CA * ALIGN
@@ -148,7 +150,14 @@ def linear_grad_kernel(
     if BATCH_STATS:
         mean, var = statistics_of(state, N, H, outputs)
     pid = tl.program_id(0)
-    if pid < last:
+    if dA is not None and pid < of_pooled:
+        pooled_grad_tile(
+            pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+            BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, EVEN, PRECISION,
+        )  # fmt: skip
+        count_in(counter, DEPENDENT)
+    else:
+        pid -= of_pooled
         of_second = (pid >= first) & (pid < second)
         # a tile's rows and columns: of the weight itself or, without READY, units and columns of either
         height, columns = H, tl.where(of_second, outputs, C)
@@ -191,11 +200,6 @@ def linear_grad_kernel(
             # element (i, j) of dw1 (H, C), or of dw2 (outputs, H) transposed
             at = (i * tl.where(of_second, 1, C))[:, None] + (j * tl.where(of_second, H, 1))[None, :]
             tl.store(tl.where(of_second, dw2, dw1) + at, made, (i < H)[:, None] & (j < columns)[None, :])
-    elif dA is not None:
-        pooled_grad_tile(
-            pid - last, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
-            BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, EVEN, PRECISION,
-        )  # fmt: skip
 
 
 @kernel(pointers=2, aligned=("shares_of", "added"))

@@ -62,7 +62,7 @@ class Keeping(NamedTuple):
     def of(cls, step: Step, room: Room) -> "Keeping":
         """The planes, int32 (3, words), come first; where nothing is kept there are none."""
         layout = step.layout
-        planes = room.take_bytes(3 * layout.words * 4 if step.keep else 0)
+        planes = room.take_as(torch.int8, 3 * layout.words * 4 if step.keep else 0)
         pooled = room.take(layout.n * layout.c)
         return cls(room, planes, pooled, room.take(step.state))
 
@@ -169,23 +169,29 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, want_parameters: boo
     dz, dv = scratch.take(layout.n * outputs), scratch.take(layout.n * hidden)
     one, first, last = _one_backward(step, g, want_dx), None, None
     if one is not None:
-        ends = prepare_gate_grad(step, None, False) if want_parameters else None
+        ends, gates, after = prepare_gate_grad(step, None, False) if want_parameters else None, [], []
         own = {"planes": planes, "dz": dz, "dv": dv, "pooled": pooled, "state": state,
                **same("g", "dx", "tau_grad", "w1", "mean", "var", "gamma", "beta", "w2")}  # fmt: skip
-        wired = [(one, own), *(ends.wired(step, scratch, None, dz, dv, pooled, state)[0] if ends else [])]
+        if ends is not None:
+            gates, _, after = ends.wired(step, scratch, None, dz, dv, pooled, state)
+        wired = [(one, own), *gates, *after]
     else:
 
-        def grad(dA: bool, dx: bool, dtau: bool) -> Prepared:
-            return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT, early=True)
+        def grad(dA: bool, dx: bool, dtau: bool, counted: int = 0) -> Prepared:
+            return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT, counted)
 
         first = grad(False, False, True)
         ends = prepare_gate_grad(step, first.plan.splits, want_dx)
         dtau = scratch.take(first.plan.splits * layout.n * layout.c)
-        gates, dA = ends.wired(step, scratch, dtau, dz, dv, pooled, state)
+        last = grad(True, True, False) if want_dx else None
+        counted = last is not None and tuned.DEPENDENT and last.plan.warps <= tuned.COUNTED_WARPS and not last.plan.loop
+        if counted:
+            last = grad(True, True, False, ends.pooled)
+        gates, dA, after = ends.wired(step, scratch, dtau, dz, dv, pooled, state, counted)
         wired = [(first, {"g": "g", "planes": planes, "dtau": dtau}), *gates]
-        if want_dx:
-            last = grad(True, True, False)
-            wired.append((last, {"g": "g", "planes": planes, "dA": dA, "dx": "dx"}))
+        if last is not None:
+            wired.append((last, {"g": "g", "planes": planes, "dx": "dx", **dA}))
+        wired += after
     total = sum((launch.cost for launch, _ in wired), Cost(workspace=scratch.bytes))
     return Backward(one, first, ends, last, scratch, Pass(BACKWARD, wired, step.device), total)
 

@@ -36,7 +36,7 @@ from .bits import (
     with_sign,
     words,
 )
-from .launch import Prepared, await_previous, kernel, multiprocessors, tile_values
+from .launch import Prepared, await_counted, await_previous, end_with_previous, kernel, multiprocessors, tile_values
 from .plans import TilePlan, tiles
 from .tiles import by_channel, length_of_rows, load, load_plane, over_length, piece, store, store_planes, tile
 from .tuned import cached
@@ -159,7 +159,7 @@ def map_kernel(
     n, row, column, q, rows_live, columns_live = tile(start, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, True)
     w = load(
         x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True,
-        EARLY=EARLY and DEPENDENT > 0,
+        PAST_L1=EARLY and DEPENDENT > 0,
     )  # fmt: skip
     await_previous(DEPENDENT if EARLY else 0)
     if CHANNELS_LAST:
@@ -240,36 +240,38 @@ def map_into(
 
 @triton.jit
 def _grad_tile(
-    g, planes, dA, dx, plane_bytes, L, scale, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
-    INSIDE: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr, G_UNIT: tl.constexpr,
+    g, planes, dA, dx, counter, counted, plane_bytes, L, scale, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs,
+    ds, INSIDE: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr, G_UNIT: tl.constexpr,
     D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SPLIT: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr, AWAIT: tl.constexpr,
+    PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """s * kept * g of one tile (kept * g without a sign plane), its dx stored. AWAIT: before dA is read.
+    """s * kept * g of one tile (kept * g without a sign plane), its dx stored. counter: await_counted.
 
     dx = s * (s * kept * g + dA / L): rounding is symmetric, so the sign can be put back after it.
     """
-    EARLY: tl.constexpr = AWAIT > 0
+    PAST_L1: tl.constexpr = counter is not None and DEPENDENT > 0
     DTYPE: tl.constexpr = dx.dtype.element_ty if g is None else g.dtype.element_ty
     W: tl.constexpr = B // 2 if GROUP == 8 else B
     Q = length_of_rows(QA, ALIGN, WIDE)
     n, row, column, q, rows_live, columns_live = tile(t, N, P, Q, splits, R, B, CHANNELS_LAST, SPLIT, WIDE, REVERSE)
     signed = tl.zeros((R, W), tl.int64 if ACC == tl.float64 else tl.int32)
     if g is not None:
-        w = load(g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC, EARLY=EARLY)
-        kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, KEPT, B, GROUP, PTX, EARLY)
+        w = load(
+            g, row, column, rows_live, QA, row_sizes, q_sizes, gs, G_UNIT, B, ALIGN, WIDE, GROUP, ACC, PAST_L1=PAST_L1
+        )  # fmt: skip
+        kept = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, KEPT, B, GROUP, PTX, PAST_L1)
         signed = w & mask(kept, ACC, GROUP, PTX)
     if SIGN is not None:
-        sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, SIGN, B, GROUP, PTX, EARLY)
+        sign = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, SIGN, B, GROUP, PTX, PAST_L1)
         negated = signs(sign, ACC, GROUP)
         signed ^= negated
     value = elements(signed, DTYPE, GROUP)
     if dx is not None:
         share = None
         if dA is not None:
-            other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX, EARLY)
-            await_previous(AWAIT)
+            other = load_plane(planes, plane_bytes, row, column, row_bytes, rows_live, NONZERO, B, GROUP, PTX, PAST_L1)
+            await_counted(counter, counted, DEPENDENT)
             at, sums_live = by_channel(n, row, q, Q, rows_live, columns_live, CHANNELS_LAST)
             share = over_length(tl.load(dA + at, sums_live, 0.0), L, scale, ACC)
             share = share[None, :] if CHANNELS_LAST else share[:, None]
@@ -290,19 +292,21 @@ def _grad_tile(
     return value
 
 
-@kernel(pointers=5, aligned=("g", "dx"))
+@kernel(pointers=6, aligned=("g", "dx"))
 def grad_kernel(
-    g, planes, dA, dx, dtau, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes, q_sizes, gs, ds,
+    g, planes, dA, dx, dtau, counter, counted, plane_bytes, L, scale, N, P, QA, splits, length, row_bytes, row_sizes,
+    q_sizes, gs, ds,
     INSIDE: tl.constexpr, OFFSET: tl.constexpr, KEPT: tl.constexpr, SIGN: tl.constexpr, NONZERO: tl.constexpr,
     G_UNIT: tl.constexpr, D_UNIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOP: tl.constexpr,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dtau (splits, N, C): this piece's part of it. KEPT, SIGN, NONZERO: which plane; None where it is not read.
 
     By a rule with INSIDE, INSIDE * g is in the place of 0 where it is not kept, and dtau is OFFSET times the sum.
+    counter (1,), counted: how many programs of the launch before make dA, and all that this one needs of it.
     """
-    await_previous(0 if EARLY else DEPENDENT)
+    await_previous(DEPENDENT if counter is None else 0)
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     STEP: tl.constexpr = R if CHANNELS_LAST else B
     REVERSE: tl.constexpr = dtau is None
@@ -312,15 +316,15 @@ def grad_kernel(
         total = tl.zeros((R, B), ACC)
         for t in range(start, stop):
             total += _grad_tile(
-                g, planes, dA, dx, plane_bytes, L, scale, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
-                INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC,
-                GROUP, PTX, 0,
+                g, planes, dA, dx, None, 0, plane_bytes, L, scale, t, N, P, QA, splits, row_bytes, row_sizes, q_sizes,
+                gs, ds, INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE,
+                ACC, GROUP, PTX, DEPENDENT,
             )  # fmt: skip
     else:
         total = _grad_tile(
-            g, planes, dA, dx, plane_bytes, L, scale, start, N, P, QA, splits, row_bytes, row_sizes, q_sizes, gs, ds,
-            INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE, REVERSE, ACC, GROUP,
-            PTX, DEPENDENT if EARLY else 0,
+            g, planes, dA, dx, counter, counted, plane_bytes, L, scale, start, N, P, QA, splits, row_bytes, row_sizes,
+            q_sizes, gs, ds, INSIDE, KEPT, SIGN, NONZERO, G_UNIT, D_UNIT, R, B, ALIGN, CHANNELS_LAST, SPLIT, WIDE,
+            REVERSE, ACC, GROUP, PTX, DEPENDENT,
         )  # fmt: skip
     if dtau is not None:
         n, row, column, q, rows_live, columns_live = tile(
@@ -333,21 +337,22 @@ def grad_kernel(
         if SPLIT:
             dtau += (tl.program_id(0) % splits).to(tl.int64) * N * (Q if CHANNELS_LAST else P)
         tl.store(dtau + at, sums, sums_live)
+    end_with_previous(counter, DEPENDENT)
 
 
 @cached
 def prepare_grad(
     layout: Layout, g: Strides | None, dtype: torch.dtype, device: torch.device,
-    planes: tuple[int | None, int, int | None], dA: bool, dx: bool, dtau: bool, rule: Rule, early: bool = False,
+    planes: tuple[int | None, int, int | None], dA: bool, dx: bool, dtau: bool, rule: Rule, counted: int = 0,
 ) -> Prepared:  # fmt: skip
     """The launch for a g of these strides; dx lies as the layout says. planes: the rows of kept, sign and nonzero;
-    early: all but dA was there before the launch in front of this one (await_previous)."""
+    counted: programs of the launch before that make dA, where it is called with their counter."""
     plan, values = _tiled(layout, (g or layout.strides, layout.strides), dtype, device, "gd", split=dtau)
     kept, sign, nonzero = planes
     values |= {
         "INSIDE": rule.inside, "OFFSET": rule.offset, "KEPT": None if g is None else kept,
         "SIGN": sign if dtau or dA else None, "NONZERO": nonzero if dA else None,
-        "EARLY": early and dA and dx and not plan.loop and tuned.DEPENDENT,
+        "counted": counted,
     }  # fmt: skip
     step = Step("shrink", layout, layout.strides, dtype, device)
     cost_of = cost.grad(step, "grad_kernel", g is not None, dA, dx, dtau, plan.splits if dtau else 1)

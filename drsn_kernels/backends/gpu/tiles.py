@@ -154,12 +154,12 @@ def _addresses(
 def load(
     x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT: tl.constexpr, B: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr = False,
-    EARLY: tl.constexpr = False,
+    PAST_L1: tl.constexpr = False,
 ):  # fmt: skip
-    """A tile of an operand, in words. LAST: nothing reads it after this, so that it leaves the caches first. EARLY: it
-    comes past the L1, as before await_previous."""
-    eviction: tl.constexpr = "evict_first" if LAST and not EARLY else ""
-    modifier: tl.constexpr = ".cg" if EARLY else ""
+    """A tile of an operand, in words. LAST: nothing reads it after this, so that it leaves the caches first.
+    PAST_L1: the L1 may hold older lines, as before await_previous."""
+    eviction: tl.constexpr = "evict_first" if LAST and not PAST_L1 else ""
+    modifier: tl.constexpr = ".cg" if PAST_L1 else ""
     at, live = _addresses(
         x, row, column, rows_live, QA, row_sizes, q_sizes, strides, UNIT, B, ALIGN, WIDE, GROUP
     )  # fmt: skip
@@ -238,10 +238,10 @@ def _store_plane(at, t, live, shift, GROUP: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def load_plane(
     planes, plane_bytes, row, column, row_bytes, rows_live,
-    ROW: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr, EARLY: tl.constexpr = False,
+    ROW: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr, PAST_L1: tl.constexpr = False,
 ):  # fmt: skip
-    """A tile of a plane, as top bits of words; of elements that are not there anything. EARLY: as in load."""
+    """A tile of a plane, as top bits of words; of elements that are not there anything. PAST_L1: as in load."""
     at, live, shift = _in_plane(row, column, row_bytes, rows_live, B, GROUP)
-    modifier: tl.constexpr = ".cg" if EARLY else ""
+    modifier: tl.constexpr = ".cg" if PAST_L1 else ""
     byte = tl.load(plane(planes, plane_bytes, ROW) + at, live, cache_modifier=modifier).to(tl.int32) & 0xFF
     return spread(byte >> shift, GROUP, PTX)

@@ -48,6 +48,11 @@ DEPENDENT = True
 # a product in slices want a multiprocessor each, so the launch before lets them begin only if it leaves half of them
 # free: beside 128 others, a few of 128 shared one, and eval of (128, 512, 32) took 27.3 us instead of 23.2.
 LETTING = 4096
+# dx is made beside the gradients of the gate's parameters, as soon as dA is there (launch.await_counted), where its
+# programs have at most so many warps: a step of (128, 16, 128) took 19.6 us and 21.1 without, of (128, 512, 128) in
+# bfloat16 64.3 and 66.9. Each warp waits for itself: with 4 and 8 of them (64, 512, 7, 7) took 55.6 and 53.4 without,
+# (64, 64, 56, 56) 102.7 and 99.9.
+COUNTED_WARPS = 2
 
 # ---- the standard gate -----------------------------------------------------------------------------------------------
 
@@ -78,8 +83,7 @@ LOGITS = 512
 MOST_CHANNELS = 1024
 MOST_PRODUCTS = 1 << 28
 # Channels, and hidden units, up to which one launch makes the gate where its statistics are given; samples and warps
-# of a program. Predicted by benchmarks/model.py, not measured: a forward pass in eval of (32, 64, 1024) takes 14.6 us,
-# by 4 warps 15.7 and by two launches 17.3.
+# of a program. A forward pass in eval of (32, 64, 1024) takes 14.2 us, by 4 warps 15.2 and by two launches 15.6.
 WHOLE_GATE = 64
 WHOLE_SAMPLES = 16
 WHOLE_WARPS = 8
