@@ -40,6 +40,7 @@ from .stored import (  # noqa: E402
     current,
     gains,
     gpus,
+    holds,
     host,
     kept,
     large,
@@ -98,7 +99,7 @@ def status() -> list[str]:
             f"{number(statistics.geometric_mean(ratios))} in {label}" for label, ratios in found.items() if ratios
         ]
         note = f", {REPLACED[commit]}" if commit in REPLACED else ""
-        about = f"commit {commit}, {len(table(name).cases)} cases{note}"
+        about = f"commit {commit}, {holds(name)}{note}"
         link = f"[{short(name)}](docs/benchmarks/{name}/results.md)"
         lines.append(f"- {link} ({about})" + (f": over torch.compile {', '.join(speeds)}." if speeds else ""))
     return lines
@@ -305,9 +306,9 @@ def runs() -> list[str]:
         one = run(name)[0]
         versions = [f"torch {one['torch']}"]
         versions += [f"Triton {one['triton']}", f"driver {one['driver']}"] if name in gpus() else []
-        link, holds = f"[{name}](../benchmarks/{name}/results.md)", f"{len(table(name).cases)} cases"
+        link = f"[{name}](../benchmarks/{name}/results.md)"
         note = REPLACED.get(one["commit"], "")
-        lines.append([link, one["device"], ", ".join(versions), one["commit"], one["date"], holds, note])
+        lines.append([link, one["device"], ", ".join(versions), one["commit"], one["date"], holds(name), note])
     return rows_of(["run", "device", "versions", "commit", "date", "holds", ""], lines)
 
 

@@ -166,6 +166,8 @@ def write_csv(path: Path, rows: Iterable[dict]) -> Path:
 def write_markdown(path: Path, rows: list[dict], figures: Iterable[object], command: str) -> Path:
     """The figures, and tables for people: a line for each case, times by provider, the floor first."""
     about = [f"{name}: {rows[0][name]}" for name in ENVIRONMENT if rows[0][name] not in ("", "none")]
+    if others := {one["commit"]: one["case"] for one in reversed(rows) if one["commit"] != rows[0]["commit"]}:
+        about += [f"commit {commit}: the cases from {case} on" for commit, case in others.items()]
     lines = [f"`{command}`", "", *(f"- {part}" for part in about), "", "```", *map(str, figures), "```"]
     if all(one["clock"] == "wall" for one in rows):
         lines += table("Medians in milliseconds.", rows, "median_ms")

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
@@ -33,6 +34,15 @@ def names() -> list[str]:
     """All runs, the CPU's first."""
     found = sorted(path.parent.name for path in RUNS.glob("*/results.json"))
     return sorted(found, key=lambda name: name != "cpu")
+
+
+def holds(name: str) -> str:
+    """How many cases a run has, and how many of them are of another commit than the first: a run that ended before the
+    last case leaves the rest as they were."""
+    commits = Counter(next(iter(rows.values()))["commit"] for rows in table(name).cases.values())
+    said = f"{sum(commits.values())} cases"
+    others = [f"{count} of commit {commit}" for commit, count in commits.items() if commit != run(name)[0]["commit"]]
+    return ", ".join([said, *others])
 
 
 def gpus() -> list[str]:
