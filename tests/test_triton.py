@@ -168,7 +168,7 @@ def test_fused_gate_as_planned(sizes, shape, kind):
 
 @pytest.mark.parametrize("plan", ["on chip", "launches"], indirect=True)
 def test_of_a_frozen_gate_only_x_has_a_gradient(plan):
-    """In one pass nothing is launched for the others'."""
+    """Nothing is made of the others': in one pass there is no launch for them, else no program."""
     x, g, gate = varied((5, 6, 70)), features((5, 6, 70)), gate_of(6, "norm", "channel")
     wanted = torch.autograd.grad(dk.shrink(x.requires_grad_(), gate), [x, *gate.parameters()], g)[0]
     y = dk.shrink(x, gate.requires_grad_(False))
@@ -179,6 +179,8 @@ def test_of_a_frozen_gate_only_x_has_a_gradient(plan):
         assert launched == ["backward_kernel"]
     else:
         assert launched == ["grad_kernel", "hidden_grad_kernel", "linear_grad_kernel", "grad_kernel"]
+        all_of_them = sequence.prepare_backward(y.grad_fn.gated.step, g.stride(), True, True)
+        assert back.gate.linear.grid[0] == back.gate.pooled < all_of_them.gate.linear.grid[0]
 
 
 def test_a_row_of_an_expanded_tensor_has_more_columns_than_its_offsets_say():

@@ -238,8 +238,8 @@ class GateGrad(NamedTuple):
         return dw1, db1, dgamma, dbeta, dw2, db2
 
 
-def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
-    """parts: partial sums that dtau comes in; None where dz and dv come instead."""
+def prepare_gate_grad(step: Step, parts: int | None, dA: bool, parameters: bool = True) -> GateGrad:
+    """parts: partial sums that dtau comes in; None where dz and dv come instead. parameters: theirs are wanted too."""
     plan, (h, o, norm, *_), c = gate_plan(step), step.gate, step.layout.c
     sizes = tuple(up_to(length, 4) for length in (h * c, h, o * h, o, *((h, h) if norm else ())))
     direct = dA and step.average is not None
@@ -272,15 +272,16 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool) -> GateGrad:
     second = first + plan.shares * cdiv(h, plan.weights) * cdiv(o, plan.weights)
     last = second + du_ready * plan.shares * (cdiv(h, plan.weights) + cdiv(o, plan.weights))
     pooled = dA * plan.tiles * cdiv(c, plan.channels)
+    wanted = last if parameters else 0
     tensor_cores = plan.weights == tuned.WEIGHT_TILE or plan.over_units.slices > 1
     linear = _of_gate(
-        linear_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + last,
-        linear_grad.linear_grad_cost(step, 0 if du_ready else plan.groups, plan.shares * row, dA, direct),
+        linear_grad.linear_grad_kernel, step, plan, plan.over_units, pooled + wanted,
+        linear_grad.linear_grad_cost(step, 0 if du_ready else plan.groups, parameters * plan.shares * row, dA, direct),
         tuned.WEIGHT_PRECISION if tensor_cores else tuned.BACKWARD_PRECISION,
         spread=False, of_pooled=pooled, first=first, second=second, share=plan.share, total=made, WALK=plan.step,
         BW=plan.weights, READY=du_ready,
     )  # fmt: skip
-    if plan.shares > 1:
+    if parameters and plan.shares > 1:
         values = {"shares": plan.shares, "total": made, "BLOCK": tuned.ADDED, "AT_ONCE": tuned.ADDED_SHARES}
         spent = linear_grad.add_shares_cost(row, plan.shares)
         programs = cdiv(made, tuned.ADDED)

@@ -226,7 +226,8 @@ def add_shares_cost(size: int, shares: int) -> Cost:
 
 
 def linear_grad_cost(step: Step, groups: int, grads: int, dA: bool, direct: bool) -> Cost:
-    """grads: bytes of the parameters' gradients, of all shares."""
+    """grads: bytes of the parameters' gradients, of all shares; 0 where they are not wanted."""
     s = Sizes.of(step)
-    read = s.pooled + s.hidden + s.norm + s.alpha + s.hidden + groups * s.statistics + dA * s.w1 + direct * s.pooled
+    read = 2 * s.hidden + s.norm + groups * s.statistics + dA * s.w1 + direct * s.pooled
+    read += s.pooled + s.alpha if grads else 0
     return Cost(read, grads + dA * s.pooled, ("linear_grad_kernel",))

@@ -181,7 +181,7 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, want_parameters: boo
             return stream.prepare_grad(layout, g, step.dtype, step.device, _PLANES, dA, dx, dtau, SOFT, counted)
 
         first = grad(False, False, True)
-        ends = prepare_gate_grad(step, first.plan.splits, want_dx)
+        ends = prepare_gate_grad(step, first.plan.splits, want_dx, want_parameters)
         dtau = scratch.take(first.plan.splits * layout.n * layout.c)
         last = grad(True, True, False) if want_dx else None
         counted = last is not None and tuned.DEPENDENT and last.plan.warps <= tuned.COUNTED_WARPS and not last.plan.loop
