@@ -14,8 +14,8 @@ of a sample, and where each program of a product would work out the same factor.
 all programs: a program makes one tile of one product. The second launch is there where many units have
 statistics of the batch; else programs of the third do its work as they load, each for itself, or, where nothing is kept
 and statistics are given, those of the first as they store. What tiles contribute to statistics and sums is merged by
-whoever reads it; of many tiles, by a launch of its own (merge_kernel). No number is
-summed by atomics: the same bits from run to run.
+whoever reads it; of many tiles, by a launch of its own (merge_kernel). No number is summed by atomics: the same bits
+from run to run.
 
 `state` is Step.state numbers: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
 Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from the larger
