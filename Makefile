@@ -1,6 +1,7 @@
 # make demo    the main job: check, speed and learning on this machine, a few minutes
 # make test    the test suite against the installed package, on all cores; JOBS=1: on one
-# make test-all  and the long ones: every case of what make test samples, clean installs, sanitizers, fuzzing
+# make test-all  and the long ones: of the cases that make test leaves out another part each day (PART=N: that one,
+#              PART=: all), clean installs, sanitizers, fuzzing
 # make experiments  the networks on real data under noise, hours; resumable; VIBRATION=, SPEECH=, IMAGE= name the folders,
 #              EXPERIMENTS="--jobs 2 --quick ..." the rest; without a folder simulated vibration
 # make pictures  docs/pictures, a few minutes; VIBRATION= and IMAGE= name the folders, PICTURES="--quick ..." the rest
@@ -34,6 +35,7 @@ CONSTRAINTS ?= constraints.txt
 JOBS ?= auto
 TESTS := $(BIN)/pytest tests -n $(JOBS)
 FUZZ ?=
+PART ?= $(shell echo $$(($$(date +%s) / 86400)))
 # Packages are installed without byte code, and a hundred Pythons that the tests start would each compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -54,7 +56,7 @@ test: $(VENV)/installed
 test-all: test test-all-only
 
 test-all-only: $(VENV)/installed
-	$(TESTS) --dist loadgroup -m slow $(FUZZ)
+	$(TESTS) --dist loadgroup -m slow $(if $(PART),--part $(PART)) $(FUZZ)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --out $(abspath $(BENCH_OUT)) $(BENCH)

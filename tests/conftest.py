@@ -47,8 +47,9 @@ if gpu.missing() is None and gpu.interpreting():
     triton_interpreter.install()
     from drsn_kernels.backends.gpu import tuned
 
-    # Time in the interpreter is programs, not elements: large tiles here, the plans' own sizes in test_triton.py.
-    tuned.TILE, tuned.CHANNELS = 1 << 16, 1 << 17
+    # Time in the interpreter is programs, and beyond some size elements: large tiles here, the plans' own sizes in
+    # test_triton.py. By 1 << 16 and 1 << 12 the same tests took 1.15 and 0.95 times as long.
+    tuned.TILE, tuned.CHANNELS = 1 << 14, 1 << 15
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,10 @@ def one_thread(isolated: None) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="no CUDA device, or none for Triton, is an error")
+    parser.addoption(
+        "--part", type=int, metavar="N", help="of what make test leaves out, a quarter of the interpreted cases and half "
+        "of the others: those of N, the next N has the next ones (default: all)",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -307,10 +312,14 @@ def pytest_collection_finish() -> None:
 
 
 # Tests that one of xdist's processes takes one after the other: they build in the same folder, or need the memory. Its
-# own groups are part of a test's id, which pytest 9.2 does not let it change: two builds at a time broke each other.
+# own groups are part of a test's id, which pytest 9.2 does not let it change: two builds at a time broke each other. Or
+# they look at what one compilation finds, for which a second process would wait.
 GROUPS = {
     "builds": ("test_install.py", "test_sanitize.py", "test_it_is_clean_under_sanitizers"),
     "large tensors": ("test_big.py",),
+    "lowering": ("test_triton_lowering.py",),
+    "overlap": ("test_dependent_launches.py",),
+    "batch last": ("test_batch_last_is_the_network",),
 }
 
 
@@ -338,37 +347,50 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"drsn_kernels {dk.__version__} from {dk.__file__}, cpu kernels: {isas}, torch {torch.__version__}"
 
 
-def _sample(items: list[pytest.Item]) -> None:
-    """All but one case in n are slow. Where n is given by `sampled` and parameters are crossed, so many fewer that each
-    value of a parameter is left in a case, of a variant that is not interpreted.
+def _variants(item: pytest.Item) -> list[Variant]:
+    return [value for value in item.callspec.params.values() if isinstance(value, Variant)]
+
+
+def _sample(items: list[pytest.Item]) -> list[pytest.Item]:
+    """All but one case in n are slow, and returned. Where n is given by `sampled` and parameters are crossed, so many
+    fewer that each value of a parameter is left in a case, of a variant that is not interpreted.
 
     By name: the same cases in every process.
     """
 
-    def variants(item: pytest.Item) -> list[Variant]:
-        return [value for value in item.callspec.params.values() if isinstance(value, Variant)]
-
     def rest(item: pytest.Item) -> int:
-        rates = [variant.sample for variant in variants(item)]
+        rates = [variant.sample for variant in _variants(item)]
         rates += [mark.args[0] for mark in item.iter_markers("sampled")]
         return zlib.crc32(item.name.encode()) % max(rates, default=1)
 
-    seen = set()
+    seen, left_out = set(), []
     for item in sorted(items, key=rest):
         values = set()
         if item.get_closest_marker("sampled") and len(item.callspec.params) > 1:
             of = item.path, item.originalname, item.get_closest_marker("gpu") is None
             given = item.callspec.params.items()
             values = {(*of, name, str(value)) for name, value in given if not isinstance(value, Variant)}
-        if rest(item) and (values <= seen or any(variant.interpreted for variant in variants(item))):
+        if rest(item) and (values <= seen or any(variant.interpreted for variant in _variants(item))):
             item.add_marker(pytest.mark.slow)
+            left_out.append(item)
         else:
             seen |= values
+    return left_out
+
+
+def _of_other_parts(items: list[pytest.Item], part: int) -> set[pytest.Item]:
+    def parts(item: pytest.Item) -> int:
+        return 4 if any(variant.interpreted for variant in _variants(item)) else 2
+
+    return {item for item in items if (zlib.crc32(item.nodeid.encode()) - part) % parts(item)}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    _sample([item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("slow")])
+    left_out = _sample([item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("slow")])
+    if (part := config.getoption("--part")) is not None and (others := _of_other_parts(left_out, part)):
+        config.hook.pytest_deselected(items=list(others))
+        items[:] = [item for item in items if item not in others]
     items.sort(key=lambda item: item.path.stem != "test_triton_lowering")  # a minute in one process, so it starts first
     if torch.cuda.is_available():
         return

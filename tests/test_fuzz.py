@@ -148,8 +148,8 @@ def test_random_cases(kernels, case):
 
 
 def many(kernels, strategy, compare) -> None:
-    """400 cases of a backend; 40 where each is compiled or interpreted, which takes longer."""
-    examples = 40 if kernels.compiled or kernels.interpreted else 400
+    """200 cases of a backend; 20 where each is compiled or interpreted, which takes longer."""
+    examples = 20 if kernels.compiled or kernels.interpreted else 200
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=SHARED)
     @given(case=strategy)

@@ -50,19 +50,6 @@ def install(python: str, what: str, **env: str) -> str:
     return run(python, "-c", USE)
 
 
-def test_wheel(clean, tmp_path):
-    run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), DRSN_NATIVE="1")
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    for part in ("_cpu", "_launch", "py.typed"):
-        assert any(name.startswith(f"drsn_kernels/{part}") for name in names), part
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
-    cpu = install(clean, str(wheel))
-    assert "available" in cpu and "not available" not in cpu
-    script = Path(clean).with_name("drsn")
-    assert run(str(script), "--version").startswith("drsn_kernels ") and "--json" in run(str(script), "info", "--help")
-
-
 def test_an_index_gets_a_page_without_broken_links(clean, tmp_path):
     run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), DRSN_NATIVE="0")
     (wheel,) = map(zipfile.ZipFile, tmp_path.glob("*-none-any.whl"))  # pure Python
@@ -79,10 +66,10 @@ READING = ("test_docs", "test_workflows", "test_imports", "test_import", "test_c
            "test_bench_compare")  # fmt: skip
 
 
-def test_sdist(clean, tmp_path):
+def test_sdist_and_the_wheel_made_of_it(clean, tmp_path):
+    """Compiled as it comes, not optimised; a wheel of the tree itself is what the tests run on."""
     run(sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(ROOT))
     (sdist,) = tmp_path.glob("*.tar.gz")
-    assert "not available" not in install(clean, str(sdist), DRSN_NATIVE="1")
     tarfile.open(sdist).extractall(tmp_path, filter="data")
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)  # none without git
@@ -90,6 +77,18 @@ def test_sdist(clean, tmp_path):
     assert missing <= {".gitignore"}
     tests = [str(unpacked / "tests" / f"{name}.py") for name in READING]
     run(sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests)
+
+    run(clean, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(sdist), DRSN_NATIVE="1",
+        CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug")  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for part in ("_cpu", "_launch", "py.typed"):
+        assert any(name.startswith(f"drsn_kernels/{part}") for name in names), part
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+    cpu = install(clean, str(wheel))
+    assert "available" in cpu and "not available" not in cpu
+    script = Path(clean).with_name("drsn")
+    assert run(str(script), "--version").startswith("drsn_kernels ") and "--json" in run(str(script), "info", "--help")
 
 
 def test_pure_python_by_choice(clean):

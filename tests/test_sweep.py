@@ -6,7 +6,6 @@ Also `tuned.using`, by which an alternative is tried.
 import datetime
 import json
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -353,9 +352,10 @@ def test_a_sample_of_the_alternatives_and_of_one_pass_compiles_and_does_not_spil
 
 @needs_triton
 @pytest.mark.slow
-def test_a_sixteenth_of_all_alternatives_compiles_and_does_not_spill(tmp_path, triton_cache):
-    """Another one each day, and that of DRSN_SWEEP_PART where it is set: all of them take an hour."""
-    part = int(os.environ.get("DRSN_SWEEP_PART", datetime.date.today().toordinal())) % 16
+def test_a_sixteenth_of_all_alternatives_compiles_and_does_not_spill(request, tmp_path, triton_cache):
+    """That of --part, else another one each day: all of them take an hour."""
+    part = request.config.getoption("--part")
+    part = (datetime.date.today().toordinal() if part is None else part) % 16
     assert spilled(tmp_path, triton_cache, "--part", str(part), "--parts", "16")[1] == []
 
 
