@@ -99,6 +99,7 @@ CHOICES: tuple[Choice, ...] = (
     Choice(STEPS[:1], tuple({"COUNTED_WARPS": most} for most in (0, 2, 8)), lambda case: _overlaps()),
     # the gate: fused up to so many channels and products, beyond them called (cuBLAS); then its tiles
     Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512, 1024))),
+    Choice(STEPS, ({"HELD": False}, {"HELD": True})),
     Choice(STEPS, tuple({"MOST_PRODUCTS": 1 << power} for power in (22, 24, 26, 28))),
     Choice(
         STEPS,
@@ -132,6 +133,7 @@ CHOICES: tuple[Choice, ...] = (
               ((4096, 64), (4096, 80), (4096, 128), (8192, 128))),
     ),
     Choice(("shrink_eval",), ({"PRODUCTS": 8}, {"PRODUCTS": 16}, {"PRODUCTS": 32})),
+    Choice(("shrink_eval",), ({"ONE_PASS_UNITS": 32}, {"ONE_PASS_UNITS": 64})),
     Choice(("shrink_eval",), ({"ONE_PASS_CHANNELS": 64}, {"ONE_PASS_CHANNELS": 128})),
 )  # fmt: skip
 

@@ -287,8 +287,8 @@ def one_thread(isolated: None) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="no CUDA device, or none for Triton, is an error")
     parser.addoption(
-        "--part", type=int, metavar="N", help="of what make test leaves out, a quarter of the interpreted cases and half "
-        "of the others: those of N, the next N has the next ones (default: all)",
+        "--part", type=int, metavar="N", help="of what make test leaves out, a quarter of the interpreted cases and "
+        "half of the others: those of N, the next N has the next ones (default: all)",
     )  # fmt: skip
 
 

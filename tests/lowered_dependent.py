@@ -5,13 +5,10 @@ Run by test_dependent_launches.py; prints JSON by GPU.
 
 import json
 import re
-import subprocess
-import tempfile
 
 import ptx
 import torch
 from oracle import gate_of
-from triton import knobs
 
 import drsn_kernels as dk
 from drsn_kernels.backends.gpu.lowering import lowering
@@ -49,7 +46,7 @@ def one_step() -> None:
 
 def before(launch) -> dict:
     """What a program does in front of its wait, in PTX and in machine code."""
-    ptx_text, sass = launch.compiled.asm["ptx"], disassembled(launch.compiled.asm["cubin"])
+    ptx_text, sass = launch.compiled.asm["ptx"], ptx.disassembled(launch.compiled.asm["cubin"])
     ahead, wait, _ = ptx_text.partition("griddepcontrol.wait")
     arguments = ptx.flat_arguments(launch.compiled.src.signature)
     found = [(one.kind, *sorted(one.pointers)) for one in ptx.ptx_accesses(ahead, arguments)] if wait else []
@@ -67,14 +64,6 @@ def counting(text: str) -> list[str]:
     count = re.search(r"\b(?:atom|red)\.\S*release\S*", text)
     last = {"store": "st.global", "barrier": "bar.sync"}
     return [*sorted(last, key=lambda name: text.rfind(last[name], 0, count.start())), "count"] if count else []
-
-
-def disassembled(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:

@@ -51,6 +51,7 @@ def main() -> None:
              "shared": measured.shared, "limit": TARGETS[target].shared_program, "occupancy": measured.occupancy,
              "fma": sum(1 + bool(two) for two in re.findall(r"fma\.rn\.f32(x2)?", launch.compiled.asm["ptx"])),
              "tensor cores": "tf32" in launch.compiled.asm["ptx"], "threads": 32 * launch.num_warps,
+             "waits": ptx.waits_for_loads(launch.compiled.asm["cubin"]),
              "tile": [launch.arguments.get(name) for name in ("BN", "BH", "BK")],
              "unattributed": sum(not access.attributed for access in measured.accesses),
              "loads": {pointer: sorted(measured.widths_of("ld", pointer)) for pointer in ("partial", "w1", "dz", "dv")}}

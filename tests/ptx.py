@@ -159,17 +159,25 @@ def cubin_resources(cubin: bytes) -> Resources:
 
 
 def cubin_instructions(cubin: bytes) -> int | None:
-    """Machine instructions of a cubin that holds one kernel; None where a loop runs some of them again.
+    """Machine instructions of a cubin that holds one kernel; None where a loop runs some of them again."""
+    return sass_instructions(disassembled(cubin))
 
-    By the nvdisasm in Triton's wheel.
-    """
+
+def disassembled(cubin: bytes) -> str:
+    """By the nvdisasm in Triton's wheel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return sass_instructions(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def waits_for_loads(cubin: bytes) -> int:
+    """Groups of loads between which threads meet, in the order of the machine code: no load passes by a barrier."""
+    order = re.findall(r"\b(LDG|BAR)\b", disassembled(cubin))
+    return sum(one == "LDG" and (k == 0 or order[k - 1] != one) for k, one in enumerate(order))
 
 
 def sass_instructions(text: str) -> int | None:

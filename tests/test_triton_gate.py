@@ -305,6 +305,10 @@ def test_as_compiled(target, tmp_path, triton_cache):
         by_fma = name not in ("one", "float64") and not wide
         assert backward["fma"] == by_fma * samples * units * depth // backward["threads"], name
         assert backward["tensor cores"] == launches[-1]["tensor cores"] == wide, name
+    for name in ("paper", "medium", "odd", "float64"):
+        for launch in found[name]:
+            # what a program reads is waited for once; of linear_grad's two branches the second also for each step
+            assert launch["waits"] <= 1 + 2 * (launch["kernel"] == "linear_grad_kernel"), (name, launch)
     first, last = found["wide"][0], found["wide"][-1]
     assert first["loads"]["w1"] == last["loads"]["dz"] == [16]
     assert first["loads"]["partial"] == last["loads"]["dv"] == [16]

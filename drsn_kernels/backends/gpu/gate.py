@@ -32,7 +32,19 @@ import triton.language as tl
 from .. import cost
 from ..step import Cost, Step
 from .launch import await_previous, kernel
-from .product import across, added_slices, added_up, nothing, ordered, product, rows, steps_of, store_rows, transposed
+from .product import (
+    across,
+    added_slices,
+    added_up,
+    held,
+    nothing,
+    ordered,
+    product,
+    rows,
+    steps_of,
+    store_rows,
+    transposed,
+)
 
 
 @triton.jit
@@ -134,7 +146,7 @@ def merged_sums(sums, h, live, H, groups, GROUPS: tl.constexpr):
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@kernel(pointers=2)
+@kernel(pointers=2, aligned=("groups_of", "merged"))
 def merge_kernel(
     groups_of, merged, N, H, groups, group, STATISTICS: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -158,7 +170,7 @@ def hidden_kernel(
     partial, pooled, w1, b1, state, positive, statistics, mean, var, gamma, beta, N, CA, HA, parts, tiles,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr,
     BH: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    HELD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """u; A (N, C), where it comes in parts (SPLIT); with BATCH_STATS each tile's statistics, (tiles, 2, H).
 
@@ -173,18 +185,23 @@ def hidden_kernel(
     n = tile * BN + tl.arange(0, BN)
     h = block * BH + tl.arange(0, BH)
     bias = tl.load(b1 + h, h < H, 0.0)  # here, so that it is waited for together with the first step's loads
+    if positive is not None and mean is not None:
+        center, scale = center_and_scale(mean, var, h, h < H, EPS)
+        weight, shift = weight_and_bias(gamma, beta, h, h < H)
     u = nothing(SLICES, BN, BH, w1.dtype.element_ty)
     for c0 in range(0, C, SLICES * BK):
         c = steps_of(c0, SLICES, BK)
         a = added_up(partial, n, N, c, C, parts, SPLIT, EVEN)
-        u = product(a, transposed(w1, h, H, c, C, EVEN), u, PRECISION)
+        w = transposed(w1, h, H, c, C, EVEN)
+        u = product(held(a, HELD > 1), held(w, HELD > 1), u, PRECISION)
         if SPLIT:  # the programs of a tile share its channels
             here = tl.where(c0 // (SLICES * BK) % tl.cdiv(H, BH) == block, N, 0)
             store_rows(pooled, a, n, here, ordered(c), C)
     u = added_slices(u) + bias[None, :]
     if positive is not None:
-        v, _, _ = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
-        store_rows(positive, relu(v), n, N, h, H)
+        if mean is not None:
+            u, _ = scaled(standardised(u, center, scale), scale, weight, shift)
+        store_rows(positive, relu(u), n, N, h, H)
     else:
         store_rows(state, u, n, N, h, H)
     if BATCH_STATS:
@@ -220,11 +237,11 @@ def of_batch(statistics, h, live, N, H, groups, group, EPS: tl.constexpr, GROUPS
     return center, spread, 1 / tl.sqrt(spread / N.to(spread.dtype) + EPS)
 
 
-@kernel(pointers=8, aligned=("state", "positive"))
+@kernel(pointers=8, aligned=("state", "statistics", "positive"))
 def normalise_kernel(
     state, statistics, mean, var, batches, gamma, beta, positive, N, CA, HA, tiles, groups, group, factor, rest,
     ONE: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-    GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
+    GROUPS: tl.constexpr, HELD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """positive = relu(v) (N, H), behind a norm by statistics of the batch. They go to the state; running ones follow.
 
@@ -242,19 +259,20 @@ def normalise_kernel(
     before_mean, before_var = tl.load(mean + h, own, 0.0), tl.load(var + h, own, 0.0)
     counted = tl.load(batches, tl.program_id(0) == 0, 0)
     center, spread, scale = of_batch(statistics, h, live, N, H, groups, group, EPS, GROUPS)
-    v, _ = scaled(standardised(u, center, scale), scale, weight, bias)
+    v, _ = scaled(standardised(held(u, HELD), center, scale), scale, weight, bias)
     store_rows(positive, relu(v), n, N, h, H)
     outputs = 1 if ONE else CA * ALIGN
     settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, factor, rest)
     tl.store(batches, counted + 1, tl.program_id(0) == 0)
 
 
-@kernel(pointers=12, aligned=("pooled", "state", "positive", "w2", "tau"))
+@kernel(pointers=12, aligned=("pooled", "state", "positive", "statistics", "w2", "tau"))
 def alpha_kernel(
     pooled, state, positive, statistics, tau, mean, var, batches, gamma, beta, w2, b2, N, CA, HA, tiles, groups, group,
     factor, rest, AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr,
     ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    EVEN: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    EVEN: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """alpha (N, C | 1) and tau (N, C), or (N, 1) where one alpha meets a shared average (or none).
 
@@ -301,7 +319,7 @@ def alpha_kernel(
         if ONE:
             z += v * across(w)
         else:
-            z = product(v, w, z, PRECISION)
+            z = product(held(v, HELD > 1), held(w, HELD > 1), z, PRECISION)
         if BATCH_STATS and positive is None:
             settle(center, spread, before_mean, before_var, h, own, state, mean, var, N, H, outputs, factor, rest)
     z = added_slices(z)

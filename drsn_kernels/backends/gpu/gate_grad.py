@@ -20,7 +20,6 @@ from .gate import (
     center_and_scale,
     channel_sums,
     merged_sums,
-    normalise,
     relu,
     scaled,
     standardised,
@@ -28,7 +27,7 @@ from .gate import (
     weight_and_bias,
 )
 from .launch import await_previous, kernel
-from .product import across, added_slices, added_up, nothing, ordered, product, rows, steps_of, store_rows
+from .product import across, added_slices, added_up, held, nothing, ordered, product, rows, steps_of, store_rows
 
 
 @triton.jit
@@ -120,7 +119,8 @@ def hidden_grad_kernel(
     tiles,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
     READY: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    SLICES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dz (N, C | 1), dv (N, H) and, with BATCH_STATS, sum dv and sum dv * (u - mean) / std of each tile (tiles, 2, H).
 
@@ -145,7 +145,10 @@ def hidden_grad_kernel(
     if BATCH_STATS:
         mean, var = statistics_of(state, N, H, outputs)
     # loaded before the products, which it would otherwise wait for
-    v, xhat, _ = normalise(rows(state, n, N, h, H), h, live, mean, var, gamma, beta, EPS)
+    u = rows(state, n, N, h, H)
+    if mean is not None:
+        center, scale = center_and_scale(mean, var, h, live, EPS)
+        weight, bias = weight_and_bias(gamma, beta, h, live)
 
     total = tl.zeros((BN, 1), w2.dtype.element_ty)
     average = total
@@ -172,10 +175,12 @@ def hidden_grad_kernel(
             c = steps_of(c0, SLICES, BK)
             d = tau_grads(dtau, tau_grad, n, c, N, C, parts, ONE_TAU, SPLIT)
             value = alphas_at(alphas, n, c, N, C, ONE)
+            if not ONE:
+                w = rows(w2, ordered(c), C, h, H)
             logits, past = logit_grads(d, rows(pooled, n, N, c, C), value, total, average, channels, AVERAGE, ONE)
             here = tl.where(c0 // (SLICES * BK) % blocks == block, N, 0)  # the programs of a tile share its channels
             if not ONE:
-                delta = product(logits, rows(w2, ordered(c), C, h, H), delta, PRECISION)
+                delta = product(held(logits, HELD > 1), held(w, HELD > 1), delta, PRECISION)
                 store_rows(dz, logits, n, here, ordered(c), C)
             if direct is not None:
                 store_rows(direct, past + tl.zeros_like(d), n, here, ordered(c), C)
@@ -185,6 +190,10 @@ def hidden_grad_kernel(
         one, _ = logit_grads(total, total, value, total, average, channels, AVERAGE, ONE)
         delta += one * tl.load(w2 + h, live, 0.0)[None, :]
         tl.store(dz + n[:, None], one, (n < N)[:, None] & (block == 0))
+    v = held(u, HELD)
+    if mean is not None:
+        xhat = standardised(v, center, scale)
+        v, _ = scaled(xhat, scale, weight, bias)
     delta = tl.where(v > 0, delta, 0.0)
     store_rows(dv, delta, n, N, h, H)
     if BATCH_STATS:
@@ -208,11 +217,11 @@ def batch_averages(sums, h, live, N, H, groups, GROUPS: tl.constexpr):
     return first / count, second / count
 
 
-@kernel(pointers=7, aligned=("state", "dv", "positive"))
+@kernel(pointers=7, aligned=("state", "sums", "dv", "positive"))
 def norm_grad_kernel(
     state, gamma, beta, sums, dv, positive, norms, N, CA, HA, tiles, groups, after_gamma,
     ONE: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    HELD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dv (N, H) becomes du, positive relu(v) (N, H), behind a norm by statistics of the batch.
 
@@ -229,10 +238,10 @@ def norm_grad_kernel(
     mean, var = statistics_of(state, N, H, 1 if ONE else CA * ALIGN)
     center, scale = center_and_scale(mean, var, h, live, EPS)
     of_beta, of_gamma = merged_sums(sums, h, live, H, groups, GROUPS)
-    xhat = standardised(u, center, scale)
+    xhat = standardised(held(u, HELD), center, scale)
     v, slope = scaled(xhat, scale, weight, bias)
     count = N.to(of_beta.dtype)
-    store_rows(dv, norm_grads(change, xhat, of_beta / count, of_gamma / count, slope, True), n, N, h, H)
+    store_rows(dv, norm_grads(held(change, HELD), xhat, of_beta / count, of_gamma / count, slope, True), n, N, h, H)
     store_rows(positive, relu(v), n, N, h, H)
     tl.store(norms + h, of_gamma, live & (tile == 0))
     tl.store(norms + after_gamma + h, of_beta, live & (tile == 0))

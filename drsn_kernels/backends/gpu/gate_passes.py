@@ -49,7 +49,7 @@ def _of_gate(
         "ALIGN": plan.align, "tiles": plan.tiles, "groups": plan.groups, "group": plan.group,
         "BN": plan.samples, "BC": plan.channels, "BH": plan.units, "BK": over.depth, "SLICES": over.slices,
         "EVEN": over.even, "GROUPS": plan.at_a_time,
-        "PRECISION": _precision(step, precision),
+        "PRECISION": _precision(step, precision), "HELD": tuned.HELD and (2 if over.stages == 1 else 1),
     } | values  # fmt: skip
     return Prepared(
         fn, step.device, programs, values, plan, cost_of, warps=max(tuned.GATE_WARPS, over.slices),
@@ -144,7 +144,7 @@ def _whole_gate(step: Step, parts: int) -> Prepared | None:
     values = gate_values(step) | {
         "N": n, "CA": c // plan.align, "HA": hidden // plan.align, "ALIGN": plan.align, "parts": parts,
         "SPLIT": parts > 1, "BN": plan.samples, "BC": plan.channels, "BH": plan.units,
-        "PRECISION": _precision(step, tuned.FORWARD_PRECISION),
+        "PRECISION": _precision(step, tuned.FORWARD_PRECISION), "HELD": tuned.HELD,
     }  # fmt: skip
     return Prepared(
         whole_gate.whole_gate_kernel, step.device, cdiv(n, plan.samples), values, plan,

@@ -37,9 +37,9 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
     """triton.jit for a kernel that takes `pointers` pointers, then integers, then constexprs.
 
     It is specialised on which pointers are None and on which of `aligned` are multiples of 16 bytes, and on no integer:
-    Triton would compile anew for 1 and for multiples of 16. Four of its constexprs are known at a launch only: PTX;
-    PRECISION, which is "ieee" without it; DEPENDENT, for await_previous, which a kernel calls once; and GROUP, which is
-    1 where one of `aligned` is not.
+    Triton would compile anew for 1 and for multiples of 16. Five of its constexprs are known at a launch only: PTX;
+    PRECISION and HELD, which are "ieee" and 0 without it; DEPENDENT, for await_previous, which a kernel calls once; and
+    GROUP, which is 1 where one of `aligned` is not.
     """
 
     def decorate(fn):
@@ -177,7 +177,7 @@ class Prepared:
         known_now = {"PTX": capability() > 0}
         if not known_now["PTX"]:
             options.pop("maxnreg", None)
-            known_now["PRECISION"] = "ieee"
+            known_now["PRECISION"], known_now["HELD"] = "ieee", 0
         if self.values["DEPENDENT"] and capability() >= 90:
             options["launch_pdl"] = self.values["DEPENDENT"] % 2 == 1
         else:

@@ -11,7 +11,7 @@ from ..step import Cost, Step
 from .gate import Sizes, center_and_scale, relu, scaled, standardised, statistics_of, weight_and_bias
 from .gate_grad import batch_averages, norm_grads
 from .launch import await_previous, count_in, kernel
-from .product import added_slices, nothing, ordered, product, rows, steps_of, store_rows, transposed
+from .product import added_slices, held, nothing, ordered, product, rows, steps_of, store_rows, transposed
 
 
 @triton.jit
@@ -19,11 +19,13 @@ def pooled_grad_tile(
     pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, GROUPS: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """dA = du w1 + the direct gradient, BN samples of BC channels."""
     n = pid % tiles * BN + tl.arange(0, BN)
     c = pid // tiles * BC + tl.arange(0, BC)
+    if direct is not None:
+        past = rows(direct, n, N, c, C)
     total = nothing(SLICES, BN, BC, w1.dtype.element_ty)
     for h0 in range(0, H, SLICES * BK):
         k = steps_of(h0, SLICES, BK)
@@ -37,10 +39,10 @@ def pooled_grad_tile(
                 xhat = standardised(rows(state, n, N, k, H), center, scale)
                 average, average_xhat = batch_averages(sums, h, h < H, N, H, groups, GROUPS)
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
-        total = product(du, w, total, PRECISION)
+        total = product(held(du, HELD > 1), held(w, HELD > 1), total, PRECISION)
     total = added_slices(total)
     if direct is not None:
-        total += rows(direct, n, N, c, C)
+        total += held(past, HELD)
     store_rows(dA, total, n, N, c, C)
 
 
@@ -102,6 +104,7 @@ def weight_grad_tile_of_dv(
         n = n0 + tl.arange(0, WALK)
         du = rows(dv, n, tl.where(of_second, 0, stop), h, H)
         xhat = rows(state, n, stop, h, H)
+        right = rows(right_of, n, stop, c, columns)
         v = xhat
         if mean is not None:
             xhat = standardised(xhat, center, scale)
@@ -110,7 +113,6 @@ def weight_grad_tile_of_dv(
             sum_dv_xhat += du * xhat
             du = norm_grads(du, xhat, average, average_xhat, slope, BATCH_STATS)
         left = tl.where((n < stop)[:, None], tl.where(of_second, relu(v), du), 0.0)
-        right = rows(right_of, n, stop, c, columns)
         sum_left += left
         sum_right += right
         total = product(tl.trans(left), right, total, PRECISION)
@@ -127,13 +129,14 @@ def _up_to_4(n):  # as plans.up_to does where sequence.py lays out the gradients
     return (n + 3) // 4 * 4
 
 
-@kernel(pointers=15, aligned=("pooled", "state", "w1", "dz", "dv", "positive", "direct", "dA", "grads"))
+@kernel(pointers=15, aligned=("pooled", "state", "w1", "dz", "dv", "positive", "sums", "direct", "dA", "grads"))
 def linear_grad_kernel(
     pooled, state, mean, var, gamma, beta, w1, dz, dv, positive, sums, direct, dA, counter, grads,
     N, CA, HA, tiles, groups, of_pooled, first, second, share, total,
     ONE: tl.constexpr, BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr,
-    WALK: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    WALK: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters and, where wanted, dA (N, C).
 
@@ -153,7 +156,7 @@ def linear_grad_kernel(
     if dA is not None and pid < of_pooled:
         pooled_grad_tile(
             pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
-            BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, EVEN, PRECISION,
+            BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, EVEN, PRECISION, HELD,
         )  # fmt: skip
         count_in(counter, DEPENDENT)
     else:

@@ -7,7 +7,8 @@ back through the gate, and dx written; what is left is the gate's parameters (li
 
 A program takes S whole samples. Its tile has S * PB rows of B columns; all channels are in it: PB covers C, or B does
 in channels_last order. The gate's weights are read from L2 once a program, BH hidden units at a time, and the hidden
-layer never exists as a whole.
+layer never exists as a whole. Where these are all (AT_ONCE), what the gate reads is loaded in front of the sums over
+the sample, in which threads meet: no load passes by those. Of 64 channels and units it was five waits for the L2.
 """
 
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from .. import cost
 from ..step import Cost, Step
 from .bits import elements, exceeds, limits, mask, negative, nonzero, signs, soft, soft_elements, words
-from .gate import Sizes, alphas_of, normalise, relu
+from .gate import Sizes, alphas_of, center_and_scale, relu, scaled, standardised, weight_and_bias
 from .gate_grad import logit_grads_of_samples
 from .launch import await_previous, kernel
 from .tiles import length_of_rows, load, load_plane, store, store_planes
@@ -79,14 +80,28 @@ def _finish(
     store(y, out, row, column, rows_live, QA, row_sizes, q_sizes, ys, Y_UNIT, B, ALIGN, WIDE, GROUP)
 
 
+@triton.jit
+def _weights(w1, w2, mean, var, gamma, beta, h, c, o, H, C, outputs, EPS: tl.constexpr):
+    """Of units h: (units, C) and (outputs, units) of the weights, and mean, 1 / std, weight and bias of the norm."""
+    live = h < H
+    first = tl.load(w1 + (h * C)[:, None] + c[None, :], live[:, None] & (c < C)[None, :], 0.0)
+    second = tl.load(w2 + (o * H)[:, None] + h[None, :], (o < outputs)[:, None] & live[None, :], 0.0)
+    if mean is None:
+        return first, second, h, h, h, h
+    else:
+        center, scale = center_and_scale(mean, var, h, live, EPS)
+        weight, bias = weight_and_bias(gamma, beta, h, live)
+        return first, second, center, scale, weight, bias
+
+
 @kernel(pointers=15, aligned=("x", "y", "residual"))
 def forward_kernel(
     x, y, residual, planes, pooled, state, tau, w1, b1, mean, var, gamma, beta, w2, b2,
     plane_bytes, L, H, N, P, QA, row_bytes, row_sizes, q_sizes, xs, ys, rs,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
-    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    R_UNIT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
+    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, AT_ONCE: tl.constexpr, X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     await_previous(DEPENDENT)
     CB: tl.constexpr = B if CHANNELS_LAST else PB
@@ -104,28 +119,38 @@ def forward_kernel(
             row, column, rows_live = _place(t, N, P, S, PB, CHANNELS_LAST, WIDE)
             more = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC)
             total += tl.abs(elements(more, DTYPE, GROUP))
-    a = _by_channel(total, S, PB, B, CHANNELS_LAST) / L.to(ACC)
 
-    # the gate, BH hidden units at a time
     sample = tl.program_id(0) * S + tl.arange(0, S)
     c = tl.arange(0, CB)
     o = tl.arange(0, OB)
-    if ONE:
-        o_live = o < 1
-    else:
-        o_live = o < C
+    columns = 1 if ONE else C
+    o_live = o < columns
+    if AT_ONCE:
+        h = tl.arange(0, BH)
+        first, second, center, scale, weight, shift = _weights(
+            w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
+        )  # fmt: skip
+        first_bias = tl.load(b1 + h, h < H, 0.0)
+    bias = tl.load(b2 + o, o_live, 0.0)
+    a = _by_channel(total, S, PB, B, CHANNELS_LAST) / L.to(ACC)
+
+    # the gate, BH hidden units at a time
     z = tl.zeros((S, OB), ACC)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
-        w = tl.load(w1 + (h * C)[:, None] + c[None, :], (h < H)[:, None] & (c < C)[None, :], 0.0)
-        u = tl.sum(a[:, None, :] * w[None, :, :], 2) + tl.load(b1 + h, h < H, 0.0)[None, :]
+        if not AT_ONCE:
+            first, second, center, scale, weight, shift = _weights(
+                w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
+            )  # fmt: skip
+            first_bias = tl.load(b1 + h, h < H, 0.0)
+        v = tl.sum(a[:, None, :] * first[None, :, :], 2) + first_bias[None, :]
         if state is not None:
             at = (sample * H)[:, None] + h[None, :]
-            tl.store(state + at, u, (sample < N)[:, None] & (h < H)[None, :])
-        v, _, _ = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
-        w = tl.load(w2 + (o * H)[:, None] + h[None, :], o_live[:, None] & (h < H)[None, :], 0.0)
-        z += tl.sum(relu(v)[:, None, :] * w[None, :, :], 2)
-    value = tl.sigmoid(z + tl.load(b2 + o, o_live, 0.0)[None, :])
+            tl.store(state + at, v, (sample < N)[:, None] & (h < H)[None, :])
+        if mean is not None:
+            v, _ = scaled(standardised(v, center, scale), scale, weight, shift)
+        z += tl.sum(relu(v)[:, None, :] * second[None, :, :], 2)
+    value = tl.sigmoid(z + bias[None, :])
     if AVERAGE == "channel":
         threshold = value * a
     elif AVERAGE == "sample":
@@ -134,7 +159,6 @@ def forward_kernel(
         threshold = value
     live = (sample < N)[:, None] & (c < C)[None, :]
     out_live = (sample < N)[:, None] & o_live[None, :]
-    columns = 1 if ONE else C
     if pooled is not None:
         tl.store(pooled + (sample * C)[:, None] + c[None, :], a, live)
         tl.store(alphas_of(state, N, H) + (sample * columns)[:, None] + o[None, :], value, out_live)
@@ -193,9 +217,9 @@ def backward_kernel(
     g, dx, planes, dz, dv, tau_grad, pooled, state, w1, mean, var, gamma, beta, w2,
     plane_bytes, L, H, N, P, QA, row_bytes, row_sizes, q_sizes, gs, ds,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
-    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    PTX: tl.constexpr, DEPENDENT: tl.constexpr,
+    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, AT_ONCE: tl.constexpr, G_UNIT: tl.constexpr,
+    D_UNIT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dx, and for the second launch dz (N, C | 1) and dv (N, H)."""
     await_previous(DEPENDENT)
@@ -220,23 +244,26 @@ def backward_kernel(
                 G_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
             )  # fmt: skip
             total += elements(signed, DTYPE, GROUP)
-    d = -_by_channel(total, S, PB, B, CHANNELS_LAST)
 
-    # back through the gate, BH hidden units at a time
     sample = tl.program_id(0) * S + tl.arange(0, S)
     c = tl.arange(0, CB)
     o = tl.arange(0, OB)
-    if ONE:
-        o_live = o < 1
-    else:
-        o_live = o < C
     live = (sample < N)[:, None] & (c < C)[None, :]
     at = (sample * C)[:, None] + c[None, :]
     columns = 1 if ONE else C
     a = tl.load(pooled + at, live, 0.0)
     out_at = (sample * columns)[:, None] + o[None, :]
-    out_live = (sample < N)[:, None] & o_live[None, :]
+    out_live = (sample < N)[:, None] & (o < columns)[None, :]
     value = tl.load(alphas_of(state, N, H) + out_at, out_live, 0.0)
+    if AT_ONCE:
+        h = tl.arange(0, BH)
+        u = tl.load(state + (sample * H)[:, None] + h[None, :], (sample < N)[:, None] & (h < H)[None, :], 0.0)
+        first, second, center, scale, weight, shift = _weights(
+            w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
+        )  # fmt: skip
+    d = -_by_channel(total, S, PB, B, CHANNELS_LAST)
+
+    # back through the gate, BH hidden units at a time
     own = None
     if tau_grad is not None:
         if ONE and AVERAGE != "channel":
@@ -249,13 +276,19 @@ def backward_kernel(
         h = h0 + tl.arange(0, BH)
         hidden_at = (sample * H)[:, None] + h[None, :]
         hidden_live = (sample < N)[:, None] & (h < H)[None, :]
-        u = tl.load(state + hidden_at, hidden_live, 0.0)
-        v, _, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
-        w = tl.load(w2 + (o * H)[:, None] + h[None, :], o_live[:, None] & (h < H)[None, :], 0.0)
-        delta = tl.where(v > 0, tl.sum(logits[:, :, None] * w[None, :, :], 1), 0.0)
+        if not AT_ONCE:
+            u = tl.load(state + hidden_at, hidden_live, 0.0)
+            first, second, center, scale, weight, shift = _weights(
+                w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
+            )  # fmt: skip
+        v = u
+        if mean is not None:
+            v, slope = scaled(standardised(u, center, scale), scale, weight, shift)
+        delta = tl.where(v > 0, tl.sum(logits[:, :, None] * second[None, :, :], 1), 0.0)
         tl.store(dv + hidden_at, delta, hidden_live)
-        w = tl.load(w1 + (h * C)[:, None] + c[None, :], (h < H)[:, None] & (c < C)[None, :], 0.0)
-        da += tl.sum((delta * slope[None, :])[:, :, None] * w[None, :, :], 1)
+        if mean is not None:
+            delta *= slope[None, :]
+        da += tl.sum(delta[:, :, None] * first[None, :, :], 1)
     share = _to_tile(da / L.to(ACC), S, PB, B, CHANNELS_LAST)
 
     if not LOOP:

@@ -20,6 +20,23 @@ def product(a, b, total, PRECISION: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
+@triton.jit
+def held(tile, HELD: tl.constexpr):
+    """tile, which up to here stays in the registers that it was loaded to.
+
+    Where a product, or another distribution over threads, takes it through shared memory, Triton does so at its load.
+    There threads meet, which no load passes by, so each tile was waited for by itself: four times in dA of 64 channels.
+    HELD of a kernel: 0 nowhere, 1 not in a loop whose loads are under way for several steps, as those go to shared
+    memory by themselves, 2 everywhere.
+    """
+    if not HELD:
+        return tile
+    elif tile.dtype == tl.float64:
+        return tl.inline_asm_elementwise("mov.f64 $0, $1;", "=d,d", [tile], dtype=tl.float64, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [tile], dtype=tl.float32, is_pure=False, pack=1)
+
+
 # A long product is shared by the warps of a program: each makes SLICES-th of it, and the slices are added at the end.
 # Then the index that is summed over is (slices, depth), the tiles that have it as rows or columns are (slices, rows,
 # columns), and everything else is broadcast. With one slice there is no such dimension.

@@ -73,6 +73,10 @@ CROWDED_REGISTERS = 128
 ONE_PASS_CHANNELS = 64
 # Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
+# Hidden units that it makes at once: all of them, as then it waits for what the gate reads while it waits for x. Of a
+# sample that is walked and planes 64 would take 147 to 157 registers, and 32 take 126: two programs a multiprocessor.
+ONE_PASS_UNITS = 64
+WALKED_UNITS = 32
 # Channels above which dz has a launch of its own, where no sum over channels stands in it, and its elements for a
 # program. A step of (128, 512, 32) takes 59 us, and with dz worked out by each program that multiplies by it 70.
 LOGITS_APART = 128
@@ -122,6 +126,9 @@ WIDE_STAGES = 3
 FORWARD_PRECISION = "tf32x3"
 BACKWARD_PRECISION = "ieee"
 WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE, and in the same launch as a sum in slices
+# Tiles stay in registers until a product takes them, so that all loads of a program are waited for together
+# (product.held). Not timed: of 64 channels, what lies between reduce and dx has 4 such waits with it, and 13 without.
+HELD = True
 # 8 warps take 1.0 to 1.6 times as long.
 GATE_WARPS = 4
 GATE_REGISTERS = 255

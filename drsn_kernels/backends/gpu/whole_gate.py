@@ -10,14 +10,15 @@ import triton.language as tl
 from ..step import Cost, Step
 from .gate import Sizes, alphas_of, center_and_scale, relu, standardised
 from .launch import await_previous, kernel
-from .product import across, added_up, nothing, product, store_rows, transposed
+from .product import across, added_up, held, nothing, product, store_rows, transposed
 
 
 @kernel(pointers=12, aligned=("partial", "pooled", "state", "tau", "w1", "w2"))
 def whole_gate_kernel(
     partial, pooled, state, tau, w1, b1, mean, var, gamma, beta, w2, b2, N, CA, HA, parts,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """tau (N, C), or (N, 1) where one alpha meets a shared average (or none). Where they are kept, the state, and A
     (N, C) of its parts (SPLIT).
@@ -41,7 +42,7 @@ def whole_gate_kernel(
     if mean is not None:
         center, scale = center_and_scale(mean, var, h, h < H, EPS)
         weight, shift = tl.load(gamma + h, h < H, 0.0), tl.load(beta + h, h < H, 0.0)
-    v = product(a, first, nothing(1, BN, BH, a.dtype), PRECISION) + across(first_bias)
+    v = product(held(a, HELD), held(first, HELD), nothing(1, BN, BH, a.dtype), PRECISION) + across(first_bias)
     if state is not None:
         store_rows(state, v, n, N, h, H)
     if SPLIT and pooled is not None:
@@ -51,15 +52,15 @@ def whole_gate_kernel(
     if ONE:
         alpha = tl.sigmoid(tl.sum(relu(v) * across(second), 1) + bias)[:, None]
     else:
-        alpha = tl.sigmoid(product(relu(v), second, nothing(1, BN, BC, a.dtype), PRECISION) + across(bias))
+        alpha = tl.sigmoid(product(relu(v), held(second, HELD), nothing(1, BN, BC, a.dtype), PRECISION) + across(bias))
     o = tl.arange(0, 1) if ONE else c
     outputs = 1 if ONE else C
     if state is not None:
         store_rows(alphas_of(state, N, H), alpha, n, N, o, outputs)
     if AVERAGE == "channel":
-        store_rows(tau, alpha * a, n, N, c, C)
+        store_rows(tau, alpha * held(a, HELD), n, N, c, C)
     elif AVERAGE == "sample":
-        store_rows(tau, alpha * (tl.sum(a, 1) / C.to(a.dtype))[:, None], n, N, o, outputs)
+        store_rows(tau, alpha * (tl.sum(held(a, HELD), 1) / C.to(a.dtype))[:, None], n, N, o, outputs)
     else:
         store_rows(tau, alpha, n, N, o, outputs)
 
