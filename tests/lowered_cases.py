@@ -347,11 +347,8 @@ CASES += [norm_case((8, 16, 1000), F32, NORM_ON_CHIP[:1], "eval")]
 
 # Bytes that a thread spills: none on 9.0, for which the tiles are chosen, and these where the registers are all taken.
 SPILLS = {
-    ("Shrinkage 512x64x256 float32 no BatchNorm", "cuda:80"): {"backward_kernel": 32},
-    ("Shrinkage 512x64x256 float32 no BatchNorm", "cuda:100"): {"backward_kernel": 32},
-    ("Shrinkage 512x64x16x16 float32 channels_last no BatchNorm", "cuda:80"): {
-        "forward_kernel": 24, "backward_kernel": 8,
-    },
+    ("Shrinkage 512x64x256 float32 no BatchNorm", "cuda:80"): {"forward_kernel": 16},
+    ("Shrinkage 512x64x16x16 float32 channels_last no BatchNorm", "cuda:80"): {"forward_kernel": 24},
     ("norm 128x16x128 float32", "cuda:100"): {"norm_kernel": 16},
 }
 

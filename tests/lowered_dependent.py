@@ -78,6 +78,7 @@ def main() -> None:
              "beside": one.kernel == "grad_kernel" and "counter" in ptx.flat_arguments(one.compiled.src.signature),
              "group": one.arguments.get("GROUP"), "channels_last": one.arguments.get("CHANNELS_LAST"),
              "pdl": one.compiled.metadata.launch_pdl, **before(one), "stack": ptx.Measured(one).stack,
+             "loads": ptx.waits_for_loads(one.compiled.asm["cubin"]),
              "next": one.compiled.asm["ptx"].count("griddepcontrol.launch_dependents"),
              "past L1": one.compiled.asm["ptx"].count("ld.global.cg")}
             for one in by_code.values()

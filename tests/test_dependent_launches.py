@@ -60,6 +60,17 @@ def test_every_kernel_waits_before_it_touches_memory(found):
 
 
 @pytest.mark.slow
+def test_what_a_program_reads_is_waited_for_once(found):
+    """All loads come in front of sums in which threads meet. Ragged rows, one pass of several samples, and map wait
+    twice at most. A gate's kernels: test_triton_gate.py.
+    """
+    for one in found["cuda:90"]:
+        twice = one["kernel"].startswith(("one_pass", "stream.map")) or one["group"] == 1
+        if one["kernel"].partition(".")[0] in ("stream", "one_pass", "norm", "norm_grad"):
+            assert one["loads"] <= 1 + twice, one
+
+
+@pytest.mark.slow
 def test_behind_the_gate_the_feature_map_is_loaded_before_the_wait(found):
     """And nothing else: not what launches in front of it have made, and nothing is stored."""
     early = [one for one in found["cuda:90"] if one["early"]]

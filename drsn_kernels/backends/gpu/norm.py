@@ -208,19 +208,30 @@ def _merged(
 
 
 @triton.jit
-def _settle(center, rstd, around, n, c, c_live, channels, stats, mean, var, batches, factor, rest):
+def _before(mean, var, batches, c, live):
+    """For _settle: the running statistics, if there are any, and the number of batches."""
+    before_mean, before_var, counted = c, c, c
+    if mean is not None:
+        before_mean, before_var = tl.load(mean + c, live, 0.0), tl.load(var + c, live, 0.0)
+        if batches is not None:
+            counted = tl.load(batches + c * 0, live & (c == 0), 0)
+    return before_mean, before_var, counted
+
+
+@triton.jit
+def _settle(
+    center, rstd, around, n, before_mean, before_var, counted, c, c_live, channels, stats, mean, var, batches, factor,
+    rest,
+):  # fmt: skip
     """stats (2, C); where there are running statistics, these towards those of n elements, and the batch counted."""
     tl.store(stats + c, center, c_live)
     tl.store(stats + channels + c, rstd, c_live)
     if mean is not None:
         by = tl.full((1,), factor, center.dtype) + tl.full((1,), rest, center.dtype)
-        before = tl.load(mean + c, c_live, 0.0)
-        tl.store(mean + c, by * center + (1 - by) * before, c_live)
-        before = tl.load(var + c, c_live, 0.0)
-        tl.store(var + c, by * (around / (n - 1)) + (1 - by) * before, c_live)
+        tl.store(mean + c, by * center + (1 - by) * before_mean, c_live)
+        tl.store(var + c, by * (around / (n - 1)) + (1 - by) * before_var, c_live)
         if batches is not None:
-            at = batches + c * 0
-            tl.store(at, tl.load(at, c == 0) + 1, c == 0)
+            tl.store(batches + c * 0, counted + 1, c == 0)
 
 
 @triton.jit
@@ -261,6 +272,11 @@ def norm_kernel(
     row, rows_live = rows_at(t, c, N, P, R, CHANNELS_LAST, WIDE)
     w = load(x, row, column, rows_live, QA, row_sizes, q_sizes, xs, X_UNIT, B, ALIGN, WIDE, GROUP, ACC, LAST=True)
     v = elements(w, DTYPE, GROUP)
+    # all loads come in front of sums, in which threads meet, and of stores: neither is passed by
+    factors, shift = affine(tl.full(c.shape, 1.0, ACC), weight, bias, c, c_live)
+    first = t + (0 if CHANNELS_LAST else column) == 0  # one program of these channels
+    BATCH: tl.constexpr = SOURCE == "tile" or SOURCE == "partial"
+    before_mean, before_var, counted = _before(mean if BATCH else None, var, batches, c, c_live & first)
     if SOURCE == "stats":
         center = tl.load(stats + c, c_live, 0.0)
         rstd = tl.load(stats + channels + c, c_live, 0.0)
@@ -281,12 +297,12 @@ def norm_kernel(
                     CHANNELS_LAST, WIDE,
                 )  # fmt: skip
             rstd = 1 / tl.sqrt(around / n + EPS)
-        if t + (0 if CHANNELS_LAST else column) == 0:  # one program of these channels
-            own: tl.constexpr = SOURCE != "given"
+        if first:
             _settle(
-                center, rstd, around, n, c, c_live, channels, stats, mean if own else None, var, batches, factor, rest
-            )
-    scale, shift = affine(rstd, weight, bias, c, c_live)
+                center, rstd, around, n, before_mean, before_var, counted, c, c_live, channels, stats,
+                mean if BATCH else None, var, batches, factor, rest,
+            )  # fmt: skip
+    scale = rstd * factors
     off = v - across(center, CHANNELS_LAST)
     z = tl.fma(off, across(scale, CHANNELS_LAST), across(shift, CHANNELS_LAST))
     out = words(_activated(z, SLOPE), DTYPE, GROUP, PTX)
@@ -316,6 +332,7 @@ def merge_kernel(
         tl.store(merged + c, tl.sum(first, 0), c_live)
         tl.store(merged + channels + c, tl.sum(second, 0), c_live)
     else:
+        before_mean, before_var, counted = _before(mean, var, batches, c, c_live)
         n = tl.zeros((1,), ACC)
         center = tl.zeros((UNITS,), ACC)
         around = tl.zeros((UNITS,), ACC)
@@ -331,4 +348,7 @@ def merge_kernel(
         second = around
         if KIND == "stats":
             second = 1 / tl.sqrt(around / n + EPS)
-        _settle(center, second, around, n, c, c_live, channels, merged, mean, var, batches, factor, rest)
+        _settle(
+            center, second, around, n, before_mean, before_var, counted, c, c_live, channels, merged, mean, var,
+            batches, factor, rest,
+        )  # fmt: skip

@@ -7,8 +7,8 @@ back through the gate, and dx written; what is left is the gate's parameters (li
 
 A program takes S whole samples. Its tile has S * PB rows of B columns; all channels are in it: PB covers C, or B does
 in channels_last order. The gate's weights are read from L2 once a program, BH hidden units at a time, and the hidden
-layer never exists as a whole. Where these are all (AT_ONCE), what the gate reads is loaded in front of the sums over
-the sample, in which threads meet: no load passes by those. Of 64 channels and units it was five waits for the L2.
+layer never exists as a whole. Forward, where these are all (AT_ONCE), what the gate reads is loaded in front of sums
+over the sample, in which threads meet: no load passes by those. Of 64 channels and units it was five waits for the L2.
 """
 
 import triton
@@ -217,9 +217,9 @@ def backward_kernel(
     g, dx, planes, dz, dv, tau_grad, pooled, state, w1, mean, var, gamma, beta, w2,
     plane_bytes, L, H, N, P, QA, row_bytes, row_sizes, q_sizes, gs, ds,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
-    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, AT_ONCE: tl.constexpr, G_UNIT: tl.constexpr,
-    D_UNIT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
+    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, G_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dx, and for the second launch dz (N, C | 1) and dv (N, H)."""
     await_previous(DEPENDENT)
@@ -255,12 +255,6 @@ def backward_kernel(
     out_at = (sample * columns)[:, None] + o[None, :]
     out_live = (sample < N)[:, None] & (o < columns)[None, :]
     value = tl.load(alphas_of(state, N, H) + out_at, out_live, 0.0)
-    if AT_ONCE:
-        h = tl.arange(0, BH)
-        u = tl.load(state + (sample * H)[:, None] + h[None, :], (sample < N)[:, None] & (h < H)[None, :], 0.0)
-        first, second, center, scale, weight, shift = _weights(
-            w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
-        )  # fmt: skip
     d = -_by_channel(total, S, PB, B, CHANNELS_LAST)
 
     # back through the gate, BH hidden units at a time
@@ -276,14 +270,12 @@ def backward_kernel(
         h = h0 + tl.arange(0, BH)
         hidden_at = (sample * H)[:, None] + h[None, :]
         hidden_live = (sample < N)[:, None] & (h < H)[None, :]
-        if not AT_ONCE:
-            u = tl.load(state + hidden_at, hidden_live, 0.0)
-            first, second, center, scale, weight, shift = _weights(
-                w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
-            )  # fmt: skip
-        v = u
+        v = tl.load(state + hidden_at, hidden_live, 0.0)
+        first, second, center, scale, weight, shift = _weights(
+            w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
+        )  # fmt: skip
         if mean is not None:
-            v, slope = scaled(standardised(u, center, scale), scale, weight, shift)
+            v, slope = scaled(standardised(v, center, scale), scale, weight, shift)
         delta = tl.where(v > 0, tl.sum(logits[:, :, None] * second[None, :, :], 1), 0.0)
         tl.store(dv + hidden_at, delta, hidden_live)
         if mean is not None:

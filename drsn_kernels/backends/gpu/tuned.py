@@ -73,10 +73,10 @@ CROWDED_REGISTERS = 128
 ONE_PASS_CHANNELS = 64
 # Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
-# Hidden units that it makes at once: all of them, as then it waits for what the gate reads while it waits for x. Of a
-# sample that is walked and planes 64 would take 147 to 157 registers, and 32 take 126: two programs a multiprocessor.
+# Hidden units that it makes at once: all of them, as then it waits for what the gate reads while it waits for x. With
+# planes, in float64 or where every element has an address of its own, 64 spill 8 to 56 bytes.
 ONE_PASS_UNITS = 64
-WALKED_UNITS = 32
+KEPT_UNITS = 32
 # Channels above which dz has a launch of its own, where no sum over channels stands in it, and its elements for a
 # program. A step of (128, 512, 32) takes 59 us, and with dz worked out by each program that multiplies by it 70.
 LOGITS_APART = 128
