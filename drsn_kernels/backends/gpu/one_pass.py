@@ -7,7 +7,7 @@ back through the gate, and dx written; what is left is the gate's parameters (li
 
 A program takes S whole samples. Its tile has S * PB rows of B columns; all channels are in it: PB covers C, or B does
 in channels_last order. The gate's weights are read from L2 once a program, BH hidden units at a time, and the hidden
-layer never exists as a whole. Forward, where these are all (AT_ONCE), what the gate reads is loaded in front of sums
+layer never exists as a whole. Forward, where these are all (ALL_UNITS), what the gate reads is loaded in front of sums
 over the sample, in which threads meet: no load passes by those. Of 64 channels and units it was five waits for the L2.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from .. import cost
 from ..step import Cost, Step
 from .bits import elements, exceeds, limits, mask, negative, nonzero, signs, soft, soft_elements, words
-from .gate import Sizes, alphas_of, center_and_scale, relu, scaled, standardised, weight_and_bias
+from .gate import Sizes, alphas_of, center_and_scale, normalise, relu, scaled, standardised, weight_and_bias
 from .gate_grad import logit_grads_of_samples
 from .launch import await_previous, kernel
 from .tiles import length_of_rows, load, load_plane, store, store_planes
@@ -99,7 +99,7 @@ def forward_kernel(
     x, y, residual, planes, pooled, state, tau, w1, b1, mean, var, gamma, beta, w2, b2,
     plane_bytes, L, H, N, P, QA, row_bytes, row_sizes, q_sizes, xs, ys, rs,
     AVERAGE: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, LOOP: tl.constexpr, S: tl.constexpr,
-    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, AT_ONCE: tl.constexpr, X_UNIT: tl.constexpr,
+    PB: tl.constexpr, B: tl.constexpr, BH: tl.constexpr, ALL_UNITS: tl.constexpr, X_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr, R_UNIT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def forward_kernel(
     o = tl.arange(0, OB)
     columns = 1 if ONE else C
     o_live = o < columns
-    if AT_ONCE:
+    if ALL_UNITS:
         h = tl.arange(0, BH)
         first, second, center, scale, weight, shift = _weights(
             w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
@@ -138,7 +138,7 @@ def forward_kernel(
     z = tl.zeros((S, OB), ACC)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
-        if not AT_ONCE:
+        if not ALL_UNITS:
             first, second, center, scale, weight, shift = _weights(
                 w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
             )  # fmt: skip
@@ -244,20 +244,23 @@ def backward_kernel(
                 G_UNIT, B, ALIGN, WIDE, ACC, GROUP, PTX,
             )  # fmt: skip
             total += elements(signed, DTYPE, GROUP)
+    d = -_by_channel(total, S, PB, B, CHANNELS_LAST)
 
+    # back through the gate, BH hidden units at a time
     sample = tl.program_id(0) * S + tl.arange(0, S)
     c = tl.arange(0, CB)
     o = tl.arange(0, OB)
+    if ONE:
+        o_live = o < 1
+    else:
+        o_live = o < C
     live = (sample < N)[:, None] & (c < C)[None, :]
     at = (sample * C)[:, None] + c[None, :]
     columns = 1 if ONE else C
     a = tl.load(pooled + at, live, 0.0)
     out_at = (sample * columns)[:, None] + o[None, :]
-    out_live = (sample < N)[:, None] & (o < columns)[None, :]
+    out_live = (sample < N)[:, None] & o_live[None, :]
     value = tl.load(alphas_of(state, N, H) + out_at, out_live, 0.0)
-    d = -_by_channel(total, S, PB, B, CHANNELS_LAST)
-
-    # back through the gate, BH hidden units at a time
     own = None
     if tau_grad is not None:
         if ONE and AVERAGE != "channel":
@@ -270,17 +273,13 @@ def backward_kernel(
         h = h0 + tl.arange(0, BH)
         hidden_at = (sample * H)[:, None] + h[None, :]
         hidden_live = (sample < N)[:, None] & (h < H)[None, :]
-        v = tl.load(state + hidden_at, hidden_live, 0.0)
-        first, second, center, scale, weight, shift = _weights(
-            w1, w2, mean, var, gamma, beta, h, c, o, H, C, columns, EPS
-        )  # fmt: skip
-        if mean is not None:
-            v, slope = scaled(standardised(v, center, scale), scale, weight, shift)
-        delta = tl.where(v > 0, tl.sum(logits[:, :, None] * second[None, :, :], 1), 0.0)
+        u = tl.load(state + hidden_at, hidden_live, 0.0)
+        v, _, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
+        w = tl.load(w2 + (o * H)[:, None] + h[None, :], o_live[:, None] & (h < H)[None, :], 0.0)
+        delta = tl.where(v > 0, tl.sum(logits[:, :, None] * w[None, :, :], 1), 0.0)
         tl.store(dv + hidden_at, delta, hidden_live)
-        if mean is not None:
-            delta *= slope[None, :]
-        da += tl.sum(delta[:, :, None] * first[None, :, :], 1)
+        w = tl.load(w1 + (h * C)[:, None] + c[None, :], (h < H)[:, None] & (c < C)[None, :], 0.0)
+        da += tl.sum((delta * slope[None, :])[:, :, None] * w[None, :, :], 1)
     share = _to_tile(da / L.to(ACC), S, PB, B, CHANNELS_LAST)
 
     if not LOOP:

@@ -45,7 +45,7 @@ def plan_of(step: Step, strides: tuple[Strides, ...]) -> tuple[Walk, OnePassPlan
 
 def _one_pass(fn: Any, step: Step, on: Walk, plan: OnePassPlan, operands: str, cost_of: Cost) -> Prepared:
     values = tile_values(on, plan, step.dtype, operands) | gate_values(step)
-    values |= {"S": plan.samples, "PB": plan.rows, "BH": plan.units, "AT_ONCE": step.gate.hidden <= plan.units}
+    values |= {"S": plan.samples, "PB": plan.rows, "BH": plan.units, "ALL_UNITS": step.gate.hidden <= plan.units}
     programs = cdiv(on.n, plan.samples)
     return Prepared(fn, step.device, programs, values, plan, cost_of, warps=plan.warps, registers=plan.registers)
 
