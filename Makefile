@@ -1,7 +1,7 @@
 # make demo    the main job: check, speed and learning on this machine, a few minutes
 # make test    the test suite against the installed package, on all cores; JOBS=1: on one
 # make test-all  and the long ones: of the cases that make test leaves out another part each day (PART=N: that one,
-#              PART=: all), clean installs, sanitizers, fuzzing
+#              PART=: all but the sweep's), clean installs, sanitizers, fuzzing
 # make experiments  the networks on real data under noise, hours; resumable; VIBRATION=, SPEECH=, IMAGE= name the folders,
 #              EXPERIMENTS="--jobs 2 --quick ..." the rest; without a folder simulated vibration
 # make pictures  docs/pictures, a few minutes; VIBRATION= and IMAGE= name the folders, PICTURES="--quick ..." the rest

@@ -48,7 +48,7 @@ if gpu.missing() is None and gpu.interpreting():
     from drsn_kernels.backends.gpu import tuned
 
     # Time in the interpreter is programs, and beyond some size elements: large tiles here, the plans' own sizes in
-    # test_triton.py. By 1 << 16 and 1 << 12 the same tests took 1.15 and 0.95 times as long.
+    # test_triton.py. By 1 << 16 small tensors took 1.15 times as long, by 1 << 12 large ones.
     tuned.TILE, tuned.CHANNELS = 1 << 14, 1 << 15
 
 
@@ -293,7 +293,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "sampled(n): make test runs one case in n, make test-all the rest")
+    config.addinivalue_line("markers", "sampled(n): make test runs one case in n, make test-all parts of the rest")
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
     if workers := os.environ.pop("PYTEST_XDIST_WORKER_COUNT", None):  # together they use the cores once
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))

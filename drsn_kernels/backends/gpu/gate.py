@@ -146,7 +146,7 @@ def merged_sums(sums, h, live, H, groups, GROUPS: tl.constexpr):
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@kernel(pointers=2, aligned=("groups_of", "merged"))
+@kernel(pointers=2)
 def merge_kernel(
     groups_of, merged, N, H, groups, group, STATISTICS: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
     DEPENDENT: tl.constexpr,

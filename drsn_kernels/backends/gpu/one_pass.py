@@ -6,9 +6,9 @@ twice, the second time backwards, and finds it in L2. Backward: g and the planes
 back through the gate, and dx written; what is left is the gate's parameters (linear_grad.py).
 
 A program takes S whole samples. Its tile has S * PB rows of B columns; all channels are in it: PB covers C, or B does
-in channels_last order. The gate's weights are read from L2 once a program, BH hidden units at a time, and the hidden
-layer never exists as a whole. Forward, where these are all (ALL_UNITS), what the gate reads is loaded in front of sums
-over the sample, in which threads meet: no load passes by those. Of 64 channels and units it was five waits for the L2.
+in channels_last order. The gate's weights are read from L2 once a program, BH hidden units at a time. Forward, where
+these are all of them (ALL_UNITS), what the gate reads is loaded in front of the sums over the sample, in which threads
+meet: no load passes by those. Of 64 channels and units it was five waits for the L2.
 """
 
 import triton

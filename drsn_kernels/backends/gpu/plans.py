@@ -214,8 +214,8 @@ def one_pass(walk: Walk, hidden: int, outputs: int, itemsize: int, sms: int, kee
     programs = cdiv(walk.n, samples)
     if programs * 4 < 3 * sms and (walk.n * sample_bytes > 2 << 20 or 2 * sms * sample_bytes > tuned.L2_BYTES):
         return f"{programs} programs of whole samples leave most of {sms} multiprocessors idle"
-    most = tuned.ONE_PASS_UNITS if lean else tuned.KEPT_UNITS
-    units = min(max(32 * warps * tuned.PRODUCTS // (samples * wide), 1), most, power_of_two(hidden))
+    together = tuned.ONE_PASS_UNITS if lean else tuned.KEPT_UNITS
+    units = min(max(32 * warps * tuned.PRODUCTS // (samples * wide), 1), together, power_of_two(hidden))
     # Alone, ptxas stops at 64 or 128 here and spills for it; told of these limits on the other plans, it spills there.
     most = tuned.CROWDED_REGISTERS if crowded else min(65536 // (32 * warps), 255)
     registers = most if warps >= 8 and (loop or ragged > 1) else None

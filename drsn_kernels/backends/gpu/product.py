@@ -26,8 +26,8 @@ def held(tile, HELD: tl.constexpr):
 
     Where a product, or another distribution over threads, takes it through shared memory, Triton does so at its load.
     There threads meet, which no load passes by, so each tile was waited for by itself: four times in dA of 64 channels.
-    HELD of a kernel: 0 nowhere, 1 not in a loop whose loads are under way for several steps, as those go to shared
-    memory by themselves, 2 everywhere.
+    HELD of a kernel: 0 nowhere; 1 outside of loops of products, where loads are under way for several steps, as those
+    go to shared memory by themselves; 2 in loops of one step too.
     """
     if not HELD:
         return tile

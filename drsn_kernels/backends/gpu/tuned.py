@@ -73,8 +73,8 @@ CROWDED_REGISTERS = 128
 ONE_PASS_CHANNELS = 64
 # Products of a sample, a unit and a channel that a thread of it holds.
 PRODUCTS = 32
-# Hidden units that it makes at once: all of them, as then it waits for what the gate reads while it waits for x. With
-# planes, in float64 or where every element has an address of its own, 64 spill 8 to 56 bytes.
+# Hidden units that it makes at once: all of them, as then it waits for what the gate reads while it waits for x. Fewer
+# where planes are kept, in float64, and with 64-bit offsets or an address for each element: 64 spill 8 to 56 bytes.
 ONE_PASS_UNITS = 64
 KEPT_UNITS = 32
 # Channels above which dz has a launch of its own, where no sum over channels stands in it, and its elements for a
