@@ -97,9 +97,9 @@ CHOICES: tuple[Choice, ...] = (
     Choice(STEPS, ({"DEPENDENT": False}, {"DEPENDENT": True}), lambda case: _overlaps()),
     Choice(STEPS, tuple({"LETTING": most} for most in (0, 1024, 4096, 1 << 20)), lambda case: _overlaps()),
     Choice(STEPS[:1], tuple({"COUNTED_WARPS": most} for most in (0, 2, 8)), lambda case: _overlaps()),
+    Choice(STEPS, ({"HELD": False}, {"HELD": True})),
     # the gate: fused up to so many channels and products, beyond them called (cuBLAS); then its tiles
     Choice(STEPS, tuple({"MOST_CHANNELS": c} for c in (0, 64, 128, 256, 512, 1024))),
-    Choice(STEPS, ({"HELD": False}, {"HELD": True})),
     Choice(STEPS, tuple({"MOST_PRODUCTS": 1 << power} for power in (22, 24, 26, 28))),
     Choice(
         STEPS,

@@ -285,7 +285,7 @@ def test_soft_threshold_numerical_derivatives(kernels, shape, rule, channels_las
     x = far_from_kinks((3, 2, 4), lambda a: torch.full((3, 2), 0.4, dtype=torch.float64), None)
     inputs = lying(x, channels_last), torch.full(shape, 0.4, dtype=torch.float64, requires_grad=True)
     run = functools.partial(kernels.soft_threshold, **OTHER_RULES.get(rule, {}))
-    fast = kernels.interpreted or kernels.device == other_device.NAME
+    fast = kernels.interpreted or kernels.device == other_device.NAME  # whose kernels are the cpu backend's
     assert torch.autograd.gradcheck(run, inputs, fast_mode=fast)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=fast)
 

@@ -82,7 +82,7 @@ def _finish(
 
 @triton.jit
 def _weights(w1, w2, mean, var, gamma, beta, h, c, o, H, C, outputs, EPS: tl.constexpr):
-    """Of units h: (units, C) and (outputs, units) of the weights, and mean, 1 / std, weight and bias of the norm."""
+    """Of units h: weights (units, C) and (outputs, units); mean, 1 / std, weight and bias where there is a norm."""
     live = h < H
     first = tl.load(w1 + (h * C)[:, None] + c[None, :], live[:, None] & (c < C)[None, :], 0.0)
     second = tl.load(w2 + (o * H)[:, None] + h[None, :], (o < outputs)[:, None] & live[None, :], 0.0)

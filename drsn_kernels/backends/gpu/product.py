@@ -25,7 +25,7 @@ def held(tile, HELD: tl.constexpr):
     """tile, which up to here stays in the registers that it was loaded to.
 
     Where a product, or another distribution over threads, takes it through shared memory, Triton does so at its load.
-    There threads meet, which no load passes by, so each tile was waited for by itself: four times in dA of 64 channels.
+    There threads meet, which no load passes by, so each tile was waited for by itself.
     HELD of a kernel: 0 nowhere; 1 outside of loops of products, where loads are under way for several steps, as those
     go to shared memory by themselves; 2 in loops of one step too.
     """

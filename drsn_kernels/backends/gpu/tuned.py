@@ -127,7 +127,7 @@ FORWARD_PRECISION = "tf32x3"
 BACKWARD_PRECISION = "ieee"
 WEIGHT_PRECISION = "tf32x3"  # of tiles of WEIGHT_TILE, and in the same launch as a sum in slices
 # Tiles stay in registers until a product takes them, so that all loads of a program are waited for together
-# (product.held). Not timed: of 64 channels, what lies between reduce and dx has 4 such waits with it, and 13 without.
+# (product.held). Not timed: of 64 channels, what lies between reduce and dx has 4 such waits with it, and 8 without.
 HELD = True
 # 8 warps take 1.0 to 1.6 times as long.
 GATE_WARPS = 4
