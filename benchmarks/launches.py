@@ -3,27 +3,32 @@
     TRITON_INTERPRET=0 python -m benchmarks.launches [--before FOLDER]
 
 cpu      the whole call: at this size there is next to nothing to compute.
-triton   kernels compiled for an H200 and not run (drsn_kernels/backends/gpu/lowering.py), on CPU tensors: checks,
-         planning, allocation, autograd and the binding are in it, the driver's own launch is not.
+triton   kernels compiled for an H100, launched on a driver that does nothing (tests/stub_driver.py), on CPU tensors:
+         checks, planning, allocation, autograd and the launcher are in it, the driver's own work is not.
 
 A busy machine doubles such times, so every row has a reference: an autograd.Function that allocates its output, returns
 gradients that exist and does nothing else, with the same inputs, timed in the same rounds. Ratios to it carry over from
-one machine to another; microseconds do not. FOLDER holds another drsn_kernels package (the site-packages of another
-installation): both are timed in one run, round by round, each in a process of its own.
+one machine to another; microseconds do not. Of the paper's network, DRSN-CW, it is PyTorch's ResNet, and the ratio the
+median of those of the rounds: both run PyTorch's convolutions in between, so that nothing of ours is in the caches. An
+H200's host took 1.45 times as long for it, this way found 1.44. FOLDER holds another drsn_kernels package (the
+site-packages of another installation): both are timed in one run, round by round, each in a process of its own.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 SHAPE = (4, 8, 16)
+NETWORK = "paper's network, training step"
 ROUNDS, CALLS = 60, 40
 BACKENDS = ("cpu", "triton")
 
@@ -73,7 +78,18 @@ def steps() -> dict[str, tuple[Callable, Callable]]:
         "shrink, nn.Identity called, forward and backward": (
             both(lambda: dk.shrink(leaf, identity), (leaf,)), both(alone, (leaf,)),
         ),
+        NETWORK: (step_of(dk.models.network("drsn-cw")), step_of(dk.models.network("resnet", fused=False))),
     }  # fmt: skip
+
+
+def step_of(network: torch.nn.Module) -> Callable[[], None]:
+    x = torch.randn(2, 1, 64)
+
+    def step() -> None:
+        network.zero_grad()
+        network(x).sum().backward()
+
+    return step
 
 
 @contextlib.contextmanager
@@ -82,19 +98,29 @@ def on(backend: str) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if backend == "triton":
-            from drsn_kernels.backends.gpu import lowering
-
-            lowering._Driver._record = lambda *args: None  # writing the launches down is not part of a call
-            stack.enter_context(lowering.lowering("cuda:90"))
+            stack.enter_context(stub_driver())
         stack.enter_context(dk.use_backend(backend, strict=True))
         yield
 
 
-def microseconds(call: Callable) -> float:
+@contextlib.contextmanager
+def stub_driver() -> Iterator[None]:
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    import stub_driver
+
+    from drsn_kernels.backends.gpu import native
+
+    with stub_driver.stub_driver():
+        if reason := native.missing():
+            raise RuntimeError(f"no launcher: {reason}")
+        yield
+
+
+def microseconds(call: Callable, calls: int) -> float:
     start = time.thread_time()  # of this thread alone: nothing waits, and other processes do not count
-    for _ in range(CALLS):
+    for _ in range(calls):
         call()
-    return (time.thread_time() - start) / CALLS * 1e6
+    return (time.thread_time() - start) / calls * 1e6
 
 
 def child() -> None:
@@ -105,7 +131,10 @@ def child() -> None:
         found = {}
         for backend in BACKENDS:
             with contextlib.suppress(ImportError, RuntimeError), on(backend):  # without Triton, or interpreted: no row
-                found[backend] = {name: [microseconds(call) for call in pair] for name, pair in calls.items()}
+                found[backend] = {
+                    name: [microseconds(call, 1 if name == NETWORK else CALLS) for call in pair]
+                    for name, pair in calls.items()
+                }
         print(json.dumps(found), flush=True)
 
 
@@ -153,7 +182,10 @@ def main() -> None:
             line = f"{step:52s}{reference:12.1f}"
             for of_package in pairs.values():
                 fastest = min(pair[0] for pair in of_package)
-                line += f"{fastest:11.1f} ({fastest / reference:4.2f})"
+                ratio = fastest / reference
+                if step == NETWORK:
+                    ratio = statistics.median(ours / resnet for ours, resnet in of_package)
+                line += f"{fastest:11.1f} ({ratio:4.2f})"
             print(line)
 
 

@@ -21,6 +21,7 @@ from .ops.dispatch import not_eager
 _NORMS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: tuple(range(2, 9)),
 }  # fmt: skip
+_END = object()  # of a Sequential's layers, among which None would be an error
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -44,8 +45,8 @@ def _is_plain(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def run(norm: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
-    """What a norm (is_norm) and an activation of this slope behind it make of x."""
+def run(norm: nn.Module, x: torch.Tensor, slope: float, eager: bool = False) -> torch.Tensor:
+    """What a norm (is_norm) and an activation of this slope behind it make of x. eager: of normalise."""
     ranks = _NORMS.get(type(norm))
     if ranks is not None and x.dim() not in ranks:
         return norm(x)  # raises its own error
@@ -65,8 +66,9 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
         momentum = 1.0 / (int(batches) + 1)  # the average of all batches
     of_batch = training or mean is None
     group = _group(norm) if training else None
+    buffers = mean, var, batches
     try:
-        return normalise(x, weight, bias, (mean, var, batches), of_batch, momentum or 0.0, own["eps"], slope, group)
+        return normalise(x, weight, bias, buffers, of_batch, momentum or 0.0, own["eps"], slope, group, eager)
     except ValueError as error:
         if x.dim() > 1 and x.shape[1] != own["num_features"]:  # it names a buffer, which the caller has not given
             raise ValueError(f"x must have {own['num_features']} channels, got shape {tuple(x.shape)}") from error
@@ -75,7 +77,7 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
 
 def _group(norm: nn.Module) -> Any:
     """The processes that share statistics; None where there is but this one."""
-    if type(norm) is not nn.SyncBatchNorm and not getattr(norm, "sync", False):
+    if type(norm) is not nn.SyncBatchNorm and not norm.__dict__.get("sync"):  # getattr takes 7 us where it is not there
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -84,16 +86,18 @@ def _group(norm: nn.Module) -> Any:
 
 def run_layers(sequential: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """What its layers make of x in an eager call, each batch normalisation with the activation behind it."""
-    layers, skip = [*sequential._modules.values()], False
-    for layer, behind in zip(layers, [*layers[1:], None], strict=True):
-        if skip:
-            skip = False
-        elif is_norm(layer):
+    layers = iter(sequential._modules.values())
+    layer = next(layers, _END)
+    while layer is not _END:
+        behind = next(layers, _END)
+        if is_norm(layer):
             slope = slope_behind(behind)
-            skip = slope is not None
-            x = run(layer, x, slope if skip else 1.0)
+            x = run(layer, x, 1.0 if slope is None else slope, True)
+            if slope is not None:
+                behind = next(layers, _END)
         else:
             x = layer(x)
+        layer = behind
     return x
 
 

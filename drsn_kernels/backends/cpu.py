@@ -2,8 +2,7 @@
 
 import torch
 
-from ..layout import Layout, Planes, is_dense
-from ..reference import accumulate_dtype
+from ..layout import Planes, is_dense
 from . import cost, cpu_called, cpu_gated
 from .cpu_extension import MISSING, _cpu
 from .cpu_gated import walk
@@ -25,11 +24,6 @@ _STAGED = "x is not dense: its elements are gathered, 512 at a time, into a buff
 
 _NO_PLANES = Planes(None, None, None, None)
 _NOT_RUNNING = Running(None, None, 0.0, None)
-
-
-def _by_channel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(2, C) in the dtype of sums."""
-    return x.new_empty((2, layout.c), dtype=accumulate_dtype(x.dtype))
 
 
 class Cpu(Backend):
@@ -103,7 +97,7 @@ class Cpu(Backend):
     # ---- batch normalisation and an activation
 
     def norm(self, x, layout, norm, weight, bias, given=None, running=None):
-        y, stats = self.like(x, layout), _by_channel(x, layout)
+        y, stats = self.like(x, layout), self.pair(x, layout)
         mean, var = given or (None, None)
         moved = running or _NOT_RUNNING
         walk(layout, x.dtype).norm(
@@ -114,13 +108,13 @@ class Cpu(Backend):
         return y, stats
 
     def norm_statistics(self, x, layout):
-        stats = _by_channel(x, layout)
+        stats = self.pair(x, layout)
         walk(layout, x.dtype).norm(x=x, stats=stats)
         return stats
 
     def norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given=None):
         dx = self.like(g, layout) if want_x else None
-        sums, count = given or (_by_channel(x, layout) if want_sums or norm.batch else None, 0)
+        sums, count = given or (self.pair(x, layout) if want_sums or norm.batch else None, 0)
         walk(layout, x.dtype).norm_grad(
             batch=norm.batch, slope=norm.slope, g=g, x=x, dx=dx, weight=weight, bias=bias, stats=stats, sums=sums,
             count=count,

@@ -344,6 +344,12 @@ class Backend:
             return x.new_empty(n, c)  # 0.5 us less
         return self.empty((n, c), (c, 1), accumulate_dtype(dtype), x.device)
 
+    def pair(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(2, C) in the dtype of sums, where x is: two numbers for each channel."""
+        if x.dtype is torch.float32:
+            return x.new_empty(2, layout.c)  # 1 us less
+        return x.new_empty(2, layout.c, dtype=accumulate_dtype(x.dtype))
+
     def planes(self, count: int, layout: Layout, device: torch.device) -> torch.Tensor:
         return self.empty((count, layout.words), (layout.words, 1), torch.int32, device)
 

@@ -33,7 +33,8 @@ class NormAct(torch.autograd.Function):
     """(x, weight, bias) -> y. given: mean and var where they are not this batch's."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, given, running, norm, layout, backend, group):
+    def forward(ctx, x, weight, bias, given, running, call, group):
+        backend, layout, norm = call[:3]
         if norm.batch and group is not None:
             *given, share = _of_all(x, layout, backend, running, group)
             y, stats = backend.norm(x, layout, norm._replace(batch=False), weight, bias, tuple(given))
@@ -42,32 +43,33 @@ class NormAct(torch.autograd.Function):
             y, stats = backend.norm(x, layout, norm, weight, bias, given, running)
         ctx.as_saved = as_saved(x, weight, bias, stats, share)
         ctx.save_for_backward(x, weight, bias, stats, share)
-        ctx.norm, ctx.layout, ctx.backend, ctx.group = norm, layout, backend, group
+        ctx.call, ctx.group = call, group
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        want_x, *want_parameters = ctx.needs_input_grad[:3]
-        if g is None or not (want_x or any(want_parameters)):
-            return (None,) * 9
+        want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+        if g is None or not (want_x or want_weight or want_bias):
+            return (None,) * 7
         x, weight, bias, stats, share = restored(ctx)
-        call = x, ctx.layout, ctx.norm, weight, bias, stats
+        backend, layout, norm = ctx.call[:3]
+        rest = x, layout, norm, weight, bias, stats
         if not is_eager_grad(g):
             if share is not None:
                 raise RuntimeError("batch_norm_relu over several processes has first derivatives only")
-            dx, sums = eager.norm_grad(g, *call, want_x, True)
+            dx, sums = eager.norm_grad(g, *rest, want_x, True)
         elif share is None:
-            dx, sums = ctx.backend.norm_grad(g, *call, want_x, any(want_parameters) or ctx.norm.batch)
+            dx, sums = backend.norm_grad(g, *rest, want_x, want_weight or want_bias or norm.batch)
         else:
-            _, sums = ctx.backend.norm_grad(g, *call, False, True)
+            _, sums = backend.norm_grad(g, *rest, False, True)
             dx = None
             if want_x:
                 of_all = sums.clone()
                 dist.all_reduce(of_all, group=ctx.group)
-                dx, _ = ctx.backend.norm_grad(g, *call, True, False, (of_all * share, ctx.layout.n * ctx.layout.l))
-        dbias, dweight = (None, None) if sums is None else sums
-        return dx, dweight if want_parameters[0] else None, dbias if want_parameters[1] else None, *[None] * 6
+                dx, _ = backend.norm_grad(g, *rest, True, False, (of_all * share, layout.n * layout.l))
+        dbias, dweight = (None, None) if sums is None else sums.unbind()
+        return dx, dweight if want_weight else None, dbias if want_bias else None, *[None] * 4
 
 
 _apply = direct_apply(NormAct)
@@ -155,10 +157,14 @@ Buffers = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 def normalise(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, buffers: Buffers, training: bool,
-    momentum: float, eps: float, slope: float, group: Any = None,
+    momentum: float, eps: float, slope: float, group: Any = None, eager: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """batch_norm_relu, the activation by its slope; buffers: running mean and variance, and the number of batches."""
-    why, key, known, tensors = not_eager(), None, None, [t for t in (x, weight, bias, *buffers) if t is not None]
+    """batch_norm_relu, the activation by its slope; buffers: running mean and variance, and the number of batches.
+
+    eager: the caller has asked not_eager() already.
+    """
+    why, key, known = None if eager else not_eager(), None, None
+    tensors = [t for t in (x, weight, bias, *buffers) if t is not None]
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     if why is None and group is None and type(momentum) is float and type(training) is bool:
@@ -212,7 +218,7 @@ def _run(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, buffers: Buffers, momentum: float,
     known: Checked, group: Any,
 ) -> torch.Tensor:  # fmt: skip
-    backend, layout, norm, step, _ = known
+    backend, layout, norm, step = known[:4]
     mean, var, batches = buffers
     given, running = None, None
     if not norm.batch:
@@ -225,14 +231,14 @@ def _run(
     if told is not None:
         told(step, x, backend)
     if step.keep:
-        y = _apply(x, weight, bias, given, running, norm, layout, backend, group)
+        y = _apply(x, weight, bias, given, running, known, group)
     elif norm.batch and group is not None:
         mean, var, _ = _of_all(x, layout, backend, running, group)
         y, _ = backend.norm(x, layout, norm._replace(batch=False), weight, bias, (mean, var))
     else:
         y, _ = backend.norm(x, layout, norm, weight, bias, given, running)
     if running is not None:
-        overwritten(*(t for t in buffers if t is not None))
+        overwritten(*(buffers if batches is not None else buffers[:2]))
     return y
 
 

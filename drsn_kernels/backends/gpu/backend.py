@@ -72,7 +72,7 @@ class Gpu(Backend):
         return self._norm.norm(self, x, layout, norm, weight, bias, given, running)
 
     def norm_statistics(self, x, layout):
-        return self._norm.statistics(x, layout)
+        return self._norm.statistics(self, x, layout)
 
     def norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given=None):
         return self._norm.norm_grad(self, g, x, layout, norm, weight, bias, stats, want_x, want_sums, given)

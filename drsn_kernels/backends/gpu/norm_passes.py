@@ -154,16 +154,11 @@ def prepare_statistics(layout: Layout, x: Strides, dtype: torch.dtype, device: t
     return Launches.of(("x", "stats", "scratch"), wired, scratch, device)
 
 
-def fresh_pair(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(2, C), fresh."""
-    return x.new_empty((2, layout.c), dtype=accumulate_dtype(x.dtype))
-
-
 def norm(
     backend: Backend, x: torch.Tensor, layout: Layout, norm: Norm, weight: torch.Tensor | None,
     bias: torch.Tensor | None, given: tuple[torch.Tensor, torch.Tensor] | None, running: Running | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    y, stats = backend.like(x, layout), fresh_pair(x, layout)
+    y, stats = backend.like(x, layout), backend.pair(x, layout)
     if not x.numel():  # one of several processes has no samples
         return y, stats.zero_()
     mean, var, factor, batches = running or (*(given or (None, None)), None, None)
@@ -172,8 +167,8 @@ def norm(
     return y, stats
 
 
-def statistics(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    stats = fresh_pair(x, layout)
+def statistics(backend: Backend, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    stats = backend.pair(x, layout)
     ahead = prepare_statistics(layout, x.stride(), x.dtype, x.device)
     ahead.run((x, stats, ahead.scratch.new(stats)))
     return stats
@@ -230,7 +225,7 @@ def norm_grad(
     bias: torch.Tensor | None, stats: torch.Tensor, want_x: bool, want_sums: bool,
     given: tuple[torch.Tensor, int] | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    sums, count = given or (fresh_pair(x, layout) if want_sums else None, None)
+    sums, count = given or (backend.pair(x, layout) if want_sums else None, None)
     want_sums = want_sums and given is None
     dx = backend.like(g, layout) if want_x else None
     if not x.numel():

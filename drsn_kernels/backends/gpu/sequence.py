@@ -236,7 +236,7 @@ class Gated(steps.Gated):
         """All of the parameters' gradients where any is wanted: they are made by one launch."""
         step, layout = self.step, self.step.layout
         bits, _, mean, var, w1, _, gamma, beta, w2, _ = saved
-        dx = self.backend.empty(layout.shape, layout.strides, step.dtype, step.device) if want[0] else None
+        dx = self.backend.like(g, layout) if want[0] else None
         tau_grad = None if tau_grad is None else tau_grad.contiguous()
         key = g.stride(), want[0], True in want[1:]
         back = self._back.get(key)
