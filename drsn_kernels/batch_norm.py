@@ -62,17 +62,24 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float, eager: bool = False) -> 
         mean = var = batches = None
     if not training:
         batches = None
-    elif momentum is None and batches is not None:
-        momentum = 1.0 / (int(batches) + 1)  # the average of all batches
     of_batch = training or mean is None
     group = _group(norm) if training else None
     buffers = mean, var, batches
+    average = momentum is None and batches is not None and mean is not None  # of all batches
+    if average:  # first of this one: how many there were stays on the device, and no launch is prepared for each number
+        momentum, buffers = 1.0, (torch.zeros_like(mean), torch.zeros_like(var), None)
     try:
-        return normalise(x, weight, bias, buffers, of_batch, momentum or 0.0, own["eps"], slope, group, eager)
+        y = normalise(x, weight, bias, buffers, of_batch, momentum or 0.0, own["eps"], slope, group, eager)
     except ValueError as error:
         if x.dim() > 1 and x.shape[1] != own["num_features"]:  # it names a buffer, which the caller has not given
             raise ValueError(f"x must have {own['num_features']} channels, got shape {tuple(x.shape)}") from error
         raise
+    if average:
+        share = (batches + 1).to(mean.dtype).reciprocal()
+        mean.lerp_(buffers[0], share)
+        var.lerp_(buffers[1], share.to(var.dtype))
+        batches.add_(1)
+    return y
 
 
 def _group(norm: nn.Module) -> Any:

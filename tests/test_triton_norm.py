@@ -230,6 +230,23 @@ def test_running_statistics_far_from_the_batch(plan, factor):
         torch.testing.assert_close(found, factor * batch + (1 - factor) * before, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_average_over_batches_prepares_no_launch_for_each(plan, dtype):
+    """momentum=None, as torch.optim.swa_utils.update_bn sets it: the batch's part is another one at every step."""
+    ours, torchs = (made(3, momentum=None).to(dtype) for made in (dk.BatchNormReLU, nn.BatchNorm1d))
+    prepared = []
+    with dk.use_backend("triton", strict=True):
+        for step in range(4):
+            x = torch.randn(4, 3, 9).add(step).to(dtype)
+            ours(x), torchs(x)
+            prepared.append(norm_passes.prepare_norm.cache_info().currsize)
+    assert prepared[0] == prepared[-1]
+    assert int(ours.num_batches_tracked) == 4
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(ours, name), getattr(torchs, name), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_means_whose_squares_are_no_float(plan, channels_last):
     x = 3e19 + 1e16 * torch.randn(20, 3, 33)
