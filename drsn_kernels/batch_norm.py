@@ -45,8 +45,8 @@ def _is_plain(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def run(norm: nn.Module, x: torch.Tensor, slope: float, eager: bool = False) -> torch.Tensor:
-    """What a norm (is_norm) and an activation of this slope behind it make of x. eager: of normalise."""
+def run(norm: nn.Module, x: torch.Tensor, slope: float, asked: bool = False) -> torch.Tensor:
+    """What a norm (is_norm) and an activation of this slope behind it make of x. asked: of normalise."""
     ranks = _NORMS.get(type(norm))
     if ranks is not None and x.dim() not in ranks:
         return norm(x)  # raises its own error
@@ -69,7 +69,7 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float, eager: bool = False) -> 
     if average:  # first of this one: how many there were stays on the device, and no launch is prepared for each number
         momentum, buffers = 1.0, (torch.zeros_like(mean), torch.zeros_like(var), None)
     try:
-        y = normalise(x, weight, bias, buffers, of_batch, momentum or 0.0, own["eps"], slope, group, eager)
+        y = normalise(x, weight, bias, buffers, of_batch, momentum or 0.0, own["eps"], slope, group, asked)
     except ValueError as error:
         if x.dim() > 1 and x.shape[1] != own["num_features"]:  # it names a buffer, which the caller has not given
             raise ValueError(f"x must have {own['num_features']} channels, got shape {tuple(x.shape)}") from error
@@ -96,15 +96,14 @@ def run_layers(sequential: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     layers = iter(sequential._modules.values())
     layer = next(layers, _END)
     while layer is not _END:
-        behind = next(layers, _END)
         if is_norm(layer):
+            behind = next(layers, _END)
             slope = slope_behind(behind)
             x = run(layer, x, 1.0 if slope is None else slope, True)
-            if slope is not None:
-                behind = next(layers, _END)
+            layer = behind if slope is None else next(layers, _END)
         else:
             x = layer(x)
-        layer = behind
+            layer = next(layers, _END)
     return x
 
 

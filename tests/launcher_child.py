@@ -101,8 +101,8 @@ def apart(stub) -> dict:
 
 
 def counted(stub) -> dict:
-    """Of a training step of Shrinkage once it is known: calls of Python functions of ours and of Triton's, of the
-    extension, launches, and allocations besides y and dx."""
+    """Of a training step of Shrinkage once it is known, and of one on another batch: calls of Python functions of ours
+    and of Triton's, of the extension, launches, and allocations besides y and dx."""
     module, x = dk.Shrinkage(16), torch.randn(SHAPE, requires_grad=True)
     parameters = list(module.parameters())
     g = torch.randn(SHAPE)
@@ -111,6 +111,12 @@ def counted(stub) -> dict:
         return torch.autograd.grad(module(x), (x, *parameters), g)
 
     step(), step()
+    first = profiled(stub, step)
+    x, g = torch.randn(9, *SHAPE[1:], requires_grad=True), torch.randn(9, *SHAPE[1:])
+    return {"known": first, "new shape": profiled(stub, step)}
+
+
+def profiled(stub, step) -> dict:
     counts = {"python": 0, "triton": 0, "extension": 0, "allocations": 0}
 
     def watch(frame, event, argument):
@@ -224,7 +230,7 @@ def errors(stub) -> dict:
 
 def first_failure(stub) -> dict:
     """A Sequence whose first launch ever fails is given up."""
-    ran, given = reduce_pass(torch.randn(16, 4, 128))
+    ran, given = reduce_pass(torch.randn(16, 4, 128).half())  # of no kernel that is known: Triton launches first
     ran(given)
     stub.library.stub_fail(0, ERROR_INVALID_VALUE)
     ran(given)

@@ -121,6 +121,15 @@ def test_modules_and_inputs_of_less_precision(dtype):
 # ---- what is fused ---------------------------------------------------------------------------------------------------
 
 
+def test_a_layer_that_is_replaced_while_the_one_before_runs():
+    x, found = torch.randn(4, 6, 9), []
+    for cls in (nn.Sequential, dk.FusedSequential):
+        model = cls(nn.Identity(), nn.Identity(), nn.BatchNorm1d(6), nn.ReLU())
+        model[0].register_forward_hook(lambda *a, model=model: model.__setitem__(1, nn.Hardtanh(-0.1, 0.1)))
+        found.append(model(x))
+    torch.testing.assert_close(*found)
+
+
 def layers() -> list[nn.Module]:
     """Two norms with an activation, one without, and activations without a norm."""
     torch.manual_seed(2)

@@ -265,6 +265,38 @@ def test_a_child_that_was_the_identity_counts():
         torch.testing.assert_close(ours(X), own(X))
 
 
+class MinMax(nn.Module):
+    """x minus what it is clamped to: soft thresholding where no threshold is negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Sigmoid())
+
+    def forward(self, x):
+        a = x.abs().mean(2)
+        tau = (self.fc(a) * a).unsqueeze(2)
+        return x - torch.minimum(torch.maximum(x, -tau), tau)
+
+
+ANOTHER = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+NEGATIVE = {
+    "last layer": lambda m: m.fc.__setitem__(3, nn.Tanh()),
+    "one layer more": lambda m: m.fc.append(nn.Tanh()),
+    "gate": lambda m: setattr(m, "fc", ANOTHER),
+    "hook on the gate": lambda m: m.fc.register_forward_hook(lambda module, args, out: out - 0.9),
+    "hook on its last layer": lambda m: m.fc[3].register_forward_hook(lambda module, args, out: out - 0.9),
+}
+
+
+@pytest.mark.parametrize("change", NEGATIVE)
+def test_what_makes_a_threshold_negative_counts_where_the_form_must_not_meet_one(change):
+    own, ours = converted(MinMax)
+    assert runs_fused(ours, X)
+    NEGATIVE[change](own), NEGATIVE[change](ours)
+    torch.testing.assert_close(ours(X), own(X))
+    assert not runs_fused(ours, X)
+
+
 def test_a_tensor_that_is_the_identity_beside_the_threshold_leaves_the_module_alone():
     class After(Base):
         def set_up(self):

@@ -321,6 +321,20 @@ def test_another_call_is_checked_anew(remembering):
     assert looked_up(gate, x, r) is None
 
 
+def test_a_gate_that_is_called_and_then_fused_in_one_graph(fusing):
+    """Its BatchNorm1d saves the running statistics when it is called, and the fused one moves them."""
+    x, gradients, same = torch.randn(3, 4, 9, requires_grad=True), [], gate_of(4, "norm", "channel")
+    for backend in (fusing, "torch"):
+        gate = copy.deepcopy(same)
+        with dk.use_backend(backend):
+            handle = gate[1].register_forward_hook(lambda *a: None)
+            first = dk.shrink(x, gate)
+            handle.remove()
+            loss = first.square().sum() + dk.shrink(x, gate).pow(3).sum()
+        gradients.append(torch.autograd.grad(loss, [x, gate[0].weight]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_numbers_and_tensors_are_those_of_this_call():
     """What a gate has now is returned, and another x asks anew."""
     gate, x = gate_of(4, "norm", "channel"), torch.randn(3, 4, 9)

@@ -91,11 +91,18 @@ def test_launches_one_after_the_other_are_those_of_triton(every_pass):
 @compiled
 def test_a_training_step_is_two_calls_of_the_extension(found):
     """Counts of one step of Shrinkage that is known already, on any machine: a change that adds to them shows here."""
-    counts = found["counted"]
+    counts = found["counted"]["known"]
     assert (counts["extension"], counts["launches"]) == (2, 8)
     assert counts["triton"] == 0  # functions of Triton's
     assert counts["allocations"] == 6  # y and dx; kept and scratch; scratch and the parameters' gradients
     assert counts["python"] <= 70  # functions of ours, with the checks of arguments and of the gate
+
+
+@compiled
+def test_a_new_shape_is_launched_by_the_kernels_of_another(found):
+    """A last batch, or recordings of any length: Triton launches nothing, which would bind every argument first."""
+    counts = found["counted"]["new shape"]
+    assert (counts["extension"], counts["launches"]) == (2, 8)
 
 
 @compiled

@@ -9,6 +9,7 @@ import operator
 import torch
 from torch import fx, nn
 
+from .conditions import Part, class_of
 from .family import Found, Match, behind, close, is_float, path_of
 from .plans import call
 from .reasons import Unexplained, place
@@ -101,10 +102,13 @@ def _harmless(name: str, node: fx.Node) -> bool:
     return True
 
 
-def check_sign(trace: Trace, match: Match) -> None:
-    """Where a threshold is negative, some forms are no soft thresholding: then it must be known never to be."""
+def check_sign(trace: Trace, match: Match) -> tuple[Part, ...]:
+    """Where a threshold is negative, some forms are no soft thresholding: then it must be known never to be.
+
+    Returns the modules that this is known by: a fused form holds while they are of their classes, and nobody hooks in.
+    """
     if match.scales:
-        return
+        return ()
     u, t = match.u.meta["seen"], match.t.meta["seen"]
     other = t * torch.where(torch.arange(t.numel(), device=t.device).view(t.shape) % 2 == 0, -1.5, 0.5)
     values: dict[fx.Node, object] = {match.u: u, match.t: other}
@@ -121,8 +125,10 @@ def check_sign(trace: Trace, match: Match) -> None:
         same = close(values[match.y], expected)
     except Exception:
         same = False
-    if not same and not _never_negative(match.t):
+    known_by: list[Part] = []
+    if not same and not _never_negative(match.t, known_by):
         raise Unexplained("where its threshold is negative, as it may become, it is no soft thresholding")
+    return tuple(known_by)
 
 
 def _again(value: object) -> object:
@@ -134,11 +140,18 @@ _POSITIVE_LAYERS = (nn.Sigmoid, nn.Softplus, nn.ReLU, nn.Hardsigmoid, nn.Softmax
 _KEEPS_SIGN = (_POOLED | _SCALING) - {"sub"}
 
 
-def _never_negative(node: fx.Node) -> bool:
-    """By the last operations of the way to it."""
+def _never_negative(node: fx.Node, known_by: list[Part]) -> bool:
+    """By the last operations of the way to it. known_by: filled with their modules."""
     if node.op == "call_module":
-        last = [*node.meta["module"].modules()][-1]
-        return isinstance(last, _POSITIVE_LAYERS) or (isinstance(last, _LAYERS) and _never_negative(node.args[0]))
+        names, modules = zip(*node.meta["module"].named_modules(), strict=True)
+        last = modules[-1]
+        for name, module in zip(names, modules, strict=True):
+            if not name or names[-1] == name or names[-1].startswith(f"{name}."):  # the last one, and what holds it
+                path = ".".join(part for part in (path_of(node), name) if part)
+                known_by.append(Part(tuple(path.split(".")), class_of(module), (*module._modules,)))
+        return isinstance(last, _POSITIVE_LAYERS) or (
+            isinstance(last, _LAYERS) and _never_negative(node.args[0], known_by)
+        )  # fmt: skip
     if node.op not in ("call_function", "call_method") or _name(node) not in _POSITIVE | _KEEPS_SIGN:
         return False
     if _name(node) in _POSITIVE:
@@ -147,7 +160,7 @@ def _never_negative(node: fx.Node) -> bool:
     if _name(node) in ("mul", "multiply", "add", "div", "truediv"):
         if any(isinstance(a, (int, float)) and a < 0 for a in node.args):
             return False
-    return bool(inputs) and all(map(_never_negative, inputs))
+    return bool(inputs) and all(_never_negative(n, known_by) for n in inputs)
 
 
 def _line_of(node: fx.Node) -> str:

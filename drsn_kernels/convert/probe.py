@@ -273,7 +273,7 @@ def _explain(module: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[dict[
             trace = Trace(private_copy(module, dtype).train(training), random(shape(0), module, dtype))
             match = match_module(trace)
             raised, reason = Differs, None
-            check_sign(trace, match)
+            positive = check_sign(trace, match)
             for candidate in plans_for(trace, match):
                 plan = candidate.plan
                 if not gives(plan, private_copy(module, dtype).train(training), match):
@@ -281,6 +281,7 @@ def _explain(module: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[dict[
                 try:
                     check_dropped(trace, match, candidate)
                     conditions = trace.conditions(module, candidate.steps - candidate.pooled)
+                    conditions = conditions._replace(parts=(*conditions.parts, *positive))
                     if len(shape.sizes) == 1:
                         conditions = conditions._replace(spatial=shape.sizes[0])
                     xs = _probes(module, shape, dtype, training)

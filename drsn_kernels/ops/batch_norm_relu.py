@@ -157,13 +157,13 @@ Buffers = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 def normalise(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, buffers: Buffers, training: bool,
-    momentum: float, eps: float, slope: float, group: Any = None, eager: bool = False,
+    momentum: float, eps: float, slope: float, group: Any = None, asked: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """batch_norm_relu, the activation by its slope; buffers: running mean and variance, and the number of batches.
 
-    eager: the caller has asked not_eager() already.
+    asked: the caller has asked not_eager() already.
     """
-    why, key, known = None if eager else not_eager(), None, None
+    why, key, known = None if asked else not_eager(), None, None
     tensors = [t for t in (x, weight, bias, *buffers) if t is not None]
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -237,8 +237,8 @@ def _run(
         y, _ = backend.norm(x, layout, norm._replace(batch=False), weight, bias, (mean, var))
     else:
         y, _ = backend.norm(x, layout, norm, weight, bias, given, running)
-    if running is not None:
-        overwritten(*(buffers if batches is not None else buffers[:2]))
+    if running is not None and batches is not None:
+        overwritten(batches)
     return y
 
 

@@ -72,7 +72,7 @@ def run_gated(
         if overwrite:
             overwritten(x)
     if parts.batch_stats:
-        overwritten(parts.mean, parts.var, parts.batches)
+        overwritten(parts.batches)
     return y, tau
 
 

@@ -134,12 +134,12 @@ def _tensor(name: str, values: "Array") -> torch.Tensor:
 
 
 def samples(model: nn.Module, x: "Array") -> torch.Tensor:
-    """x (N, *shape), a tensor or an array of any real numbers, in the dtype of the model; x itself where it has it."""
+    """x (N, *shape), a tensor or an array of any real numbers, in the dtype of the model, without a gradient."""
     x = _tensor("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must hold samples (N, *shape), got shape {tuple(x.shape)}")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
-    return x.to(dtype)
+    return x.detach().to(dtype)
 
 
 def labels(y: "Array", count: int) -> torch.Tensor:

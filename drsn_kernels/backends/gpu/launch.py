@@ -52,6 +52,7 @@ def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
         )
         compiled.pointers = tuple(names[:pointers])
         compiled.values = (*names[pointers:], *(name for name in parameters if name not in names))
+        compiled.numbers = len(names) - pointers  # so many of the values are no constexprs
         compiled.aligned = tuple(names.index(name) for name in aligned)
         return compiled
 
@@ -131,6 +132,18 @@ def capability() -> int:
     return compiled_for.arch if compiled_for.backend == "cuda" else 0
 
 
+# Kernels by all that Triton compiles for: a new shape finds those of another one, and is not bound by Triton first.
+_compiled: dict[tuple, Any] = {}
+
+
+def _widths(numbers: tuple) -> tuple:
+    """Of integers and floats, all that Triton looks at: whether they need 64 bits."""
+    return tuple(
+        _widths(number) if type(number) is tuple else type(number) is int and not -(2**31) <= number < 2**31
+        for number in numbers
+    )
+
+
 class Prepared:
     """A launch but for its pointers. Calling it with them, by name, launches; one that is left out is None."""
 
@@ -148,7 +161,10 @@ class Prepared:
         self.told_alignment = tuple(fn.pointers[i] for i in fn.aligned)
         self.options = {"num_warps": warps, "maxnreg": registers, "num_stages": stages, **_NO_CONTRACTION}
         self.compiled: dict[int, tuple[Any, Callable, tuple]] = {}
-        self._alone = Pass(fn.pointers, [(self, {name: name for name in fn.pointers})], device)
+
+    @functools.cached_property
+    def _alone(self) -> "Pass":
+        return Pass(self.pointers, [(self, {name: name for name in self.pointers})], self.device)
 
     def __call__(self, **pointers: torch.Tensor | None) -> None:
         if not pointers.keys() <= self._alone.known:
@@ -159,6 +175,20 @@ class Prepared:
     def _launch(self, named: dict[str, torch.Tensor | None]) -> Any:
         """Launch through Triton, on the current device; the compiled kernel, or None where it is interpreted."""
         pointers = tuple(map(named.get, self.fn.pointers))
+        found = self._found(pointers)
+        if found is None:
+            return self._first(pointers)
+        kernel, run, tail = found
+        run(*pointers, *tail)
+        return kernel
+
+    def known(self, named: dict[str, torch.Tensor | None]) -> Any:
+        """The compiled kernel for these pointers, if there is one."""
+        found = self._found(tuple(map(named.get, self.fn.pointers)))
+        return None if found is None else found[0]
+
+    def _found(self, pointers: tuple) -> tuple[Any, Callable, tuple] | None:
+        """The compiled kernel, what launches it, and all that it takes behind the pointers."""
         key = target
         for p in pointers:
             key += key + (p is None)
@@ -166,30 +196,45 @@ class Prepared:
             p = pointers[i]
             key += key + (p is not None and p.data_ptr() % 16 == 0)
         found = self.compiled.get(key)
-        if found is None:
-            return self._first(key, pointers)
-        kernel, run, tail = found
-        run(*pointers, *tail)
+        if found is None and _compiled:
+            tail, options = self._specialised(pointers)
+            kernel = _compiled.get(self._like(pointers, tail, options))
+            if kernel is not None:
+                found = self.compiled[key] = kernel, kernel[self.grid], tail
+        return found
+
+    def _first(self, pointers: tuple) -> Any:
+        tail, options = self._specialised(pointers)
+        kernel = self.fn[self.grid](*pointers, *tail, **options)
+        if kernel is not None:  # None: interpreted
+            _compiled[self._like(pointers, tail, options)] = kernel
         return kernel
 
-    def _first(self, key: int, pointers: tuple) -> Any:
+    def _specialised(self, pointers: tuple) -> tuple[tuple, dict[str, Any]]:
+        """Values and options, with what is known at a launch only."""
         options = {name: value for name, value in self.options.items() if value is not None}
-        known_now = {"PTX": capability() > 0}
+        compiled_for = capability()
+        known_now = {"PTX": compiled_for > 0}
         if not known_now["PTX"]:
             options.pop("maxnreg", None)
             known_now["PRECISION"], known_now["HELD"] = "ieee", 0
-        if self.values["DEPENDENT"] and capability() >= 90:
+        if self.values["DEPENDENT"] and compiled_for >= 90:
             options["launch_pdl"] = self.values["DEPENDENT"] % 2 == 1
         else:
             known_now["DEPENDENT"] = 0
         if any(pointers[i] is not None and pointers[i].data_ptr() % 16 for i in self.fn.aligned):
             # a word of two elements would straddle two; the tile stays that of aligned tensors, and may spill
             known_now["GROUP"] = 1
-        tail = tuple(known_now.get(name, value) for name, value in self.values.items())
-        compiled = self.fn[self.grid](*pointers, *tail, **options)
-        if compiled is not None:  # None: interpreted
-            self.compiled[key] = compiled, compiled[self.grid], tail
-        return compiled
+        return tuple(known_now.get(name, value) for name, value in self.values.items()), options
+
+    def _like(self, pointers: tuple, tail: tuple, options: dict[str, Any]) -> tuple:
+        """All that Triton compiles for. The function's number is its own for good: its kernels keep it."""
+        numbers, constants = tail[: self.fn.numbers], tail[self.fn.numbers :]
+        told = tuple(pointers[i] is not None and pointers[i].data_ptr() % 16 == 0 for i in self.fn.aligned)
+        return (
+            id(self.fn), target, self.device, tuple(None if p is None else p.dtype for p in pointers), told,
+            _widths(numbers), constants, (*map(type, constants),), (*options.items(),),
+        )  # fmt: skip
 
     def placed(self, follows: bool, ahead: "Prepared | None") -> "Prepared":
         """The same launch in a pass: behind another one, in front of `ahead`."""
@@ -248,12 +293,24 @@ class Pass:
         if target == 1 and self._native(given):
             return
         named: dict[Source, torch.Tensor | None] = dict(zip(self.names, given, strict=True))  # and pieces of them
-        launched = []
-        for launch, sources in self.launches:
-            kernel = launch._launch({name: _taken(pointer, named) for name, pointer in sources.items()})
-            launched.append((launch, kernel, sources))
+        pointers = [
+            {name: _taken(pointer, named) for name, pointer in sources.items()} for _, sources in self.launches
+        ]
+        if target == 1 and native.missing() is None:
+            known = [launch.known(own) for (launch, _), own in zip(self.launches, pointers, strict=True)]
+            if self._learn(given, known) and self._native(given):
+                return
+        kernels = [launch._launch(own) for (launch, _), own in zip(self.launches, pointers, strict=True)]
         if target == 1:
-            self._native.learn(given, launched)
+            self._learn(given, kernels)
+
+    def _learn(self, given: tuple[torch.Tensor | None, ...], kernels: list[Any]) -> bool:
+        """Whether the kernels of all launches are known, for which native then has a Sequence if it can."""
+        if None in kernels:
+            return False
+        launched = [(launch, kernel, own) for (launch, own), kernel in zip(self.launches, kernels, strict=True)]
+        self._native.learn(given, launched)
+        return True
 
 
 def _taken(source: Source | None, named: dict[Source, torch.Tensor | None]) -> torch.Tensor | None:

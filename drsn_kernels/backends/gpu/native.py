@@ -16,6 +16,7 @@ import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -112,11 +113,11 @@ class Sequences:
         return False
 
     def learn(self, given: tuple[torch.Tensor | None, ...], launched: list[tuple[Any, Any, dict[str, Source]]]) -> None:
-        """Take over what was just launched with `given`, in order.
+        """Take over what launches these, in order.
 
-        launched: a launch, the kernel that Triton compiled for it (None: it has none), where its pointers came from.
+        launched: a launch, the kernel that Triton compiled for it, where its pointers are taken from.
         """
-        if missing() is not None or any(kernel is None for _, kernel, _ in launched):
+        if missing() is not None:
             return
         kind = self._kind(given, launched)
         if kind in self._known:
@@ -166,8 +167,8 @@ def _of_triton() -> tuple[Callable[[int], int], Any]:
 # ---- a kernel that Triton compiled -----------------------------------------------------------------------------------
 
 _FORMATS = {  # of struct: in the first bytes of 8
-    "i1": "<b7x", "i8": "<b7x", "i16": "<h6x", "i32": "<i4x", "i64": "<q", "u1": "<B7x", "u8": "<B7x", "u16": "<H6x",
-    "u32": "<I4x", "u64": "<Q", "fp32": "<f4x", "f32": "<f4x", "fp64": "<d",
+    "i1": "b7x", "i8": "b7x", "i16": "h6x", "i32": "i4x", "i64": "q", "u1": "B7x", "u8": "B7x", "u16": "H6x",
+    "u32": "I4x", "u64": "Q", "fp32": "f4x", "f32": "f4x", "fp64": "d",
 }  # fmt: skip
 _ENTRY = re.compile(r"\.entry\s+\w+\s*\((.*?)\)", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+)\b[^,\[]*(\[)?")
@@ -175,11 +176,29 @@ _THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
 _SCRATCH = ("global_scratch_size", "profile_scratch_size")  # a pointer each at the end, null where none is asked for
 
 
+class Form(NamedTuple):
+    """What is the same of all launches of a kernel. Each of its parameters takes 8 bytes."""
+
+    threads: int
+    dependent: bool
+    parameters: struct.Struct  # the numbers in their places, and 0 in those of pointers
+    numbers: tuple[tuple[str, tuple[int, ...]], ...]  # by name and, in tuples, place
+    pointers: tuple[tuple[int, str], ...]  # number of the parameter, name
+
+
 def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[str], tuple[int, int]]) -> tuple:
     """A launch of kernel as _launch.Sequence takes it. values: of its integers and floats, by name.
 
     Raises Refused where it is no launch that this knows how to make.
     """
+    form, meta = _form(kernel), kernel.metadata
+    block = form.parameters.pack(*(functools.reduce(getitem, at, values[name]) for name, at in form.numbers))
+    patches = [(parameter, *place(name)) for parameter, name in form.pointers]
+    return meta.name, kernel.function, grid, form.threads, meta.shared, form.dependent, block, patches
+
+
+@functools.lru_cache(maxsize=4096)
+def _form(kernel: Any) -> Form:
     from triton.backends.nvidia.driver import CudaLauncher
 
     meta, ptx = kernel.metadata, kernel.asm["ptx"]
@@ -188,14 +207,15 @@ def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[s
     for name, usual in (("num_ctas", 1), ("launch_cooperative_grid", False)):
         if getattr(meta, name, usual) != usual:
             raise Refused(f"{name} is {getattr(meta, name)}")
-    block, bits, patches = [], [], []
-    for name, kind, value in _parameters(kernel.src.signature, values):
+    formats, bits, numbers, pointers = [], [], [], []
+    for name, at, kind in _parameters(kernel.src.signature):
         if kind[0] == "*":
-            patches.append((len(block), *place(name)))
-            block.append(bytes(8))
+            pointers.append((len(formats), name))
+            formats.append("8x")
             bits.append(64)
         elif kind in _FORMATS:
-            block.append(struct.pack(_FORMATS[kind], value))
+            numbers.append((name, at))
+            formats.append(_FORMATS[kind])
             bits.append(8 if kind[1:] == "1" else int(re.sub(r"\D", "", kind)))
         else:
             raise Refused(f"{name} is of the type {kind}")
@@ -203,7 +223,7 @@ def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[s
         if hasattr(meta, name):
             if getattr(meta, name):
                 raise Refused(f"it asks for scratch memory ({name})")
-            block.append(bytes(8))
+            formats.append("8x")
             bits.append(64)
     found = [(int(size), array) for size, array in _PARAMETER.findall(_ENTRY.search(ptx).group(1))]
     if found != [(size, "") for size in bits]:
@@ -212,18 +232,18 @@ def of_triton(kernel: Any, grid: int, values: dict[str, Any], place: Callable[[s
     if (said := _THREADS.search(ptx)) and int(said.group(1)) != threads:
         raise Refused(f"{threads} threads would be launched, the PTX asks for {said.group(1)}")
     dependent = bool(getattr(meta, "launch_pdl", False))
-    return meta.name, kernel.function, grid, threads, meta.shared, dependent, b"".join(block), patches
+    return Form(threads, dependent, struct.Struct("<" + "".join(formats)), tuple(numbers), tuple(pointers))
 
 
-def _parameters(signature: dict[str, Any], values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Name, type and value of every parameter: of tuples each member; constexprs, None among them, are none."""
+def _parameters(signature: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, place in tuples and type of every parameter; constexprs, None among them, are none."""
 
-    def flat(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
+    def flat(name: str, at: tuple[int, ...], kind: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
         if isinstance(kind, tuple):
-            for of_member, member in zip(kind, value, strict=True):
-                yield from flat(name, of_member, member)
+            for i, member in enumerate(kind):
+                yield from flat(name, (*at, i), member)
         elif kind != "constexpr":
-            yield name, kind, value
+            yield name, at, kind
 
     for name, kind in signature.items():
-        yield from flat(name, kind, values.get(name))
+        yield from flat(name, (), kind)
