@@ -44,7 +44,7 @@ class Nothing(torch.autograd.Function):
 
 
 def bind_anew(self: launch.Prepared, named: dict) -> None:
-    self._first(tuple(map(named.get, self.pointers)))  # returns no kernel: nothing is learnt
+    self._first(0, tuple(map(named.get, self.pointers)))  # returns no kernel: nothing is learnt
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ site-packages of another installation): both are timed in one run, round by roun
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -28,7 +29,8 @@ from pathlib import Path
 import torch
 
 SHAPE = (4, 8, 16)
-NETWORK = "paper's network, training step"
+NETWORK, NEW = "paper's network, training step", "Shrinkage, train, forward and backward, a new shape"
+ONCE = {NETWORK, NEW}  # a round
 ROUNDS, CALLS = 60, 40
 BACKENDS = ("cpu", "triton")
 
@@ -78,8 +80,19 @@ def steps() -> dict[str, tuple[Callable, Callable]]:
         "shrink, nn.Identity called, forward and backward": (
             both(lambda: dk.shrink(leaf, identity), (leaf,)), both(alone, (leaf,)),
         ),
+        NEW: (new_shapes(trained, inputs), both(whole, inputs)),
         NETWORK: (step_of(dk.models.network("drsn-cw")), step_of(dk.models.network("resnet", fused=False))),
     }  # fmt: skip
+
+
+def new_shapes(shrinkage: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Callable:
+    lengths = itertools.count(SHAPE[2] + 1)
+
+    def step() -> None:
+        x = torch.empty(*SHAPE[:2], next(lengths), requires_grad=True)
+        torch.autograd.grad(shrinkage(x), (x, *inputs[1:]), torch.empty_like(x))
+
+    return step
 
 
 def step_of(network: torch.nn.Module) -> Callable[[], None]:
@@ -132,7 +145,7 @@ def child() -> None:
         for backend in BACKENDS:
             with contextlib.suppress(ImportError, RuntimeError), on(backend):  # without Triton, or interpreted: no row
                 found[backend] = {
-                    name: [microseconds(call, 1 if name == NETWORK else CALLS) for call in pair]
+                    name: [microseconds(call, 1 if name in ONCE else CALLS) for call in pair]
                     for name, pair in calls.items()
                 }
         print(json.dumps(found), flush=True)

@@ -76,8 +76,8 @@ def run(norm: nn.Module, x: torch.Tensor, slope: float, asked: bool = False) -> 
         raise
     if average:
         share = (batches + 1).to(mean.dtype).reciprocal()
-        mean.lerp_(buffers[0], share)
-        var.lerp_(buffers[1], share.to(var.dtype))
+        mean.data.lerp_(buffers[0], share)  # .data: without a word to autograd, as torch
+        var.data.lerp_(buffers[1], share.to(var.dtype))
         batches.add_(1)
     return y
 

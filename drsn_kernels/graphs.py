@@ -105,7 +105,7 @@ class GraphedStep:
 
         load_state_dict gives an optimizer another `state`, whose tensors lie elsewhere.
         """
-        alike = [(a.shape, a.dtype, a.device) if _is(a) else a for a in arguments]
+        alike = [(a.shape, a.dtype, a.device) if _is(a) else (type(a), a) for a in arguments]  # 1 == True == 1.0
         groups = [v for group in self.optimizer.param_groups for name, v in group.items() if name != "params"]
         # A graph reads what lies on the device; a tensor elsewhere becomes a number in it.
         numbers = [(v.data_ptr() if v.device == self.device else v.item()) if _is(v) else v for v in groups]

@@ -306,14 +306,13 @@ class SoftThreshold(nn.Module):
         if torch.jit.is_scripting():
             tau = self.tau if self.tau.dim() == 0 else self.tau.view(1, -1)
             if self.nonnegative:
-                tau = tau + (tau.relu() - tau).detach()
+                tau = tau - tau.detach().clamp(max=0.0)
             return scripted.soft_threshold(x, tau, None, self.threshold, float(self.slope))
         else:
             tau = self._parameters.get("tau")
             tau = self.tau if tau is None else tau  # a buffer, or what a replica of DataParallel has
             if self.nonnegative:
-                value = tau.detach()
-                tau = tau + (value.relu() - value)  # max(tau, 0), with the gradient of tau
+                tau = tau - tau.detach().clamp(max=0.0)  # max(tau, 0), with the gradient of tau
             if tau.dim():
                 if x.dim() < 2 or tau.numel() not in (1, x.shape[1]):
                     raise ValueError(f"x must have {tau.numel()} channels, as many as tau, got shape {tuple(x.shape)}")

@@ -407,6 +407,10 @@ def test_a_graph_in_which_torchs_norm_was_called_first(kernels):
         loss = F.batch_norm(x, *moving, training=True).pow(3).sum() + norm(x, *moving, training=True).square().sum()
         gradients.append(torch.autograd.grad(loss, x)[0])
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    for module in (torch.nn.BatchNorm1d(6, momentum=None), torch.nn.BatchNorm1d(6).to(torch.bfloat16)):
+        fused, y = dk.FusedSequential(module.to(x.device)), x.to(module.weight.dtype)
+        (module(y).sum() + fused(y).sum()).backward()
+        assert int(module.num_batches_tracked) == 2 and module.running_mean.any()
     with torch.inference_mode():
         running = [torch.zeros(6), torch.ones(6)]
         assert kernels.batch_norm_relu(x, *running, training=True).is_inference() and running[0].any()

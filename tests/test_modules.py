@@ -317,3 +317,9 @@ def test_what_the_warning_advises_works(kernels):
     assert torch.equal(module(x), hard(x))
     leaky = dk.Shrinkage(4, norm=False, slope=0.1)
     assert all(p.any() for p in torch.autograd.grad(leaky(x).square().sum(), list(leaky.parameters())))
+
+
+def test_an_infinite_threshold_that_is_learnable():
+    x = torch.randn(2, 3, 5)
+    for learnable in (False, True):
+        assert not dk.SoftThreshold(float("inf"), learnable=learnable)(x).any()

@@ -192,10 +192,10 @@ class Eager(Backend):
         if step.op == "batch_norm_relu":
             forward, backward = self.norm_cost(step)
             why = "PyTorch's own batch_norm and activation"
-            return Plan("PyTorch operations", why, forward=forward, backward=backward)
+            return Plan("PyTorch operations", why, index_bits=None, forward=forward, backward=backward)
         keeps_x = step.keep and step.op != "squeeze_excite" and self.saves == "time"
         forward, backward = _cost_of_keeping_x(step) if keeps_x else cost.of_streams(self, step)
-        return Plan("PyTorch operations", why, forward=forward, backward=backward)
+        return Plan("PyTorch operations", why, index_bits=None, forward=forward, backward=backward)
 
     def reduce_cost(self, step: Step, strides, *, kind="magnitude", keep=False) -> Cost:
         x = cost.like(step.layout.shape, strides, step.dtype)

@@ -88,8 +88,8 @@ def _of_all(
     mean = (counts * means).sum(0) / total
     m2 = (squares + counts * (means - mean).square()).sum(0)
     if running is not None:
-        running.mean.lerp_(mean.to(running.mean.dtype), running.factor)
-        running.var.lerp_((m2 / (total - 1)).to(running.var.dtype), running.factor)
+        running.mean.data.lerp_(mean.to(running.mean.dtype), running.factor)
+        running.var.data.lerp_((m2 / (total - 1)).to(running.var.dtype), running.factor)
         if running.batches is not None:
             running.batches.add_(1)
     sums = accumulate_dtype(x.dtype)
@@ -210,7 +210,7 @@ def _converted(x, weight, bias, buffers, training, *rest) -> torch.Tensor:
     y = normalise(x, weight, bias, (*moved, batches), training, *rest)
     for t, new in zip((mean, var), moved, strict=True):
         if training and new is not t:
-            t.copy_(new)
+            t.data.copy_(new)  # autograd is not told, as by torch
     return y
 
 

@@ -95,7 +95,7 @@ def call_gate(gate: Callable, pooled: torch.Tensor, x: torch.Tensor) -> torch.Te
     if compiling:  # a graph break would not be resumed within a try
         alpha = gate(given)
     else:
-        tracing = torch._C._is_tracing()  # by torch.jit.trace, which warns of each comparison of sizes
+        tracing = torch.jit.is_tracing()  # by torch.jit.trace, which warns of each comparison of sizes
         if not tracing and pooled.shape[0] == 1 and _needs_two_samples(gate):
             raise ValueError(_one_sample(x))
         try:

@@ -82,19 +82,6 @@ class Gpu(Backend):
 
     # ---- costs and plans
 
-    def reduce_cost(self, step: Step, strides: Strides, *, kind="magnitude", keep=False) -> Cost:
-        return _Launches(self).reduce_cost(step, strides, kind=kind, keep=keep)
-
-    def map_cost(
-        self, step: Step, strides: Strides, *, columns, kind="threshold", residual=False, shift=False, keep=0
-    ) -> Cost:  # fmt: skip
-        return _Launches(self).map_cost(
-            step, strides, columns=columns, kind=kind, residual=residual, shift=shift, keep=keep
-        )  # fmt: skip
-
-    def grad_cost(self, step: Step, *, g=True, dA=False, dx=True, dtau=False) -> Cost:
-        return _Launches(self).grad_cost(step, g=g, dA=dA, dx=dx, dtau=dtau)
-
     def plan(self, step: Step) -> Plan:
         if step.gate is not None:
             return self._sequence.plan(step)

@@ -175,39 +175,45 @@ class Prepared:
     def _launch(self, named: dict[str, torch.Tensor | None]) -> Any:
         """Launch through Triton, on the current device; the compiled kernel, or None where it is interpreted."""
         pointers = tuple(map(named.get, self.fn.pointers))
-        found = self._found(pointers)
+        key = self._key(pointers)
+        found = self._found(key, pointers)
         if found is None:
-            return self._first(pointers)
+            return self._first(key, pointers)
         kernel, run, tail = found
         run(*pointers, *tail)
         return kernel
 
     def known(self, named: dict[str, torch.Tensor | None]) -> Any:
         """The compiled kernel for these pointers, if there is one."""
-        found = self._found(tuple(map(named.get, self.fn.pointers)))
+        pointers = tuple(map(named.get, self.fn.pointers))
+        found = self._found(self._key(pointers), pointers)
         return None if found is None else found[0]
 
-    def _found(self, pointers: tuple) -> tuple[Any, Callable, tuple] | None:
-        """The compiled kernel, what launches it, and all that it takes behind the pointers."""
+    def _key(self, pointers: tuple) -> int:
+        """For which target, which pointers are None and which aligned."""
         key = target
         for p in pointers:
             key += key + (p is None)
         for i in self.fn.aligned:
             p = pointers[i]
             key += key + (p is not None and p.data_ptr() % 16 == 0)
+        return key
+
+    def _found(self, key: int, pointers: tuple) -> tuple[Any, Callable, tuple] | None:
+        """The compiled kernel, what launches it, and all that it takes behind the pointers."""
         found = self.compiled.get(key)
         if found is None and _compiled:
             tail, options = self._specialised(pointers)
-            kernel = _compiled.get(self._like(pointers, tail, options))
+            kernel = _compiled.get(self._like(key, pointers, tail, options))
             if kernel is not None:
                 found = self.compiled[key] = kernel, kernel[self.grid], tail
         return found
 
-    def _first(self, pointers: tuple) -> Any:
+    def _first(self, key: int, pointers: tuple) -> Any:
         tail, options = self._specialised(pointers)
         kernel = self.fn[self.grid](*pointers, *tail, **options)
         if kernel is not None:  # None: interpreted
-            _compiled[self._like(pointers, tail, options)] = kernel
+            _compiled[self._like(key, pointers, tail, options)] = kernel
         return kernel
 
     def _specialised(self, pointers: tuple) -> tuple[tuple, dict[str, Any]]:
@@ -227,13 +233,12 @@ class Prepared:
             known_now["GROUP"] = 1
         return tuple(known_now.get(name, value) for name, value in self.values.items()), options
 
-    def _like(self, pointers: tuple, tail: tuple, options: dict[str, Any]) -> tuple:
+    def _like(self, key: int, pointers: tuple, tail: tuple, options: dict[str, Any]) -> tuple:
         """All that Triton compiles for. The function's number is its own for good: its kernels keep it."""
         numbers, constants = tail[: self.fn.numbers], tail[self.fn.numbers :]
-        told = tuple(pointers[i] is not None and pointers[i].data_ptr() % 16 == 0 for i in self.fn.aligned)
         return (
-            id(self.fn), target, self.device, tuple(None if p is None else p.dtype for p in pointers), told,
-            _widths(numbers), constants, (*map(type, constants),), (*options.items(),),
+            id(self.fn), key, self.device, tuple(None if p is None else p.dtype for p in pointers), _widths(numbers),
+            constants, (*map(type, constants),), (*options.items(),),
         )  # fmt: skip
 
     def placed(self, follows: bool, ahead: "Prepared | None") -> "Prepared":

@@ -125,7 +125,7 @@ def weight_grad_tile_of_dv(
 
 
 @triton.jit
-def _up_to_4(n):  # as plans.up_to does where sequence.py lays out the gradients
+def _up_to_4(n):  # as plans.up_to does where gate_passes.py lays out the gradients
     return (n + 3) // 4 * 4
 
 

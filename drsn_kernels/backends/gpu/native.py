@@ -1,7 +1,7 @@
 """Launching by csrc/launch: all kernels of a pass by one call, in place of one of Triton's launchers for each.
 
-The first call with given pointers goes through Triton, which compiles and loads. What it launched then is described to
-the extension as a Sequence: functions, grids, parameters. Every kernel's parameters are compared with those of its PTX,
+Triton compiles and loads a kernel when it launches it for the first time. Kernels that are there are described to the
+extension as a Sequence: functions, grids, parameters. Every kernel's parameters are compared with those of its PTX,
 so where another Triton hands over others, or a kernel asks for what this does not know of, launching stays with Triton.
 It does as well
 
