@@ -10,8 +10,9 @@ A busy machine doubles such times, so every row has a reference: an autograd.Fun
 gradients that exist and does nothing else, with the same inputs, timed in the same rounds. Ratios to it carry over from
 one machine to another; microseconds do not. Of the paper's network, DRSN-CW, it is PyTorch's ResNet, and the ratio the
 median of those of the rounds: both run PyTorch's convolutions in between, so that nothing of ours is in the caches. An
-H200's host took 1.45 times as long for it, this way found 1.44. FOLDER holds another drsn_kernels package (the
-site-packages of another installation): both are timed in one run, round by round, each in a process of its own.
+H200's host took 1.45 times as long for it (commit 4174a5c), this way found 1.46 (51a78b5). FOLDER holds another
+drsn_kernels package (the site-packages of another installation): both are timed in one run, round by round, each in a
+process of its own.
 """
 
 import argparse
