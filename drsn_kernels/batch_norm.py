@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # private; of _BatchNorm, convert_sync_batchnorm would drop the ReLU
 
-from .gates import _GLOBAL_HOOKS
+from . import hooks
 from .ops import checks, scripted
 from .ops.batch_norm_relu import normalise, slope_of
 from .ops.dispatch import not_eager
@@ -38,11 +38,7 @@ def slope_behind(module: nn.Module | None) -> float | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    own = module.__dict__
-    return not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        or "forward" in own or any(_GLOBAL_HOOKS)
-    )  # fmt: skip
+    return not (any(hooks.OF_ALL_MODULES) or hooks.is_listened_to(module))
 
 
 def run(norm: nn.Module, x: torch.Tensor, slope: float, asked: bool = False) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules import module as nn_module
 
+from . import checked, hooks
 from .reference import accumulate_dtype
 
 try:
@@ -53,16 +53,6 @@ class StandardGate(NamedTuple):
         return F.linear(v.relu(), self.w2, self.b2).sigmoid()
 
 
-_GLOBAL_HOOKS = [  # private, dictionaries that torch fills in place
-    getattr(nn_module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
-]
-try:  # private: torch.compile's guard on its inputs. Without it, every call looks at every tensor
-    from torch._C._dynamo.guards import TensorGuards
-
-    TensorGuards(torch.empty(1), dynamic_dims_sizes=None, dynamic_dims_strides=None)
-except (ImportError, TypeError):
-    TensorGuards = None
-_guards: dict[tuple, "TensorGuards"] = {}
 _PLAIN = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
 _NORMED = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Sigmoid)
 STRUCTURES = (_PLAIN, _NORMED)
@@ -80,20 +70,19 @@ def standard_gate(gate, x: torch.Tensor, found=None) -> StandardGate | str:
     """The parts of a standard gate for x (N, C, ...), or why its modules must be called. found: read(gate).
 
     Asked at every call: hooks, children, parameters and a parameter's `.data` may change between any two of them, and
-    nothing tells. So all is read anew: modules by plain attributes, tensors by the guard that an equal gate left here.
+    nothing tells. So all is read anew: modules by plain attributes, tensors by what an equal gate left in checked.py.
     """
     found = read(gate) if found is None else found
     if isinstance(found, str):
         return found
     parts, norm = found
     tensors = tensors_of(parts, norm)
-    key = x.shape[0] == 1, x.shape[1], x.dtype, x.device, parts.w1.shape, parts[9:], norm
-    guard = _guards.get(key)
-    if guard is None or not guard.check(*tensors):
+    key = "gate", x.shape[0] == 1, x.shape[1], x.dtype, x.device, parts.w1.shape, parts[9:], norm
+    if checked.find(key, *tensors) is None:
         why = _unfit(parts, tensors, norm, x)
         if why is not None:
             return why
-        _guard(key, tensors)
+        checked.keep(key, True, *tensors)
     return parts
 
 
@@ -121,15 +110,10 @@ def _read(gate) -> tuple[StandardGate, Norm | None] | str:
         if nn.SyncBatchNorm in types:
             return "the gate's SyncBatchNorm takes its statistics from all ranks"
         return "the gate is not Linear, [BatchNorm1d], ReLU, Linear, Sigmoid"
-    if any(_GLOBAL_HOOKS):
+    if any(hooks.OF_ALL_MODULES):
         return "global module hooks are set"
-    for module in (gate, *children):
-        own = module.__dict__
-        if (
-            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-            or "forward" in own
-        ):  # fmt: skip
-            return "the gate has hooks, or a forward of its own"
+    if any(map(hooks.is_listened_to, (gate, *children))):
+        return "the gate has hooks, or a forward of its own"
     first, last = children[0]._parameters, children[-2]._parameters
     w1, b1, w2, b2 = first.get("weight"), first.get("bias"), last.get("weight"), last.get("bias")
     if w1 is None or b1 is None or w2 is None or b2 is None:
@@ -147,7 +131,7 @@ def _read(gate) -> tuple[StandardGate, Norm | None] | str:
 
 # The same by the extension in half the time; None where it finds anything unusual, and Python says what.
 _reader = GateReader and GateReader(
-    sequential=nn.Sequential, structures=STRUCTURES, global_hooks=_GLOBAL_HOOKS, parts=StandardGate
+    sequential=nn.Sequential, structures=STRUCTURES, global_hooks=hooks.OF_ALL_MODULES, parts=StandardGate
 )
 
 
@@ -193,16 +177,3 @@ def _unfit(parts: StandardGate, tensors: tuple, norm: tuple | None, x: torch.Ten
         if t.device != device or not t.is_contiguous() or t.is_neg():
             return "a parameter of the gate lies on another device, or is not contiguous"
     return None
-
-
-def guard_of(*tensors: torch.Tensor) -> "TensorGuards":
-    """Whose check() says whether others are like these: type, dtype, device, sizes, strides and more, in C++."""
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-
-
-def _guard(key: tuple, tensors: tuple) -> None:
-    """Tensors like these need no second look."""
-    if TensorGuards is not None:
-        if len(_guards) >= 4096:
-            _guards.clear()
-        _guards[key] = guard_of(*tensors)

@@ -10,11 +10,12 @@ import torch
 from oracle import AVERAGES, LAYOUTS, features, gate_of, varied, wide
 from oracle import standard_gate as wide_gate
 
+from drsn_kernels import checked
 from drsn_kernels import layout as layouts
 from drsn_kernels.backends import gpu
 from drsn_kernels.backends.eager import eager
 from drsn_kernels.backends.gpu.backend import Gpu
-from drsn_kernels.backends.step import GateShape, Step, Want, checked
+from drsn_kernels.backends.step import GateShape, Step, Want
 from drsn_kernels.gates import standard_gate
 from drsn_kernels.layout import Planes
 from drsn_kernels.reference import SOFT, Rule, threshold
@@ -309,11 +310,11 @@ def test_one_pass_walks_large_samples_where_they_would_have_a_multiprocessor_eac
 
 
 def test_calls_are_checked_anew_for_other_constants():
-    checked["a call"] = None
+    checked.keep("a call", True)
     with tuned.using(THREAD=32):
-        assert not checked
-        checked["another"] = None
-    assert not checked
+        assert not checked.find("a call")
+        checked.keep("another", True)
+    assert not checked.find("another")
 
 
 def test_a_called_gate_is_planned_by_its_streams():

@@ -10,7 +10,7 @@ from oracle import DTYPES, LAYOUTS, batch_norm_act, check, close, wide
 from test_autograd_memory import Saved
 
 import drsn_kernels as dk
-from drsn_kernels import gates
+from drsn_kernels import checked
 from drsn_kernels.backends import BACKENDS, cpu
 from drsn_kernels.backends.step import Backend
 
@@ -377,14 +377,14 @@ def test_training_is_a_bool_whatever_was_called_before(kernels):
 def test_calls_that_differ_in_what_requires_grad_are_known_beside_each_other(fusing, monkeypatch):
     if fusing == "torch":
         pytest.skip("nothing is kept")
-    x, made, guard_of = torch.randn(4, 6, 20), [], gates.guard_of
-    monkeypatch.setattr(gates, "guard_of", lambda *tensors: made.append(tensors) or guard_of(*tensors))
+    x, kept, keep = torch.randn(4, 6, 20), [], checked.keep
+    monkeypatch.setattr(checked, "keep", lambda *call: kept.append(call) or keep(*call))
     weights = torch.ones(6), torch.ones(6, requires_grad=True)
     given = [(y, weight, torch.zeros(6)) for y in (x, x.clone().requires_grad_()) for weight in weights]
     for _ in range(3):
         for y, weight, bias in given:
             dk.batch_norm_relu(y, weight=weight, bias=bias, training=True)
-    assert len(made) == len(given)
+    assert len(kept) == len(given)
 
 
 def test_numbers_of_any_sort(kernels):

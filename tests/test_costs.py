@@ -1,7 +1,6 @@
 """The costs of plans against what a call really launches, allocates and keeps. Counts only: nothing is timed."""
 
 import contextlib
-import importlib
 
 import pytest
 import steps
@@ -10,12 +9,12 @@ from oracle import AVERAGES
 from test_autograd_memory import Saved
 
 import drsn_kernels as dk
+from drsn_kernels import checked
 from drsn_kernels.backends import cost, cpu, cpu_called, cpu_gated, gpu
 from drsn_kernels.backends.step import Cost
-from drsn_kernels.ops import dispatch, gated_shrink
+from drsn_kernels.ops import dispatch
 from drsn_kernels.reference import Rule
 
-shrink = importlib.import_module("drsn_kernels.ops.shrink")  # the package has the function by this name
 pytestmark = pytest.mark.unpoisoned  # poison would be operations of its own
 
 SHAPES = [(4, 6, 100), (3, 8, 5, 7), (2, 4, 33), (64, 5, 3)]  # small: the cpu backend keeps large outputs in an arena
@@ -48,9 +47,7 @@ class Measured:
             patch.setattr(dispatch, "_dispatch_modes", lambda: 0)  # or the operators would step aside for the mode
             self.mode = mode
             if self.backend == "cpu":
-                passes = {}  # those that count are not for others
-                patch.setattr(gated_shrink, "checked", passes)
-                patch.setattr(shrink, "checked", passes)
+                patch.setattr(checked, "calls", {})  # passes that count are not for others
                 for module in (cpu, cpu_called):
                     patch.setattr(module, "walk", lambda *of: Counted(cpu_gated.walk(*of), self))
                 patch.setattr(cpu_gated, "prepared", self.passes)

@@ -9,7 +9,7 @@ from oracle import gate_of
 from torch import nn
 
 import drsn_kernels as dk
-from drsn_kernels import gates
+from drsn_kernels import checked, gates
 from drsn_kernels.backends import BACKENDS, cpu
 from drsn_kernels.gates import StandardGate, standard_gate
 from drsn_kernels.ops import gated_shrink
@@ -245,13 +245,13 @@ LATER = {
 @pytest.mark.parametrize("change", LATER)
 def test_a_change_after_a_call_is_seen_by_the_next(change, guarded, monkeypatch):
     """Warm first: whatever is kept of the call before must not answer for the changed gate."""
-    monkeypatch.setattr(gates, "_guards", {})
+    monkeypatch.setattr(checked, "calls", {})
     if not guarded:
-        monkeypatch.setattr(gates, "TensorGuards", None)
+        monkeypatch.setattr(checked, "TensorGuards", None)
     gate, x = gate_of(4, "norm", "channel"), torch.randn(3, 4, 9)
     for _ in range(2):
         assert isinstance(standard_gate(gate, x), StandardGate)
-    assert bool(gates._guards) == guarded
+    assert bool(checked.calls) == guarded
     handle = None
     if change == "global hook":
         handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
@@ -272,9 +272,9 @@ def looked_up(gate, x, residual=None):
 @pytest.fixture
 def remembering(monkeypatch):
     """Calls are looked up, and this test's are the first."""
-    if cpu._cpu is None or gates.TensorGuards is None:
+    if cpu._cpu is None or checked.TensorGuards is None:
         pytest.skip("no compiled CPU kernels, or a torch without guards")
-    monkeypatch.setattr(gated_shrink, "checked", {})
+    monkeypatch.setattr(checked, "calls", {})
     with dk.use_backend("cpu", strict=True):
         yield
 
@@ -284,7 +284,7 @@ def test_a_change_after_a_checked_call_is_seen_by_the_next(change, remembering):
     gate, x = gate_of(4, "norm", "channel"), torch.randn(3, 4, 9)
     for _ in range(2):
         dk.shrink(x, gate)
-    assert looked_up(gate, x).gated.step.gate is not None
+    assert looked_up(gate, x).step.gate is not None
     handle = None
     if change == "global hook":
         handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
@@ -310,9 +310,9 @@ def test_another_call_is_checked_anew(remembering):
     }  # fmt: skip
     for name, (a, b) in others.items():
         assert looked_up(gate, a, b) is None, name
-    known = dict(gated_shrink.checked)
+    known = dict(checked.calls)
     dk.shrink(x, gate, residual=x)  # a guard would refuse it every time
-    assert gated_shrink.checked == known
+    assert checked.calls == known
     with torch.no_grad():
         assert looked_up(gate, x, r) is None
     with dk.use_backend("torch"):

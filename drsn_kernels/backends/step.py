@@ -211,11 +211,6 @@ class Called:
         return self.backend.grad(self.layout, self.dtype, planes, g, dA=dA, rule=self.rule)[0]
 
 
-# What is known of calls that have been checked (ops/shrink.py, ops/gated_shrink.py). Emptied where a backend's limits
-# change.
-checked: dict[tuple, Any] = {}
-
-
 class Backend:
     """Who computes eager calls. A subclass has a name, the first two methods, the three kernels and their costs."""
 

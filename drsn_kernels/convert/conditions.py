@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn.modules import module as nn_module
 
+from .. import hooks
 from ..ops.dispatch import not_eager
 from .reasons import Unexplained
 
@@ -245,10 +245,8 @@ class Part(NamedTuple):
         own = module.__dict__
         below = own["_modules"]
         if kind is not None and (
-            (type(module) is not kind and class_of(module) is not kind)
-            or own["_forward_hooks"] or own["_forward_pre_hooks"]
-            or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
-        ):  # fmt: skip
+            (type(module) is not kind and class_of(module) is not kind) or hooks.is_listened_to(module)
+        ):
             return False
         if children is not None and (*below, *own["_parameters"], *own["_buffers"]) != children:
             return False
@@ -281,11 +279,6 @@ class Global(NamedTuple):
         return value
 
 
-_GLOBAL_HOOKS = [  # private, dictionaries that torch fills in place
-    getattr(nn_module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
-]
-
-
 class Conditions(NamedTuple):
     parts: tuple[Part, ...] = ()
     globals: tuple[Global, ...] = ()
@@ -305,7 +298,7 @@ class Conditions(NamedTuple):
                 return False
         elif self.forward is not None and not _is_still(module._drsn_class.forward, self.forward):
             return False
-        if self.parts and any(_GLOBAL_HOOKS):
+        if self.parts and any(hooks.OF_ALL_MODULES):
             return False
         try:
             for part in self.parts:

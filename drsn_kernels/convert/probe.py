@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .. import recording
+from .. import hooks, recording
 from ..backends import use_backend
 from .conditions import Conditions, class_of, frozen
 from .dropped import check_dropped, check_sign
 from .family import Match, close, factors_of, match_inside, match_module, plans_for, rows_of
 from .plans import Fused, Plan, install
 from .reasons import Amid, Differs, Unexplained, Untraceable, first_line
-from .tracing import HOOKS, Trace, private_copy, state_of, takes_one_argument
+from .tracing import Trace, private_copy, state_of, takes_one_argument
 from .watch import OF_MODULE, Watch, run_forward
 
 # Spatial sizes to try: odd ones tell most; the others are for strides and for modules of one size.
@@ -89,7 +89,7 @@ def configuration(module: nn.Module) -> Hashable | None:
     try:
         for path, m in module.named_modules(remove_duplicate=False):
             found.append((path, class_of(m), order.setdefault(id(m), len(order))))
-            if any(m.__dict__[kind] for kind in HOOKS):
+            if any(m.__dict__[kind] for kind in hooks.KINDS):
                 return None
             for table in (m._parameters, m._buffers, m.__dict__):
                 for name, value in table.items():

@@ -22,12 +22,11 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from .. import hooks
 from .conditions import Conditions, class_of, is_own
 from .plans import call
 from .reasons import Differs, Unexplained, Untraceable, place
 from .watch import Watch, is_below, run_forward
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def private_copy(module: nn.Module, dtype: torch.dtype | None = None, vary: bool = True) -> nn.Module:
@@ -60,10 +59,10 @@ def private_copy(module: nn.Module, dtype: torch.dtype | None = None, vary: bool
     if {*map(id, duplicate.modules())} & {*map(id, module.modules())}:
         raise ValueError("a copy of it shares modules with it")
     for m in duplicate.modules():
-        for kind in HOOKS:
-            hooks = m.__dict__[kind]
-            for key in [key for key, hook in hooks.items() if not _of_torch(hook)]:
-                del hooks[key]
+        for kind in hooks.KINDS:
+            registered = m.__dict__[kind]
+            for key in [key for key, hook in registered.items() if not _of_torch(hook)]:
+                del registered[key]
     return duplicate
 
 
@@ -163,7 +162,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if self.calling or m not in self.known:  # one that forward makes for the call, as nn.ReLU()(x)
             return forward(*args, **kwargs)
-        if args and _has_planes(args[0]) and self.opens(m) and not any(m.__dict__[kind] for kind in HOOKS):
+        if args and _has_planes(args[0]) and self.opens(m) and not any(m.__dict__[kind] for kind in hooks.KINDS):
             self.watch.opened.append(self.path_of_module(m).removeprefix("inner."))
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)

@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import backends, gates, recording, reference
+from .. import backends, checked, recording, reference
 from ..backends.eager import eager
-from ..backends.step import Backend, Norm, Running, Step, Want, checked
+from ..backends.step import Backend, Norm, Running, Step, Want
 from ..layout import Layout, layout_of
 from ..reference import accumulate_dtype
 from . import checks
 from .dispatch import as_saved, direct_apply, is_eager_grad, not_eager, overwritten, restored
-from .gated_shrink import keep_checked
 
 
 class NormAct(torch.autograd.Function):
@@ -142,14 +141,13 @@ def batch_norm_relu(
     return normalise(x, weight, bias, buffers, training, momentum, eps, slope, process_group)
 
 
-class Checked(NamedTuple):
-    """What came of the checks of a call: all that is like it needs none."""
+class Planned(NamedTuple):
+    """What came of the checks of a call (checked.py)."""
 
     backend: Backend
     layout: Layout
     norm: Norm
     step: Step
-    guard: "gates.TensorGuards | None"  # of all its tensors
 
 
 Buffers = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -174,9 +172,7 @@ def normalise(
                 backends.choice.backend, torch.is_grad_enabled(), None if weight is None else weight.requires_grad,
                 None if bias is None else bias.requires_grad, buffers[0] is None, buffers[2] is None,
             )  # fmt: skip
-            known = checked.get(key)
-            if known is not None and not known.guard.check(*tensors):
-                known = None
+            known = checked.find(key, *tensors)
         except (AttributeError, RuntimeError, TypeError):  # a list, a sparse tensor: the checks say so
             key = None
     if known is None:
@@ -191,9 +187,8 @@ def normalise(
         if backend is None or (backend is eager and group is None):
             return _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, backend)
         known = _known(x, weight, bias, training, eps, slope, backend)
-        if key is not None and gates.TensorGuards is not None and len({id(t) for t in tensors}) == len(tensors):
-            known = known._replace(guard=gates.guard_of(*tensors))
-            keep_checked(key, known)
+        if key is not None:
+            checked.keep(key, known, *tensors)
     return _run(x, weight, bias, buffers, momentum, known, group)
 
 
@@ -216,9 +211,9 @@ def _converted(x, weight, bias, buffers, training, *rest) -> torch.Tensor:
 
 def _run(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, buffers: Buffers, momentum: float,
-    known: Checked, group: Any,
+    known: Planned, group: Any,
 ) -> torch.Tensor:  # fmt: skip
-    backend, layout, norm, step = known[:4]
+    backend, layout, norm, step = known
     mean, var, batches = buffers
     given, running = None, None
     if not norm.batch:
@@ -242,13 +237,13 @@ def _run(
     return y
 
 
-def _known(x, weight, bias, training, eps, slope, backend) -> Checked:
+def _known(x, weight, bias, training, eps, slope, backend) -> Planned:
     layout, norm = layout_of(x), Norm(slope, training, eps)
     parameters = any(t is not None and t.requires_grad for t in (weight, bias))
     keep = torch.is_grad_enabled() and (x.requires_grad or parameters)
     want = Want(x=x.requires_grad, threshold=parameters)
     step = Step("batch_norm_relu", layout, x.stride(), x.dtype, x.device, keep=keep, want=want, norm=norm)
-    return Checked(backend, layout, norm, step, None)
+    return Planned(backend, layout, norm, step)
 
 
 def _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, backend) -> torch.Tensor:

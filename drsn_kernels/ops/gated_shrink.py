@@ -8,13 +8,11 @@ Kept for it: the three bit planes, A, u, alpha, and the statistics that normalis
 although no caller sees it: a second derivative reaches x through A, and an output is a tensor that autograd follows.
 """
 
-from typing import NamedTuple
-
 import torch
 
-from .. import backends, gates, recording
+from .. import backends, checked, gates, recording
 from ..backends.eager import eager
-from ..backends.step import Gated, Kept, checked
+from ..backends.step import Gated, Kept
 from ..gates import StandardGate
 from ..layout import thresholded
 from ..reference import threshold
@@ -79,22 +77,14 @@ def run_gated(
 # ---- calls that have been checked ------------------------------------------------------------------------------------
 
 
-class Checked(NamedTuple):
-    """What came of the checks of a call: all that is like it needs none."""
-
-    gated: Gated
-    guard: "gates.TensorGuards"  # of x, the residual and the gate's tensors
-
-
 def look_up(
     x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate, norm: gates.Norm | None, average: str | None,
     return_tau: bool,
-) -> tuple[tuple | None, Checked | None]:  # fmt: skip
-    """The key of a call with soft thresholds and not in place, and what is known of such calls.
+) -> tuple[tuple | None, Gated | None]:  # fmt: skip
+    """The key of a call with soft thresholds and not in place, and the passes of such calls (checked.py).
 
-    parts, norm: as gates.read has just found them. All that the checks look at is looked at anew: numbers and geometry
-    are in the key, tensors are compared by the guard. Of these the key has as much as keeps models that take turns from
-    driving each other out.
+    parts, norm: as gates.read has just found them. Of what the guard compares, the key has as much as keeps models that
+    take turns from driving each other out.
     """
     try:
         key = (
@@ -102,30 +92,17 @@ def look_up(
             parts[0].shape, parts[0].requires_grad, parts[9:], norm, backends.choice.backend,
             None if residual is None else (residual.stride(), residual.requires_grad),
         )  # fmt: skip
-        known = checked.get(key)
+        tensors = gates.tensors_of(parts, norm)
+        return key, checked.find(key, x, *tensors) if residual is None else checked.find(key, x, residual, *tensors)
     except (AttributeError, RuntimeError, TypeError):  # None, a sparse tensor, a list: the checks say so
         return None, None
-    if known is not None:
-        tensors = gates.tensors_of(parts, norm)
-        if known.guard.check(x, *tensors) if residual is None else known.guard.check(x, residual, *tensors):
-            return key, known
-    return key, None
 
 
 def remember(
     key: tuple, gated: Gated, x: torch.Tensor, residual: torch.Tensor | None, parts: StandardGate
 ) -> None:  # fmt: skip
     """Calls like this one need no checks."""
-    tensors = [t for t in (x, residual, *parts[:9]) if t is not None]
-    if gates.TensorGuards is None or len({id(t) for t in tensors}) < len(tensors):  # a guard refuses a tensor twice
-        return
-    keep_checked(key, Checked(gated, gates.guard_of(*tensors)))
-
-
-def keep_checked(key: tuple, known: NamedTuple) -> None:
-    if len(checked) >= 4096:
-        checked.clear()
-    checked[key] = known
+    checked.keep(key, gated, *(t for t in (x, residual, *parts[:9]) if t is not None))
 
 
 def _differentiable(gated, saved, g, pooled_grad, tau_grad, want):

@@ -23,9 +23,9 @@ from typing import Literal, overload
 
 import torch
 
-from .. import backends, gates, recording, reference
+from .. import backends, checked, gates, recording, reference
 from ..backends.eager import eager
-from ..backends.step import Backend, Called, GateShape, Step, Want, checked
+from ..backends.step import Backend, Called, GateShape, Step, Want
 from ..gates import StandardGate
 from ..layout import layout_of
 from ..reference import SOFT, Rule
@@ -43,7 +43,7 @@ from .dispatch import (
     restored,
     will_run,
 )  # fmt: skip
-from .gated_shrink import keep_checked, look_up, remember, run_gated
+from .gated_shrink import look_up, remember, run_gated
 from .gating import call_gate
 from .soft_threshold import traced_soft_threshold
 
@@ -256,9 +256,9 @@ def shrink(
         if threshold == "soft" and slope == 0:
             read = gates.read(gate)
         if read.__class__ is tuple:
-            key, known = look_up(x, residual, *read, average, return_tau)
-            if known is not None:
-                y, tau = run_gated(x, residual, read[0], known.gated, gate, False)
+            key, gated = look_up(x, residual, *read, average, return_tau)
+            if gated is not None:
+                y, tau = run_gated(x, residual, read[0], gated, gate, False)
                 return (y, tau) if return_tau else y
         else:
             like, call = _look_up(x, residual, average, threshold, slope)
@@ -286,7 +286,7 @@ def shrink(
         return _fused(x, gate, parts, backend, average, residual, inplace, return_tau, key)
     call = backend.called(layout_of(x), x.dtype, rule, average)
     if like is not None and backend is not eager:  # a fallback is told of at every call
-        keep_checked(like, call)
+        checked.keep(like, call)
     return _called(x, gate, call, residual, inplace, return_tau)
 
 
@@ -298,7 +298,7 @@ def _look_up(x, residual, average, threshold, slope) -> tuple[tuple | None, Call
     try:
         lies = None if residual is None else (residual.shape, residual.dtype, residual.device)
         key = x.shape, x.stride(), x.dtype, x.device, average, threshold, slope, backends.choice.backend, lies
-        return key, checked.get(key)
+        return key, checked.find(key)
     except (AttributeError, RuntimeError, TypeError):  # None, a sparse tensor, a list: the checks say so
         return None, None
 

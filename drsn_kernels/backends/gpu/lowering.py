@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..step import checked
+from ... import checked
 from . import interpreting
 
 
@@ -134,10 +134,10 @@ def lowering(target: str) -> Iterator[list[Launch]]:
     before = driver._active, launch.target
     driver.set_active(ours)
     launch.target = 2 + list(TARGETS).index(target)  # a launch keeps its compiled kernels by this number
-    checked.clear()  # calls on CPU tensors came to another backend before, and will again
+    checked.calls.clear()  # calls on CPU tensors came to another backend before, and will again
     try:
         yield ours.launches
     finally:
-        checked.clear()
+        checked.calls.clear()
         launch.target = before[1]
         driver._active = before[0]  # reset_active() looks for a GPU, and raises where there is none

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..step import checked
+from ... import checked
 
 # ---- tiles of the streams, and launches that overlap -----------------------------------------------------------------
 
@@ -220,6 +220,6 @@ def using(**constants: Any) -> Iterator[None]:
 
 def forget() -> None:
     """All prepared launches, and what calls are known to take."""
-    checked.clear()
+    checked.calls.clear()
     for found in _caches:
         found.cache_clear()
