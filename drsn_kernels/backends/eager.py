@@ -118,17 +118,8 @@ class Eager(Backend):
     # ---- batch normalisation and an activation; the gradients are differentiable in g, x, weight and bias
 
     def norm(self, x, layout, norm, weight, bias, given=None, running=None):
-        wide, var, mean = x.to(accumulate_dtype(x.dtype)), None, None
-        if norm.batch:
-            var, mean = torch.var_mean(wide, _but_channels(x), correction=0)
-        else:
-            mean, var = given
-        if running is not None:
-            count = layout.n * layout.l
-            running.mean.lerp_(mean, running.factor)
-            running.var.lerp_(var * (count / (count - 1)), running.factor)
-            if running.batches is not None:
-                running.batches.add_(1)
+        """With given statistics: those of several processes. What one normalises alone, torch's batch_norm does."""
+        wide, (mean, var) = x.to(accumulate_dtype(x.dtype)), given
         stats = torch.stack([mean, torch.rsqrt(var + norm.eps)])
         z = _affine(_centred(wide, stats), weight, bias)
         return lay_out(reference.activation(z, norm.slope).to(x.dtype), layout), stats

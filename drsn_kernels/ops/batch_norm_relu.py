@@ -33,13 +33,7 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, given, running, call, group):
-        backend, layout, norm = call[:3]
-        if norm.batch and group is not None:
-            *given, share = _of_all(x, layout, backend, running, group)
-            y, stats = backend.norm(x, layout, norm._replace(batch=False), weight, bias, tuple(given))
-        else:
-            share = None
-            y, stats = backend.norm(x, layout, norm, weight, bias, given, running)
+        y, stats, share = _forward(x, weight, bias, given, running, call, group)
         ctx.as_saved = as_saved(x, weight, bias, stats, share)
         ctx.save_for_backward(x, weight, bias, stats, share)
         ctx.call, ctx.group = call, group
@@ -72,6 +66,19 @@ class NormAct(torch.autograd.Function):
 
 
 _apply = direct_apply(NormAct)
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    given: tuple[torch.Tensor, torch.Tensor] | None, running: Running | None, call: "Planned", group: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """y, the statistics used, and with a group this process's share of the elements."""
+    backend, layout, norm, _ = call
+    share = None
+    if norm.batch and group is not None:
+        mean, var, share = _of_all(x, layout, backend, running, group)
+        norm, given, running = norm._replace(batch=False), (mean, var), None
+    return *backend.norm(x, layout, norm, weight, bias, given, running), share
 
 
 def _of_all(
@@ -213,7 +220,7 @@ def _run(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, buffers: Buffers, momentum: float,
     known: Planned, group: Any,
 ) -> torch.Tensor:  # fmt: skip
-    backend, layout, norm, step = known
+    backend, _, norm, step = known
     mean, var, batches = buffers
     given, running = None, None
     if not norm.batch:
@@ -227,11 +234,8 @@ def _run(
         told(step, x, backend)
     if step.keep:
         y = _apply(x, weight, bias, given, running, known, group)
-    elif norm.batch and group is not None:
-        mean, var, _ = _of_all(x, layout, backend, running, group)
-        y, _ = backend.norm(x, layout, norm._replace(batch=False), weight, bias, (mean, var))
     else:
-        y, _ = backend.norm(x, layout, norm, weight, bias, given, running)
+        y, *_ = _forward(x, weight, bias, given, running, known, group)
     if running is not None and batches is not None:
         overwritten(batches)
     return y
