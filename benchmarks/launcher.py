@@ -44,7 +44,9 @@ class Nothing(torch.autograd.Function):
 
 
 def bind_anew(self: launch.Prepared, named: dict) -> None:
-    self._first(0, tuple(map(named.get, self.pointers)))  # returns no kernel: nothing is learnt
+    pointers = tuple(map(named.get, self.pointers))
+    tail, options = self._specialised(pointers)
+    self.fn[self.grid](*pointers, *tail, **options)  # returns no kernel: nothing is learnt
 
 
 @contextlib.contextmanager

@@ -128,7 +128,10 @@ class BatchNormReLU(_NormBase):
         activation: "relu", "leaky" or None.
         slope: of "leaky".
         sync: in training, statistics over all processes of `process_group` (None: all there are), as in
-            torch.nn.SyncBatchNorm. convert_sync_batchnorm does not know this class and leaves it alone.
+            torch.nn.SyncBatchNorm.
+
+    It is no _BatchNorm of torch's: convert_sync_batchnorm, swa_utils.update_bn and whatever else looks for those passes
+    over it. FusedSequential has torch's own norms.
 
     Shapes:
         (N, C) or (N, C, \*spatial) -> the same.

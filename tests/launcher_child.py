@@ -236,7 +236,7 @@ def first_failure(stub) -> dict:
     ran(given)
     launched = stub.library.stub_launches()
     stub.library.stub_fail(-1, 0)
-    found = {"launched": launched, "reasons": list(native.refused.values()), "taken": ran._native(given)}
+    found = {"launched": launched, "refused": dict(native.refused), "taken": ran._native(given)}
     native.refused.clear()
     return found
 

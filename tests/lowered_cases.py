@@ -283,7 +283,7 @@ def several(shape: tuple[int, ...], dtype: torch.dtype, coupled: bool = True):
     backward = (
         expected("grad_kernel", {"g": 1}, loop=long),
         *map(expected, ("logit_grad_kernel",) * wider),
-        *map(expected, ("hidden_grad_kernel", *("norm_grad_kernel",) * wide, "linear_grad_kernel")),
+        *map(expected, ("hidden_grad_kernel", *("normalise_grad_kernel",) * wide, "linear_grad_kernel")),
         expected("grad_kernel", {"g": 1}, {"dx": 1}),
     )
     return forward, backward

@@ -5,6 +5,8 @@ import torch
 from oracle import AVERAGES, cast_gate, shrink, smooth_gate
 from torch.profiler import ProfilerActivity, profile
 
+import drsn_kernels as dk
+
 pytestmark = pytest.mark.usefixtures("planes")
 
 
@@ -175,3 +177,10 @@ def test_inplace_keeps_the_gradient_of_what_came_before(kernels):
     needed = leaf.exp()  # exp keeps its output, which inplace overwrites: torch notices
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(kernels.shrink(needed, gate, inplace=True), leaf, g)
+
+
+@pytest.mark.parametrize("of", [dk.Shrinkage, dk.SqueezeExcite, dk.BatchNormReLU, lambda c: dk.SoftThreshold(0.3)])
+def test_a_gradient_without_memory_is_a_gradient_of_zeros(of, kernels):
+    module, x = of(6).to(kernels.device), torch.randn(4, 6, 9, device=kernels.device, requires_grad=True)
+    module(x).backward(torch._efficientzerotensor(x.shape, device=kernels.device))
+    assert not x.grad.any() and not any(p.grad.any() for p in module.parameters())

@@ -416,3 +416,16 @@ def test_what_ranks_refuse(ranks):
             "batch_norm_relu over several processes takes eager calls only; "
             "a torch.func transform (grad, vmap, jvp, ...) is active",
         ]
+
+
+@pytest.mark.parametrize("save", ["time", "memory"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_batches_are_counted_as_by_torch_under_a_checkpoint(backend, save):
+    """Its second run ends as soon as it has what was saved: whatever stands behind that is not done."""
+    counts, x = [], torch.randn(4, 6, 9, requires_grad=True)
+    with dk.use_backend(backend, save=save):
+        for of in (nn.Sequential, dk.FusedSequential):
+            norm = of(nn.BatchNorm1d(6), nn.ReLU())
+            checkpoint(norm, x, use_reentrant=False).sum().backward()
+            counts.append(norm[0].num_batches_tracked.item())
+    assert counts[0] == counts[1]

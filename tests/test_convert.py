@@ -120,7 +120,7 @@ def test_names_do_not_matter():
         def forward(self, features):
             energy = features.abs().mean(-1)
             cut = (energy * self.conv(energy))[..., None]
-            return features - torch.maximum(torch.minimum(features, cut), -cut)
+            return features - torch.clamp(features, -cut, cut)
 
     (row,) = dk.convert(ResidualAttention()).converted
     assert row.detail == "shrink(x, self.conv, average='channel')"

@@ -1,5 +1,6 @@
 """What a forward reads: a converted module goes on as the original would."""
 
+import copy
 import dataclasses
 import functools
 import random
@@ -265,7 +266,7 @@ def test_a_child_that_was_the_identity_counts():
         torch.testing.assert_close(ours(X), own(X))
 
 
-class MinMax(nn.Module):
+class Clamped(nn.Module):
     """x minus what it is clamped to: soft thresholding where no threshold is negative."""
 
     def __init__(self):
@@ -274,8 +275,42 @@ class MinMax(nn.Module):
 
     def forward(self, x):
         a = x.abs().mean(2)
-        tau = (self.fc(a) * a).unsqueeze(2)
-        return x - torch.minimum(torch.maximum(x, -tau), tau)
+        return self.shrunk(x, (self.fc(a) * a).unsqueeze(2))
+
+    def shrunk(self, x, tau):
+        return x - x.clamp(-tau, tau)
+
+
+LEARN_AT_ZERO = {
+    "minimum of maximum": lambda x, tau: x - torch.minimum(torch.maximum(x, -tau), tau),
+    "where below": lambda x, tau: torch.where(x.abs() < tau, 0.0, x - x.sign() * tau),
+}
+
+
+@pytest.mark.parametrize("form", LEARN_AT_ZERO)
+def test_a_form_that_learns_behind_a_zero_initialised_residual_is_left_alone(form):
+    class Other(Clamped):
+        def shrunk(self, x, tau):
+            return LEARN_AT_ZERO[form](x, tau)
+
+    class Block(Other):  # in its own forward, behind a layer
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return super().forward(self.conv(x)) + x
+
+    report = dk.convert(Other())
+    assert not report.converted and "where x and its threshold are 0 it lets a gradient pass" in str(report)
+    assert not dk.convert(Block()).inline  # nor is it advised to write shrink there
+    block = nn.Sequential(nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8), Clamped())
+    nn.init.zeros_(block[1].weight)
+    own = copy.deepcopy(block)
+    assert dk.convert(block).converted
+    for model in (own, block):
+        (model(X) - 1).square().sum().backward()
+    assert not own[1].weight.grad.any() and not block[1].weight.grad.any()
 
 
 ANOTHER = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
@@ -290,7 +325,7 @@ NEGATIVE = {
 
 @pytest.mark.parametrize("change", NEGATIVE)
 def test_what_makes_a_threshold_negative_counts_where_the_form_must_not_meet_one(change):
-    own, ours = converted(MinMax)
+    own, ours = converted(Clamped)
     assert runs_fused(ours, X)
     NEGATIVE[change](own), NEGATIVE[change](ours)
     torch.testing.assert_close(ours(X), own(X))

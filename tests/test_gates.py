@@ -381,3 +381,43 @@ def test_a_module_computes_what_its_changed_gate_says(change, fusing):
     with dk.use_backend("torch"):
         expected = expected(x)
     torch.testing.assert_close(module(x), expected)
+
+
+# ---- numbers at the ends ---------------------------------------------------------------------------------------------
+
+
+def plainly(gate, x):
+    pooled = x.abs().mean(2)
+    return x.sign() * (x.abs() - (gate(pooled) * pooled)[..., None]).relu()
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm", "batch norm"])
+def test_a_nan_comes_to_the_same_gradients_as_in_torch(kind, kernels):
+    """Not a finite gradient of a poisoned sample: relu lets the gradient of a NaN pass."""
+    gate, x = gate_of(8, kind, "channel").to(kernels.device), torch.randn(4, 8, 9, device=kernels.device)
+    x[1, 2, 3] = torch.nan
+    x.requires_grad_()
+    found = []
+    for run in (lambda same: kernels.shrink(x, same), lambda same: plainly(same, x)):
+        same = copy.deepcopy(gate)
+        y = run(same)
+        found.append([t.isnan() for t in torch.autograd.grad(y, [x, *same.parameters()], torch.ones_like(y))])
+    assert all(map(torch.equal, *found)) and found[0][1].any()
+
+
+def test_a_gate_that_is_shut_gives_a_threshold_of_zero(kernels):
+    gate = gate_of(8, "plain", "channel").to(kernels.device)
+    nn.init.constant_(gate[-2].bias, -200.0)
+    nn.init.zeros_(gate[-2].weight)
+    x = 1e10 * torch.randn(4, 8, 9, device=kernels.device)
+    y, tau = kernels.shrink(x, gate, return_tau=True)
+    assert not tau.any() and torch.equal(y, x)
+
+
+def test_batch_statistics_of_units_whose_square_overflows(kernels):
+    gate = gate_of(8, "batch norm", "channel").to(kernels.device)
+    nn.init.constant_(gate[0].bias, 2e19)
+    nn.init.normal_(gate[0].weight, std=1e18)
+    plain, x = copy.deepcopy(gate), torch.randn(6, 8, 9, device=kernels.device)
+    torch.testing.assert_close(kernels.shrink(x, gate), plainly(plain, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gate[1].running_var, plain[1].running_var, rtol=1e-3, atol=0)

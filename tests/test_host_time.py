@@ -53,8 +53,8 @@ STEPS = {
     "abs_mean": (lambda: dk.abs_mean(X), 9, 1, 1),
     "soft_threshold": (lambda: dk.soft_threshold(X, TAU), 14, 1, 1),
     "soft_threshold, step": (lambda: torch.autograd.grad(dk.soft_threshold(LEAF, TAU), LEAF, G), 27, 3, 2),
-    "Shrinkage, eval": (torch.no_grad()(lambda: EVALUATED(X)), 9, 1, 1),
-    "Shrinkage, step": (lambda: torch.autograd.grad(TRAINED(LEAF), INPUTS, G), 20, 10, 2),
+    "Shrinkage, eval": (torch.no_grad()(lambda: EVALUATED(X)), 10, 1, 1),
+    "Shrinkage, step": (lambda: torch.autograd.grad(TRAINED(LEAF), INPUTS, G), 21, 10, 2),
     "BatchNormReLU, step": (lambda: torch.autograd.grad(NORM(LEAF), NORMED, G), 27, 4, 2),
     "shrink with a called gate, step": (lambda: torch.autograd.grad(dk.shrink(LEAF, IDENTITY), LEAF, G), 28, 5, 4),
 }

@@ -140,8 +140,8 @@ def test_an_error_names_kernel_and_error(found):
 @compiled
 def test_a_sequence_that_never_launches_is_given_up(found):
     """Triton makes the launch that failed, and all that follow."""
-    reason = "launching reduce_kernel: CUDA_ERROR_INVALID_VALUE: invalid argument"
-    assert found["first_failure"] == {"launched": 2, "reasons": [reason], "taken": False}
+    refused = {"reduce_kernel": "CUDA_ERROR_INVALID_VALUE: invalid argument"}
+    assert found["first_failure"] == {"launched": 2, "refused": refused, "taken": False}
 
 
 @compiled
@@ -328,14 +328,16 @@ def test_threads_of_several_streams():
 @on_gpu
 def test_a_failing_launch_is_an_error_with_its_name():
     from drsn_kernels import _launch
-    from drsn_kernels.backends.gpu import stream
+    from drsn_kernels.backends.gpu import native, stream
     from drsn_kernels.layout import layout_of
 
     x = torch.randn(8, 16, 128, device="cuda")
     launch = stream.prepare_reduce(layout_of(x), x.stride(), None, x.dtype, x.device, "magnitude", False)
     given = (x, None, torch.empty(8, 16, device="cuda"), None)
     kernel = launch._launch(dict(zip(launch.pointers, given, strict=True)))
-    name, function, _, *others = launch.described(kernel, lambda pointer: (launch.pointers.index(pointer), 0))
+    name, function, _, *others = native.of_triton(
+        kernel, 1, launch.values, lambda pointer: (launch.pointers.index(pointer), 0)
+    )
     too_large = _launch.Sequence(x.device.index, [(name, function, 2**32 - 1, *others)], [True, None, "any", None])
     with pytest.raises(_launch.NotLaunched, match="launching reduce_kernel: CUDA_ERROR_INVALID_VALUE"):
         too_large.run(torch.cuda.current_stream().cuda_stream, given)

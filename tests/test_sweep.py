@@ -194,6 +194,14 @@ def test_the_planted_best_is_derived_with_its_reason():
     assert derive.derived(rows, ("RAGGED",)) is None
 
 
+def test_pairs_that_were_read_from_a_file_are_derived():
+    """JSON has lists for them: a run that had timed MIDDLE ended without its table."""
+    row = {"case": "A", "provider": "as planned", "same_as": "", "constants": {"MIDDLE": (1, 2)}, "median_ms": 2.0}
+    rows = [row, row | {"provider": "MIDDLE=(4, 2)", "constants": {"MIDDLE": (4, 2)}, "median_ms": 1.0}]
+    found = derive.derived(json.loads(json.dumps(rows)), ("MIDDLE",))
+    assert found.best == ((4, 2),) and str(found).startswith("MIDDLE = (4, 2)  # was")
+
+
 def test_a_gain_of_less_than_two_runs_differ_by_changes_nothing():
     with tuned.using(THREAD=64, TILE=512):
         rows = rows_of(CASES, made_up(lambda case: 1e-5 * (0.995 if (tuned.THREAD, tuned.TILE) == (64, 1024) else 1.0)))

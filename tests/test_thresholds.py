@@ -161,6 +161,14 @@ def test_nan_inf_and_negative_tau(kernels, threshold, slope):
         assert y[5].isnan()  # a NaN is not lost
 
 
+@each_rule
+def test_a_zero_is_inside_even_of_a_tau_that_is_nan(kernels, threshold, slope):
+    x, tau = torch.tensor([[[0.0, 2.0, -2.0]]]).requires_grad_(), torch.full((1, 1), torch.nan)
+    y = kernels.soft_threshold(x, tau, threshold=threshold, slope=slope)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(dx[0, 0], torch.tensor([slope, 1.0, 1.0]))
+
+
 # ---- what a hard threshold means for the gate ------------------------------------------------------------------------
 
 

@@ -293,8 +293,8 @@ def test_as_compiled(target, tmp_path, triton_cache):
         ahead = ["hidden_kernel", *["normalise_kernel"] * normed, "alpha_kernel"]
         assert [launch["kernel"] for launch in launches] == [
             *(["whole_gate_kernel"] if name == "odd" else ahead),
-            *["logit_grad_kernel"] * wide, "hidden_grad_kernel", *["norm_grad_kernel"] * normed, "linear_grad_kernel",
-            *(["add_shares_kernel"] if name == "medium" else []),
+            *["logit_grad_kernel"] * wide, "hidden_grad_kernel", *["normalise_grad_kernel"] * normed,
+            "linear_grad_kernel", *(["add_shares_kernel"] if name == "medium" else []),
         ], name  # fmt: skip
         for launch in launches:
             assert launch["stack"] == 0 and launch["occupancy"] >= 1, (name, launch)

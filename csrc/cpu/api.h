@@ -1,7 +1,7 @@
 // What the binding calls and each instruction set implements.
 #pragma once
 
-#include "../common/args.h"
+#include "args.h"
 
 namespace drsn {
 

@@ -10,8 +10,8 @@
 #include <string>
 #include <utility>
 
-#include "../common/shape.h"
-#include "../host/read_gate.h"
+#include "shape.h"
+#include "read_gate.h"
 #include "api.h"
 #include "arena.h"
 #include "bound_gate.h"

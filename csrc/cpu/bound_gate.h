@@ -4,7 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "../common/shape.h"
+#include "shape.h"
 #include "api.h"
 #include "named.h"
 

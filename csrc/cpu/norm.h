@@ -149,12 +149,6 @@ template <class T, bool CL> struct Strips {
   }
 };
 
-template <class V, class F> DRSN_INLINE void over_row(int64_t count, const F& step) {
-  int64_t i = 0;
-  for (; i + V::W <= count; i += V::W) step(i, V::W);
-  if (i < count) step(i, int(count - i));
-}
-
 // A number of each channel, at the elements of a row: in the row walk one for all of them.
 template <bool CL, class V, class S> struct ByChannel {
   const S* p;

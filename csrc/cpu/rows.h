@@ -123,7 +123,6 @@ inline void put_word(uint8_t* p, int64_t bytes, uint64_t w) {
   }
 }
 
-#define DRSN_INLINE inline __attribute__((always_inline))
 #define DRSN_LAMBDA __attribute__((always_inline))
 
 // Calls block(Full or Tail, first element, elements) for the blocks of 64 elements of a row and what is left of it.
@@ -152,6 +151,13 @@ template <class V, class Part, class F> DRSN_INLINE void each_vector(Part, int c
   } else {
     for (int j = 0; j < count; j += V::W) step(0, j, count - j < V::W ? count - j : V::W);
   }
+}
+
+// Calls step(first element, lanes) for the vectors of a row.
+template <class V, class F> DRSN_INLINE void over_row(int64_t count, const F& step) {
+  int64_t i = 0;
+  for (; i + V::W <= count; i += V::W) step(i, V::W);
+  if (i < count) step(i, int(count - i));
 }
 
 template <class Part> DRSN_INLINE uint64_t word(Part, const uint8_t* p, int64_t bytes) {
@@ -194,7 +200,7 @@ template <bool CL, class V, class S> struct Sums {
   }
 };
 
-// ---- rows: SHORT ones, of at most 64 elements, go inline into the walk; longer ones are called ------------------------------------------------------------------------------------------------------------
+// ---- rows: SHORT ones, of at most 64 elements, go inline into the walk; longer ones are called ------------------------
 
 template <bool SHORT, class T, bool CL, Sum SUM, bool PLANES>
 DRSN_INLINE void reduce_row(const T* x, const T* times, int64_t n, typename Compute<T>::type* sums, uint8_t* sign, uint8_t* nonzero, int64_t bytes) {

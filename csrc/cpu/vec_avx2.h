@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../common/shrink_rules.h"
+#include "shrink_rules.h"
 
 namespace drsn {
 namespace {
@@ -49,7 +49,7 @@ template <> struct Vec<float> {
   static Vec clamp(Vec x, float low, float high) {  // NaN stays: min and max return their second operand then
     return {_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x.v))};
   }
-  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127
+  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127, and infinity for 128
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
   }
   Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }

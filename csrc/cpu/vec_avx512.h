@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../common/shrink_rules.h"
+#include "shrink_rules.h"
 
 namespace drsn {
 namespace {
@@ -43,7 +43,7 @@ template <> struct Vec<float> {
   static Vec clamp(Vec x, float low, float high) {  // NaN stays: min and max return their second operand then
     return {_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x.v))};
   }
-  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127
+  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127, and infinity for 128
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
   }
   Vec abs() const { return {_mm512_abs_ps(v)}; }

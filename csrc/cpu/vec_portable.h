@@ -1,7 +1,7 @@
 // Vectors in plain C++: eight floats or four doubles, loops that a compiler vectorises. Same interface as AVX2, AVX-512.
 #pragma once
 
-#include "../common/shrink_rules.h"
+#include "shrink_rules.h"
 
 namespace drsn {
 namespace {
@@ -57,7 +57,7 @@ template <class Scalar> struct Vec {
     for (int i = 0; i < W; ++i) x.v[i] = x.v[i] < low ? low : x.v[i] > high ? high : x.v[i];
     return x;
   }
-  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127, float only
+  static Vec power2(Vec n) {  // 2^n for whole n from -126 to 127, and infinity for 128; float only
     for (int i = 0; i < W; ++i) n.v[i] = as_float(uint32_t(n.v[i] == n.v[i] ? int32_t(n.v[i]) + 127 : 0) << 23);
     return n;
   }

@@ -62,7 +62,7 @@ struct Driver {
     if (error != 0) throw std::runtime_error(std::string(call) + " returned " + describe(error));
   }
 
-  // Launching needs a current context. A thread of autograd's may have none yet: cudaSetDevice made none before CUDA 12.
+  // Launching needs a current context, and a thread that has made no CUDA call yet has none.
   void ensure_context(int ordinal) const {
     Context context = nullptr;
     check(current(&context), "cuCtxGetCurrent");

@@ -92,6 +92,7 @@ class Sequence {
     const Driver& driver = Driver::get();
     driver.ensure_context(device_);
     for (const Kernel& kernel : kernels_) {
+      if (kernel.grid == 0) continue;  // as Triton does: the driver would call it an error
       const Result error = launch(driver, kernel, reinterpret_cast<Stream>(stream), address);
       if (error != 0) {
         const std::string text = "launching " + kernel.name + ": " + driver.describe(error);
@@ -138,7 +139,6 @@ class Sequence {
   }
 
   static Result launch(const Driver& driver, const Kernel& kernel, Stream stream, const uint64_t* address) {
-    if (kernel.grid == 0) return 0;  // as Triton does: the driver would call it an error
     uint64_t parameters[MOST_PARAMETERS];
     void* pointers[MOST_PARAMETERS];
     std::copy(kernel.parameters.begin(), kernel.parameters.end(), parameters);

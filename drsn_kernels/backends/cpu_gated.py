@@ -15,7 +15,7 @@ from .cpu_memory import _INNER_BYTES, _OUTPUT_BYTES, DTYPES, _empty
 from .cpu_plan import batch_plan
 from .step import NOTHING_KEPT, Backend, Kept, Step
 
-_AVERAGES = {"channel": 0, "sample": 1, None: 2}  # Average in csrc/common/args.h
+_AVERAGES = {"channel": 0, "sample": 1, None: 2}  # Average in csrc/cpu/args.h
 
 
 @functools.lru_cache(maxsize=4096)

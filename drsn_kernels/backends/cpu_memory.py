@@ -8,7 +8,7 @@ import torch
 
 from .cpu_extension import _cpu
 
-# The numbers of the dtypes in the extension: DType in csrc/common/args.h, and of the planes' int32.
+# The numbers of the dtypes in the extension: DType in csrc/cpu/args.h, and of the planes' int32.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4}
 
 # Sizes from which memory is kept: outputs, of rank 3 and more, and what lies between kernels, of rank 1 and 2: planes,

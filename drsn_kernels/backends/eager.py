@@ -135,10 +135,8 @@ class Eager(Backend):
             stats = torch.stack([mean, torch.rsqrt(var + norm.eps)])
         normed = _centred(wide, stats)
         z, g = _affine(normed, weight, bias), g.to(wide.dtype)
-        if norm.slope == 0:  # NaN counts as positive for ReLU and as negative for leaky, as in torch
-            g = torch.where(z <= 0, 0.0, g)
-        elif norm.slope != 1:
-            g = torch.where(z > 0, g, norm.slope * g)
+        if norm.slope != 1:  # NaN counts as positive, as in the kernels
+            g = torch.where(z <= 0, norm.slope * g if norm.slope else 0.0, g)
         sums, count = given or (torch.stack([g.sum(dims), (g * normed).sum(dims)]), layout.n * layout.l)
         dx = None
         if want_x:
@@ -242,8 +240,8 @@ class _Signs:
 
     @functools.cached_property
     def inside(self) -> torch.Tensor:
-        """Not kept: |x| <= tau or x == 0, which is inside even of a negative tau."""
-        return self.x.abs() <= reference.align_tau(self.tau.relu(), self.x)
+        """Not kept: |x| <= tau or x == 0, which is inside even of a tau that is negative or NaN."""
+        return self.x.abs() <= reference.align_tau(torch.where(self.tau > 0, self.tau, 0.0), self.x)
 
     def dtau(self, g: torch.Tensor, rule: Rule) -> torch.Tensor:
         """(N, C)."""

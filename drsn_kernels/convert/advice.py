@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from .dropped import check_dropped, check_sign
+from .dropped import check_dropped, check_sign, check_zero
 from .family import Found, Match, behind, match_inside, plans_for
 from .plans import GatePlan
 from .probe import Shape, dtype_for, gives, random
@@ -52,6 +52,7 @@ def _examined(module: nn.Module, shape: Shape, dtype, training: bool) -> tuple[T
     if match is None:
         raise Unexplained("it is not in it")
     check_sign(trace, match)
+    check_zero(trace, match)
     found = None
     effects, trace.effects = trace.effects, []
     try:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from .conditions import Part, class_of
 from .family import Found, Match, behind, close, is_float, path_of
 from .plans import call
-from .reasons import Unexplained, place
+from .reasons import Unexplained, first_line, place
 from .tracing import Trace
 
 _FORM = {"dtype", "device", "shape", "ndim", "is_cuda", "size", "dim", "type", "numel"}
@@ -88,12 +88,8 @@ def _harmless(name: str, node: fx.Node) -> bool:
     if name.startswith(("clamp", "clip")):
         return all(a is None or isinstance(a, fx.Node) or a == 0 for a in rest)
     seen = node.args[0].meta["seen"] if node.args and isinstance(node.args[0], fx.Node) else None
-    if name in (
-        "to",
-        "type_as",
-        "type",
-        "float",
-    ):  # of a mask, or to what x has: else the result may have another dtype
+    if name in ("to", "type_as", "type", "float"):
+        # of a mask, or to what x has: else the result may have another dtype
         given = any(isinstance(a, fx.Node) for a in rest)
         return given or (isinstance(seen, torch.Tensor) and seen.dtype == torch.bool)
     if name == "getitem" and isinstance(seen, torch.Tensor) and seen.dim() > 2 and seen.shape[2:].numel() > 1:
@@ -111,24 +107,45 @@ def check_sign(trace: Trace, match: Match) -> tuple[Part, ...]:
         return ()
     u, t = match.u.meta["seen"], match.t.meta["seen"]
     other = t * torch.where(torch.arange(t.numel(), device=t.device).view(t.shape) % 2 == 0, -1.5, 0.5)
-    values: dict[fx.Node, object] = {match.u: u, match.t: other}
-    between = behind(match.y) - behind(match.u, match.t)
     try:
         with torch.no_grad():
-            for node in trace.nodes:
-                if node in between:
-                    args, kwargs = fx.map_arg(
-                        (node.args, dict(node.kwargs)), lambda n: _again(values.get(n, n.meta["seen"]))
-                    )
-                    values[node] = call(node.op, node.target, args, kwargs, trace.root)
-        expected = u.sign() * (u.abs() - other.reshape(*other.shape, *[1] * (u.dim() - other.dim()))).relu()
-        same = close(values[match.y], expected)
+            expected = u.sign() * (u.abs() - other.reshape(*other.shape, *[1] * (u.dim() - other.dim()))).relu()
+            same = close(_shrunk(trace, match, u, other), expected)
     except Exception:
         same = False
     known_by: list[Part] = []
     if not same and not _never_negative(match.t, known_by):
         raise Unexplained("where its threshold is negative, as it may become, it is no soft thresholding")
     return tuple(known_by)
+
+
+def check_zero(trace: Trace, match: Match) -> None:
+    """Where x and its threshold are 0, no gradient may pass, as none does through soft thresholding.
+
+    A plane is all zeros behind a norm of weight 0, as of a zero-initialised residual: there the module would learn.
+    """
+    if match.scales:
+        return
+    zeros = [torch.zeros_like(node.meta["seen"]).requires_grad_() for node in (match.u, match.t)]
+    with torch.enable_grad():
+        try:
+            y = _shrunk(trace, match, *zeros)
+            gradients = torch.autograd.grad(y, zeros, torch.ones_like(y), allow_unused=True) if y.requires_grad else ()
+        except Exception as error:
+            raise Unexplained(f"a probe with x and its threshold 0 fails: {first_line(error)}") from None
+    if any(g is not None and (g != 0).any() for g in gradients):
+        raise Unexplained("where x and its threshold are 0 it lets a gradient pass, and soft thresholding none")
+
+
+def _shrunk(trace: Trace, match: Match, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """y of another u and another threshold."""
+    values: dict[fx.Node, object] = {match.u: u, match.t: t}
+    between = behind(match.y, given={match.u, match.t})
+    for node in trace.nodes:
+        if node in between and node not in values and any(n in values for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _again(values.get(n, n.meta["seen"])))
+            values[node] = call(node.op, node.target, args, kwargs, trace.root)
+    return values[match.y]
 
 
 def _again(value: object) -> object:

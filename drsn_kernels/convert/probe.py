@@ -11,7 +11,7 @@ from torch import nn
 from .. import hooks, recording
 from ..backends import use_backend
 from .conditions import Conditions, class_of, frozen
-from .dropped import check_dropped, check_sign
+from .dropped import check_dropped, check_sign, check_zero
 from .family import Match, close, factors_of, match_inside, match_module, plans_for, rows_of
 from .plans import Fused, Plan, install
 from .reasons import Amid, Differs, Unexplained, Untraceable, first_line
@@ -280,6 +280,7 @@ def _explain(module: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[dict[
                     continue
                 try:
                     check_dropped(trace, match, candidate)
+                    check_zero(trace, match)
                     conditions = trace.conditions(module, candidate.steps - candidate.pooled)
                     conditions = conditions._replace(parts=(*conditions.parts, *positive))
                     if len(shape.sizes) == 1:

@@ -53,7 +53,7 @@ class NormAct(torch.autograd.Function):
                 raise RuntimeError("batch_norm_relu over several processes has first derivatives only")
             dx, sums = eager.norm_grad(g, *rest, want_x, True)
         elif share is None:
-            dx, sums = backend.norm_grad(g, *rest, want_x, want_weight or want_bias or norm.batch)
+            dx, sums = backend.norm_grad(g, *rest, want_x, want_weight or want_bias)
         else:
             _, sums = backend.norm_grad(g, *rest, False, True)
             dx = None
@@ -258,10 +258,9 @@ def _by_torch(x, weight, bias, buffers, training, momentum, eps, slope, why, bac
     elif told is not None:
         told(_known(x, weight, bias, training, eps, slope, backend).step, x, backend)
     mean, var, batches = buffers
-    y = reference.batch_norm_act(x, mean, var, weight, bias, training, momentum, eps, slope)
     if training and batches is not None:
-        batches.add_(1)
-    return y
+        batches.add_(1)  # first, as torch: a checkpoint's second run ends once it has what was saved
+    return reference.batch_norm_act(x, mean, var, weight, bias, training, momentum, eps, slope)
 
 
 def _check(x, weight, bias, buffers, training, momentum, eps, group) -> None:

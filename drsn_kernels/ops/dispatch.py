@@ -66,18 +66,18 @@ _EXPORTED = "torch.export records this call, and its graph holds aten operations
 
 
 def is_eager_grad(*gradients: torch.Tensor | None) -> bool:
-    """The same in a backward pass: not recorded for a higher derivative, and not of the legacy vmap."""
+    """The same in a backward pass: not recorded for a higher derivative, not of the legacy vmap, and with memory."""
     if torch.is_grad_enabled() or not_eager(*gradients) is not None:
         return False
     for g in gradients:
-        if g is not None and _is_legacy_batched(g):
+        if g is not None and (_is_legacy_batched(g) or g._is_zerotensor()):
             return False
     return True
 
 
 def is_plain_grad(g: torch.Tensor) -> bool:
     """The same of one more gradient, in a backward pass that has been found eager."""
-    return type(g) in _PLAIN and not g.is_neg() and not _is_legacy_batched(g)
+    return type(g) in _PLAIN and not g.is_neg() and not _is_legacy_batched(g) and not g._is_zerotensor()
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:

@@ -14,8 +14,8 @@ of a sample, and where each program of a product would work out the same factor.
 all programs: a program makes one tile of one product. The second launch is there where many units have
 statistics of the batch; else programs of the third do its work as they load, each for itself, or, where nothing is kept
 and statistics are given, those of the first as they store. What tiles contribute to statistics and sums is merged by
-whoever reads it; of many tiles, by a launch of its own (merge_kernel). No number is summed by atomics: the same bits
-from run to run.
+whoever reads it; of many tiles, by a launch of its own (merge_tiles_kernel). No number is summed by atomics: the same
+bits from run to run.
 
 `state` is Step.state numbers: u (N, H), alpha (N, O) and, of the batch, mean and variance (H,), one after the other.
 Other statistics come as `mean` and `var`; without a norm these are None. Sizes of tiles follow from the larger
@@ -127,7 +127,7 @@ def merged_statistics(statistics, h, live, N, H, groups, group, GROUPS: tl.const
         within = tl.sum(spreads + off * off * size[:, None], 0)
         apart = average - mean
         mean += apart * (here / (count + here))
-        spread += within + apart * apart * (count * here / (count + here))
+        spread += within + apart * (count * here / (count + here)) * apart  # a first mean meets 0, not its square
         count += here
     return mean, spread
 
@@ -147,7 +147,7 @@ def merged_sums(sums, h, live, H, groups, GROUPS: tl.constexpr):
 
 
 @kernel(pointers=2)
-def merge_kernel(
+def merge_tiles_kernel(
     groups_of, merged, N, H, groups, group, STATISTICS: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -402,7 +402,7 @@ def hidden_cost(step: Step, parts: int, tiles: int, ready: bool) -> Cost:
 
 def merge_cost(step: Step, tiles: int) -> Cost:
     s = Sizes.of(step)
-    return Cost(tiles * s.statistics, s.statistics, ("merge_kernel",))
+    return Cost(tiles * s.statistics, s.statistics, ("merge_tiles_kernel",))
 
 
 def _updated(s: Sizes) -> int:

@@ -2,7 +2,7 @@
 
     logit_grad_kernel    dz
     hidden_grad_kernel   dv = (dz w2) [v > 0], and of each tile of samples the sums that BatchNorm's backward needs
-    norm_grad_kernel     these merged, du and relu(v); gamma's and beta's gradients
+    normalise_grad_kernel     these merged, du and relu(v); gamma's and beta's gradients
     linear_grad_kernel   dA = du w1, dw1 = du' A, dw2 = dz' relu(v), and the biases' (linear_grad.py)
 
 The first two are left out where one_pass.py has made dz and dv. The first is a launch where there are many channels and
@@ -194,7 +194,7 @@ def hidden_grad_kernel(
     if mean is not None:
         xhat = standardised(v, center, scale)
         v, _ = scaled(xhat, scale, weight, bias)
-    delta = tl.where(v > 0, delta, 0.0)
+    delta = tl.where(v <= 0, 0.0, delta)  # a NaN lets it pass, as in torch
     store_rows(dv, delta, n, N, h, H)
     if BATCH_STATS:
         tl.store(sums + tile * 2 * H + h, tl.sum(delta, 0), live)
@@ -218,7 +218,7 @@ def batch_averages(sums, h, live, N, H, groups, GROUPS: tl.constexpr):
 
 
 @kernel(pointers=7, aligned=("state", "sums", "dv", "positive"))
-def norm_grad_kernel(
+def normalise_grad_kernel(
     state, gamma, beta, sums, dv, positive, norms, N, CA, HA, tiles, groups, after_gamma,
     ONE: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, GROUPS: tl.constexpr,
     HELD: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -264,6 +264,6 @@ def hidden_grad_cost(step: Step, parts: int, tiles: int, direct: bool, ready: bo
     return Cost(read, logits.written + s.hidden + tiles * s.statistics, ("hidden_grad_kernel",))
 
 
-def norm_grad_cost(step: Step, sums: int) -> Cost:
+def normalise_grad_cost(step: Step, sums: int) -> Cost:
     s = Sizes.of(step)
-    return Cost(sums * s.statistics + 2 * s.hidden + s.norm, 2 * s.hidden + s.norm // 2, ("norm_grad_kernel",))
+    return Cost(sums * s.statistics + 2 * s.hidden + s.norm, 2 * s.hidden + s.norm // 2, ("normalise_grad_kernel",))

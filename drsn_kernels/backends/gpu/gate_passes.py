@@ -26,8 +26,7 @@ from .plans import GatePlan, Product, cdiv, up_to
 def gate_values(step: Step) -> dict[str, Any]:
     hidden, outputs, _, batch_stats, eps, momentum = step.gate
     return {
-        "C": step.layout.c, "H": hidden, "outputs": outputs, "ONE": outputs == 1, "AVERAGE": step.average,
-        "BATCH_STATS": batch_stats, "EPS": eps,
+        "H": hidden, "ONE": outputs == 1, "AVERAGE": step.average, "BATCH_STATS": batch_stats, "EPS": eps,
     } | moving(momentum)  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def _merge(step: Step, plan: GatePlan, statistics: bool) -> Prepared | None:
     }  # fmt: skip
     programs = cdiv(step.gate.hidden, tuned.MERGED_UNITS)
     spent = gate.merge_cost(step, plan.tiles)
-    return Prepared(gate.merge_kernel, step.device, programs, values, plan, spent, warps=tuned.MERGE_WARPS)
+    return Prepared(gate.merge_tiles_kernel, step.device, programs, values, plan, spent, warps=tuned.MERGE_WARPS)
 
 
 def _behind_norm(
@@ -264,7 +263,7 @@ def prepare_gate_grad(step: Step, parts: int | None, dA: bool, parameters: bool 
         )  # fmt: skip
         merge = _merge(step, plan, statistics=False)
         between = _behind_norm(
-            gate_grad.norm_grad_kernel, step, plan, gate_grad.norm_grad_cost, after_gamma=sum(sizes[4:5])
+            gate_grad.normalise_grad_kernel, step, plan, gate_grad.normalise_grad_cost, after_gamma=sum(sizes[4:5])
         )
     du_ready, made = between is not None, sum(sizes[:4] if between else sizes)
     row = made * step.sums.itemsize

@@ -1,7 +1,7 @@
 """Launching: what a launch needs besides its pointers, worked out once and kept.
 
 A training step of a small network is bound by the host. Triton's own launch binds and specialises every argument
-anew, 8 to 17 us more than calling the compiled kernel (benchmarks/launches.py). Calling it is right as long as all that
+anew, 8 to 17 us more than calling the compiled kernel (benchmarks/launcher.py). Calling it is right as long as all that
 Triton would specialise on is the same, so a `Prepared` launch is kept for each layout, dtype and device (its integers
 follow from them), and within it a compiled kernel for each set of pointers given and aligned. A `Pass` is several of
 them in order, which after its first call native.py launches by one call.
@@ -34,9 +34,9 @@ target = 1  # what compiled kernels are kept for; another number while lowering.
 
 
 def kernel(pointers: int, aligned: tuple[str, ...] = ()) -> Callable:
-    """triton.jit for a kernel that takes `pointers` pointers, then integers, then constexprs.
+    """triton.jit for a kernel that takes `pointers` pointers, then numbers and tuples of them, then constexprs.
 
-    It is specialised on which pointers are None and on which of `aligned` are multiples of 16 bytes, and on no integer:
+    It is specialised on which pointers are None and on which of `aligned` are multiples of 16 bytes, and on no number:
     Triton would compile anew for 1 and for multiples of 16. Five of its constexprs are known at a launch only: PTX;
     PRECISION and HELD, which are "ieee" and 0 without it; DEPENDENT, for await_previous, which a kernel calls once; and
     GROUP, which is 1 where one of `aligned` is not.
@@ -250,10 +250,6 @@ class Prepared:
         other = copy.copy(self)
         other.values, other.compiled = self.values | {"DEPENDENT": follows + 2 * most}, {}
         return other
-
-    def described(self, kernel: Any, place: Callable[[str], tuple[int, int]]) -> tuple:
-        """For native.Sequences: a launch of the kernel that _launch returned."""
-        return native.of_triton(kernel, self.grid[0], self.values, place)
 
     def describe(self) -> Planned:
         warps, code = self.options["num_warps"], (*self.values.items(), *self.options.items())

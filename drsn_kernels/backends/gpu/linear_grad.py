@@ -16,7 +16,7 @@ from .product import added_slices, held, nothing, ordered, product, rows, steps_
 
 @triton.jit
 def pooled_grad_tile(
-    pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+    pid, state, mean, var, gamma, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
     BATCH_STATS: tl.constexpr, EPS: tl.constexpr, READY: tl.constexpr, GROUPS: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, HELD: tl.constexpr,
@@ -155,7 +155,7 @@ def linear_grad_kernel(
     pid = tl.program_id(0)
     if dA is not None and pid < of_pooled:
         pooled_grad_tile(
-            pid, state, mean, var, gamma, beta, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
+            pid, state, mean, var, gamma, w1, dv, sums, direct, dA, N, C, H, tiles, groups,
             BATCH_STATS, EPS, READY, GROUPS, BN, BC, BK, SLICES, EVEN, PRECISION, HELD,
         )  # fmt: skip
         count_in(counter, DEPENDENT)

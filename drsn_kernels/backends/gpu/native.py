@@ -107,8 +107,10 @@ class Sequences:
                 if run(stream, given):
                     return True
             except _launch.NotLaunched as error:  # its first launch ever: Triton's, then, as for what is refused
-                self._run = tuple(other for other in self._run if other is not run)
-                refused[", ".join(self._names)] = str(error)
+                with _learning:
+                    self._run = tuple(other for other in self._run if other is not run)
+                name, _, why = str(error).removeprefix("launching ").partition(": ")
+                refused[name] = why
                 return False
         return False
 
@@ -125,7 +127,7 @@ class Sequences:
         self._known[kind] = None
         try:
             self._stream, self._runtime = _of_triton()
-            kernels = [launch.described(kernel, functools.partial(self._place, sources))
+            kernels = [of_triton(kernel, launch.grid[0], launch.values, functools.partial(self._place, sources))
                        for launch, kernel, sources in launched]  # fmt: skip
             sequence = _launch.Sequence(self._device, kernels, list(kind))
         except Exception as error:  # whatever another Triton or driver has changed: launching stays with Triton

@@ -244,9 +244,9 @@ def of_step(step: Step) -> tuple[Launches, Launches | None]:
     ahead = prepare_norm(step.layout, step.strides, step.dtype, step.device, step.norm, factor)
     if not step.keep:
         return ahead, None
-    want_sums = step.want.threshold or step.norm.batch
     return ahead, prepare_grad(
-        step.layout, step.layout.strides, step.strides, step.dtype, step.device, step.norm, step.want.x, want_sums, None
+        step.layout, step.layout.strides, step.strides, step.dtype, step.device, step.norm, step.want.x,
+        step.want.threshold, None,
     )  # fmt: skip
 
 

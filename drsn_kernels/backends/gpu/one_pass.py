@@ -276,7 +276,7 @@ def backward_kernel(
         u = tl.load(state + hidden_at, hidden_live, 0.0)
         v, _, slope = normalise(u, h, h < H, mean, var, gamma, beta, EPS)
         w = tl.load(w2 + (o * H)[:, None] + h[None, :], o_live[:, None] & (h < H)[None, :], 0.0)
-        delta = tl.where(v > 0, tl.sum(logits[:, :, None] * w[None, :, :], 1), 0.0)
+        delta = tl.where(v <= 0, 0.0, tl.sum(logits[:, :, None] * w[None, :, :], 1))  # a NaN lets it pass, as in torch
         tl.store(dv + hidden_at, delta, hidden_live)
         w = tl.load(w1 + (h * C)[:, None] + c[None, :], (h < H)[:, None] & (c < C)[None, :], 0.0)
         da += tl.sum((delta * slope[None, :])[:, :, None] * w[None, :, :], 1)

@@ -25,7 +25,7 @@ from .. import step as steps
 from ..step import NOTHING_KEPT, Backend, Cost, Kept, Plan, Step
 from . import one_pass, plans, stream, tuned
 from .gate import Sizes
-from .gate_passes import Gate, GateGrad, WholeGate, gate_values, prepare_gate, prepare_gate_grad
+from .gate_passes import GateGrad, gate_values, prepare_gate, prepare_gate_grad
 from .launch import Pass, Prepared, Room, Wired, multiprocessors, same, tile_values
 from .native import Piece
 from .plans import OnePassPlan, cdiv
@@ -74,11 +74,9 @@ FORWARD = ("x", "y", "residual", "tau", "kept", "scratch", "w1", "b1", "gamma", 
 
 
 class Forward(NamedTuple):
-    """Prepared launches: `one`, or the others. And all of them as a pass, with what it allocates."""
+    """All launches as a pass, with what it allocates; of them, the one pass or the last of several."""
 
     one: Prepared | None
-    reduce: Prepared | None
-    gate: WholeGate | Gate | None
     map: Prepared | None
     keeping: Keeping | None
     scratch: Room
@@ -97,18 +95,18 @@ def prepare_forward(step: Step, y: Strides) -> Forward:
     keeping = Keeping.of(step, Room("kept", step.sums)) if step.keep else None
     one = _one_forward(step, y)
     if one is not None:
-        reduce = ends = last = None
+        last = None
         wired = [(one, {
             **same("x", "y", "residual", "w1", "b1", "mean", "var", "gamma", "beta", "w2", "b2"),
             "tau": "tau" if step.want.tau else None,
             **({name: getattr(keeping, name) for name in ("planes", "pooled", "state")} if step.keep else {}),
         })]  # fmt: skip
     else:
-        reduce, ends, last, wired = _several_forward(step, y, keeping, scratch)
+        last, wired = _several_forward(step, y, keeping, scratch)
     # mean and variance, where they are not in the state
     saved = keeping.room.bytes + s.norm // 2 - s.statistics if step.keep else 0
     total = sum((launch.cost for launch, _ in wired), Cost(saved=saved, workspace=scratch.bytes))
-    return Forward(one, reduce, ends, last, keeping, scratch, Pass(FORWARD, wired, step.device), total)
+    return Forward(one, last, keeping, scratch, Pass(FORWARD, wired, step.device), total)
 
 
 def _one_forward(step: Step, y: Strides) -> Prepared | None:
@@ -120,7 +118,7 @@ def _one_forward(step: Step, y: Strides) -> Prepared | None:
 
 def _several_forward(
     step: Step, y: Strides, keeping: Keeping | None, scratch: Room
-) -> tuple[Prepared, WholeGate | Gate, Prepared, Wired]:
+) -> tuple[Prepared, Wired]:
     layout = step.layout
     first = stream.prepare_reduce(layout, step.strides, None, step.dtype, step.device, "magnitude", False)
     last = stream.prepare_map(
@@ -136,7 +134,7 @@ def _several_forward(
         *ends.wired(step, scratch, partial, pooled, state, tau),
         (last, {**same("x", "y", "residual"), "t": tau, "planes": planes if step.keep else None}),
     ]
-    return first, ends, last, wired
+    return last, wired
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -145,13 +143,9 @@ BACKWARD = ("g", "dx", "tau_grad", "kept", "scratch", "grads", "w1", "gamma", "b
 
 
 class Backward(NamedTuple):
-    """Prepared launches: `one` and, where parameters want gradients, the gate, or all the others (dx: where it is
-    wanted). And all of them as a pass."""
+    """All launches as a pass, with what it allocates. gate: None of one pass whose parameters want no gradients."""
 
-    one: Prepared | None
-    dtau: Prepared | None
     gate: GateGrad | None
-    dx: Prepared | None
     scratch: Room
     run: Pass
     cost: Cost
@@ -167,7 +161,7 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, want_parameters: boo
     layout, (hidden, outputs, *_) = step.layout, step.gate
     scratch, (_, planes, pooled, state) = Room("scratch", step.sums), Keeping.of(step, Room("kept", step.sums))
     dz, dv = scratch.take(layout.n * outputs), scratch.take(layout.n * hidden)
-    one, first, last = _one_backward(step, g, want_dx), None, None
+    one = _one_backward(step, g, want_dx)
     if one is not None:
         ends, gates, after = prepare_gate_grad(step, None, False) if want_parameters else None, [], []
         own = {"planes": planes, "dz": dz, "dv": dv, "pooled": pooled, "state": state,
@@ -184,7 +178,7 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, want_parameters: boo
         ends = prepare_gate_grad(step, first.plan.splits, want_dx, want_parameters)
         dtau = scratch.take(first.plan.splits * layout.n * layout.c)
         last = grad(True, True, False) if want_dx else None
-        counted = last is not None and tuned.DEPENDENT and last.plan.warps <= tuned.COUNTED_WARPS and not last.plan.loop
+        counted = last is not None and tuned.DEPENDENT and last.plan.warps <= tuned.COUNTED_WARPS
         if counted:
             last = grad(True, True, False, ends.pooled)
         gates, dA, after = ends.wired(step, scratch, dtau, dz, dv, pooled, state, counted)
@@ -193,7 +187,7 @@ def prepare_backward(step: Step, g: Strides, want_dx: bool, want_parameters: boo
             wired.append((last, {"g": "g", "planes": planes, "dx": "dx", **dA}))
         wired += after
     total = sum((launch.cost for launch, _ in wired), Cost(workspace=scratch.bytes))
-    return Backward(one, first, ends, last, scratch, Pass(BACKWARD, wired, step.device), total)
+    return Backward(ends, scratch, Pass(BACKWARD, wired, step.device), total)
 
 
 def _one_backward(step: Step, g: Strides, want_dx: bool) -> Prepared | None:

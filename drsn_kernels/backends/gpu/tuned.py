@@ -1,6 +1,7 @@
 """The numbers that plans depend on, each with what chose it: a limit of the hardware, or the measurement that set it.
 
-`python -m benchmarks.sweep` times them against others on a GPU and prints the lines to paste here.
+`python -m benchmarks.sweep` times those that its CHOICES name, of the streams and of the gate, against others on a GPU
+and prints the lines to paste here. NORM_* come from compiled registers and the cost model; nothing has timed others.
 """
 
 import contextlib

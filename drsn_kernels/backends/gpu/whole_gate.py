@@ -8,7 +8,7 @@ Nothing then couples the samples, and up to tuned.WHOLE_GATE channels and units 
 import triton.language as tl
 
 from ..step import Cost, Step
-from .gate import Sizes, alphas_of, center_and_scale, relu, standardised
+from .gate import Sizes, alphas_of, center_and_scale, relu, scaled, standardised, weight_and_bias
 from .launch import await_previous, kernel
 from .product import across, added_up, held, nothing, product, store_rows, transposed
 
@@ -41,14 +41,14 @@ def whole_gate_kernel(
         second, bias = transposed(w2, c, C, h, H), tl.load(b2 + c, c < C, 0.0)
     if mean is not None:
         center, scale = center_and_scale(mean, var, h, h < H, EPS)
-        weight, shift = tl.load(gamma + h, h < H, 0.0), tl.load(beta + h, h < H, 0.0)
+        weight, shift = weight_and_bias(gamma, beta, h, h < H)
     v = product(held(a, HELD), held(first, HELD), nothing(1, BN, BH, a.dtype), PRECISION) + across(first_bias)
     if state is not None:
         store_rows(state, v, n, N, h, H)
     if SPLIT and pooled is not None:
         store_rows(pooled, a, n, N, c, C)
     if mean is not None:
-        v = standardised(v, center, scale) * across(weight) + across(shift)
+        v, _ = scaled(standardised(v, center, scale), scale, weight, shift)
     if ONE:
         alpha = tl.sigmoid(tl.sum(relu(v) * across(second), 1) + bias)[:, None]
     else:
