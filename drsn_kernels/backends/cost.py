@@ -20,9 +20,17 @@ from .step import Backend, Cost, Step, Strides
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
+def _map(layout: Layout, dtype: torch.dtype) -> int:
+    return layout.numel * dtype.itemsize
+
+
+def _sums(layout: Layout, dtype: torch.dtype, columns: int | None = None) -> int:
+    return layout.n * (layout.c if columns is None else columns) * accumulate_dtype(dtype).itemsize
+
+
 def map_bytes(step: Step) -> int:
     """Of a tensor of x's shape."""
-    return step.layout.numel * step.dtype.itemsize
+    return _map(step.layout, step.dtype)
 
 
 def plane_bytes(layout: Layout) -> int:
@@ -31,34 +39,40 @@ def plane_bytes(layout: Layout) -> int:
 
 def sums_bytes(step: Step, columns: int | None = None) -> int:
     """Of a tensor (N, C), or (N, columns), in the dtype of sums."""
-    return step.layout.n * (step.layout.c if columns is None else columns) * step.sums.itemsize
+    return _sums(step.layout, step.dtype, columns)
 
 
 # ---- the kernels of a compiled backend -------------------------------------------------------------------------------
 
 
-def reduce(step: Step, kernel: str, kind: str = "magnitude", keep: bool = False, parts: int = 1) -> Cost:
+def reduce(
+    layout: Layout, dtype: torch.dtype, kernel: str, kind: str = "magnitude", keep: bool = False, parts: int = 1
+) -> Cost:
     """Rows cut into `parts` give as many partial sums, to be added up."""
-    read = (2 if kind == "product" else 1) * map_bytes(step)
-    written = parts * sums_bytes(step) + (2 * plane_bytes(step.layout) if keep else 0)
+    read = (2 if kind == "product" else 1) * _map(layout, dtype)
+    written = parts * _sums(layout, dtype) + (2 * plane_bytes(layout) if keep else 0)
     return Cost(read, written, (kernel,))
 
 
-def map(step: Step, kernel: str, columns: int, residual: bool = False, shift: bool = False, keep: int = 0) -> Cost:
+def map(
+    layout: Layout, dtype: torch.dtype, kernel: str, columns: int, residual: bool = False, shift: bool = False,
+    keep: int = 0,
+) -> Cost:  # fmt: skip
     """columns: of the threshold or factor."""
-    full = map_bytes(step)
-    small = sums_bytes(step, columns) + (sums_bytes(step) if shift else 0)
-    return Cost((1 + residual) * full + small, full + keep * plane_bytes(step.layout), (kernel,))
+    full = _map(layout, dtype)
+    small = _sums(layout, dtype, columns) + (_sums(layout, dtype) if shift else 0)
+    return Cost((1 + residual) * full + small, full + keep * plane_bytes(layout), (kernel,))
 
 
 def grad(
-    step: Step, kernel: str, g: bool = True, dA: bool = False, dx: bool = True, dtau: bool = False, parts: int = 1
-) -> Cost:
+    layout: Layout, dtype: torch.dtype, kernel: str, g: bool = True, dA: bool = False, dx: bool = True,
+    dtau: bool = False, parts: int = 1,
+) -> Cost:  # fmt: skip
     """A plane is read where its bits are needed."""
-    full, sums = map_bytes(step), sums_bytes(step)
+    full, sums = _map(layout, dtype), _sums(layout, dtype)
     direct = dA and dx
     planes = g + (dtau or direct) + direct  # kept, sign, nonzero
-    read = g * full + planes * plane_bytes(step.layout) + direct * sums
+    read = g * full + planes * plane_bytes(layout) + direct * sums
     return Cost(read, dx * full + dtau * parts * sums, (kernel,))
 
 

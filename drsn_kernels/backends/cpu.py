@@ -127,13 +127,13 @@ class Cpu(Backend):
     # ---- costs and plans: bytes of tensors; what the extension allocates for the gate is not in
 
     def reduce_cost(self, step, strides, *, kind="magnitude", keep=False) -> Cost:
-        return cost.reduce(step, "reduce", kind, keep)
+        return cost.reduce(step.layout, step.dtype, "reduce", kind, keep)
 
     def map_cost(self, step, strides, *, columns, kind="threshold", residual=False, shift=False, keep=0) -> Cost:
-        return cost.map(step, "map", columns, residual, shift, keep)
+        return cost.map(step.layout, step.dtype, "map", columns, residual, shift, keep)
 
     def grad_cost(self, step, *, g=True, dA=False, dx=True, dtau=False) -> Cost:
-        return cost.grad(step, "grad", g, dA, dx, dtau)
+        return cost.grad(step.layout, step.dtype, "grad", g, dA, dx, dtau)
 
     def plan(self, step):
         not_taken = () if is_dense(step.layout, step.strides) else (("contiguous runs", _STAGED),)

@@ -57,8 +57,8 @@ def gated_cost(step: Step) -> tuple[Cost, Cost]:
     if not step.keep:
         return forward, Cost()
     forward += cost.kept_statistics(step)
-    passes = cost.grad(step, "", dx=False, dtau=True)
+    passes = cost.grad(layout, step.dtype, "", dx=False, dtau=True)
     if step.want.x:
-        passes += cost.grad(step, "", dA=True)
+        passes += cost.grad(layout, step.dtype, "", dA=True)
     made = layers + (statistics if gate.norm else 0)  # gradients of the parameters
     return forward, Cost(passes.read + state + weights, passes.written + made, ("gated_backward",))

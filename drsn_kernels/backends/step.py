@@ -212,7 +212,8 @@ class Called:
 
 
 class Backend:
-    """Who computes eager calls. A subclass has a name, the first two methods, the three kernels and their costs."""
+    """Who computes eager calls. A subclass has a name, the first two methods, `plan`, and three parts: the streams'
+    kernels with their costs, batch normalisation, and, where it fuses gates, the standard gate."""
 
     name: str
     fuses_gates = False  # has the part on the standard gate, below

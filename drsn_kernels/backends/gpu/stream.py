@@ -16,7 +16,6 @@ import triton.language as tl
 from ...layout import Layout, Planes
 from ...reference import SOFT, Rule
 from .. import cost
-from ..step import Step
 from . import tuned
 from .bits import (
     choose,
@@ -112,8 +111,7 @@ def prepare_reduce(
 ) -> Prepared:
     """The launch for x and times of these strides."""
     plan, values = _tiled(layout, (x, times or x), dtype, device, "xt", split=True)
-    step = Step("abs_mean", layout, x, dtype, device)
-    cost_of = cost.reduce(step, "reduce_kernel", kind, keep, plan.splits)
+    cost_of = cost.reduce(layout, dtype, "reduce_kernel", kind, keep, plan.splits)
     return _over_tiles(reduce_kernel, device, values | {"KIND": kind}, plan, cost_of)
 
 
@@ -211,9 +209,8 @@ def prepare_map(
         "KIND": kind if kind == "scale" else "soft" if rule == SOFT else "piecewise", "INSIDE": rule.inside,
         "OFFSET": rule.offset, "PLANES": keep, "t_n": t_n, "t_c": t_c, "EARLY": early and tuned.DEPENDENT,
     }  # fmt: skip
-    step = Step("soft_threshold", layout, x, dtype, device)
     columns = layout.c if t[1] else 1
-    cost_of = cost.map(step, "map_kernel", columns, residual is not None, shift, keep)
+    cost_of = cost.map(layout, dtype, "map_kernel", columns, residual is not None, shift, keep)
     return _over_tiles(map_kernel, device, values, plan, cost_of)
 
 
@@ -354,8 +351,8 @@ def prepare_grad(
         "SIGN": sign if dtau or dA else None, "NONZERO": nonzero if dA else None,
         "counted": counted,
     }  # fmt: skip
-    step = Step("shrink", layout, layout.strides, dtype, device)
-    cost_of = cost.grad(step, "grad_kernel", g is not None, dA, dx, dtau, plan.splits if dtau else 1)
+    parts = plan.splits if dtau else 1
+    cost_of = cost.grad(layout, dtype, "grad_kernel", g is not None, dA, dx, dtau, parts)
     return _over_tiles(grad_kernel, device, values, plan, cost_of)
 
 
