@@ -6,6 +6,7 @@ Also `tuned.using`, by which an alternative is tried.
 import datetime
 import json
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -194,14 +195,6 @@ def test_the_planted_best_is_derived_with_its_reason():
     assert derive.derived(rows, ("RAGGED",)) is None
 
 
-def test_pairs_that_were_read_from_a_file_are_derived():
-    """JSON has lists for them: a run that had timed MIDDLE ended without its table."""
-    row = {"case": "A", "provider": "as planned", "same_as": "", "constants": {"MIDDLE": (1, 2)}, "median_ms": 2.0}
-    rows = [row, row | {"provider": "MIDDLE=(4, 2)", "constants": {"MIDDLE": (4, 2)}, "median_ms": 1.0}]
-    found = derive.derived(json.loads(json.dumps(rows)), ("MIDDLE",))
-    assert found.best == ((4, 2),) and str(found).startswith("MIDDLE = (4, 2)  # was")
-
-
 def test_a_gain_of_less_than_two_runs_differ_by_changes_nothing():
     with tuned.using(THREAD=64, TILE=512):
         rows = rows_of(CASES, made_up(lambda case: 1e-5 * (0.995 if (tuned.THREAD, tuned.TILE) == (64, 1024) else 1.0)))
@@ -286,6 +279,27 @@ def test_a_run_ends_in_time_and_the_next_one_goes_on(tmp_path):
     assert sum(one["provider"] == "best-compiled" for one in rows) == 1
     text = sweep.summary(rows)
     assert "| case | floor | as planned | THREAD=" in text and "TILE = " in text and CASES[0].id in text
+
+
+def test_a_run_ends_with_a_line_for_each_constant(tmp_path):
+    """From its file, which has lists for pairs such as MIDDLE's. One unit for each set of choices."""
+    names = [name for choice in sweep.CHOICES for name in choice.names]
+
+    def values():
+        return tuple(getattr(tuned, name) for name in names)
+
+    def seconds(case):
+        return 1e-5 * random.Random(repr(values())).uniform(0.5, 1.5)
+
+    units = {repr(sweep.of(unit.case)): unit for unit in sweep.units() if not unit.compiled}
+    assert Run(tmp_path, make=made_up(seconds, launches=values))([*units.values()]) == 0
+    text = sweep.summary(read_json(tmp_path / "rows.json"))
+    found = {}
+    exec(text.split("```")[1], found)
+    assert set(names) <= found.keys()
+    for choice in sweep.CHOICES:
+        derived = {name: found[name] for name in choice.names}
+        assert derived in choice.alternatives or derived == {name: getattr(tuned, name) for name in choice.names}
 
 
 def test_rows_of_other_kernels_are_not_kept(tmp_path, capsys):

@@ -1,14 +1,14 @@
 """What a call is, and what a backend is.
 
 A `Step` describes one operator call but for its tensors: what backends plan by, what costs are counted for, what
-explain prints. A `Backend` has three kernels that stream over x, and may have a fourth part, the standard gate computed
-together with them:
+explain prints. A `Backend` has three kernels that stream over x, batch normalisation with an activation, and may have
+the standard gate computed together with the streams:
 
     reduce   A (N, C) = mean |x|, or mean x, or sum x * times
     map      y = soft_threshold(x, t) by a rule, or x * t, plus a residual; and the bit planes
     grad     dx = kept * g + s * dA / L and dtau = -sum s * kept * g, from the planes
 
-They take thresholds and dA as tensors (N, C) and know no gate. What they fill is allocated here, once for every
+The streams take thresholds and dA as tensors (N, C) and know no gate. What they fill is allocated here, once for every
 backend.
 """
 

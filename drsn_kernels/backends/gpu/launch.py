@@ -167,8 +167,8 @@ class Prepared:
         return Pass(self.pointers, [(self, {name: name for name in self.pointers})], self.device)
 
     def __call__(self, **pointers: torch.Tensor | None) -> None:
-        if not pointers.keys() <= self._alone.known:
-            unknown = ", ".join(pointers.keys() - self._alone.known)
+        if not pointers.keys() <= self._alone.takes:
+            unknown = ", ".join(pointers.keys() - self._alone.takes)
             raise TypeError(f"{self.name} takes {', '.join(self.pointers)}, not {unknown}")
         self._alone(tuple(map(pointers.get, self.fn.pointers)))
 
@@ -275,7 +275,7 @@ class Pass:
             (launch.placed(k > 0, ahead), sources)
             for k, ((launch, sources), ahead) in enumerate(zip(launches, [*behind, None], strict=True))
         ]
-        self.names, self.known = names, frozenset(names)
+        self.names, self.takes = names, frozenset(names)
         self._device_index = device.index if device.type == "cuda" else None
         self._native = native.Sequences(names, device)
 
