@@ -181,7 +181,10 @@ def main() -> None:
     packages = {"now": start(None)} if given.before is None else {"before": start(given.before), "now": start(None)}
     for process in packages.values():
         one_round(process)  # compiles
-    rounds = [{name: one_round(process) for name, process in packages.items()} for _ in range(ROUNDS)]
+    order, rounds = [*packages.items()], []
+    for _ in range(ROUNDS):
+        rounds.append({name: one_round(process) for name, process in order})
+        order.reverse()
     for process in packages.values():
         process.stdin.close()
     print(environment())
