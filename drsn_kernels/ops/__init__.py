@@ -1,4 +1,7 @@
-"""The operators, one file each: formula, autograd.Function with its hand-written backward, public function."""
+"""The operators, one file each: formula, autograd.Function with its hand-written backward, public function.
+
+shrink has its two autograd forms in files of their own: gated_shrink.py, called_shrink.py.
+"""
 
 from . import library  # noqa: F401  registers torch.ops.drsn_kernels
 from .abs_mean import abs_mean

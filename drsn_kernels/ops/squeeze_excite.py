@@ -4,7 +4,7 @@
     s = gate(A)                     ordinary autograd: any module, hooks, parameters
     y = x * s [+ residual]          Scale
 
-Two autograd nodes with the gate between them, as in shrink.py, and no add of two gradients the size of x:
+Two autograd nodes with the gate between them, as in called_shrink.py, and no add of two gradients the size of x:
 
     Scale.backward     reads g and x: ds = sum_l g * x; hands g and s on
     the gate's own backward: dA
@@ -27,7 +27,7 @@ from .gating import call_gate
 
 
 class Mean(torch.autograd.Function):
-    """x -> (A, alias of x). Runs after Scale, which takes the alias and hands g and s over: see Pool in shrink.py."""
+    """x -> (A, alias of x). Runs after Scale, which takes the alias and hands g and s over; as called_shrink.Pool."""
 
     @staticmethod
     def forward(ctx, x, layout, backend):
