@@ -287,13 +287,14 @@ def one_thread(isolated: None) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="no CUDA device, or none for Triton, is an error")
     parser.addoption(
-        "--part", type=int, metavar="N", help="of what make test leaves out, a quarter of the interpreted cases and "
-        "half of the others: those of N, the next N has the next ones (default: all)",
+        "--part", type=int, metavar="N", help="of what make test leaves out, an eighth of the interpreted cases and a "
+        "quarter of the others, and of what is `rotated`: those of N, the next N has the next ones (default: all)",
     )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sampled(n): make test runs one case in n, make test-all parts of the rest")
+    config.addinivalue_line("markers", "rotated(n): long; make test-all runs another one of n cases each day")
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
     if workers := os.environ.pop("PYTEST_XDIST_WORKER_COUNT", None):  # together they use the cores once
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
@@ -380,14 +381,18 @@ def _sample(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def _of_other_parts(items: list[pytest.Item], part: int) -> set[pytest.Item]:
     def parts(item: pytest.Item) -> int:
-        return 4 if any(variant.interpreted for variant in _variants(item)) else 2
+        if (mark := item.get_closest_marker("rotated")) is not None:
+            return mark.args[0]
+        return 8 if any(variant.interpreted for variant in _variants(item)) else 4
 
     return {item for item in items if (zlib.crc32(item.nodeid.encode()) - part) % parts(item)}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    long = [item for item in items if item.get_closest_marker("rotated") and item.get_closest_marker("slow")]
     left_out = _sample([item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("slow")])
+    left_out += long
     if (part := config.getoption("--part")) is not None and (others := _of_other_parts(left_out, part)):
         config.hook.pytest_deselected(items=list(others))
         items[:] = [item for item in items if item not in others]

@@ -62,6 +62,7 @@ WALKS = ["rows", "channels_last"]
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(2)
 @pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("kind", ["any gate", "fused gate", "fused gate in blocks"])
 def test_forward(walk, kind, monkeypatch):
@@ -74,6 +75,7 @@ def test_forward(walk, kind, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(2)
 @pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("kind", ["any gate", "fused gate"])
 def test_backward_with_an_expanded_gradient(walk, kind):

@@ -200,7 +200,7 @@ def blocks() -> list:
         for title, code in re.findall(r"^#+ (.+?)$|^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             heading, count = (title, count) if title else (heading, count + 1)
             if code and heading != "Your own data":  # a session: test_docs.py
-                marks = [pytest.mark.slow] if slow.search(code) else []
+                marks = [pytest.mark.slow, pytest.mark.rotated(2)] if slow.search(code) else []
                 found.append(pytest.param(code, id=f"{page}: {heading}", marks=marks))
         assert count == text.count("```python") > 0, page
     return found

@@ -265,6 +265,7 @@ def test_windows_of_the_papers_protocol_stay_on_their_side(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_last_is_the_network(name):
     """Logits, gradients and running statistics of a training step, up to rounding in float32."""
