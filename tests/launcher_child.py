@@ -201,17 +201,17 @@ def classes(stub) -> dict:
     return {"taken": [*taken, ran._native(off), ran._native(given)], "sequences": len(ran._native._run)}
 
 
+def says(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def errors(stub) -> dict:
     module, x = dk.Shrinkage(16).eval(), torch.randn(SHAPE)
     trained = dk.Shrinkage(16)
     found = {}
-
-    def says(call):
-        try:
-            call()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-
     with torch.no_grad():
         module(x), trained(x), trained(x)
         stub.library.stub_fail(1, ERROR_INVALID_VALUE)
@@ -246,7 +246,11 @@ def empty(stub) -> dict:
     kernels = [(name, 0x10, grid, 32, 0, False, b"", []) for name, grid in (("a", 0), ("b", 5))]
     with stub.recorded() as lines:
         _launch.Sequence(0, kernels, []).run(0, ())
-    return {"lines": lines}
+    stub.library.stub_fail(0, ERROR_INVALID_VALUE)
+    try:
+        return {"lines": lines, "first to launch": says(lambda: _launch.Sequence(0, kernels, []).run(0, ()))}
+    finally:
+        stub.library.stub_fail(-1, 0)
 
 
 def refusals(stub) -> dict:

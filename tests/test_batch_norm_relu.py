@@ -460,3 +460,16 @@ def test_explain():
     assert (compiled.backend, compiled.plan.name) == ("compiler", "decomposed")
     (empty,) = dk.explain(lambda: dk.batch_norm_relu(x[:0], *running))
     assert (empty.backend, empty.fallback) == ("reference", "")
+
+
+@pytest.mark.skipif(cpu._cpu is None, reason="no compiled CPU kernels")
+@pytest.mark.parametrize("training", [True, False])
+def test_sums_that_nobody_wants_are_not_asked_for(training, monkeypatch):
+    """Of frozen parameters: what dx needs of them a backend makes by itself."""
+    asked, norm_grad = [], cpu.Cpu.norm_grad
+    monkeypatch.setattr(cpu.Cpu, "norm_grad", lambda *given: asked.append(given[-1]) or norm_grad(*given))
+    x, running = torch.randn(4, 6, 20, requires_grad=True), (torch.zeros(6), torch.ones(6))
+    with dk.use_backend("cpu", strict=True):
+        for weight in (torch.ones(6), torch.ones(6, requires_grad=True)):
+            dk.batch_norm_relu(x, *running, weight, training=training).sum().backward()
+    assert asked == [False, True]

@@ -281,29 +281,34 @@ class Clamped(nn.Module):
         return x - x.clamp(-tau, tau)
 
 
-LEARN_AT_ZERO = {
-    "minimum of maximum": lambda x, tau: x - torch.minimum(torch.maximum(x, -tau), tau),
-    "where below": lambda x, tau: torch.where(x.abs() < tau, 0.0, x - x.sign() * tau),
-}
+class MinMax(Clamped):
+    def shrunk(self, x, tau):
+        return x - torch.minimum(torch.maximum(x, -tau), tau)
 
 
-@pytest.mark.parametrize("form", LEARN_AT_ZERO)
-def test_a_form_that_learns_behind_a_zero_initialised_residual_is_left_alone(form):
-    class Other(Clamped):
-        def shrunk(self, x, tau):
-            return LEARN_AT_ZERO[form](x, tau)
+class Below(Clamped):
+    def shrunk(self, x, tau):
+        return torch.where(x.abs() < tau, 0.0, x - x.sign() * tau)
 
-    class Block(Other):  # in its own forward, behind a layer
+
+def inside_a_block(form: type[Clamped]) -> nn.Module:
+    class Block(form):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv1d(8, 8, 3, padding=1)
 
         def forward(self, x):
-            return super().forward(self.conv(x)) + x
+            return Clamped.forward(self, self.conv(x)) + x
 
-    report = dk.convert(Other())
+    return Block()
+
+
+@pytest.mark.parametrize("form", [MinMax, Below])
+def test_a_form_that_learns_behind_a_zero_initialised_residual_is_left_alone(form):
+    report = dk.convert(form())
     assert not report.converted and "where x and its threshold are 0 it lets a gradient pass" in str(report)
-    assert not dk.convert(Block()).inline  # nor is it advised to write shrink there
+    # nor is it advised to write shrink in its place
+    assert dk.convert(inside_a_block(Clamped)).inline and not dk.convert(inside_a_block(form)).inline
     block = nn.Sequential(nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8), Clamped())
     nn.init.zeros_(block[1].weight)
     own = copy.deepcopy(block)
@@ -311,6 +316,19 @@ def test_a_form_that_learns_behind_a_zero_initialised_residual_is_left_alone(for
     for model in (own, block):
         (model(X) - 1).square().sum().backward()
     assert not own[1].weight.grad.any() and not block[1].weight.grad.any()
+
+
+@pytest.mark.parametrize("form", [MinMax, Below])
+def test_where_a_threshold_is_never_0_it_does_not_matter(form):
+    class Unscaled(form):
+        def forward(self, x):
+            return self.shrunk(x, self.fc(x.abs().mean(2)).unsqueeze(2))
+
+    own, ours = converted(Unscaled)
+    assert runs_fused(ours, X)
+    own.fc[3], ours.fc[3] = nn.ReLU(), nn.ReLU()
+    torch.testing.assert_close(ours(X), own(X))
+    assert not runs_fused(ours, X)
 
 
 ANOTHER = nn.Sequential(nn.Linear(8, 8), nn.Tanh())

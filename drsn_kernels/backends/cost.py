@@ -20,17 +20,17 @@ from .step import Backend, Cost, Step, Strides
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _map(layout: Layout, dtype: torch.dtype) -> int:
+def _bytes_of_map(layout: Layout, dtype: torch.dtype) -> int:
     return layout.numel * dtype.itemsize
 
 
-def _sums(layout: Layout, dtype: torch.dtype, columns: int | None = None) -> int:
+def _bytes_of_sums(layout: Layout, dtype: torch.dtype, columns: int | None = None) -> int:
     return layout.n * (layout.c if columns is None else columns) * accumulate_dtype(dtype).itemsize
 
 
 def map_bytes(step: Step) -> int:
     """Of a tensor of x's shape."""
-    return _map(step.layout, step.dtype)
+    return _bytes_of_map(step.layout, step.dtype)
 
 
 def plane_bytes(layout: Layout) -> int:
@@ -39,7 +39,7 @@ def plane_bytes(layout: Layout) -> int:
 
 def sums_bytes(step: Step, columns: int | None = None) -> int:
     """Of a tensor (N, C), or (N, columns), in the dtype of sums."""
-    return _sums(step.layout, step.dtype, columns)
+    return _bytes_of_sums(step.layout, step.dtype, columns)
 
 
 # ---- the kernels of a compiled backend -------------------------------------------------------------------------------
@@ -49,8 +49,8 @@ def reduce(
     layout: Layout, dtype: torch.dtype, kernel: str, kind: str = "magnitude", keep: bool = False, parts: int = 1
 ) -> Cost:
     """Rows cut into `parts` give as many partial sums, to be added up."""
-    read = (2 if kind == "product" else 1) * _map(layout, dtype)
-    written = parts * _sums(layout, dtype) + (2 * plane_bytes(layout) if keep else 0)
+    read = (2 if kind == "product" else 1) * _bytes_of_map(layout, dtype)
+    written = parts * _bytes_of_sums(layout, dtype) + (2 * plane_bytes(layout) if keep else 0)
     return Cost(read, written, (kernel,))
 
 
@@ -59,8 +59,8 @@ def map(
     keep: int = 0,
 ) -> Cost:  # fmt: skip
     """columns: of the threshold or factor."""
-    full = _map(layout, dtype)
-    small = _sums(layout, dtype, columns) + (_sums(layout, dtype) if shift else 0)
+    full = _bytes_of_map(layout, dtype)
+    small = _bytes_of_sums(layout, dtype, columns) + (_bytes_of_sums(layout, dtype) if shift else 0)
     return Cost((1 + residual) * full + small, full + keep * plane_bytes(layout), (kernel,))
 
 
@@ -69,7 +69,7 @@ def grad(
     dtau: bool = False, parts: int = 1,
 ) -> Cost:  # fmt: skip
     """A plane is read where its bits are needed."""
-    full, sums = _map(layout, dtype), _sums(layout, dtype)
+    full, sums = _bytes_of_map(layout, dtype), _bytes_of_sums(layout, dtype)
     direct = dA and dx
     planes = g + (dtau or direct) + direct  # kept, sign, nonzero
     read = g * full + planes * plane_bytes(layout) + direct * sums

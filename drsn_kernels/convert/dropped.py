@@ -114,18 +114,19 @@ def check_sign(trace: Trace, match: Match) -> tuple[Part, ...]:
     except Exception:
         same = False
     known_by: list[Part] = []
-    if not same and not _never_negative(match.t, known_by):
+    if not same and not _is_never(match.t, known_by, _POSITIVE, _POSITIVE_LAYERS):
         raise Unexplained("where its threshold is negative, as it may become, it is no soft thresholding")
     return tuple(known_by)
 
 
-def check_zero(trace: Trace, match: Match) -> None:
+def check_zero(trace: Trace, match: Match) -> tuple[Part, ...]:
     """Where x and its threshold are 0, no gradient may pass, as none does through soft thresholding.
 
     A plane is all zeros behind a norm of weight 0, as of a zero-initialised residual: there the module would learn.
+    Returns the modules by which it is known that a threshold is never 0, where that is why it does not matter.
     """
     if match.scales:
-        return
+        return ()
     zeros = [torch.zeros_like(node.meta["seen"]).requires_grad_() for node in (match.u, match.t)]
     with torch.enable_grad():
         try:
@@ -133,8 +134,12 @@ def check_zero(trace: Trace, match: Match) -> None:
             gradients = torch.autograd.grad(y, zeros, torch.ones_like(y), allow_unused=True) if y.requires_grad else ()
         except Exception as error:
             raise Unexplained(f"a probe with x and its threshold 0 fails: {first_line(error)}") from None
-    if any(g is not None and (g != 0).any() for g in gradients):
-        raise Unexplained("where x and its threshold are 0 it lets a gradient pass, and soft thresholding none")
+    passing = [g for g in gradients if g is not None and (g != 0).any()]
+    known_by: list[Part] = []
+    if passing and not _is_never(match.t, known_by, _ABOVE_ZERO, _LAYERS_ABOVE_ZERO):
+        what = "gives NaN" if any(g.isnan().any() for g in passing) else "lets a gradient pass"
+        raise Unexplained(f"where x and its threshold are 0 it {what}, and soft thresholding none")
+    return tuple(known_by)
 
 
 def _shrunk(trace: Trace, match: Match, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -154,30 +159,35 @@ def _again(value: object) -> object:
 
 _POSITIVE = _names("sigmoid softplus relu hardsigmoid exp abs absolute softmax relu6 square")
 _POSITIVE_LAYERS = (nn.Sigmoid, nn.Softplus, nn.ReLU, nn.Hardsigmoid, nn.Softmax, nn.ReLU6)
+_ABOVE_ZERO = _names("sigmoid softplus exp softmax")
+_LAYERS_ABOVE_ZERO = (nn.Sigmoid, nn.Softplus, nn.Softmax)
 _KEEPS_SIGN = (_POOLED | _SCALING) - {"sub"}
 
 
-def _never_negative(node: fx.Node, known_by: list[Part]) -> bool:
-    """By the last operations of the way to it. known_by: filled with their modules."""
+def _is_never(node: fx.Node, known_by: list[Part], names: frozenset[str], layers: tuple[type, ...]) -> bool:
+    """Negative, or below or at 0: by the last operations of the way to it. known_by: filled with their modules.
+
+    names, layers: the operations and modules whose results never are, whatever they are given.
+    """
     if node.op == "call_module":
-        names, modules = zip(*node.meta["module"].named_modules(), strict=True)
+        paths, modules = zip(*node.meta["module"].named_modules(), strict=True)
         last = modules[-1]
-        for name, module in zip(names, modules, strict=True):
-            if not name or names[-1] == name or names[-1].startswith(f"{name}."):  # the last one, and what holds it
+        for name, module in zip(paths, modules, strict=True):
+            if not name or paths[-1] == name or paths[-1].startswith(f"{name}."):  # the last one, and what holds it
                 path = ".".join(part for part in (path_of(node), name) if part)
                 known_by.append(Part(tuple(path.split(".")), class_of(module), (*module._modules,)))
-        return isinstance(last, _POSITIVE_LAYERS) or (
-            isinstance(last, _LAYERS) and _never_negative(node.args[0], known_by)
+        return isinstance(last, layers) or (
+            isinstance(last, _LAYERS) and _is_never(node.args[0], known_by, names, layers)
         )  # fmt: skip
-    if node.op not in ("call_function", "call_method") or _name(node) not in _POSITIVE | _KEEPS_SIGN:
+    if node.op not in ("call_function", "call_method") or _name(node) not in names | _KEEPS_SIGN:
         return False
-    if _name(node) in _POSITIVE:
+    if _name(node) in names:
         return True
     inputs = [n for n in node.all_input_nodes if is_float(n)]
     if _name(node) in ("mul", "multiply", "add", "div", "truediv"):
         if any(isinstance(a, (int, float)) and a < 0 for a in node.args):
             return False
-    return bool(inputs) and all(_never_negative(n, known_by) for n in inputs)
+    return bool(inputs) and all(_is_never(n, known_by, names, layers) for n in inputs)
 
 
 def _line_of(node: fx.Node) -> str:

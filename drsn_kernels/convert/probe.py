@@ -280,9 +280,9 @@ def _explain(module: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[dict[
                     continue
                 try:
                     check_dropped(trace, match, candidate)
-                    check_zero(trace, match)
+                    above_zero = check_zero(trace, match)
                     conditions = trace.conditions(module, candidate.steps - candidate.pooled)
-                    conditions = conditions._replace(parts=(*conditions.parts, *positive))
+                    conditions = conditions._replace(parts=(*conditions.parts, *positive, *above_zero))
                     if len(shape.sizes) == 1:
                         conditions = conditions._replace(spatial=shape.sizes[0])
                     xs = _probes(module, shape, dtype, training)

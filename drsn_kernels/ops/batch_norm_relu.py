@@ -48,6 +48,8 @@ class NormAct(torch.autograd.Function):
         x, weight, bias, stats, share = restored(ctx)
         backend, layout, norm = ctx.call[:3]
         rest = x, layout, norm, weight, bias, stats
+        if share is not None and g._is_zerotensor():
+            g = torch.zeros(g.shape, dtype=g.dtype, device=g.device)
         if not is_eager_grad(g):
             if share is not None:
                 raise RuntimeError("batch_norm_relu over several processes has first derivatives only")
@@ -209,11 +211,12 @@ def _converted(x, weight, bias, buffers, training, *rest) -> torch.Tensor:
     own = weight, bias, mean, var
     sums = accumulate_dtype(x.dtype)
     weight, bias, *moved = (None if t is None else t.to(sums).contiguous() for t in own)
-    y = normalise(x, weight, bias, (*moved, batches), training, *rest)
-    for t, new in zip((mean, var), moved, strict=True):
-        if training and new is not t:
-            t.data.copy_(new)  # autograd is not told, as by torch
-    return y
+    try:
+        return normalise(x, weight, bias, (*moved, batches), training, *rest)
+    finally:  # a checkpoint's second run ends once it has what was saved, and has moved them
+        for t, new in zip((mean, var), moved, strict=True):
+            if training and new is not t:
+                t.data.copy_(new)  # autograd is not told, as by torch
 
 
 def _run(

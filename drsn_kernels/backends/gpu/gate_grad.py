@@ -1,9 +1,9 @@
 """The standard gate's way back: from dtau to dA and the parameters' gradients, as matrix products (gate.py).
 
-    logit_grad_kernel    dz
-    hidden_grad_kernel   dv = (dz w2) [v > 0], and of each tile of samples the sums that BatchNorm's backward needs
-    normalise_grad_kernel     these merged, du and relu(v); gamma's and beta's gradients
-    linear_grad_kernel   dA = du w1, dw1 = du' A, dw2 = dz' relu(v), and the biases' (linear_grad.py)
+    logit_grad_kernel       dz
+    hidden_grad_kernel      dv = (dz w2) [not v <= 0], and of each tile of samples the sums for BatchNorm's backward
+    normalise_grad_kernel   these merged, du and relu(v); gamma's and beta's gradients
+    linear_grad_kernel      dA = du w1, dw1 = du' A, dw2 = dz' relu(v), and the biases' (linear_grad.py)
 
 The first two are left out where one_pass.py has made dz and dv. The first is a launch where there are many channels and
 no sum over them in dz, the third where many units have statistics of the batch (READY in the launch behind); else
