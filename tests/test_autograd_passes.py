@@ -1,5 +1,6 @@
 """Backward passes of every sort: again, of any loss, of some inputs, with hooks, after x was changed."""
 
+import other_device
 import pytest
 import torch
 from oracle import AVERAGES, cast_gate, shrink, smooth_gate
@@ -181,6 +182,8 @@ def test_inplace_keeps_the_gradient_of_what_came_before(kernels):
 
 @pytest.mark.parametrize("of", [dk.Shrinkage, dk.SqueezeExcite, dk.BatchNormReLU, lambda c: dk.SoftThreshold(0.3)])
 def test_a_gradient_without_memory_is_a_gradient_of_zeros(of, kernels):
+    if kernels.device == other_device.NAME:
+        pytest.skip("its tensors have memory of the CPU, and torch has none without memory for it")
     module, x = of(6).to(kernels.device), torch.randn(4, 6, 9, device=kernels.device, requires_grad=True)
     module(x).backward(torch._efficientzerotensor(x.shape, device=kernels.device))
     assert not x.grad.any() and not any(p.grad.any() for p in module.parameters())
