@@ -116,9 +116,7 @@ def _one_forward(step: Step, y: Strides) -> Prepared | None:
     return _one_pass(one_pass.forward_kernel, step, *one, "xyr", one_pass.forward_cost(step))
 
 
-def _several_forward(
-    step: Step, y: Strides, keeping: Keeping | None, scratch: Room
-) -> tuple[Prepared, Wired]:
+def _several_forward(step: Step, y: Strides, keeping: Keeping | None, scratch: Room) -> tuple[Prepared, Wired]:
     layout = step.layout
     first = stream.prepare_reduce(layout, step.strides, None, step.dtype, step.device, "magnitude", False)
     last = stream.prepare_map(
