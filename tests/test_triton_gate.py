@@ -141,6 +141,7 @@ def test_every_average(one, average, parts, own):
         Run(37, c, h, 1 if one else c, kind, average, parts=parts, own=own).check()
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("kind", ["plain", "norm"])
 def test_nothing_is_kept(kind, average):
@@ -229,7 +230,7 @@ def test_a_schedule_of_momentum_compiles_nothing():
         assert not any(parameters[name].annotation is tl.constexpr for name in ("factor", "rest"))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("average", ["channel", "sample", None])
 @pytest.mark.parametrize("width", [(64, 64, 64), (5, 64, 1), (33, 1, 33)], ids=str)
 @pytest.mark.parametrize("kind", KINDS[:2])
