@@ -473,3 +473,15 @@ def test_sums_that_nobody_wants_are_not_asked_for(training, monkeypatch):
         for weight in (torch.ones(6), torch.ones(6, requires_grad=True)):
             dk.batch_norm_relu(x, *running, weight, training=training).sum().backward()
     assert asked == [False, True]
+
+
+def test_a_nan_has_the_same_gradient_with_and_without_a_graph_of_it(kernels):
+    x = torch.randn(4, 6, 20, device=kernels.device)
+    x[1, 2, 3] = torch.nan
+    x.requires_grad_()
+    mean, var = torch.zeros(6, device=kernels.device), torch.ones(6, device=kernels.device)
+    y = kernels.batch_norm_relu(x, mean, var, activation="leaky", slope=0.25)
+    g = torch.ones_like(y)
+    (first,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    (recorded,) = torch.autograd.grad(y, x, g, create_graph=True)
+    torch.testing.assert_close(recorded, first)
