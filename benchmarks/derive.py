@@ -59,8 +59,7 @@ def derived(rows: Iterable[dict], names: Sequence[str]) -> Derived | None:
     times: dict[str, dict[tuple, float]] = {}
     launches: dict[str, set[str]] = {}  # by case: the rows whose launches are not those of an earlier one
     planned: dict[str, dict[str, Any]] = {}
-    rows = [one | {"constants": _hashable(one.get("constants", {}))} for one in rows]
-    rows = [one for one in rows if set(names) <= one["constants"].keys()]
+    rows = [one for one in rows if set(names) <= one.get("constants", {}).keys()]
     for one in rows:
         if one["provider"] == "as planned":
             planned[one["case"]] = one["constants"]
@@ -88,13 +87,13 @@ def derived(rows: Iterable[dict], names: Sequence[str]) -> Derived | None:
     return Derived(tuple(names), present, best, slower, ratios, tuple(v for v in values if v not in everywhere))
 
 
+def lines(rows: Iterable[dict], choices: Iterable[Sequence[str]]) -> list[str]:
+    """To paste into tuned.py."""
+    rows = [one | {"constants": _hashable(one.get("constants", {}))} for one in rows]
+    found = (derived(rows, names) for names in dict.fromkeys(map(tuple, choices)))
+    return [str(one) for one in found if one is not None]
+
+
 def _hashable(constants: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists where there were pairs."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
-
-
-def lines(rows: Iterable[dict], choices: Iterable[Sequence[str]]) -> list[str]:
-    """To paste into tuned.py."""
-    rows = list(rows)
-    found = (derived(rows, names) for names in dict.fromkeys(map(tuple, choices)))
-    return [str(one) for one in found if one is not None]

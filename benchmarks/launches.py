@@ -184,7 +184,7 @@ def main() -> None:
     order, rounds = [*packages.items()], []
     for _ in range(ROUNDS):
         rounds.append({name: one_round(process) for name, process in order})
-        order.reverse()
+        order.reverse()  # each is the first in half of them
     for process in packages.values():
         process.stdin.close()
     print(environment())

@@ -391,8 +391,8 @@ def _of_other_parts(items: list[pytest.Item], part: int) -> set[pytest.Item]:
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     long = [item for item in items if item.get_closest_marker("rotated") and item.get_closest_marker("slow")]
-    left_out = _sample([item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("slow")])
-    left_out += long
+    shorter = [item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("slow")]
+    left_out = _sample(shorter) + long
     if (part := config.getoption("--part")) is not None and (others := _of_other_parts(left_out, part)):
         config.hook.pytest_deselected(items=list(others))
         items[:] = [item for item in items if item not in others]

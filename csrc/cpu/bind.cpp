@@ -10,13 +10,13 @@
 #include <string>
 #include <utility>
 
-#include "shape.h"
-#include "read_gate.h"
 #include "api.h"
 #include "arena.h"
 #include "bound_gate.h"
 #include "dlpack.h"
 #include "named.h"
+#include "read_gate.h"
+#include "shape.h"
 
 namespace py = pybind11;
 

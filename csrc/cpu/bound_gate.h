@@ -4,9 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
-#include "shape.h"
 #include "api.h"
 #include "named.h"
+#include "shape.h"
 
 namespace drsn {
 

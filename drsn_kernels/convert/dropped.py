@@ -114,7 +114,7 @@ def check_sign(trace: Trace, match: Match) -> tuple[Part, ...]:
     except Exception:
         same = False
     known_by: list[Part] = []
-    if not same and not _is_never(match.t, known_by, _POSITIVE, _POSITIVE_LAYERS):
+    if not same and not _ends_in(match.t, known_by, *_NOT_NEGATIVE):
         raise Unexplained("where its threshold is negative, as it may become, it is no soft thresholding")
     return tuple(known_by)
 
@@ -136,7 +136,7 @@ def check_zero(trace: Trace, match: Match) -> tuple[Part, ...]:
             raise Unexplained(f"a probe with x and its threshold 0 fails: {first_line(error)}") from None
     passing = [g for g in gradients if g is not None and (g != 0).any()]
     known_by: list[Part] = []
-    if passing and not _is_never(match.t, known_by, _ABOVE_ZERO, _LAYERS_ABOVE_ZERO):
+    if passing and not _ends_in(match.t, known_by, *_ABOVE_ZERO):
         what = "gives NaN" if any(g.isnan().any() for g in passing) else "lets a gradient pass"
         raise Unexplained(f"where x and its threshold are 0 it {what}, and soft thresholding none")
     return tuple(known_by)
@@ -157,17 +157,19 @@ def _again(value: object) -> object:
     return value.clone() if isinstance(value, torch.Tensor) else value  # operations in place
 
 
-_POSITIVE = _names("sigmoid softplus relu hardsigmoid exp abs absolute softmax relu6 square")
-_POSITIVE_LAYERS = (nn.Sigmoid, nn.Softplus, nn.ReLU, nn.Hardsigmoid, nn.Softmax, nn.ReLU6)
-_ABOVE_ZERO = _names("sigmoid softplus exp softmax")
-_LAYERS_ABOVE_ZERO = (nn.Sigmoid, nn.Softplus, nn.Softmax)
+# Operations and modules whose results are never negative, or never 0 (but for underflow), whatever they are given.
+_NOT_NEGATIVE = (
+    _names("sigmoid softplus relu hardsigmoid exp abs absolute softmax relu6 square"),
+    (nn.Sigmoid, nn.Softplus, nn.ReLU, nn.Hardsigmoid, nn.Softmax, nn.ReLU6),
+)
+_ABOVE_ZERO = _names("sigmoid softplus exp softmax"), (nn.Sigmoid, nn.Softplus, nn.Softmax)
 _KEEPS_SIGN = (_POOLED | _SCALING) - {"sub"}
 
 
-def _is_never(node: fx.Node, known_by: list[Part], names: frozenset[str], layers: tuple[type, ...]) -> bool:
-    """Negative, or below or at 0: by the last operations of the way to it. known_by: filled with their modules.
+def _ends_in(node: fx.Node, known_by: list[Part], names: frozenset[str], layers: tuple[type, ...]) -> bool:
+    """Whether the way to it ends in these operations and modules, and nothing behind them changes the sign.
 
-    names, layers: the operations and modules whose results never are, whatever they are given.
+    known_by: filled with the modules.
     """
     if node.op == "call_module":
         paths, modules = zip(*node.meta["module"].named_modules(), strict=True)
@@ -177,7 +179,7 @@ def _is_never(node: fx.Node, known_by: list[Part], names: frozenset[str], layers
                 path = ".".join(part for part in (path_of(node), name) if part)
                 known_by.append(Part(tuple(path.split(".")), class_of(module), (*module._modules,)))
         return isinstance(last, layers) or (
-            isinstance(last, _LAYERS) and _is_never(node.args[0], known_by, names, layers)
+            isinstance(last, _LAYERS) and _ends_in(node.args[0], known_by, names, layers)
         )  # fmt: skip
     if node.op not in ("call_function", "call_method") or _name(node) not in names | _KEEPS_SIGN:
         return False
@@ -187,7 +189,7 @@ def _is_never(node: fx.Node, known_by: list[Part], names: frozenset[str], layers
     if _name(node) in ("mul", "multiply", "add", "div", "truediv"):
         if any(isinstance(a, (int, float)) and a < 0 for a in node.args):
             return False
-    return bool(inputs) and all(_is_never(n, known_by, names, layers) for n in inputs)
+    return bool(inputs) and all(_ends_in(n, known_by, names, layers) for n in inputs)
 
 
 def _line_of(node: fx.Node) -> str:

@@ -99,7 +99,7 @@ def shrink(
                 y, tau = run_gated(x, residual, read[0], gated, gate, False)
                 return (y, tau) if return_tau else y
         else:
-            like, call = _look_up(x, residual, average, threshold, slope)
+            like, call = _look_up_called(x, residual, average, threshold, slope)
             if call is not None and callable(gate):
                 return _called(x, gate, call, residual, False, return_tau)
     checks.features(x, rank=3)
@@ -142,7 +142,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
 
-def _look_up(x, residual, average, threshold, slope) -> tuple[tuple | None, Called | None]:
+def _look_up_called(x, residual, average, threshold, slope) -> tuple[tuple | None, Called | None]:
     """The key of a call with a gate that is called, not in place, and what is known of such calls.
 
     All that the checks look at is in the key, but for the gate.
